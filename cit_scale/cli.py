@@ -1,0 +1,176 @@
+"""Command line and recipe files to a checked RunConfig. Every mistake becomes one line and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
+
+from cit_scale.config import ConfigError, RunConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "digits"
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """resume: continue the run that stands in the run folder. local_rank: the deepspeed launcher's, if given."""
+
+    config: RunConfig
+    resume: bool
+    local_rank: int | None
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe by name or by path; ConfigError with the known names where there is none."""
+    named, given = RECIPES / f"{name}.yaml", Path(name).expanduser()
+    for path in (named, given):
+        if path.is_file():
+            return path
+    raise ConfigError(f"no recipe is called {name!r} and no such file exists; recipes: {', '.join(recipe_names())}")
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Parse what the user typed. ``--help`` and ``--print_config`` print and leave with 0. Raises ConfigError."""
+    argv = _with_recipe_paths(argv)
+    if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
+        argv = ["--config", str(recipe_path(DEFAULT_RECIPE)), *argv]
+    # `deepspeed train.py` users put a bare --deepspeed there; it chooses what is chosen anyway.
+    argv = [argument for argument in argv if argument != "--deepspeed"]
+    parsed = _parse(argv)
+    config = _build(parsed)
+    if parsed.deepspeed_config is not None:
+        config = dataclasses.replace(
+            config, engine=dataclasses.replace(config.engine, ds_config=parsed.deepspeed_config)
+        )
+    return Arguments(config, parsed.resume, parsed.local_rank)
+
+
+def load_recipe(name: str) -> RunConfig:
+    """A recipe alone, by name or path. Raises ConfigError."""
+    return _build(_parse(["--config", str(recipe_path(name))]))
+
+
+def teacher_run(config: RunConfig, name: str) -> RunConfig:
+    """The run that trains one of ``config``'s teachers: its recipe, on the student's data, inside the student's folder.
+
+    The teacher's model is the student of that run.
+    """
+    teacher = config.teachers[name]
+    if teacher.recipe is None:
+        raise ConfigError(
+            f"teacher {name} ({teacher.model}) has neither weights nor a recipe; "
+            f"give --teachers.{name}.weights FILE, or --teachers.{name}.recipe NAME to train it first"
+        )
+    recipe = load_recipe(teacher.recipe)
+    return dataclasses.replace(
+        recipe,
+        name=f"{config.name}/teachers/{name}",
+        runs_dir=config.runs_dir,
+        seed=config.seed,
+        data=config.data,
+        engine=config.engine,
+        student=dataclasses.replace(recipe.student, name=teacher.model, kwargs=teacher.kwargs),
+    )
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration as a recipe file that ``--config`` reads back to an equal one."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """``key: old -> new`` for every setting in which two configurations differ."""
+    before, after = _flat(_plain(dataclasses.asdict(old))), _flat(_plain(dataclasses.asdict(new)))
+    keys = [*before, *(key for key in after if key not in before)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as YAML would give them back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="train.py",
+        usage="train.py [--config RECIPE ...] [--SETTING VALUE ...]",
+        exit_on_error=False,
+        description="Train a co-advised vision transformer, or any timm model alone. "
+        f"Recipes: {', '.join(recipe_names())}; without --config: {DEFAULT_RECIPE}.",
+        epilog="Later files and options override earlier ones: --config cit_base --config deit --train.epochs 100",
+    )
+    parser.add_argument(
+        "--config", action="config", metavar="RECIPE", help="a recipe by name or a YAML file; repeatable"
+    )
+    parser.add_argument(
+        "--resume",
+        action=ActionYesNo(no_prefix="no-"),
+        default=True,
+        help="continue the run that stands in the run folder (--no-resume sets it aside and starts anew)",
+    )
+    parser.add_argument("--deepspeed_config", type=str, metavar="FILE", help="the same as --engine.ds_config")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
+    """``--config NAME`` and ``--config=NAME`` with the recipe's path in place of its name."""
+    resolved = list(argv)
+    for place, argument in enumerate(resolved):
+        if argument.startswith("--config="):
+            resolved[place] = f"--config={recipe_path(argument.removeprefix('--config='))}"
+        elif place and resolved[place - 1] == "--config":
+            resolved[place] = str(recipe_path(argument))
+    return resolved
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    parser = _parser()
+    try:
+        return parser.instantiate(parser.parse_args(list(argv)))
+    except Exception as error:  # argparse, YAML and type errors all mean: the user's input
+        raise ConfigError(_one_line(error)) from error
+
+
+def _build(parsed: Namespace) -> RunConfig:
+    return RunConfig(**{field.name: parsed[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def _one_line(error: Exception) -> str:
+    """jsonargparse's message on one line, with the nearest known setting where a name is unknown."""
+    message = re.sub(r"Problem with given class_path '[^']*': ?", "", " ".join(str(error).split()))
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    unknown = re.search(r"(?:accept option|Option|unrecognized arguments:) '?(?:--)?([\w.-]+)", message)
+    if unknown is None:
+        return message
+    known = list(_flat(_plain(dataclasses.asdict(RunConfig()))))
+    names = {name.rsplit(".", 1)[-1]: name for name in known} | {name: name for name in known}
+    near = difflib.get_close_matches(unknown[1], names, n=1)
+    hint = f"did you mean {names[near[0]]}?" if near else "see --help"
+    return f"{message}; {hint}"

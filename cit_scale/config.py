@@ -1,0 +1,348 @@
+"""The whole run as frozen dataclasses. The defaults are the paper's recipe (CiT, "Co-advise: Cross Inductive Bias
+Distillation", CVPR 2022, and DeiT, which it follows); a recipe file in ``recipes/`` states only what differs.
+
+Each number has one home. Whatever follows from the numbers is a property or a function of them, never a second field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: one line with the values and the way out. The entry points print it and exit with 2."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The network that this run trains."""
+
+    name: str = "cit_base_patch16_224"
+    """Any timm model; the ones registered by cit_scale.models can be advised."""
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model."""
+
+    weights: str | None = None
+    """Start from these weights: a safetensors or PyTorch state dict, ours or the authors' released one."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """One frozen network that advises the student through a token of its own."""
+
+    model: str
+    """Any timm model."""
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm.create_model."""
+
+    weights: str | None = None
+    """A safetensors or PyTorch state dict. Without it the teacher is trained first, with `recipe`."""
+
+    recipe: str | None = None
+    """The recipe that trains this teacher on the student's data when `weights` is not given: a name or a path."""
+
+    weight: float = 1.0
+    """Weight of this teacher's divergence in the loss."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from."""
+
+    train: str = "digits"
+    """A folder with one sub-folder of images per class, or 'digits' (scikit-learn's handwritten digits)."""
+
+    eval: str | None = None
+    """Like `train`, with the same classes. Without it a part of `train` is held out."""
+
+    holdout: float = 0.2
+    """The part of `train` that is held out for evaluation when `eval` is not given."""
+
+    image_size: int = 224
+    """Height and width of what the networks see, in pixels."""
+
+    crop_ratio: float = 0.875
+    """In evaluation the shorter side is resized to image_size / crop_ratio before the centre crop."""
+
+    cache_dir: str = "~/.cache/cit_scale"
+    """Where built-in data sets and the index of a folder are kept."""
+
+    decode_threads: int = 4
+    """Threads of the decoding pipeline, for each rank."""
+
+    prefetch: int = 2
+    """Micro-batches that are prepared ahead."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to one training image, in this order."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Random resized crop: share of the image's area."""
+
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random resized crop: width / height."""
+
+    flip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+
+    randaugment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's notation, two layers; null turns it off."""
+
+    erase_prob: float = 0.25
+    """Probability of random erasing with per-pixel noise."""
+
+    repeats: int = 1
+    """Repeated augmentation: how often a sample stands in the order of an epoch, each time augmented anew."""
+
+
+@dataclass(frozen=True)
+class MixingConfig:
+    """Mixup and cutmix over groups of neighbours in the global batch."""
+
+    mixup_alpha: float = 0.8
+    """Beta parameter of mixup; 0 turns it off."""
+
+    cutmix_alpha: float = 1.0
+    """Beta parameter of cutmix; 0 turns it off."""
+
+    prob: float = 1.0
+    """Probability that a group is mixed at all."""
+
+    switch_prob: float = 0.5
+    """Probability of cutmix where both are on."""
+
+    smoothing: float = 0.1
+    """Label smoothing."""
+
+    group_size: int = 8
+    """Images that share one lambda and mix among themselves; divides micro_batch_size, so all layouts mix alike."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How the teachers advise."""
+
+    temperature: float = 1.0
+    """T of the divergence, which is multiplied by its square."""
+
+    teacher_precision: Literal["float32", "bf16"] = "float32"
+    """bf16 runs the frozen teachers under autocast."""
+
+    compile: bool = True
+    """Compile the teachers with torch.compile."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 1e-3
+    """Peak learning rate at a global batch of `lr_batch_size`; scaled linearly with the global batch."""
+
+    lr_batch_size: int = 1024
+    """The global batch for which `lr` is stated."""
+
+    warmup_lr: float = 1e-6
+    """Learning rate at step 0."""
+
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+
+    warmup_epochs: float = 20
+    """Length of the linear warm-up."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's running-average coefficients."""
+
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+
+    weight_decay: float = 0.05
+    """On matrices and convolutions only: not on one-dimensional parameters, biases, tokens, the position embedding."""
+
+    clip_norm: float = 15.0
+    """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
+
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What hosts the student."""
+
+    name: Literal["zero", "plain"] = "zero"
+    """zero: DeepSpeed ZeRO, any number of ranks. plain: one process, plain PyTorch."""
+
+    ds_config: str = "zero1"
+    """How ZeRO shards: a file in ds_configs/ by name, or a path."""
+
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 is autocast over float32 weights."""
+
+    compile: bool = False
+    """Compile the student with torch.compile."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, how often to save."""
+
+    epochs: int = 300
+    """Passes over the training set."""
+
+    global_batch_size: int = 1024
+    """Images per update, over all ranks and micro-steps."""
+
+    micro_batch_size: int | None = None
+    """Images per rank per forward; the micro-steps follow. Without it each rank takes its whole share at once."""
+
+    log_every_steps: int = 50
+    """How often metrics are read from the device and written."""
+
+    save_every_steps: int = 500
+    """How often a checkpoint is committed; one is also committed at the end and when the run is asked to stop."""
+
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+
+    eval_every_epochs: int = 10
+    """How often the student is evaluated; it always is at the end."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    name: str = "run"
+    """The run folder is runs_dir/name."""
+
+    runs_dir: str = "runs"
+    """Where run folders stand."""
+
+    seed: int = 0
+    """All randomness of the run follows from it."""
+
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Teachers by the name of their token and head. Empty: plain supervised training."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir).expanduser() / self.name
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up at this run's global batch."""
+        return self.optim.lr * self.train.global_batch_size / self.optim.lr_batch_size
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut: images per rank per forward, and forwards per update."""
+
+    micro_batch_size: int
+    micro_steps: int
+
+
+def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
+    """Derive the micro-steps. Raises ConfigError where the sizes do not fit, with the next that do."""
+    total, group = config.train.global_batch_size, config.mixing.group_size
+    if total % world_size:
+        raise ConfigError(
+            f"train.global_batch_size={total} is not a multiple of the {world_size} ranks; "
+            f"the next one that is: {-(-total // world_size) * world_size}"
+        )
+    share = total // world_size
+    micro = config.train.micro_batch_size or share
+    if share % micro:
+        raise ConfigError(
+            f"train.global_batch_size={total} is not a multiple of micro_batch_size x ranks = {micro} x {world_size} = "
+            f"{micro * world_size}; the next one that is: {-(-total // (micro * world_size)) * micro * world_size}"
+        )
+    if micro % group:
+        raise ConfigError(
+            f"micro_batch_size={micro} (global batch {total} on {world_size} ranks) does not hold whole mixing groups "
+            f"of mixing.group_size={group}; choose a multiple of {group}, or a group_size that divides {micro}"
+        )
+    return BatchPlan(micro_batch_size=micro, micro_steps=share // micro)
+
+
+def check_ranges(config: RunConfig) -> None:
+    """Raise ConfigError for the first number outside its range."""
+    data, augment, mixing, optim, train = config.data, config.augment, config.mixing, config.optim, config.train
+    positive = {
+        "data.image_size": data.image_size,
+        "data.decode_threads": data.decode_threads,
+        "data.prefetch": data.prefetch,
+        "augment.repeats": augment.repeats,
+        "mixing.group_size": mixing.group_size,
+        "distill.temperature": config.distill.temperature,
+        "optim.lr": optim.lr,
+        "optim.lr_batch_size": optim.lr_batch_size,
+        "optim.eps": optim.eps,
+        "train.epochs": train.epochs,
+        "train.global_batch_size": train.global_batch_size,
+        "train.micro_batch_size": train.micro_batch_size if train.micro_batch_size is not None else 1,
+        "train.log_every_steps": train.log_every_steps,
+        "train.save_every_steps": train.save_every_steps,
+        "train.keep_checkpoints": train.keep_checkpoints,
+        "train.eval_every_epochs": train.eval_every_epochs,
+    }
+    not_negative = {
+        "seed": config.seed,
+        "mixing.mixup_alpha": mixing.mixup_alpha,
+        "mixing.cutmix_alpha": mixing.cutmix_alpha,
+        "optim.warmup_lr": optim.warmup_lr,
+        "optim.min_lr": optim.min_lr,
+        "optim.warmup_epochs": optim.warmup_epochs,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.clip_norm": optim.clip_norm,
+        **{f"teachers.{name}.weight": teacher.weight for name, teacher in config.teachers.items()},
+    }
+    shares = {
+        "augment.flip_prob": augment.flip_prob,
+        "augment.erase_prob": augment.erase_prob,
+        "mixing.prob": mixing.prob,
+        "mixing.switch_prob": mixing.switch_prob,
+        "mixing.smoothing": mixing.smoothing,
+        "optim.ema_decay": optim.ema_decay if optim.ema_decay is not None else 0,
+    }
+    # Written as "not inside", so that NaN is outside.
+    rules = (
+        (positive, lambda value: value > 0, "must be above 0"),
+        (not_negative, lambda value: value >= 0, "must not be negative"),
+        (shares, lambda value: 0 <= value <= 1, "must be between 0 and 1"),
+    )
+    for settings, is_inside, rule in rules:
+        for name, value in settings.items():
+            if not is_inside(value):
+                raise ConfigError(f"{name}={value} {rule}")
+    for name, (low, high) in {
+        "augment.crop_scale": augment.crop_scale,
+        "augment.crop_ratio": augment.crop_ratio,
+    }.items():
+        if not 0 < low <= high:
+            raise ConfigError(f"{name}=[{low}, {high}] must be two numbers above 0, the smaller first")
+    if not 0 < data.crop_ratio <= 1:
+        raise ConfigError(f"data.crop_ratio={data.crop_ratio} must be above 0 and at most 1")
+    if optim.warmup_epochs > train.epochs:
+        raise ConfigError(
+            f"optim.warmup_epochs={optim.warmup_epochs} is longer than train.epochs={train.epochs}; shorten it"
+        )

@@ -1,0 +1,177 @@
+"""Recipes, overrides, refusals."""
+
+import dataclasses
+import os
+
+import pytest
+
+from cit_scale import cli
+from cit_scale.config import ConfigError, RunConfig, check_ranges, plan_batches
+
+
+def parse(*argv):
+    return cli.parse_arguments(argv).config
+
+
+def with_train(**changes):
+    config = RunConfig()
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def test_the_default_recipe_is_digits():
+    assert parse() == parse("--config", "digits")
+    assert parse().data.train == "digits"
+
+
+@pytest.mark.parametrize("name", cli.recipe_names())
+def test_every_recipe_is_valid_and_survives_being_written_and_read(name, tmp_path):
+    config = parse("--config", name)
+    check_ranges(config)
+    (tmp_path / "again.yaml").write_text(cli.to_yaml(config))
+    assert cli.load_recipe(str(tmp_path / "again.yaml")) == config
+
+
+@pytest.mark.parametrize("name", ["cit_tiny", "cit_small", "cit_base"])
+def test_the_student_recipes_hold_the_papers_numbers(name):
+    config = parse("--config", name)
+    assert config.student.name == f"{name}_patch16_224"
+    assert {token: teacher.model for token, teacher in config.teachers.items()} == {
+        "conv": "regnety_040",
+        "inv": "rednet101",
+    }
+    assert [teacher.weight for teacher in config.teachers.values()] == [1.0, 1.0]
+    assert config.distill.temperature == 1.0
+    assert (config.train.epochs, config.train.global_batch_size) == (300, 1024)
+    optim = config.optim
+    assert (config.peak_lr, optim.warmup_lr, optim.min_lr, optim.warmup_epochs) == (1e-3, 1e-6, 1e-5, 20)
+    assert (optim.betas, optim.eps, optim.weight_decay, optim.clip_norm) == ((0.9, 0.999), 1e-8, 0.05, 15.0)
+    assert optim.ema_decay is None
+    augment, mixing = config.augment, config.mixing
+    assert (augment.randaugment, augment.erase_prob, augment.repeats) == ("rand-m9-mstd0.5-inc1", 0.25, 1)
+    assert (augment.crop_scale, augment.flip_prob) == ((0.08, 1.0), 0.5)
+    assert (mixing.mixup_alpha, mixing.cutmix_alpha, mixing.switch_prob, mixing.smoothing) == (0.8, 1.0, 0.5, 0.1)
+
+
+def test_the_deit_preset_lies_over_a_student():
+    config = parse("--config", "cit_small", "--config", "deit")
+    assert config.student.name == "cit_small_patch16_224"
+    assert config.student.kwargs == {"drop_path_rate": 0.1}
+    assert (config.optim.ema_decay, config.optim.warmup_epochs, config.augment.repeats) == (0.99996, 5, 3)
+
+
+def test_the_learning_rate_scales_with_the_global_batch():
+    assert parse("--config", "cit_tiny", "--train.global_batch_size", "4096").peak_lr == pytest.approx(4e-3)
+
+
+def test_dotted_overrides_reach_inside_teachers():
+    config = parse("--config", "cit_base", "--teachers.conv.weight", "2", "--train.epochs=3")
+    assert config.teachers["conv"].weight == 2.0
+    assert config.teachers["inv"].weight == 1.0
+    assert config.train.epochs == 3
+
+
+def test_deepspeed_users_own_flags_choose_the_sharding_file():
+    arguments = cli.parse_arguments(["--deepspeed", "--deepspeed_config", "mine.json", "--local_rank=3"])
+    assert arguments.config.engine.ds_config == "mine.json"
+    assert arguments.local_rank == 3
+
+
+def test_resume_is_the_default():
+    assert cli.parse_arguments([]).resume is True
+    assert cli.parse_arguments(["--no-resume"]).resume is False
+
+
+def test_a_teachers_run_takes_the_students_data_seed_and_folder():
+    config = parse("--data.image_size", "48", "--seed", "7")
+    run = cli.teacher_run(config, "inv")
+    assert run.data == config.data
+    assert run.seed == 7
+    assert run.run_dir == config.run_dir / "teachers" / "inv"
+    assert (run.student.name, run.student.kwargs) == ("rednet26", config.teachers["inv"].kwargs)
+    assert run.teachers == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--config", "nope"], r"no recipe is called 'nope'.*cit_base.*digits"),
+        (["--data.szie", "3"], r"--data\.szie"),
+        (["--dta.image_size", "3"], r"did you mean data\.image_size\?"),
+        (["--train.epohcs", "3"], r"did you mean train\.epochs\?"),
+        (["--config", "cit_base", "--teachers.conv.wieght", "2"], r"'wieght' is not accepted"),
+        (["--seed", "x"], r'"seed".*int.*x'),
+        (["--seed"], r"--seed: expected one argument"),
+        (["--engine.precision", "half"], r"float32.*bf16.*half"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(argv, expected):
+    with pytest.raises(ConfigError, match=expected) as error:
+        cli.parse_arguments(argv)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_key_in_a_recipe_file_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {epohcs: 3}\n")
+    with pytest.raises(ConfigError, match=r"epohcs.*did you mean train\.epochs"):
+        parse("--config", str(tmp_path / "mine.yaml"))
+
+
+def test_a_broken_recipe_file_is_one_line(tmp_path):
+    (tmp_path / "mine.yaml").write_text("train: {epochs: 3\n")
+    with pytest.raises(ConfigError) as error:
+        parse("--config", str(tmp_path / "mine.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_does_not_execute_what_it_contains(tmp_path):
+    mark = tmp_path / "mark"
+    (tmp_path / "mine.yaml").write_text(f'name: !!python/object/apply:os.mkdir ["{mark}"]\n')
+    with pytest.raises(ConfigError):
+        parse("--config", str(tmp_path / "mine.yaml"))
+    assert not os.path.exists(mark)
+
+
+def test_differences_name_key_and_both_values():
+    old = parse()
+    new = parse("--train.epochs", "3", "--teachers.conv.weight", "2")
+    assert cli.differences(old, old) == []
+    assert cli.differences(old, new) == [
+        "teachers.conv.weight: 1.0 -> 2.0",
+        f"train.epochs: {old.train.epochs} -> 3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch_size", "expected"), [(1, None, (1024, 1)), (4, None, (256, 1)), (4, 64, (64, 4))]
+)
+def test_micro_steps_follow_from_the_global_batch(world_size, micro_batch_size, expected):
+    plan = plan_batches(with_train(micro_batch_size=micro_batch_size), world_size)
+    assert (plan.micro_batch_size, plan.micro_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "world_size", "micro", "expected"),
+    [
+        (1024, 3, None, "1024 is not a multiple of the 3 ranks; the next one that is: 1026"),
+        (1024, 2, 96, r"96 x 2 = 192; the next one that is: 1152"),
+        (1024, 256, None, "does not hold whole mixing groups of mixing.group_size=8"),
+    ],
+)
+def test_impossible_batches_are_refused_with_the_way_out(total, world_size, micro, expected):
+    with pytest.raises(ConfigError, match=expected):
+        plan_batches(with_train(global_batch_size=total, micro_batch_size=micro), world_size)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--train.epochs", "0"], "train.epochs=0 must be above 0"),
+        (["--optim.lr", ".nan"], "optim.lr=nan must be above 0"),
+        (["--mixing.prob", "1.5"], r"mixing.prob=1.5 must be between 0 and 1"),
+        (["--augment.crop_scale", "[0.5,0.1]"], "augment.crop_scale"),
+        (["--train.epochs", "1"], "optim.warmup_epochs=.* is longer than train.epochs=1"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(argv, expected):
+    with pytest.raises(ConfigError, match=expected):
+        check_ranges(parse(*argv))
