@@ -1,0 +1,133 @@
+"""Who this process is among the others, and the few collectives the trainer needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# One row per launcher: rank, local rank, world size, ranks on this node. The first row whose rank is set wins, so a
+# torchrun or deepspeed started inside a Slurm allocation is believed before Slurm's own variables.
+SPELLINGS = {
+    "torchrun, deepspeed": ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    "submitit": ("SUBMITIT_LOCAL_GLOBALRANK", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS", ()),
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", ("SLURM_NTASKS_PER_NODE",)),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """rank in [0, world_size), local_rank in [0, local_world_size)."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size):
+            raise ValueError(
+                f"rank={self.rank} of world_size={self.world_size} and local_rank={self.local_rank} of "
+                f"local_world_size={self.local_world_size} do not fit; each rank must be below its size"
+            )
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> World:
+        """Read DeepSpeed's, torchrun's, submitit's or srun's variables; without any, one process alone."""
+        for launcher, (rank, local_rank, world_size, local_sizes) in SPELLINGS.items():
+            if rank not in env:
+                continue
+            # Inside a batch script Slurm sets SLURM_PROCID too; only srun sets the step.
+            if launcher == "srun" and "SLURM_STEP_ID" not in env:
+                continue
+            missing = [name for name in (local_rank, world_size) if name not in env]
+            if missing:
+                raise ValueError(
+                    f"{rank}={env[rank]} is set but {', '.join(missing)} is not; set all or none ({launcher})"
+                )
+            size = int(env[world_size])
+            local_size = next((int(env[name]) for name in local_sizes if name in env), size)
+            return cls(int(env[rank]), int(env[local_rank]), size, local_size)
+        return cls()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start(world: World) -> None:
+    """Collective. Join the process group: NCCL beside gloo where there is a GPU, gloo alone elsewhere."""
+    if dist.is_initialized():
+        return
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+    # A process alone needs no port, and DeepSpeed still finds the group it insists on.
+    store = dist.HashStore() if world.world_size == 1 else None
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size)
+
+
+def barrier(world: World) -> None:
+    """Collective."""
+    if world.world_size > 1:
+        dist.barrier()
+
+
+def broadcast(world: World, value: Any) -> Any:
+    """Collective. Rank 0's value, on every rank."""
+    if world.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree_any(world: World, flag: bool) -> bool:
+    """Collective. True on every rank if the flag is true on any."""
+    if world.world_size == 1:
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
+    """Collective. Elementwise sum, the same on every rank."""
+    if world.world_size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def first_on_each_node(world: World, function: Callable[[], T]) -> T:
+    """Collective. One rank on each node calls ``function``, which may fill caches, then the others do.
+
+    An exception on any rank is raised on all of them, so that none waits for one that has gone.
+    """
+    result: T | None = None
+    for turn_is_mine in (world.local_rank == 0, world.local_rank != 0):
+        failure: Exception | None = None
+        if turn_is_mine:
+            try:
+                result = function()
+            except Exception as error:  # raised again below, on every rank
+                failure = error
+        failures = [failure]
+        if world.world_size > 1:
+            failures = [None] * world.world_size
+            dist.all_gather_object(failures, failure)
+        first = next((error for error in failures if error is not None), None)
+        if first is not None:
+            raise first
+    return cast(T, result)

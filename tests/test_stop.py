@@ -1,0 +1,36 @@
+import os
+import signal
+
+import pytest
+
+from cit_scale.stop import StopRequest
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_remembered_and_nothing_is_interrupted(signum):
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signum)
+        assert stop.requested
+        assert stop.signum == signum
+
+
+def test_the_launchers_sigterm_after_a_ctrl_c_is_the_same_request():
+    with StopRequest() as stop:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+        assert stop.signum == signal.SIGINT
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

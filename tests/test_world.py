@@ -1,0 +1,51 @@
+import pytest
+
+from cit_scale.world import World
+
+
+def test_a_process_without_a_launcher_is_alone():
+    assert World.from_env({}) == World(rank=0, local_rank=0, world_size=1, local_world_size=1)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+        {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4"},
+        {
+            "SLURM_PROCID": "5",
+            "SLURM_LOCALID": "1",
+            "SLURM_NTASKS": "8",
+            "SLURM_NTASKS_PER_NODE": "4",
+            "SLURM_STEP_ID": "0",
+        },
+    ],
+    ids=["torchrun", "deepspeed", "srun"],
+)
+def test_each_launcher_spelling_is_read(env):
+    assert World.from_env(env) == World(rank=5, local_rank=1, world_size=8, local_world_size=4)
+
+
+def test_submitit_tasks_on_one_machine_are_read():
+    env = {"SUBMITIT_LOCAL_GLOBALRANK": "1", "SUBMITIT_LOCAL_LOCALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"}
+    assert World.from_env(env) == World(rank=1, local_rank=1, world_size=2, local_world_size=2)
+
+
+def test_torchrun_inside_a_slurm_step_wins_over_slurm():
+    slurm = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}
+    torchrun = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    assert World.from_env(slurm | torchrun).rank == 3
+
+
+def test_a_batch_script_outside_srun_is_one_process():
+    assert World.from_env({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}).world_size == 1
+
+
+def test_half_an_environment_is_refused_with_what_is_missing():
+    with pytest.raises(ValueError, match=r"RANK=1 is set but LOCAL_RANK, WORLD_SIZE is not"):
+        World.from_env({"RANK": "1"})
+
+
+def test_a_rank_beyond_the_world_is_refused():
+    with pytest.raises(ValueError, match=r"rank=4 of world_size=4"):
+        World(rank=4, local_rank=0, world_size=4, local_world_size=4)
