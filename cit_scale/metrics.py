@@ -1,0 +1,148 @@
+"""What a run says of itself: JSON lines, TensorBoard curves, progress on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from cit_scale.world import World, sum_over_ranks
+
+
+class RunningMeans:
+    """Means over steps and ranks of device scalars, read from the device only when drained."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """values: scalars; the same names at every call and on every rank."""
+        for name, value in values.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def drain(self, world: World) -> dict[str, float]:
+        """Collective. The means since the last call."""
+        if not self._count:
+            return {}
+        sums = torch.stack(list(self._sums.values())).cpu()
+        means = sum_over_ranks(world, sums) / (self._count * world.world_size)
+        named = dict(zip(self._sums, means.tolist(), strict=True))
+        self._sums, self._count = {}, 0
+        return named
+
+
+class StepClock:
+    """Training throughput. The first steps of a process pay for compilation and warm-up and are not counted."""
+
+    WARMUP_STEPS = 5
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._counted_steps = 0
+        self._counted_s = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Begin a step; time between ``stop`` and ``start`` (evaluation, checkpoints) is not training."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        assert self._started is not None
+        if self._steps >= self.WARMUP_STEPS:
+            self._counted_steps += 1
+            self._counted_s += time.perf_counter() - self._started
+        self._steps += 1
+        self._started = None
+
+    def images_per_s(self, global_batch_size: int) -> float | None:
+        """Of the whole job; None until there is a step after the warm-up."""
+        if not self._counted_s:
+            return None
+        return self._counted_steps * global_batch_size / self._counted_s
+
+
+class RunLog:
+    """Rank 0 writes ``metrics.jsonl`` and TensorBoard events and shows progress; on other ranks nothing happens."""
+
+    def __init__(self, run_dir: Path, world: World, *, title: str, step: int, total_steps: int) -> None:
+        """step: where the run resumes; lines that a stopped process wrote past it are dropped: they come again."""
+        self._is_main = world.is_main
+        if not self._is_main:
+            return
+        self._console = Console(highlight=False)
+        self._title = title
+        self._total_steps = total_steps
+        self._file = _reopen(run_dir / "metrics.jsonl", step)
+        self._curves = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[latest]}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(title, total=total_steps, completed=step, latest="")
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        if self._is_main and self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def record(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """One JSON line and one point on each curve."""
+        if not self._is_main:
+            return
+        # JSON has no NaN: a reader in another language must not stumble over the one line that matters most.
+        clean = {k: (v if v is None or math.isfinite(v) else str(v)) for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if value is not None:
+                self._curves.add_scalar(name, value, step)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
+        if self._progress:
+            self._progress.update(self._task, latest=shown)
+        else:
+            self._console.print(f"{self._title}  step {step}/{self._total_steps}  {shown}", soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        if self._is_main:
+            self._console.print(f"{self._title}  {message}", soft_wrap=True)
+
+    def close(self) -> None:
+        if not self._is_main:
+            return
+        if self._progress:
+            self._progress.stop()
+        self._file.close()
+        self._curves.close()
+
+
+def _reopen(path: Path, step: int):
+    """metrics.jsonl with only the lines up to ``step``, open for appending. A half-written last line is dropped."""
+    kept = []
+    if path.exists() and step:
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                continue
+    path.write_text("".join(kept))
+    return path.open("a")

@@ -1,0 +1,89 @@
+"""How a run ends: what it ran on, what it reached, the closing table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cit_scale.config import REPOSITORY
+from cit_scale.world import World
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "numpy",
+    "safetensors",
+)
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """Commit, versions, host and device: what somebody needs to know to believe or repeat the run's figures."""
+    commit = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    device = world.device
+    return {
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "world_size": world.world_size,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """All of it or nothing: written beside, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
+    """The closing table of a run. results: as in ``results.json``."""
+    table = Table(title=f"{results['model']} after {results['steps']} steps", title_justify="left")
+    table.add_column("network")
+    table.add_column("top-1 %", justify="right")
+    table.add_column("top-5 %", justify="right")
+    for name, teacher in results["teachers"].items():
+        table.add_row(f"teacher {name} ({teacher['model']})", f"{teacher['top1']:.2f}", f"{teacher['top5']:.2f}")
+    for student, accuracy in results["accuracy"].items():
+        table.add_section()
+        for head, top1 in accuracy["top1"].items():
+            emphasis = "bold" if head == "average" else None
+            table.add_row(f"{student}, {head}", f"{top1:.2f}", f"{accuracy['top5'][head]:.2f}", style=emphasis)
+    console = Console(highlight=False)
+    console.print(table)
+    speed = results["images_per_s"]
+    console.print(f"held-out images   {results['eval_images']}")
+    console.print(
+        f"training speed    {f'{speed:.0f} images/s' if speed else 'not measured: no step ran in this process'}"
+    )
+    console.print(f"run folder        {run_dir}", soft_wrap=True)

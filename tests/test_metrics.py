@@ -1,0 +1,93 @@
+import json
+import math
+
+import pytest
+import torch
+
+from cit_scale.metrics import RunLog, RunningMeans, StepClock
+from cit_scale.world import World
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def open_log(folder, step=0):
+    return RunLog(folder, World(), title="t", step=step, total_steps=10)
+
+
+def test_means_are_over_what_came_since_the_last_drain():
+    means = RunningMeans()
+    means.add({"loss": torch.tensor(1.0), "label": torch.tensor(4.0)})
+    means.add({"loss": torch.tensor(3.0), "label": torch.tensor(4.0)})
+    assert means.drain(World()) == {"loss": 2.0, "label": 4.0}
+    means.add({"loss": torch.tensor(7.0), "label": torch.tensor(0.0)})
+    assert means.drain(World()) == {"loss": 7.0, "label": 0.0}
+    assert means.drain(World()) == {}
+
+
+def test_a_resumed_log_drops_the_lines_past_its_step_and_a_torn_last_line(tmp_path):
+    log = open_log(tmp_path)
+    for step in (2, 4, 6):
+        log.record(step, {"loss": float(step)})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    log = open_log(tmp_path, step=4)
+    log.record(6, {"loss": 60.0})
+    log.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2.0), (4, 4.0), (6, 60.0)]
+
+
+def test_a_run_from_the_start_begins_a_new_log(tmp_path):
+    for value in (1.0, 2.0):
+        log = open_log(tmp_path)
+        log.record(2, {"loss": value})
+        log.close()
+    assert [line["loss"] for line in lines(tmp_path)] == [2.0]
+
+
+def test_a_loss_that_is_not_a_number_is_still_valid_json(tmp_path):
+    log = open_log(tmp_path)
+    log.record(1, {"loss": math.nan, "images_per_s": None})
+    log.close()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"step": 1, "loss": "nan", "images_per_s": None}
+
+
+def test_curves_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = open_log(tmp_path)
+    log.record(3, {"loss": 0.5})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = RunLog(
+        tmp_path, World(rank=1, local_rank=1, world_size=2, local_world_size=2), title="t", step=0, total_steps=1
+    )
+    log.record(1, {"loss": 1.0})
+    log.say("hello")
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_throughput_leaves_out_warmup_and_the_time_between_steps(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    clock = StepClock()
+    for step in range(StepClock.WARMUP_STEPS + 4):
+        now += 100  # evaluation, say
+        clock.start()
+        now += 50 if step < StepClock.WARMUP_STEPS else 2
+        if step < StepClock.WARMUP_STEPS:
+            assert clock.images_per_s(64) is None
+        clock.stop()
+    assert clock.images_per_s(64) == pytest.approx(32.0)
