@@ -1,0 +1,383 @@
+"""CiT, the co-advised vision transformer ("Co-advise: Cross Inductive Bias Distillation", CVPR 2022), on timm's
+VisionTransformer. Registered with timm.
+
+    timm.create_model("cit_small_patch16_224")                                    # aligned, teachers conv and inv
+    timm.create_model("cit_tiny_patch16_224", teachers=("conv",), aligned=False)  # one learned token, as in DeiT
+    timm.create_model("cit_tiny_patch16_224", teachers=("conv", "swin"), stems={"swin": "patch"})
+
+Each teacher brings the student a token, which stands behind the class token in the order of the teachers, and a head.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchDropout, get_device_dtype, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from cit_scale.batch import StudentLogits, student_logits_type
+from cit_scale.models.rednet import InvolutionStem, init_convolutions
+
+SIZES = {
+    "cit_tiny_patch16_224": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "cit_small_patch16_224": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "cit_base_patch16_224": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+}
+
+# Options of timm's VisionTransformer that would change what the tokens are, and the value that CiT stands on.
+FIXED_OPTIONS = {
+    "class_token": True,
+    "global_pool": "token",
+    "pos_embed": "learn",
+    "no_embed_class": False,
+    "reg_tokens": 0,
+    "dynamic_img_size": False,
+}
+
+
+class ConvStem(nn.Module):
+    """The convolution teacher's bias: 7x7 stride 2, then two 3x3, all of one width; BatchNorm and ReLU after each.
+
+    Forward: (B, in_chans, H, W) -> (B, num_features, ceil(H / 2), ceil(W / 2)).
+    """
+
+    stride = 2
+
+    def __init__(self, in_chans: int = 3, width: int = 64) -> None:
+        super().__init__()
+        self.num_features = width
+        self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(x)))
+
+
+class PatchStem(nn.Identity):
+    """No bias beyond the patches: the projection sees the pixels, as in a plain ViT. For transformer teachers."""
+
+    stride = 1
+
+    def __init__(self, in_chans: int = 3) -> None:
+        super().__init__()
+        self.num_features = in_chans
+
+
+STEMS = {
+    "conv": ConvStem,
+    "inv": InvolutionStem,
+    "patch": PatchStem,
+}
+
+
+class AlignedEmbed(nn.Module):
+    """Token alignment: each teacher has a stem of its inductive bias and a projection of its features to patches.
+
+    The patch tokens are the sum of the projections. A teacher's token is the mean of its projection over all positions.
+
+    stems: teacher -> kind, a row of STEMS; not empty.
+    Forward: (B, in_chans, H, W) -> (B, T + N, embed_dim), the T teachers' tokens in front of the N patches.
+
+    Stands in the place of timm's PatchEmbed, so the attributes are those that VisionTransformer reads from it.
+    """
+
+    strict_img_size = True
+
+    def __init__(
+        self,
+        stems: Mapping[str, str],
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        dynamic_img_pad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dynamic_img_pad:
+            raise ValueError("dynamic_img_pad=True: an aligned CiT has no padding; choose img_size to fit the patches")
+        self.patch_size = to_2tuple(patch_size)
+        self.set_input_size(img_size)
+        self.stems = nn.ModuleDict()
+        self.projections = nn.ModuleDict()
+        for name, kind in stems.items():
+            stem = STEMS[kind](in_chans)
+            if any(size % stem.stride for size in self.patch_size):
+                raise ValueError(
+                    f"patch_size={self.patch_size} is not a multiple of {stem.stride}, the stride of {name!r}'s stem"
+                )
+            kernel = tuple(size // stem.stride for size in self.patch_size)
+            self.stems[name] = stem
+            self.projections[name] = nn.Conv2d(stem.num_features, embed_dim, kernel, stride=kernel, bias=bias)
+        self.init_weights()
+        self.to(device=device, dtype=dtype)
+
+    def init_weights(self) -> None:
+        """Kaiming-normal convolutions."""
+        init_convolutions(self)
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Expect images of another size from now on. The patch size stays."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            raise ValueError(f"patch_size={patch_size}: the stems were built for patches of {self.patch_size}")
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
+            _check_image_fits_patches(self.img_size, self.patch_size)
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def feat_ratio(self) -> int:
+        """Pixels per patch, along the longer side."""
+        return max(self.patch_size)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches in an image of this size."""
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[2:]) != self.img_size:
+            raise ValueError(f"images are {tuple(images.shape)}, but the model was built for {self.img_size} pixels")
+        features = [self.projections[name](stem(images)) for name, stem in self.stems.items()]  # each (B, C, h, w)
+        patches = [feature.flatten(2).transpose(1, 2) for feature in features]  # each (B, N, C), N = h * w
+        tokens = [patch.mean(1, keepdim=True) for patch in patches]  # each (B, 1, C)
+        return torch.cat([*tokens, sum(patches)], dim=1)
+
+
+class CiT(VisionTransformer):
+    """A vision transformer with a token and a head for each teacher.
+
+    teachers: names, in order; Python identifiers, as they become fields of StudentLogits. None at all make a plain ViT.
+    aligned: each teacher's token comes from a stem of its inductive bias, and the sum of the stems embeds the patches
+    (AlignedEmbed). Otherwise, and without teachers, timm's patch embedding and learned tokens.
+    stems: the kind of stem (a row of STEMS) of each teacher of an aligned model that is not named after its stem.
+    Nobody falls back to a learned token: with a misspelt name the model would train, silently unaligned.
+    vit: what timm's VisionTransformer takes; img_size is a multiple of patch_size, which is even where a stem is.
+
+    Forward, images (B, in_chans, H, W): in training mode StudentLogits(cls, *teachers), each (B, num_classes); in
+    evaluation mode, and after set_distilled_training(False), their average (B, num_classes).
+    A state dict of another image size loads: its position embedding is resampled.
+    Raises ValueError for teachers, stems and sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[str] = ("conv", "inv"),
+        aligned: bool = True,
+        stems: Mapping[str, str] | None = None,
+        weight_init: str = "",
+        **vit: Any,
+    ) -> None:
+        teachers = _checked_teachers(teachers)
+        _check_vit_options(**vit)
+        if aligned and teachers:
+            vit["embed_layer"] = partial(AlignedEmbed, _stem_kinds(teachers, stems or {}))
+        super().__init__(weight_init="skip", **vit)
+
+        factory = get_device_dtype(self)
+        self.teachers = teachers
+        self.logits_type = student_logits_type(teachers)
+        self.distilled_training = True
+        self.num_prefix_tokens = 1 + len(teachers)
+        num_tokens = self.num_prefix_tokens + self.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim, **factory))
+        if isinstance(self.patch_drop, PatchDropout):
+            self.patch_drop.num_prefix_tokens = self.num_prefix_tokens
+        if teachers and not aligned:
+            self.teacher_tokens = nn.Parameter(torch.empty(1, len(teachers), self.embed_dim, **factory))
+        else:
+            self.teacher_tokens = None
+        self.teacher_heads = nn.ModuleDict()
+        self.reset_classifier(self.num_classes)
+        self.register_load_state_dict_pre_hook(_resample_pos_embed)
+
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """timm's initialization of a ViT; learned teacher tokens like the position embedding."""
+        super().init_weights(mode, needs_reset)
+        if self.teacher_tokens is not None:
+            trunc_normal_(self.teacher_tokens, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token", "pos_embed", "teacher_tokens"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {
+            "stem": r"^(?:cls_token|pos_embed|patch_embed|teacher_tokens)",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Whether training mode returns the logits of every head (the default) or their average."""
+        self.distilled_training = enable
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """The heads, in the order of StudentLogits."""
+        return self.head, *self.teacher_heads.values()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Fresh heads for num_classes; 0 leaves the tokens."""
+        if global_pool not in (None, "", "token"):
+            raise ValueError(f"global_pool={global_pool!r}: each head of CiT reads its own token, so 'token'")
+        super().reset_classifier(num_classes)
+        factory = get_device_dtype(self)
+        for name in self.teachers:
+            head = nn.Linear(self.embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+            self.teacher_heads[name] = head.train(self.training)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Learned teacher tokens go where AlignedEmbed puts its own; timm adds the class token and the positions."""
+        if self.teacher_tokens is not None:
+            x = torch.cat([self.teacher_tokens.expand(x.shape[0], -1, -1), x], dim=1)
+        return super()._pos_embed(x)
+
+    def _head_logits(self, features: Tensor) -> StudentLogits:
+        """features: (B, 1 + T + N, C), normalized."""
+        tokens = self.head_drop(features[:, : self.num_prefix_tokens]).unbind(1)
+        heads = self.get_classifier()
+        return self.logits_type(*(head(token) for head, token in zip(heads, tokens, strict=True)))
+
+    def forward_heads(self, images: Tensor) -> StudentLogits:
+        """Logits of every head, in training and evaluation mode alike: StudentLogits, each (B, num_classes)."""
+        return self._head_logits(self.forward_features(images))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> StudentLogits | Tensor:
+        """x: (B, 1 + T + N, C) from forward_features. pre_logits: the average of the heads' tokens, (B, C)."""
+        if pre_logits:
+            return self.head_drop(x[:, : self.num_prefix_tokens]).mean(1)
+        logits = self._head_logits(x)
+        if self.training and self.distilled_training:
+            return logits
+        return torch.stack(tuple(logits)).mean(0)
+
+
+def _check_vit_options(
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int | tuple[int, int] = 16,
+    embed_dim: int = 768,
+    num_heads: int = 12,
+    **options: Any,
+) -> None:
+    for option, value in FIXED_OPTIONS.items():
+        if options.get(option, value) != value:
+            raise ValueError(f"{option}={options[option]!r}: CiT's token per head and per position needs {value!r}")
+    _check_image_fits_patches(to_2tuple(img_size), to_2tuple(patch_size))
+    if embed_dim % num_heads:
+        fits = -(-embed_dim // num_heads) * num_heads
+        raise ValueError(f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}; {fits} is")
+
+
+def _check_image_fits_patches(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    if any(pixels % patch for pixels, patch in zip(img_size, patch_size, strict=True)):
+        fits = tuple(max(pixels // patch, 1) * patch for pixels, patch in zip(img_size, patch_size, strict=True))
+        raise ValueError(f"img_size={img_size} is not a multiple of patch_size={patch_size}; {fits} is")
+
+
+def _checked_teachers(teachers: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(teachers, str):
+        raise ValueError(f"teachers={teachers!r}: a sequence of names, such as ({teachers!r},)")
+    teachers = tuple(teachers)
+    for name in teachers:
+        if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+            raise ValueError(
+                f"teacher {name!r} becomes a field of StudentLogits, so its name is an identifier like 'conv_2'"
+            )
+        if name == "cls" or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"teacher {name!r} needs another name: this one is taken by the class token or by torch")
+    if len(set(teachers)) < len(teachers):
+        raise ValueError(f"teachers={teachers}: each name stands once")
+    return teachers
+
+
+def _stem_kinds(teachers: tuple[str, ...], stems: Mapping[str, str]) -> dict[str, str]:
+    """The kind of stem of each teacher: the one given, otherwise the one it is named after."""
+    strangers = [name for name in stems if name not in teachers]
+    if strangers:
+        raise ValueError(f"stems are given for {strangers}, which are not among the teachers {list(teachers)}")
+    kinds = {name: stems.get(name, name) for name in teachers}
+    for name, kind in kinds.items():
+        if kind not in STEMS:
+            raise ValueError(
+                f"teacher {name!r} of an aligned model has no stem {kind!r}; known: {', '.join(STEMS)}. "
+                f"Say which with stems={{{name!r}: 'conv'}}, or use learned tokens with aligned=False"
+            )
+    return kinds
+
+
+def _resample_pos_embed(model: CiT, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Load hook: bring a position embedding that was made for another grid, a square one, to this model's grid.
+
+    Any other is left for load_state_dict to refuse, such as that of a model with another number of teachers.
+    """
+    key = f"{prefix}pos_embed"
+    if key not in state_dict:
+        return
+    prefix_tokens, grid_size = model.num_prefix_tokens, model.patch_embed.grid_size
+    num_patches = state_dict[key].shape[1] - prefix_tokens
+    is_square = num_patches > 0 and math.isqrt(num_patches) ** 2 == num_patches
+    if is_square and num_patches != model.patch_embed.num_patches:
+        state_dict[key] = resample_abs_pos_embed(state_dict[key], grid_size, num_prefix_tokens=prefix_tokens)
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": ("patch_embed.stems.conv.conv1", "patch_embed.stems.inv.conv1"),
+        "classifier": ("head", "teacher_heads.conv", "teacher_heads.inv"),
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _cfg() for name in SIZES})
+
+
+def _create_cit(name: str, pretrained: bool, **kwargs: Any) -> CiT:
+    features = {"out_indices": 3, "feature_cls": "getter"}
+    return build_model_with_cfg(CiT, name, pretrained, feature_cfg=features, **{**SIZES[name], **kwargs})
+
+
+@register_model
+def cit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> CiT:
+    """CiT-Ti: 7.6 M parameters with two aligned teachers."""
+    return _create_cit("cit_tiny_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def cit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> CiT:
+    """CiT-S: 25.8 M parameters with two aligned teachers."""
+    return _create_cit("cit_small_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def cit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> CiT:
+    """CiT-B: 93.9 M parameters with two aligned teachers."""
+    return _create_cit("cit_base_patch16_224", pretrained, **kwargs)

@@ -1,0 +1,134 @@
+"""A timm model as the trainer hosts it: images in [0, 1] in, logits by head out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+import cit_scale.models  # noqa: F401  registers ours with timm
+from cit_scale.batch import StudentLogits, student_logits_type
+from cit_scale.config import ConfigError
+from cit_scale.models.released import convert
+
+
+class Network(nn.Module):
+    """Normalises images for its model and names the model's logits.
+
+    A model that has ``forward_heads`` (a CiT) answers by head, in training and evaluation; any other as ``cls`` alone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._single_head = student_logits_type(())  # looked up here: torch.compile does not trace a cached function
+        statistics = model.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> StudentLogits:
+        """images: (B, 3, H, W) in [0, 1]. Each field of the answer: (B, K)."""
+        # Channels last: at 32 pixels on two CPU cores a training step of the small RedNet takes 0.48 of the time, of
+        # RegNetY-200MF 0.82, of the small CiT 0.88; GPUs' low-precision convolutions want it too.
+        normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        if hasattr(self.model, "forward_heads"):
+            return self.model.forward_heads(normalised)
+        return self._single_head(self.model(normalised))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the model itself exempts from weight decay."""
+        exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        return {f"model.{name}" for name in exempt}
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """``cls``, then the teachers' names."""
+        return ("cls", *getattr(self.model, "teachers", ()))
+
+
+def build_network(
+    name: str,
+    kwargs: Mapping[str, Any],
+    *,
+    num_classes: int,
+    image_size: int,
+    teachers: tuple[str, ...] = (),
+) -> Network:
+    """A freshly initialised network, or a ConfigError that names the mistake.
+
+    name, kwargs: timm.create_model's. teachers: names of the tokens and heads that a CiT gets.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:8] or timm.list_models(module="cit")
+        raise ConfigError(f"no model is called {name!r}; among those that are: {', '.join(near)}")
+    is_cit = timm.models.is_model_in_modules(name, ["cit"])
+    if teachers and not is_cit:
+        raise ConfigError(
+            f"{name} has no token for a teacher, but the teachers {', '.join(teachers)} are to advise it; "
+            f"choose one of {', '.join(timm.list_models(module='cit'))} or drop the teachers"
+        )
+    arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
+    if is_cit:
+        arguments = {"teachers": teachers, **arguments}
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        arguments = {"img_size": image_size, **arguments}
+    try:
+        return Network(timm.create_model(name, **arguments))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"timm.create_model({name!r}, {_spelled(arguments)}) refuses: {error}") from error
+
+
+def _spelled(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a safetensors file, or in a PyTorch file, which may hold nothing but weights."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own exceptions for a damaged file
+        raise ConfigError(f"weights {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    return state
+
+
+def load_weights(network: Network, path: str | Path) -> None:
+    """Fill the network's model. Position embeddings of another image size are resampled; the rest must fit exactly."""
+    state = read_weights(path)
+    model = network.model
+    if type(model).__module__.startswith("cit_scale."):
+        try:
+            state = convert(state)  # the authors' names, where the file has them
+        except ValueError as error:
+            raise ConfigError(f"weights {path} do not fit: {error}") from error
+    name = _classifier(model)
+    head = model.get_submodule(name)
+    found = state.get(f"{name}.weight")
+    if found is not None and found.shape[0] != head.out_features:
+        raise ConfigError(
+            f"weights {path} answer {found.shape[0]} classes, the data set has {head.out_features}; "
+            f"use weights trained on this data set, or give a recipe that trains them"
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"weights {path} do not fit: {' '.join(str(error).split())[:400]}") from error
+
+
+def _classifier(model: nn.Module) -> str:
+    """The classifier's name; the first where there are several (timm's convention: a string or a tuple of them)."""
+    classifier = model.pretrained_cfg["classifier"]
+    return classifier if isinstance(classifier, str) else classifier[0]

@@ -1,0 +1,248 @@
+"""RedNet: ResNet whose 3x3 convolutions are 7x7 involutions (Involution, CVPR 2021). Registered with timm.
+
+    timm.create_model("rednet101", num_classes=1000)
+    timm.create_model("rednet26", layers=(1, 1, 1, 1), base_width=32, stem_width=16, num_classes=10)
+
+The second is a small one, for small images.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import create_classifier, get_device_dtype
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from cit_scale.models.involution import Involution2d
+
+# Bottlenecks in each of the four stages.
+LAYERS = {
+    "rednet26": (1, 2, 4, 1),
+    "rednet38": (2, 3, 5, 2),
+    "rednet50": (3, 4, 6, 3),
+    "rednet101": (3, 4, 23, 3),
+    "rednet152": (3, 8, 36, 3),
+}
+
+
+def init_convolutions(network: nn.Module) -> None:
+    """Kaiming-normal weights and zero biases in every convolution of the network."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class InvolutionStem(nn.Module):
+    """RedNet's stem up to its max pooling: 3x3 stride 2 to width, 3x3 involution, 3x3 to 2 x width; BatchNorm and ReLU
+    after each.
+
+    Forward: (B, in_chans, H, W) -> (B, num_features, ceil(H / 2), ceil(W / 2)).
+    """
+
+    stride = 2
+
+    def __init__(self, in_chans: int = 3, width: int = 32) -> None:
+        super().__init__()
+        self.num_features = 2 * width
+        self.conv1 = nn.Conv2d(in_chans, width, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = Involution2d(width, kernel_size=3)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, self.num_features, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(self.num_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(x)))
+
+
+class Bottleneck(nn.Module):
+    """ResNet's bottleneck with a 7x7 involution, which carries the stride, in the middle.
+
+    Forward: (B, in_chans, H, W) -> (B, 4 x width, ceil(H / stride), ceil(W / stride)).
+    """
+
+    expansion = 4
+
+    def __init__(self, in_chans: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        out_chans = width * self.expansion
+        self.conv1 = nn.Conv2d(in_chans, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = Involution2d(width, kernel_size=7, stride=stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_chans, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_chans)
+        if stride > 1 or in_chans != out_chans:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_chans, out_chans, 1, stride=stride, bias=False), nn.BatchNorm2d(out_chans)
+            )
+        else:
+            self.downsample = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return F.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+def _stage(in_chans: int, width: int, depth: int, stride: int) -> nn.Sequential:
+    out_chans = width * Bottleneck.expansion
+    first = Bottleneck(in_chans, width, stride)
+    return nn.Sequential(first, *(Bottleneck(out_chans, width) for _ in range(depth - 1)))
+
+
+class RedNet(nn.Module):
+    """RedNet under timm's contract for image models.
+
+    layers: bottlenecks in each of the four stages.
+    base_width: width of the first stage's bottlenecks. Each stage doubles it and gives out four times its own.
+    stem_width: width of the stem, which gives out twice as much. Both are multiples of 16, the channels that share an
+    involution kernel; ValueError otherwise.
+    drop_rate: dropout before the classifier.
+
+    Forward: (B, in_chans, H, W) -> (B, num_classes); 32 pixels become one position of the last feature map.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, int, int, int],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        base_width: int = 64,
+        stem_width: int = 32,
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(layers) != 4 or min(layers) < 1:
+            raise ValueError(f"layers={tuple(layers)}: RedNet has four stages with at least one bottleneck each")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        widths = tuple(base_width * 2**stage for stage in range(4))
+        outputs = tuple(width * Bottleneck.expansion for width in widths)
+        self.stem = InvolutionStem(in_chans, stem_width)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = _stage(self.stem.num_features, widths[0], layers[0], stride=1)
+        self.layer2 = _stage(outputs[0], widths[1], layers[1], stride=2)
+        self.layer3 = _stage(outputs[1], widths[2], layers[2], stride=2)
+        self.layer4 = _stage(outputs[2], widths[3], layers[3], stride=2)
+        self.feature_info = [
+            {"num_chs": self.stem.num_features, "reduction": 2, "module": "stem"},
+            *(
+                {"num_chs": output, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"}
+                for stage, output in enumerate(outputs)
+            ),
+        ]
+        self.num_features = outputs[-1]
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.init_weights()
+        self.to(device=device, dtype=dtype)
+
+    def init_weights(self) -> None:
+        """Kaiming-normal convolutions; each residual branch starts at zero."""
+        init_convolutions(self)
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier for num_classes; 0 leaves the pooled features."""
+        factory = get_device_dtype(self)
+        self.num_classes = num_classes
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool_type, **factory)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up."""
+        x = self.maxpool(self.stem(x))
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        if self.grad_checkpointing:
+            return checkpoint_seq(stages, x, flatten=True)
+        for stage in stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, num_features, h, w) -> (B, num_classes), or the pooled features before the classifier."""
+        x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _cfg() for name in LAYERS})
+
+
+def _create_rednet(name: str, pretrained: bool, **kwargs: Any) -> RedNet:
+    return build_model_with_cfg(RedNet, name, pretrained, **{"layers": LAYERS[name], **kwargs})
+
+
+@register_model
+def rednet26(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-26: 9.2 M parameters."""
+    return _create_rednet("rednet26", pretrained, **kwargs)
+
+
+@register_model
+def rednet38(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-38: 12.4 M parameters."""
+    return _create_rednet("rednet38", pretrained, **kwargs)
+
+
+@register_model
+def rednet50(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-50: 15.5 M parameters."""
+    return _create_rednet("rednet50", pretrained, **kwargs)
+
+
+@register_model
+def rednet101(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-101: 25.7 M parameters."""
+    return _create_rednet("rednet101", pretrained, **kwargs)
+
+
+@register_model
+def rednet152(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-152: 34.0 M parameters."""
+    return _create_rednet("rednet152", pretrained, **kwargs)

@@ -1,0 +1,105 @@
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from cit_scale.config import ConfigError
+from cit_scale.models.network import build_network, load_weights, read_weights
+
+SMALL_CIT = {"depth": 1, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
+
+
+def small_cit(**changes):
+    arguments = {"num_classes": 5, "image_size": 32, "teachers": ("conv", "inv")} | changes
+    return build_network("cit_tiny_patch16_224", SMALL_CIT, **arguments).eval()
+
+
+def test_a_network_normalises_with_its_own_models_statistics():
+    network = build_network("resnet18", {}, num_classes=5, image_size=32).eval()
+    images = torch.rand(2, 3, 32, 32)
+    mean = torch.tensor(network.model.pretrained_cfg["mean"]).view(3, 1, 1)
+    std = torch.tensor(network.model.pretrained_cfg["std"]).view(3, 1, 1)
+    torch.testing.assert_close(network(images).cls, network.model((images - mean) / std))
+
+
+def test_a_plain_model_answers_with_one_head_and_a_cit_with_one_per_teacher():
+    images = torch.rand(2, 3, 32, 32)
+    plain = build_network("resnet18", {}, num_classes=5, image_size=32).eval()
+    assert plain(images)._fields == plain.heads == ("cls",)
+    cit = small_cit()
+    assert cit(images)._fields == cit.heads == ("cls", "conv", "inv")
+    assert all(logits.shape == (2, 5) for logits in cit(images))
+
+
+def test_statistics_are_no_part_of_the_weights():
+    assert all(name.startswith("model.") for name in small_cit().state_dict())
+
+
+def test_tokens_and_position_embedding_are_exempt_from_weight_decay():
+    assert {"model.cls_token", "model.pos_embed"} <= small_cit().no_weight_decay()
+
+
+def test_weights_survive_a_file(tmp_path):
+    network, other = small_cit(), small_cit()
+    save_file(network.model.state_dict(), tmp_path / "w.safetensors")
+    load_weights(other, tmp_path / "w.safetensors")
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(network(images), other(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+def test_pytorch_files_are_read_bare_or_wrapped(tmp_path, wrapper):
+    state = small_cit().model.state_dict()
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth").keys() == state.keys()
+
+
+def test_weights_of_another_image_size_are_resampled(tmp_path):
+    save_file(small_cit().model.state_dict(), tmp_path / "w.safetensors")
+    larger = small_cit(image_size=64)
+    load_weights(larger, tmp_path / "w.safetensors")
+    assert larger.model.pos_embed.shape == (1, 3 + 64, 48)
+
+
+def test_a_planted_object_does_not_run(tmp_path):
+    class Planted:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "mark"), "w"))
+
+    torch.save({"model": Planted()}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_weights(tmp_path / "w.pth")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_missing_damaged_and_foreign_weights_are_refused_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="do not exist"):
+        read_weights(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_weights(tmp_path / "bad.safetensors")
+    save_file(timm.create_model("resnet18", num_classes=5).state_dict(), tmp_path / "resnet.safetensors")
+    with pytest.raises(ConfigError) as error:
+        load_weights(small_cit(), tmp_path / "resnet.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_class_count_are_refused_with_both_counts(tmp_path):
+    save_file(small_cit(num_classes=7).model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match=r"answer 7 classes, the data set has 5"):
+        load_weights(small_cit(), tmp_path / "w.safetensors")
+
+
+def test_an_unknown_model_is_answered_with_known_ones():
+    with pytest.raises(ConfigError, match=r"no model is called 'cit_tinny'.*cit_tiny_patch16_224"):
+        build_network("cit_tinny", {}, num_classes=5, image_size=32)
+
+
+def test_a_model_without_teacher_tokens_cannot_be_advised():
+    with pytest.raises(ConfigError, match=r"resnet18 has no token.*cit_base_patch16_224"):
+        build_network("resnet18", {}, num_classes=5, image_size=32, teachers=("conv",))
+
+
+def test_a_wrong_argument_of_a_model_is_one_line():
+    with pytest.raises(ConfigError, match=r"timm\.create_model\('resnet18'.*depht"):
+        build_network("resnet18", {"depht": 3}, num_classes=5, image_size=32)
