@@ -1,0 +1,259 @@
+"""Every random number of a training image's augmentation, as a pure function of (seed, epoch, sample, repeat).
+
+A counter-based generator makes them: word j of a sample is Philox4x32-10 at counter (j // 4, repeat, sample, epoch)
+under the key `seed`. So no draw depends on which samples stand beside it, on which rank draws it, or on what was drawn
+before. The distributions are timm's: RandomResizedCropAndInterpolation, flip, RandAugment, RandomErasing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+# --- The generator ---
+
+
+def philox(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    counter: four arrays of 32-bit words that broadcast together to some shape. key: two 32-bit words.
+    Returns (4, *shape) uint64, each below 2**32.
+    """
+    mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
+    k0, k1 = key
+    for _ in range(10):
+        left, right = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)  # 32 x 32 bits fit in 64
+        c0, c1 = (right >> shift) ^ c1 ^ np.uint64(k0), right & mask
+        c2, c3 = (left >> shift) ^ c3 ^ np.uint64(k1), left & mask
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack((c0, c1, c2, c3))
+
+
+def random_words(seed: int, epoch: int, samples: np.ndarray, repeats: np.ndarray, num_words: int) -> np.ndarray:
+    """(num_words, B) uint64, each below 2**32. samples, repeats: (B,). Raises ValueError for a seed outside 64 bits."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} is not a 64-bit number; use one from 0 to {2**64 - 1}")
+    blocks = np.arange(-(-num_words // 4))[:, None]
+    words = philox((blocks, repeats, samples, np.asarray(epoch)), (seed & 0xFFFFFFFF, seed >> 32))  # (4, blocks, B)
+    # One contiguous row per word, at any batch size: numpy has a fast loop for contiguous memory and another one for
+    # strided memory, and where their last bits differ the size of the batch must not choose between them.
+    return words.swapaxes(0, 1).reshape(-1, words.shape[-1])[:num_words]
+
+
+# Which words of a sample each decision reads. Moving one changes the pictures of every run.
+CROP_AREA, CROP_RATIO = slice(0, 10), slice(10, 20)  # ten tries
+CROP_Y, CROP_X = 20, 21
+FLIP = 22
+ERASE = 23
+ERASE_AREA, ERASE_RATIO = slice(24, 34), slice(34, 44)  # ten tries
+ERASE_Y, ERASE_X = 44, 45
+ERASE_KEY = slice(46, 48)
+LAYERS = 48  # from here on, per RandAugment layer: which, whether, sign, and two for the magnitude
+WORDS_PER_LAYER = 5
+
+# --- RandAugment ---
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """RandAugment as timm parametrises it; the defaults are those of timm's notation."""
+
+    magnitude: float = 10.0
+    """0 (none) to 10 (full)."""
+
+    magnitude_std: float = 0.0
+    """Standard deviation of the magnitude, which is then clipped to [0, 10]."""
+
+    increasing: bool = False
+    """Take the variants that grow stronger with the magnitude."""
+
+    num_layers: int = 2
+    """Operations drawn per image, with replacement."""
+
+    prob: float = 0.5
+    """Probability that a drawn operation is applied."""
+
+
+def parse_randaugment(text: str) -> RandAugment:
+    """Read timm's notation, such as 'rand-m9-mstd0.5-inc1'. Raises ValueError naming the part that cannot be read."""
+    readers = {
+        "m": ("magnitude", "10|[0-9]", float),
+        "mstd": ("magnitude_std", r"\d+(?:\.\d+)?", float),
+        "inc": ("increasing", "[01]", lambda digit: digit == "1"),
+        "n": ("num_layers", r"[1-9]\d?", int),
+        "p": ("prob", r"0(?:\.\d+)?|1(?:\.0+)?", float),
+    }
+    kind, *parts = text.split("-")
+    unreadable = [] if kind == "rand" else [kind]
+    options = {}
+    for part in parts:
+        key = re.match("[a-z]*", part)[0]
+        name, pattern, read = readers.get(key, ("", "(?!)", str))  # an unknown key matches nothing
+        if re.fullmatch(pattern, part[len(key) :]):
+            options[name] = read(part[len(key) :])
+        else:
+            unreadable.append(part)
+    if unreadable:
+        raise ValueError(
+            f"randaugment={text!r}: cannot read {', '.join(map(repr, unreadable))}; write rand followed by any of "
+            f"-m0..10 (magnitude), -mstd0.5 (its deviation), -inc0 or 1, -n2 (layers), -p0..1 (probability of each), "
+            f"or null for none"
+        )
+    return RandAugment(**options)
+
+
+# The argument of each operation from its level = magnitude / 10 and its sign = -1 or 1, in timm's order.
+OPERATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "auto_contrast": lambda level, sign: 0 * level,
+    "equalize": lambda level, sign: 0 * level,
+    "invert": lambda level, sign: 0 * level,
+    "rotate": lambda level, sign: 30 * level * sign,  # degrees, counter-clockwise
+    "posterize": lambda level, sign: np.floor(4 * level),  # bits kept
+    "solarize": lambda level, sign: np.floor(256 * level),  # values from here on are inverted
+    "solarize_add": lambda level, sign: np.floor(110 * level),  # added to values below 128
+    "color": lambda level, sign: 0.1 + 1.8 * level,  # of the four enhancements, 1 is no change
+    "contrast": lambda level, sign: 0.1 + 1.8 * level,
+    "brightness": lambda level, sign: 0.1 + 1.8 * level,
+    "sharpness": lambda level, sign: 0.1 + 1.8 * level,
+    "shear_x": lambda level, sign: 0.3 * level * sign,
+    "shear_y": lambda level, sign: 0.3 * level * sign,
+    "translate_x": lambda level, sign: 0.45 * level * sign,  # share of the width
+    "translate_y": lambda level, sign: 0.45 * level * sign,  # share of the height
+}
+INCREASING_OPERATIONS = OPERATIONS | {
+    "posterize": lambda level, sign: 4 - np.floor(4 * level),
+    "solarize": lambda level, sign: 256 - np.floor(256 * level),
+    "color": lambda level, sign: np.maximum(0.1, 1 + 0.9 * level * sign),
+    "contrast": lambda level, sign: np.maximum(0.1, 1 + 0.9 * level * sign),
+    "brightness": lambda level, sign: np.maximum(0.1, 1 + 0.9 * level * sign),
+    "sharpness": lambda level, sign: np.maximum(0.1, 1 + 0.9 * level * sign),
+}
+IDENTITY = len(OPERATIONS)  # what a layer does that is not applied
+
+
+def _draw_layer(uniforms: np.ndarray, options: RandAugment) -> tuple[np.ndarray, np.ndarray]:
+    """One RandAugment layer from its (5, B) uniforms: operations (B,), arguments (B,)."""
+    which, whether, side, radius, angle = uniforms
+    operations = (which * len(OPERATIONS)).astype(np.int32)
+    normals = np.sqrt(-2 * np.log(1 - radius)) * np.cos(2 * np.pi * angle)  # Box and Muller
+    levels = np.clip(options.magnitude + options.magnitude_std * normals, 0, 10) / 10
+    signs = np.where(side < 0.5, 1.0, -1.0)
+    table = INCREASING_OPERATIONS if options.increasing else OPERATIONS
+    arguments = np.stack([argument(levels, signs) for argument in table.values()])  # (15, B)
+    arguments = arguments[operations, np.arange(len(operations))]
+    return np.where(whether < options.prob, operations, IDENTITY), arguments
+
+
+# --- Crop and erasing boxes ---
+
+
+def _first_that(fits: np.ndarray, *tries: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of each array of tries (10, B), the first that fits: (B,). Where none does, the first."""
+    first = fits.argmax(axis=0), np.arange(fits.shape[1])
+    return tuple(values[first] for values in tries)
+
+
+def _draw_crop(
+    uniforms: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> np.ndarray:
+    """(B, 4): y, x, height, width. Ten tries, then the largest central crop whose ratio is allowed."""
+    areas = (scale[0] + (scale[1] - scale[0]) * uniforms[CROP_AREA]) * (heights * widths)
+    low, high = np.log(ratio)
+    ratios = np.exp(low + (high - low) * uniforms[CROP_RATIO])
+    h, w = np.rint(np.sqrt(areas / ratios)), np.rint(np.sqrt(areas * ratios))
+    fits = (h > 0) & (h <= heights) & (w > 0) & (w <= widths)
+    h, w = _first_that(fits, h, w)
+    y, x = np.floor(uniforms[CROP_Y] * (heights - h + 1)), np.floor(uniforms[CROP_X] * (widths - w + 1))
+
+    central_h = np.where(widths < ratio[0] * heights, np.rint(widths / ratio[0]), heights)
+    central_w = np.where(widths > ratio[1] * heights, np.rint(heights * ratio[1]), widths)
+    central = np.stack(((heights - central_h) // 2, (widths - central_w) // 2, central_h, central_w))
+    return np.where(fits.any(axis=0), np.stack((y, x, h, w)), central).T
+
+
+def _draw_erasing(uniforms: np.ndarray, image_size: int, prob: float) -> np.ndarray:
+    """(B, 4): y, x, height, width; zeros where nothing is erased.
+
+    2 % to 1/3 of the area, height / width from 0.3 to 1 / 0.3; ten tries, then nothing.
+    """
+    areas = (0.02 + (1 / 3 - 0.02) * uniforms[ERASE_AREA]) * image_size**2
+    low, high = np.log((0.3, 1 / 0.3))
+    ratios = np.exp(low + (high - low) * uniforms[ERASE_RATIO])
+    h, w = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (h < image_size) & (w < image_size)
+    h, w = _first_that(fits, h, w)
+    y, x = np.floor(uniforms[ERASE_Y] * (image_size - h + 1)), np.floor(uniforms[ERASE_X] * (image_size - w + 1))
+    return np.where(fits.any(axis=0) & (uniforms[ERASE] < prob), np.stack((y, x, h, w)), 0).T
+
+
+# --- All of it ---
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The augmentation of B images, as numbers. L is the number of RandAugment layers, 0 without RandAugment."""
+
+    crop: np.ndarray
+    """(B, 4) int32: y, x, height, width in pixels of the decoded image."""
+
+    flip: np.ndarray
+    """(B,) bool: mirror left and right."""
+
+    operations: np.ndarray
+    """(L, B) int32: a row of OPERATIONS, or IDENTITY."""
+
+    arguments: np.ndarray
+    """(L, B) float32: in the operation's own unit."""
+
+    erasing: np.ndarray
+    """(B, 4) int32: y, x, height, width in pixels of the finished image; zeros where nothing is erased."""
+
+    erasing_key: np.ndarray
+    """(B,) uint64: the seed of the noise that fills the box."""
+
+
+def draw(
+    seed: int,
+    epoch: int,
+    samples: np.ndarray,
+    repeats: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    *,
+    image_size: int,
+    crop_scale: tuple[float, float],
+    crop_ratio: tuple[float, float],
+    flip_prob: float,
+    randaugment: RandAugment | None,
+    erase_prob: float,
+) -> Draw:
+    """Draw the augmentation of B images.
+
+    samples, repeats, heights, widths: (B,) integers; heights and widths in pixels of the decoded images. image_size:
+    height and width of the finished ones. The other options are AugmentConfig's.
+    """
+    num_layers = randaugment.num_layers if randaugment else 0
+    words = random_words(seed, epoch, samples, repeats, LAYERS + WORDS_PER_LAYER * num_layers)
+    uniforms = words * 2.0**-32  # in [0, 1)
+    operations = np.zeros((num_layers, len(samples)), np.int32)
+    arguments = np.zeros((num_layers, len(samples)), np.float32)
+    for layer in range(num_layers):
+        start = LAYERS + WORDS_PER_LAYER * layer
+        operations[layer], arguments[layer] = _draw_layer(uniforms[start : start + WORDS_PER_LAYER], randaugment)
+    low, high = words[ERASE_KEY]
+    return Draw(
+        crop=_draw_crop(uniforms, heights, widths, crop_scale, crop_ratio).astype(np.int32),
+        flip=uniforms[FLIP] < flip_prob,
+        operations=operations,
+        arguments=arguments,
+        erasing=_draw_erasing(uniforms, image_size, erase_prob).astype(np.int32),
+        erasing_key=low | high << np.uint64(32),
+    )

@@ -1,0 +1,94 @@
+"""The order of samples: a pure function that every rank cuts the same way."""
+
+import numpy as np
+import pytest
+
+from cit_scale.data.order import Cursor, epoch_order, permutation, rank_slice, steps_per_epoch
+
+
+def global_batch(order, samples_seen, global_batch_size, micro_batch_size, world_size):
+    """positions, samples, repeats of one global batch, put together from what each rank takes."""
+    shares = [
+        rank_slice(order, samples_seen, global_batch_size, micro_batch_size, rank, world_size)
+        for rank in range(world_size)
+    ]
+    return [
+        np.concatenate([getattr(share, name).ravel() for share in shares])
+        for name in ("positions", "samples", "repeats")
+    ]
+
+
+def test_an_epoch_holds_every_sample_once():
+    samples, repeats = epoch_order(1000, seed=3, epoch=5)
+    assert sorted(samples) == list(range(1000))
+    assert not repeats.any()
+
+
+def test_the_order_is_the_same_on_every_machine_and_version():
+    """Recorded once: a change here is a change of every run's data, and of all stored teacher logits."""
+    assert epoch_order(8, seed=0, epoch=0)[0].tolist() == [6, 4, 2, 7, 3, 5, 0, 1]
+    assert epoch_order(8, seed=7, epoch=2)[0].tolist() == [7, 1, 3, 2, 4, 5, 6, 0]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [tuple(epoch_order(50, seed, epoch)[0]) for seed in range(4) for epoch in range(4)]
+    assert len(set(orders)) == 16  # in particular (1, 2) and (2, 1): seeds are combined, not added
+
+
+def test_every_sample_comes_first_equally_often():
+    first = np.bincount([permutation(10, trial)[0] for trial in range(4000)], minlength=10)
+    assert abs(first - 400).max() < 5 * np.sqrt(400 * 0.9)
+
+
+def test_repeated_augmentation_puts_repetitions_side_by_side_and_keeps_the_epochs_length():
+    samples, repeats = epoch_order(10, seed=0, epoch=0, repeats=3)
+    once = epoch_order(10, seed=0, epoch=0)[0]
+    assert samples.tolist() == [once[0]] * 3 + [once[1]] * 3 + [once[2]] * 3 + [once[3]]
+    assert repeats.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+
+
+def test_repeats_below_one_are_refused():
+    with pytest.raises(ValueError, match=r"repeats=0.*1 or more"):
+        epoch_order(10, seed=0, epoch=0, repeats=0)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 24), (1, 4), (2, 12), (2, 3), (3, 8), (4, 2)])
+def test_every_rank_layout_sees_the_same_global_batch(world_size, micro_batch_size):
+    order = epoch_order(100, seed=1, epoch=0, repeats=3)
+    positions, samples, repeats = global_batch(order, 48, 24, micro_batch_size, world_size)
+    assert positions.tolist() == list(range(24))
+    assert samples.tolist() == order[0][48:72].tolist()
+    assert repeats.tolist() == order[1][48:72].tolist()
+
+
+def test_a_rank_owns_one_stretch_of_positions_and_its_micro_steps_cut_it_in_order():
+    order = epoch_order(100, seed=1, epoch=0)
+    share = rank_slice(order, 0, global_batch_size=24, micro_batch_size=4, rank=1, world_size=3)
+    assert share.positions.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def test_a_global_batch_that_micro_batches_do_not_fill_is_refused_with_the_next_that_is_filled():
+    order = epoch_order(100, seed=1, epoch=0)
+    with pytest.raises(ValueError, match=r"global_batch_size=20 .* 4 x 3 = 12; the next one that is: 24"):
+        rank_slice(order, 0, global_batch_size=20, micro_batch_size=4, rank=0, world_size=3)
+
+
+def test_the_incomplete_last_batch_is_dropped():
+    assert steps_per_epoch(100, 24) == 4
+    assert steps_per_epoch(96, 24) == 4
+
+
+def test_a_set_smaller_than_a_global_batch_is_refused_with_the_largest_that_fits():
+    with pytest.raises(ValueError, match=r"23 training images .* global batch of 24.* at most 23"):
+        steps_per_epoch(23, 24)
+
+
+def test_a_cursor_and_its_step_lead_to_each_other():
+    assert Cursor.at_step(9, num_samples=100, global_batch_size=24) == Cursor(epoch=2, samples_seen=24)
+    for step in range(12):
+        assert Cursor.at_step(step, 100, 24).step(100, 24) == step
+
+
+def test_a_cursor_of_another_global_batch_size_is_refused():
+    with pytest.raises(ValueError, match="samples_seen=24 is not a multiple of global_batch_size=16"):
+        Cursor(epoch=0, samples_seen=24).step(100, 16)
