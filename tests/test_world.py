@@ -1,6 +1,8 @@
 import pytest
+import torch
+from ranks import run_on_ranks
 
-from cit_scale.world import World
+from cit_scale.world import World, agree_any, broadcast, first_on_each_node, sum_over_ranks
 
 
 def test_a_process_without_a_launcher_is_alone():
@@ -49,3 +51,42 @@ def test_half_an_environment_is_refused_with_what_is_missing():
 def test_a_rank_beyond_the_world_is_refused():
     with pytest.raises(ValueError, match=r"rank=4 of world_size=4"):
         World(rank=4, local_rank=0, world_size=4, local_world_size=4)
+
+
+def collectives(world):
+    summed = sum_over_ranks(world, torch.tensor([1.0, 10.0 * world.rank])).tolist()
+    return broadcast(world, f"from {world.rank}"), agree_any(world, world.rank == 1), agree_any(world, False), summed
+
+
+def test_collectives_answer_alike_on_every_rank():
+    assert run_on_ranks(2, collectives) == [("from 0", True, False, [2.0, 10.0])] * 2
+    assert collectives(World()) == ("from 0", False, False, [1.0, 0.0])
+
+
+def fill_then_read(world, path):
+    def function():
+        found = path.exists()
+        path.touch()
+        return found
+
+    return first_on_each_node(world, function)
+
+
+def test_one_rank_fills_the_cache_before_the_others_look(tmp_path):
+    assert run_on_ranks(2, fill_then_read, tmp_path / "cache") == [False, True]
+
+
+def fail_on_rank(world, failing):
+    def function():
+        if world.rank == failing:
+            raise ValueError(f"no data on rank {failing}")
+
+    try:
+        first_on_each_node(world, function)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_of_one_rank_is_raised_on_all(failing):
+    assert run_on_ranks(2, fail_on_rank, failing) == [f"no data on rank {failing}"] * 2

@@ -1,0 +1,97 @@
+"""What an engine is: it hosts the student and owns accumulation, precision, clipping and the finite check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cit_scale.batch import StudentLogits
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did.
+
+    grad_norm: L2 norm over all parameters, before clipping, of the whole job's mean gradient; inf or nan if skipped.
+    skipped: the gradient was not finite, and nothing was changed: weights, moments, buffers, moving average.
+    """
+
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """One update is ``micro_steps`` times ``forward`` and ``backward``, then one ``step``.
+
+    ``backward`` takes a loss that is a mean over this rank's micro-batch; the engine divides by ``micro_steps`` and
+    averages over ranks, so that the update is the one of the whole global batch.
+
+    Evaluation goes through ``forward`` too, between two updates, after ``module.eval()`` and under ``torch.no_grad()``,
+    with the same number of calls on every rank: a sharded module cannot be called by itself.
+    """
+
+    module: nn.Module
+    micro_steps: int
+
+    def forward(self, images: Tensor) -> StudentLogits:
+        """images: (B, 3, H, W) in [0, 1]. Under autocast where the precision asks for it; logits are float32."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Collective. Add this micro-batch's gradient."""
+
+    def step(self, lr: float) -> StepResult:
+        """Collective. Check, clip, update with learning rate ``lr``, clear the gradients.
+
+        Reads one number from the device: whether the gradient is finite has to be known before the update.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Collective. On rank 0 a copy of the whole training state on the CPU, elsewhere empty. Between two updates.
+
+        Keys: ``weight/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` for each parameter and ``ema/NAME`` where an
+        average is kept (float32, the parameter's own shape), ``buffer/NAME`` for each buffer of the state dict, and
+        ``optimizer_step`` (the number of updates applied, int64 scalar). The same for every engine, stage and world
+        size.
+        """
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Collective. Every rank passes the whole state, as ``state`` returned it. ConfigError if it does not fit."""
+
+
+class Hosted(nn.Module):
+    """A network with its precision: its forward pass under bf16 autocast where asked for, its logits in float32.
+
+    Autocast is entered in here, below whatever wraps this module: on a GPU DeepSpeed switches off, with one line in the
+    log, an autocast that it finds around its engine.
+    """
+
+    def __init__(self, network: nn.Module, precision: Literal["float32", "bf16"], device: torch.device) -> None:
+        super().__init__()
+        self.network = network.to(device)
+        self._bf16 = precision == "bf16"
+        self._device_type = device.type
+
+    def forward(self, images: Tensor) -> StudentLogits:
+        """images: (B, 3, H, W) in [0, 1]."""
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
+            logits = self.network(images)
+        return type(logits)(*(head.float() for head in logits))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> float:
+    """Scale the gradients down to a global L2 norm of ``clip_norm``. Returns the norm before.
+
+    A clip_norm of 0 leaves them alone, and so does a norm that is not finite.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    total_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    grad_norm = total_norm.item()
+    if clip_norm > 0 and math.isfinite(grad_norm):
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, total_norm)
+    return grad_norm

@@ -1,0 +1,47 @@
+"""From a configuration to an engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cit_scale.config import ConfigError, RunConfig, plan_batches
+from cit_scale.engines.base import Engine
+from cit_scale.world import World
+
+
+def check_engine(config: RunConfig, world: World) -> None:
+    """Raise ConfigError for what ``build_engine`` would refuse, before there is a network."""
+    engine = config.engine
+    if engine.precision == "bf16" and world.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise ConfigError(
+            f"engine.precision=bf16, but {torch.cuda.get_device_name(world.device)} has no bfloat16; set it to float32"
+        )
+    if engine.name == "plain" and world.world_size > 1:
+        raise ConfigError(
+            f"engine.name=plain is for one process and there are {world.world_size}; set engine.name=zero"
+        )
+    if engine.name == "zero":
+        from cit_scale.engines.zero import read_ds_config
+
+        read_ds_config(config, world.world_size, plan_batches(config, world.world_size).micro_steps)
+
+
+def build_engine(module: nn.Module, config: RunConfig, world: World, micro_steps: int) -> Engine:
+    """Collective. Host ``module``, which is the same on every rank, in the engine that the configuration names.
+
+    Each builder is imported in its branch, so that an engine runs where the library of another is missing.
+    """
+    check_engine(config, world)
+    match config.engine.name:
+        case "plain":
+            from cit_scale.engines.plain import PlainEngine
+
+            return PlainEngine(module, config.optim, config.engine, micro_steps, world.device)
+        case "zero":
+            from cit_scale.engines.zero import ZeroEngine, read_ds_config
+
+            ds_config = read_ds_config(config, world.world_size, micro_steps)
+            return ZeroEngine(module, config.optim, config.engine, micro_steps, world, ds_config)
+        case name:
+            raise ConfigError(f"engine.name={name} is unknown; the engines are zero and plain")

@@ -1,0 +1,94 @@
+"""Run a function on several ranks, each a process of its own, fast.
+
+A fork server imports the slow libraries once for the whole test session; a rank is a fork of it and starts in a
+fraction of a second instead of ten. Ranks find each other through a file, so no port can be in use.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cit_scale.world import World
+
+TIMEOUT_S = 120
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "torch._inductor.compile_fx",
+        "cit_scale.engines.zero",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ]
+)
+
+
+def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(world, *args)`` on every rank of a started world. Returns the ranks' results in order.
+
+    Results travel pickled; bring tensors home as numpy arrays. Raises AssertionError with a rank's traceback if one
+    fails, and after TIMEOUT_S, when each rank prints where it stands.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes, pipes = [], []
+        for rank in range(world_size):
+            receiver, sender = _context.Pipe(duplex=False)
+            world = World(rank, rank, world_size, world_size)
+            process = _context.Process(target=_run_rank, args=(world, folder, sender, function, args), daemon=True)
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes.append(receiver)
+        try:
+            return _results(pipes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _results(pipes: list[Connection]) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, timeout=TIMEOUT_S + 10)
+        assert ready, f"ranks {[pipes.index(pipe) for pipe in waiting]} neither finished nor failed"
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                succeeded, result = pipe.recv()
+            except EOFError:
+                raise AssertionError(f"rank {rank} died") from None
+            assert succeeded, f"rank {rank} failed:\n{result}"
+            results[rank] = result
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _run_rank(world: World, folder: str, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    # What was imported stays: DeepSpeed collects garbage often, and walking over all of that takes half a second.
+    gc.freeze()
+    faulthandler.dump_traceback_later(TIMEOUT_S, exit=True, file=sys.__stderr__)
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), world.world_size)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.world_size)
+    try:
+        result = (True, function(world, *args))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    pipe.send(result)
+    pipe.close()
+    # Leave without the libraries' farewells: an interpreter with a process group still open can take seconds to close.
+    os._exit(0)
