@@ -1,0 +1,54 @@
+"""The frozen advisers: build, check, compile, run. They live outside the engine and never enter a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cit_scale.batch import TeacherLogits, teacher_logits_type
+from cit_scale.checkpoint import file_sha256
+from cit_scale.config import ConfigError, DistillConfig, TeacherConfig
+from cit_scale.models.network import Network, build_network, load_weights
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """name: of its token. forward: images (B, 3, H, W) in [0, 1] to logits (B, K), float32, without autograd.
+    network: what runs in it, frozen and in evaluation mode. sha256: of the weights file."""
+
+    name: str
+    network: Network
+    forward: Callable[[Tensor], Tensor]
+    sha256: str
+
+
+def load_teacher(
+    name: str, config: TeacherConfig, distill: DistillConfig, *, num_classes: int, image_size: int, device: torch.device
+) -> Teacher:
+    """Build the teacher from ``config.weights``. Raises ConfigError where they are missing or do not fit."""
+    if config.weights is None:
+        raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
+    network = build_network(config.model, config.kwargs, num_classes=num_classes, image_size=image_size)
+    load_weights(network, config.weights)
+    network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+    # Fixed batch shapes: each rank sees micro-batches of one size, and evaluation pads its last one.
+    run = torch.compile(network, dynamic=False) if distill.compile else network
+    bf16 = distill.teacher_precision == "bf16"
+
+    @torch.no_grad()
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return run(images).cls.float()
+
+    return Teacher(name, network, forward, file_sha256(Path(config.weights).expanduser()))
+
+
+def run_teachers(teachers: Sequence[Teacher], images: Tensor) -> TeacherLogits:
+    """What each teacher says of the student's images, (B, 3, H, W) in [0, 1]. Each field: (B, K), without autograd."""
+    names = tuple(teacher.name for teacher in teachers)
+    return teacher_logits_type(names)(*(teacher.forward(images) for teacher in teachers))
