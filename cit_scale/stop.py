@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
+
+import psutil
 
 
 class Stopped(Exception):  # noqa: N818  an outcome, not an error
@@ -28,9 +31,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
+        self._launcher = Launcher.above()
 
     @property
     def requested(self) -> bool:
+        if self.signum is None and self._launcher is not None and self._launcher.is_gone():
+            self.signum = signal.SIGTERM
         return self.signum is not None
 
     def __enter__(self) -> StopRequest:
@@ -45,3 +51,30 @@ class StopRequest:
         if self.signum == signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
+
+
+class Launcher:
+    """The ``deepspeed`` command two processes above, which a user kills to stop the run.
+
+    On one machine it dies without passing the signal on, and everything below it would train on, unseen.
+    """
+
+    def __init__(self, node_launcher: psutil.Process) -> None:
+        self._node_launcher = node_launcher
+        self._command_pid = node_launcher.ppid()
+
+    @classmethod
+    def above(cls) -> Launcher | None:
+        """The launcher of this process, if it was started by one."""
+        try:
+            parent = psutil.Process(os.getppid())
+            return cls(parent) if "deepspeed.launcher.launch" in parent.cmdline() else None
+        except psutil.Error:
+            return None
+
+    def is_gone(self) -> bool:
+        """Whether the command has ended: its child then belongs to another process."""
+        try:
+            return self._node_launcher.ppid() != self._command_pid
+        except psutil.NoSuchProcess:
+            return True

@@ -1,0 +1,67 @@
+"""One job at a time in a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cit_scale.config import ConfigError
+from cit_scale.stop import Stopped, StopRequest
+from cit_scale.world import World, broadcast
+
+WAIT_S = 90
+
+
+@contextmanager
+def exclusive(run_dir: Path, world: World, stop: StopRequest, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Collective. Hold the run folder against other jobs, for as long as the context lasts or the process lives.
+
+    A job that was asked to stop may still be writing its last checkpoint when its successor starts, so a held folder is
+    waited for. Raises ConfigError, naming the holder, where it stays held, and Stopped when asked to stop meanwhile.
+    """
+    # Beside the folder and not in it, so that setting the folder aside does not take the lock along.
+    path = run_dir.with_name(f".{run_dir.name}.lock")
+    descriptor = None
+    refusal = None
+    if world.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        refusal = _acquire(descriptor, run_dir, stop, wait_s)
+    refusal = broadcast(world, refusal)
+    try:
+        if refusal is not None:
+            raise refusal
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)  # which releases the lock, as the end of the process does
+
+
+def _acquire(descriptor: int, run_dir: Path, stop: StopRequest, wait_s: float) -> Exception | None:
+    """Take the lock, or say why not."""
+    deadline = time.monotonic() + wait_s
+    announced = False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode() or "unknown"
+            if stop.requested:
+                return Stopped(0, stop.signum)
+            if time.monotonic() > deadline:
+                return ConfigError(
+                    f"{run_dir} is in use by process {holder}; wait for it, stop it, or give this run another --name"
+                )
+            if not announced:
+                print(f"waiting for process {holder}, which still works in {run_dir}", flush=True)
+                announced = True
+            time.sleep(0.2)
+        else:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
+            return None

@@ -1,0 +1,412 @@
+"""The way in: ``deepspeed cit_scale/train.py``, ``torchrun cit_scale/train.py`` or ``python cit_scale/train.py``.
+
+main -> run (teachers first) -> train -> train_step -> engine.step.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    # Run by path, Python looks for imports beside this file; the package stands one folder higher.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cit_scale import checkpoint, cli
+from cit_scale.batch import Batch, LossTerms
+from cit_scale.config import BatchPlan, ConfigError, RunConfig, TeacherConfig, check_ranges, plan_batches
+from cit_scale.data.dali import UndecodableImageError, eval_stream, train_stream
+from cit_scale.data.draws import parse_randaugment
+from cit_scale.data.mixing import mix
+from cit_scale.data.order import Cursor, steps_per_epoch
+from cit_scale.data.sources import Source, open_sources
+from cit_scale.engines.base import Engine, StepResult
+from cit_scale.engines.build import build_engine, check_engine
+from cit_scale.evaluate import evaluate
+from cit_scale.lock import exclusive
+from cit_scale.losses import co_advise_loss
+from cit_scale.metrics import RunLog, RunningMeans, StepClock
+from cit_scale.models.network import Network, build_network, load_weights
+from cit_scale.optim import learning_rate
+from cit_scale.results import describe_environment, print_table, write_json
+from cit_scale.stop import Stopped, StopRequest
+from cit_scale.teachers import Teacher, load_teacher, run_teachers
+from cit_scale.world import World, agree_any, barrier, broadcast, first_on_each_node, start
+
+WEIGHTS = "model.safetensors"
+EMA_WEIGHTS = "model_ema.safetensors"
+RESULTS = "results.json"
+CONFIG = "config.yaml"
+
+# What may differ when a run goes on: neither the images nor the mean gradient of an update depend on these.
+MAY_CHANGE = (
+    "name", "runs_dir", "data.cache_dir", "data.decode_threads", "data.prefetch",
+    "engine.name", "engine.ds_config", "train.micro_batch_size", "train.log_every_steps", "train.save_every_steps",
+    "train.keep_checkpoints", "train.eval_every_epochs",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, report.
+
+    Returns the exit code: 0, 1 for an image that cannot be decoded, 2 for a mistake of the user's, 128 + signal when
+    asked to stop.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        world = World.from_env(os.environ)
+        is_main = world.is_main
+        arguments = cli.parse_arguments(sys.argv[1:] if argv is None else argv)
+        if arguments.local_rank not in (None, world.local_rank):
+            raise ConfigError(
+                f"--local_rank={arguments.local_rank}, but the environment says {world.local_rank}; "
+                "leave the flag to the launcher"
+            )
+        start(world)
+        with StopRequest() as stop:
+            results = run(arguments.config, world, stop, resume=arguments.resume)
+    except ConfigError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except UndecodableImageError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)  # on the rank that met it
+        return 1
+    except Stopped as stopped:
+        if is_main:
+            print(f"{stopped}; the same command continues there", flush=True)
+        return 128 + (stopped.signum or 0)
+    if is_main:
+        print_table(arguments.config.run_dir, results)
+    return 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checked configuration on this machine, with its data opened."""
+
+    config: RunConfig
+    world: World
+    train_set: Source
+    eval_set: Source
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.train_set.classes)
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        return plan_batches(self.config, self.world.world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.train_set), self.config.train.global_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self.steps_per_epoch
+
+    def train_batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from ``step`` on, without end."""
+        config, world = self.config, self.world
+        return train_stream(
+            self.train_set,
+            config.augment,
+            config.data,
+            seed=config.seed,
+            cursor=Cursor.at_step(step, len(self.train_set), config.train.global_batch_size),
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=self.batch_plan.micro_batch_size,
+            world=world,
+            device=world.device,
+        )
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """This rank's share of the evaluation set, once."""
+        size = self.batch_plan.micro_batch_size
+        return eval_stream(self.eval_set, self.config.data, batch_size=size, world=self.world, device=self.world.device)
+
+    def build_student(self) -> Network:
+        """The network to train, with its initial weights: the same on every rank."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        network = build_network(
+            config.student.name,
+            config.student.kwargs,
+            num_classes=self.num_classes,
+            image_size=config.data.image_size,
+            teachers=tuple(config.teachers),
+        )
+        if config.student.weights is not None:
+            load_weights(network, config.student.weights)
+        return network
+
+    def load_teacher(self, name: str, teacher: TeacherConfig) -> Teacher:
+        return load_teacher(
+            name,
+            teacher,
+            self.config.distill,
+            num_classes=self.num_classes,
+            image_size=self.config.data.image_size,
+            device=self.world.device,
+        )
+
+
+def run(config: RunConfig, world: World, stop: StopRequest, *, resume: bool = True) -> dict[str, Any]:
+    """Collective. Train the teachers that have no weights yet, then the student. Returns the student's results.
+
+    resume: go on with what stands in the run folder; otherwise set it aside.
+    """
+    task = check(config, world, resume=resume)
+    with exclusive(config.run_dir, world, stop):
+        if not resume:
+            set_aside(config.run_dir, world)
+        teachers = {}
+        for name, teacher in config.teachers.items():
+            if teacher.weights is None:
+                teacher_task = check(cli.teacher_run(config, name), world, resume=True)
+                train(teacher_task, {}, stop)
+                teacher = dataclasses.replace(teacher, weights=str(teacher_task.config.run_dir / WEIGHTS))
+            teachers[name] = teacher
+        return train(task, teachers, stop)
+
+
+def check(config: RunConfig, world: World, *, resume: bool) -> Task:
+    """Collective. Raise ConfigError for what is known to fail, before any training; in the teachers' runs too."""
+    check_ranges(config)
+    plan_batches(config, world.world_size)
+    check_engine(config, world)
+    if resume:
+        check_same_run(config)
+    task = Task(config, world, *first_on_each_node(world, lambda: open_sources(config.data)))
+    try:
+        _ = task.steps_per_epoch
+        if config.augment.randaugment is not None:
+            parse_randaugment(config.augment.randaugment)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    task.build_student()
+    for name, teacher in config.teachers.items():
+        if teacher.weights is not None:
+            task.load_teacher(name, teacher)
+        elif (teacher_config := cli.teacher_run(config, name)).teachers:
+            raise ConfigError(f"recipe {teacher.recipe} of teacher {name} has teachers itself; give one that has none")
+        else:
+            check(teacher_config, world, resume=resume)
+    return task
+
+
+def check_same_run(config: RunConfig) -> None:
+    """Refuse to go on with a run that was started with other settings."""
+    path = config.run_dir / CONFIG
+    if not path.exists():
+        return
+    changed = [
+        change
+        for change in cli.differences(cli.load_recipe(str(path)), config)
+        if change.split(":")[0] not in MAY_CHANGE
+    ]
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} holds a run with other settings ({'; '.join(changed)}); "
+            f"give this one another --name, or set that one aside with --no-resume"
+        )
+
+
+def set_aside(run_dir: Path, world: World) -> None:
+    """Collective. Move what stands in the run folder to run_dir.1 (or .2, ...), so that nothing is lost."""
+    if world.is_main and run_dir.exists():
+        aside = next(
+            path for i in itertools.count(1) if not (path := run_dir.with_name(f"{run_dir.name}.{i}")).exists()
+        )
+        run_dir.rename(aside)
+        print(f"{run_dir} set aside as {aside}", flush=True)
+    barrier(world)
+
+
+def train(task: Task, teachers: Mapping[str, TeacherConfig], stop: StopRequest) -> dict[str, Any]:
+    """Collective. Train the student with frozen ``teachers``, which have weights, from where the run folder stands.
+
+    A finished run is left as it is. Raises Stopped, with everything saved, when ``stop`` is requested on any rank.
+    """
+    config, world, run_dir = task.config, task.world, task.config.run_dir
+    if (run_dir / RESULTS).exists():
+        return json.loads((run_dir / RESULTS).read_text())
+    advisers = [task.load_teacher(name, teacher) for name, teacher in teachers.items()]
+    engine = build_engine(task.build_student(), config, world, task.batch_plan.micro_steps)
+
+    # What the numbers in a checkpoint depend on and the configuration does not show.
+    inputs = {"data": task.train_set.fingerprint, **{f"teacher {adviser.name}": adviser.sha256 for adviser in advisers}}
+    step = resume(engine, run_dir, inputs, world)
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG).write_text(cli.to_yaml(config))
+        write_json(run_dir / "env.json", describe_environment(world))
+    log = RunLog(run_dir, world, title=config.name, step=step, total_steps=task.total_steps)
+    try:
+        log.say(f"continues after step {step}" if step else f"starts in {run_dir}")
+        images_per_s = train_steps(task, engine, advisers, inputs, step, log, stop)
+    finally:
+        log.close()
+    return finish(task, engine, advisers, teachers, images_per_s)
+
+
+def resume(engine: Engine, run_dir: Path, inputs: Mapping[str, str], world: World) -> int:
+    """Collective. Load the newest good checkpoint. Returns the step it was taken after, 0 where there is none."""
+    found = checkpoint.load_newest(run_dir, world)
+    if found is None:
+        return 0
+    changed = [name for name in inputs if found.meta.get(name) != inputs[name]]
+    if changed:
+        raise ConfigError(
+            f"the {' and the '.join(changed)} of {run_dir} changed since step {found.step}; "
+            f"bring back what it was trained with, or start anew with --no-resume"
+        )
+    engine.load_state(found.tensors)
+    return found.step
+
+
+def train_steps(
+    task: Task,
+    engine: Engine,
+    teachers: Sequence[Teacher],
+    inputs: Mapping[str, str],
+    step: int,
+    log: RunLog,
+    stop: StopRequest,
+) -> float | None:
+    """Collective. From ``step`` to the last, with logs, evaluations, checkpoints. Returns images/s of the whole job."""
+    config, world = task.config, task.world
+    batches = task.train_batches(step)
+    means, clock = RunningMeans(), StepClock()
+    engine.module.train()
+    while step < task.total_steps:
+        clock.start()
+        lr = learning_rate(step, config.optim, config.peak_lr, task.steps_per_epoch, config.train.epochs)
+        seed_step(config.seed, step, world.rank)
+        terms, result = train_step(engine, teachers, batches, task, step, lr)
+        step += 1
+        for term in terms:
+            means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.advice)})
+        clock.stop()
+
+        is_last = step == task.total_steps
+        log.advance(step)
+        if result.skipped:
+            log.say(f"step {step} was skipped: the gradient is not finite")
+        if is_last or step % config.train.log_every_steps == 0:
+            speed = clock.images_per_s(config.train.global_batch_size)
+            log.record(step, {**means.drain(world), "lr": lr, "grad_norm": result.grad_norm, "images_per_s": speed})
+        if not is_last and step % (config.train.eval_every_epochs * task.steps_per_epoch) == 0:
+            engine.module.eval()
+            accuracy = evaluate(engine.forward, task.eval_batches(), world)
+            engine.module.train()
+            log.record(step, _named("top1_", accuracy.top1))
+        stopping = agree_any(world, stop.requested)
+        if is_last or stopping or step % config.train.save_every_steps == 0:
+            checkpoint.save(config.run_dir, step, engine.state(), inputs, world, keep=config.train.keep_checkpoints)
+        if stopping:
+            raise Stopped(step, stop.signum)
+    return clock.images_per_s(config.train.global_batch_size)
+
+
+def train_step(
+    engine: Engine, teachers: Sequence[Teacher], batches: Iterator[Batch], task: Task, step: int, lr: float
+) -> tuple[list[LossTerms], StepResult]:
+    """Collective. One update from the next global batch. Returns the loss terms of each micro-step and the outcome."""
+    config = task.config
+    weights = {name: teacher.weight for name, teacher in config.teachers.items()}
+    terms = []
+    for _ in range(engine.micro_steps):
+        mixed = mix(next(batches), config.mixing, task.num_classes, seed=config.seed, step=step)
+        advice = run_teachers(teachers, mixed.images)
+        logits = engine.forward(mixed.images)
+        terms.append(
+            co_advise_loss(logits, advice, mixed.targets, temperature=config.distill.temperature, weights=weights)
+        )
+        engine.backward(terms[-1].total)
+    return terms, engine.step(lr)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make drop path and dropout a function of the step, so that no generator's state has to be saved."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def finish(
+    task: Task,
+    engine: Engine,
+    advisers: Sequence[Teacher],
+    teachers: Mapping[str, TeacherConfig],
+    images_per_s: float | None,
+) -> dict[str, Any]:
+    """Collective. Write the weights, evaluate what was written and the teachers, close the run with its results."""
+    config, world, run_dir = task.config, task.world, task.config.run_dir
+    state = engine.state()
+    files = broadcast(world, export_weights(state, run_dir) if world.is_main else None)
+    accuracy = {}
+    for name, file in files.items():
+        network = task.build_student()
+        load_weights(network, run_dir / file)
+        network.eval().to(world.device)
+        accuracy[name] = evaluate(network, task.eval_batches(), world)
+    results = {
+        "model": config.student.name,
+        "steps": task.total_steps,
+        "images_per_s": images_per_s,
+        "eval_images": len(task.eval_set),
+        "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
+        "teachers": {},
+    }
+    if advisers:
+        measured = evaluate(lambda images: run_teachers(advisers, images), task.eval_batches(), world)
+        results["teachers"] = {
+            adviser.name: {
+                "model": teachers[adviser.name].model,
+                "sha256": adviser.sha256,
+                "top1": measured.top1[adviser.name],
+                "top5": measured.top5[adviser.name],
+            }
+            for adviser in advisers
+        }
+    if world.is_main:
+        write_json(run_dir / RESULTS, results)
+    return results
+
+
+def export_weights(state: Mapping[str, Tensor], run_dir: Path) -> dict[str, str]:
+    """Write the student, and its moving average where there is one, as timm state dicts. Returns file names by kind."""
+    files = {"student": WEIGHTS}
+    kinds = {"student": "weight/"}
+    if any(key.startswith("ema/") for key in state):
+        files["student ema"], kinds["student ema"] = EMA_WEIGHTS, "ema/"
+    buffers = _without_prefix(state, "buffer/model.")
+    for kind, prefix in kinds.items():
+        partial = run_dir / f"{files[kind]}.partial"
+        checkpoint.write_tensors({**buffers, **_without_prefix(state, f"{prefix}model.")}, partial)
+        partial.replace(run_dir / files[kind])
+    return files
+
+
+def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in values.items()}
+
+
+def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value.contiguous() for key, value in state.items() if key.startswith(prefix)}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

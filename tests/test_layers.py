@@ -1,0 +1,88 @@
+"""The layering of the package, read from its imports."""
+
+import ast
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "cit_scale"
+
+# A module imports only from strictly lower levels.
+LEVELS = {
+    0: "config world batch stop data.order data.draws models.involution models.released",
+    1: "cli lock data.sources data.mixing models.rednet losses optim metrics results engines.base engines.state",
+    2: "data.dali models.cit engines.plain engines.zero checkpoint",
+    3: "engines.build models",
+    4: "models.network",
+    5: "teachers evaluate",
+    6: "train",
+}
+LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
+
+ONLY_IMPORTERS = {"deepspeed": "engines.zero", "nvidia": "data.dali", "submitit": None, "ffmpeg": None}
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name inside the package; a package goes by its folder's name."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, absolute name) of everything a file imports, at its top and inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import hides which level it reaches"
+            names += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return names
+
+
+def own_module(name: str, known: dict[str, Path]) -> str | None:
+    """The module of ours that an imported name lies in: the longest prefix that is one."""
+    parts = name.split(".")
+    if parts[0] != "cit_scale":
+        return None
+    prefixes = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
+    return next((prefix for prefix in prefixes if prefix in known), None)
+
+
+def test_every_module_has_a_level_and_every_level_names_a_module():
+    empty = {name for name, path in modules().items() if path.name == "__init__.py" and not path.read_text().strip()}
+    assert set(modules()) - empty == set(LEVEL_OF)
+
+
+def test_imports_point_down():
+    known = modules()
+    upward = []
+    for name, path in known.items():
+        for line, imported in imports(path):
+            target = own_module(imported, known)
+            if target in LEVEL_OF and LEVEL_OF[target] >= LEVEL_OF[name]:
+                upward.append(f"{path.relative_to(REPOSITORY)}:{line}: {name} imports {target}, which is not lower")
+    assert not upward, "\n".join(upward)
+
+
+def test_each_large_library_has_one_door():
+    strays = [
+        f"{path.relative_to(REPOSITORY)}:{line}: only {door} may import {library}"
+        for library, door in ONLY_IMPORTERS.items()
+        for name, path in modules().items()
+        for line, imported in imports(path)
+        if imported.split(".")[0] == library and name != door
+    ]
+    assert not strays, "\n".join(strays)
+
+
+def test_package_init_files_are_empty_but_the_one_that_registers_models():
+    filled = [name for name, path in modules().items() if path.name == "__init__.py" and path.read_text().strip()]
+    assert filled == ["models"]
+
+
+def test_no_module_bears_a_library_name():
+    libraries = {"torch", "deepspeed", "timm", "nvidia", "submitit", "ffmpeg", "pytest", "numpy", "safetensors", "yaml"}
+    assert not libraries & {path.stem for path in modules().values()}

@@ -1,0 +1,248 @@
+"""The whole trainer on a few real digits: one command, its run folder, its refusals, its interruptions."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cit_scale.train import main
+
+REPOSITORY = Path(__file__).parents[1]
+
+# Everything the real recipe does, in seconds: small networks, few steps, nothing compiled.
+TINY = {
+    "name": "tiny",
+    "student": {
+        "name": "cit_tiny_patch16_224",
+        "kwargs": {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path_rate": 0.1},
+    },
+    "teachers": {
+        "conv": {"model": "resnet10t", "recipe": "teacher.yaml"},
+        "inv": {
+            "model": "rednet26",
+            "kwargs": {"layers": [1, 1, 1, 1], "base_width": 16, "stem_width": 16},
+            "recipe": "teacher.yaml",
+        },
+    },
+    "data": {"train": "digits", "image_size": 16, "crop_ratio": 1.0},
+    "augment": {"crop_scale": [0.5, 1.0], "flip_prob": 0.0, "randaugment": None, "erase_prob": 0.1},
+    "distill": {"compile": False},
+    "optim": {"lr": 2e-3, "lr_batch_size": 128, "warmup_epochs": 0.5},
+    "train": {
+        "epochs": 2,
+        "global_batch_size": 128,
+        "micro_batch_size": 32,
+        "log_every_steps": 1,
+        "save_every_steps": 4,
+        "eval_every_epochs": 1,
+    },
+}
+TEACHER = {
+    "name": "teacher",
+    "augment": TINY["augment"],
+    "optim": TINY["optim"],
+    "train": TINY["train"] | {"epochs": 1},
+}
+STEPS_PER_EPOCH = 11  # 1,797 digits, a fifth held out, global batches of 128
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(tmp_path, cache):
+    """Arguments that run the tiny recipe in a folder of the test's own."""
+    teacher = tmp_path / "teacher.yaml"
+    teacher.write_text(yaml.safe_dump(TEACHER))
+    recipe = yaml.safe_dump(TINY).replace("recipe: teacher.yaml", f"recipe: {teacher}")
+    (tmp_path / "tiny.yaml").write_text(recipe)
+    runs = tmp_path / "runs"
+    return ["--config", str(tmp_path / "tiny.yaml"), "--runs_dir", str(runs), "--data.cache_dir", str(cache)]
+
+
+def lengthen(arguments, epochs):
+    folder = Path(arguments[1]).parent
+    for file in ("tiny.yaml", "teacher.yaml"):
+        recipe = yaml.safe_load((folder / file).read_text())
+        recipe["train"]["epochs"] = epochs
+        (folder / file).write_text(yaml.safe_dump(recipe))
+
+
+def run_dir(arguments):
+    return Path(arguments[arguments.index("--runs_dir") + 1]) / "tiny"
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def launch(arguments, *, ranks=1, **kwargs):
+    """The trainer as users start it, in a process group of its own."""
+    program = Path(sys.executable).with_name("deepspeed")
+    command = [str(program), "--num_accelerators", str(ranks), str(REPOSITORY / "cit_scale" / "train.py"), *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **kwargs
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def test_one_command_trains_teachers_and_student_and_leaves_a_run_that_describes_itself(tiny, capsys):
+    assert main(tiny) == 0
+    folder = run_dir(tiny)
+    for run in (folder, folder / "teachers" / "conv", folder / "teachers" / "inv"):
+        for file in ("config.yaml", "env.json", "metrics.jsonl", "model.safetensors", "results.json", "tensorboard"):
+            assert (run / file).exists(), f"{run / file} is missing"
+        assert not list(run.rglob("*.partial"))
+
+    results = json.loads((folder / "results.json").read_text())
+    assert results["eval_images"] == 359
+    assert results["steps"] == 2 * STEPS_PER_EPOCH
+    assert results["images_per_s"] > 0
+    assert set(results["accuracy"]["student"]["top1"]) == {"cls", "conv", "inv", "average"}
+    assert set(results["teachers"]) == {"conv", "inv"}
+
+    records = metrics(folder)
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
+    losses = [record for record in records if "loss" in record]
+    for record in losses:
+        assert record["loss"] == pytest.approx(
+            record["loss_label"] + record["loss_conv"] + record["loss_inv"], rel=1e-5
+        )
+    assert losses[-1]["loss_label"] < losses[0]["loss_label"]
+    assert [record["step"] for record in records if "top1_average" in record] == [STEPS_PER_EPOCH]
+
+    shown = capsys.readouterr().out
+    for line in ("teacher conv (resnet10t)", "teacher inv (rednet26)", "student, average", str(folder)):
+        assert line in shown
+
+    # A finished run started again does nothing and says the same.
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(tiny) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert "student, average" in capsys.readouterr().out
+
+    # Other settings in the same folder are refused; --no-resume keeps the old run beside the new one.
+    assert main([*tiny, "--optim.lr", "0.5"]) == 2
+    assert "optim.lr: 0.002 -> 0.5" in capsys.readouterr().err
+    assert main([*tiny, "--no-resume", "--train.epochs", "1"]) == 0
+    assert (folder.parent / "tiny.1" / "results.json").exists()
+    assert json.loads((folder / "results.json").read_text())["steps"] == STEPS_PER_EPOCH
+
+
+def test_a_run_without_teachers_is_plain_supervised_training(tiny):
+    assert main([*tiny, "--teachers", "{}", "--student.name", "resnet10t", "--student.kwargs", "{}"]) == 0
+    results = json.loads((run_dir(tiny) / "results.json").read_text())
+    assert set(results["accuracy"]["student"]["top1"]) == {"cls"}
+    assert results["teachers"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--train.epohcs", "3"], "did you mean train.epochs?"),
+        (["--train.global_batch_size", "100"], "next one that is: 128"),
+        (["--train.global_batch_size", "2048"], "2048"),
+        (["--data.train", "/no/such/folder"], "/no/such/folder"),
+        (["--student.name", "resnet18"], "has no token"),
+        (["--teachers.conv.model", "regnety_0020"], "no model is called 'regnety_0020'"),
+        (["--teachers.conv.weights", "/no/such/file"], "/no/such/file"),
+        (["--teachers.conv.recipe", "null"], "--teachers.conv.weights FILE"),
+        (["--engine.ds_config", "zero9"], "zero9"),
+        (["--deepspeed_config", "contradicts.json"], "gradient_clipping"),
+        (["--local_rank", "3"], "leave the flag to the launcher"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2_before_anything_is_written(
+    tiny, arguments, expected, capsys, tmp_path
+):
+    (tmp_path / "contradicts.json").write_text('{"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}')
+    arguments = [str(tmp_path / value) if value == "contradicts.json" else value for value in arguments]
+    assert main([*tiny, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert expected in error
+    assert not run_dir(tiny).exists()
+
+
+def test_a_teacher_of_another_class_count_is_refused(tiny, tmp_path, capsys):
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
+    assert main([*tiny, "--teachers.conv.weights", str(tmp_path / "seven.safetensors")]) == 2
+    assert "answer 7 classes, the data set has 10" in capsys.readouterr().err
+
+
+def test_help_and_print_config_leave_with_0(capsys):
+    for flag, expected in (("--help", "--train.epochs"), ("--print_config", "global_batch_size: 64")):
+        with pytest.raises(SystemExit) as left:
+            main([flag])
+        assert left.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_a_users_mistake_through_the_launcher_is_exit_code_2_and_said_once(tiny):
+    code, output = finish(launch([*tiny, "--train.global_batch_size", "100"], ranks=2))
+    assert code == 2
+    assert output.count("error: train.global_batch_size=100") == 1
+    assert "Traceback" not in output
+
+
+def wait_for_step(folder, step, process):
+    """Block until the run in ``folder`` has logged ``step``."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        path = folder / "metrics.jsonl"
+        if path.exists() and (path.read_text() or "\n").count("\n") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{folder} did not reach step {step}")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(tiny, ranks):
+    lengthen(tiny, epochs=4)  # long enough for a signal to arrive in the middle
+    code, output = finish(launch([*tiny, "--name", "calm"], ranks=ranks))
+    assert code == 0, output
+    calm, folder = run_dir(tiny).with_name("calm"), run_dir(tiny)
+
+    def interrupt(place, step, signum, *, group):
+        process = launch(tiny, ranks=ranks)
+        wait_for_step(place, step, process)
+        (os.killpg if group else os.kill)(process.pid, signum)
+        code, output = finish(process)
+        assert code != 0, output
+        assert not (place / "results.json").exists()
+
+    interrupt(folder / "teachers" / "inv", 3, signal.SIGTERM, group=False)  # kill: in a teacher's training
+    interrupt(folder, 2, signal.SIGINT, group=True)  # Ctrl-C: the terminal signals the whole group
+    interrupt(folder, 6, signal.SIGKILL, group=True)  # kill -9, as a lost machine
+    code, output = finish(launch(tiny, ranks=ranks))
+    assert code == 0, output
+    assert re.search(r"tiny +continues after step", output)
+
+    for part in ("", "teachers/conv", "teachers/inv"):
+        expected, found = (load_file(run / part / "model.safetensors") for run in (calm, folder))
+        assert expected.keys() == found.keys()
+        different = [name for name in expected if not torch.equal(expected[name], found[name])]
+        assert not different, f"{part}: {different}"
+    last = [record["loss"] for record in metrics(folder) if "loss" in record]
+    assert last == [record["loss"] for record in metrics(calm) if "loss" in record]
