@@ -11,7 +11,6 @@ its way out, ``.broken`` did not verify and is kept for a person to look at. Not
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
@@ -27,6 +26,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cit_scale.config import ConfigError
+from cit_scale.files import file_sha256, sync
 from cit_scale.world import World, agree_any, broadcast
 
 STATE = "state.safetensors"
@@ -101,11 +101,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> None:
     """On rank 0. Every rename comes after everything it stands for has reached the disk."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,14 +125,14 @@ def _save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, A
     sums = {}
     for name in (STATE, META):
         path = partial / name
-        _sync(path)
+        sync(path)
         sums[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     (partial / MANIFEST).write_text(_manifest(step, sums))
-    _sync(partial / MANIFEST)
-    _sync(partial)
+    sync(partial / MANIFEST)
+    sync(partial)
     partial.rename(final)
-    _sync(folder)
-    _sync(folder.parent)
+    sync(folder)
+    sync(folder.parent)
 
     for old in sorted(_committed(folder))[:-keep]:
         deleted = _folder(folder, old).rename(folder / f"step_{old:06d}.deleted")
@@ -206,12 +201,3 @@ def _set_aside(path: Path) -> Path:
     names = itertools.chain([".broken"], (f".broken{i}" for i in itertools.count(2)))
     aside = next(new for name in names if not (new := path.with_name(path.name + name)).exists())
     return path.rename(aside)
-
-
-def _sync(path: Path) -> None:
-    """Make the file, or the folder's list of names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

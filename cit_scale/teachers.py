@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cit_scale.batch import TeacherLogits, teacher_logits_type
-from cit_scale.checkpoint import file_sha256
 from cit_scale.config import ConfigError, DistillConfig, TeacherConfig
+from cit_scale.files import file_sha256
 from cit_scale.models.network import Network, build_network, load_weights
 
 

@@ -35,12 +35,13 @@ from cit_scale.data.sources import Source, open_sources
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine, check_engine
 from cit_scale.evaluate import evaluate
+from cit_scale.files import write_text
 from cit_scale.lock import exclusive
 from cit_scale.losses import co_advise_loss
 from cit_scale.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.optim import learning_rate
-from cit_scale.results import describe_environment, print_table, write_json
+from cit_scale.results import describe_environment, print_table
 from cit_scale.stop import Stopped, StopRequest
 from cit_scale.teachers import Teacher, load_teacher, run_teachers
 from cit_scale.world import World, agree_any, barrier, broadcast, first_on_each_node, start
@@ -204,7 +205,10 @@ def check(config: RunConfig, world: World, *, resume: bool) -> Task:
         elif (teacher_config := cli.teacher_run(config, name)).teachers:
             raise ConfigError(f"recipe {teacher.recipe} of teacher {name} has teachers itself; give one that has none")
         else:
-            check(teacher_config, world, resume=resume)
+            try:
+                check(teacher_config, world, resume=resume)
+            except ConfigError as error:
+                raise ConfigError(f"recipe {teacher.recipe} of teacher {name}: {error}") from error
     return task
 
 
@@ -242,8 +246,10 @@ def train(task: Task, teachers: Mapping[str, TeacherConfig], stop: StopRequest) 
     A finished run is left as it is. Raises Stopped, with everything saved, when ``stop`` is requested on any rank.
     """
     config, world, run_dir = task.config, task.world, task.config.run_dir
-    if (run_dir / RESULTS).exists():
-        return json.loads((run_dir / RESULTS).read_text())
+    results = run_dir / RESULTS
+    finished = broadcast(world, json.loads(results.read_text()) if world.is_main and results.exists() else None)
+    if finished is not None:
+        return finished
     advisers = [task.load_teacher(name, teacher) for name, teacher in teachers.items()]
     engine = build_engine(task.build_student(), config, world, task.batch_plan.micro_steps)
 
@@ -252,8 +258,8 @@ def train(task: Task, teachers: Mapping[str, TeacherConfig], stop: StopRequest) 
     step = resume(engine, run_dir, inputs, world)
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG).write_text(cli.to_yaml(config))
-        write_json(run_dir / "env.json", describe_environment(world))
+        write_text(run_dir / CONFIG, cli.to_yaml(config))
+        write_text(run_dir / "env.json", json.dumps(describe_environment(world), indent=2) + "\n")
     log = RunLog(run_dir, world, title=config.name, step=step, total_steps=task.total_steps)
     try:
         log.say(f"continues after step {step}" if step else f"starts in {run_dir}")
@@ -382,7 +388,7 @@ def finish(
             for adviser in advisers
         }
     if world.is_main:
-        write_json(run_dir / RESULTS, results)
+        write_text(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -68,6 +69,9 @@ def start(world: World) -> None:
     """Collective. Join the process group: NCCL beside gloo where there is a GPU, gloo alone elsewhere."""
     if dist.is_initialized():
         return
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Two ranks that each start a thread per core spin in each other's way.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         backend = "cpu:gloo,cuda:nccl"

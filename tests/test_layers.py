@@ -8,7 +8,7 @@ PACKAGE = REPOSITORY / "cit_scale"
 
 # A module imports only from strictly lower levels.
 LEVELS = {
-    0: "config world batch stop data.order data.draws models.involution models.released",
+    0: "config files world batch stop data.order data.draws models.involution models.released",
     1: "cli lock data.sources data.mixing models.rednet losses optim metrics results engines.base engines.state",
     2: "data.dali models.cit engines.plain engines.zero checkpoint",
     3: "engines.build models",

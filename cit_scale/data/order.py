@@ -56,7 +56,7 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     if num_samples < global_batch_size:
         raise ValueError(
             f"{num_samples} training images do not fill one global batch of {global_batch_size}; "
-            f"set global_batch_size to at most {num_samples}"
+            f"set train.global_batch_size to at most {num_samples}"
         )
     return num_samples // global_batch_size
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from cit_scale.config import ConfigError, DataConfig
 from cit_scale.data.order import permutation
+from cit_scale.files import sync
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # what DALI decodes
 INDEX = "index.npz"
@@ -102,7 +103,7 @@ class ImageFolder:
             cache_dir.mkdir(parents=True, exist_ok=True)
             partial = cache_dir / f".{uuid.uuid4().hex}.npz"
             np.savez(partial, heights=heights, widths=widths)
-            _sync(partial)
+            sync(partial)
             partial.rename(cached)  # two ranks that do this at once replace each other's equal file
         with np.load(cached) as sizes:
             return sizes["heights"], sizes["widths"]
@@ -206,7 +207,7 @@ def write_shards(
         except OSError:
             if not (folder / INDEX).exists():
                 raise
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -225,7 +226,7 @@ def _write_shards(
                 height, width = image_size(io.BytesIO(data))
                 rows.append((name, len(shard_names) - 1, offset, len(data), label, height, width))
                 _add_member(tar, Path(name).with_suffix(".cls").as_posix(), str(label).encode())
-        _sync(folder / shard_names[-1])
+        sync(folder / shard_names[-1])
     if not rows:
         raise ValueError(f"no images to write to {folder}; give at least one")
     names, *numbers = zip(*rows, strict=True)
@@ -233,8 +234,8 @@ def _write_shards(
     for key, texts in {"classes": classes, "names": names, "shard_names": shard_names}.items():
         columns[key] = np.array([os.fsencode(text) for text in texts])  # numpy would take four bytes a character
     np.savez(folder / INDEX, **columns)
-    _sync(folder / INDEX)
-    _sync(folder)
+    sync(folder / INDEX)
+    sync(folder)
 
 
 def digits(cache_dir: Path) -> TarShards:
@@ -347,15 +348,6 @@ def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _close(descriptors: list[int]) -> None:
