@@ -65,9 +65,10 @@ def load_recipe(name: str) -> RunConfig:
 
 
 def teacher_run(config: RunConfig, name: str) -> RunConfig:
-    """The run that trains one of ``config``'s teachers: its recipe, on the student's data, inside the student's folder.
+    """The run that trains one of ``config``'s teachers: its recipe, inside the student's folder.
 
-    The teacher's model is the student of that run.
+    What is of the data or of the machine comes from the student's run: images, augmentation, micro-batches, engine. The
+    teacher's model is the student of the new run.
     """
     teacher = config.teachers[name]
     if teacher.recipe is None:
@@ -82,7 +83,9 @@ def teacher_run(config: RunConfig, name: str) -> RunConfig:
         runs_dir=config.runs_dir,
         seed=config.seed,
         data=config.data,
+        augment=config.augment,
         engine=config.engine,
+        train=dataclasses.replace(recipe.train, micro_batch_size=config.train.micro_batch_size),
         student=dataclasses.replace(recipe.student, name=teacher.model, kwargs=teacher.kwargs),
     )
 

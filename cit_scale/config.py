@@ -123,7 +123,7 @@ class MixingConfig:
     """Label smoothing."""
 
     group_size: int = 8
-    """Images that share one lambda and mix among themselves; divides micro_batch_size, so all layouts mix alike."""
+    """Images that share one lambda and mix among themselves. Micro-batches hold whole groups: all layouts mix alike."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class TrainConfig:
     """Images per update, over all ranks and micro-steps."""
 
     micro_batch_size: int | None = None
-    """Images per rank per forward; the micro-steps follow. Without it each rank takes its whole share at once."""
+    """Images per rank per forward, at most; the micro-steps follow. Without it each rank takes its share at once."""
 
     log_every_steps: int = 50
     """How often metrics are read from the device and written."""
@@ -262,25 +262,25 @@ class BatchPlan:
 
 
 def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
-    """Derive the micro-steps. Raises ConfigError where the sizes do not fit, with the next that do."""
+    """Derive the micro-steps: the largest micro-batches up to micro_batch_size that cut a rank's share evenly.
+
+    Raises ConfigError where there are none, with a global batch that has some.
+    """
     total, group = config.train.global_batch_size, config.mixing.group_size
-    if total % world_size:
+    if total % (world_size * group):
+        next_total = -(-total // (world_size * group)) * world_size * group
         raise ConfigError(
-            f"train.global_batch_size={total} is not a multiple of the {world_size} ranks; "
-            f"the next one that is: {-(-total // world_size) * world_size}"
+            f"train.global_batch_size={total} does not give each of {world_size} ranks whole mixing groups of "
+            f"mixing.group_size={group}; the next one that does: {next_total}"
         )
     share = total // world_size
-    micro = config.train.micro_batch_size or share
-    if share % micro:
+    most = min(config.train.micro_batch_size or share, share)
+    if most < group:
         raise ConfigError(
-            f"train.global_batch_size={total} is not a multiple of micro_batch_size x ranks = {micro} x {world_size} = "
-            f"{micro * world_size}; the next one that is: {-(-total // (micro * world_size)) * micro * world_size}"
+            f"train.micro_batch_size={most} is less than one mixing group of mixing.group_size={group}; "
+            f"set it to {group} or more, or the group size lower"
         )
-    if micro % group:
-        raise ConfigError(
-            f"micro_batch_size={micro} (global batch {total} on {world_size} ranks) does not hold whole mixing groups "
-            f"of mixing.group_size={group}; choose a multiple of {group}, or a group_size that divides {micro}"
-        )
+    micro = next(size for size in range(most - most % group, 0, -group) if share % size == 0)
     return BatchPlan(micro_batch_size=micro, micro_steps=share // micro)
 
 
@@ -323,6 +323,7 @@ def check_ranges(config: RunConfig) -> None:
         "mixing.switch_prob": mixing.switch_prob,
         "mixing.smoothing": mixing.smoothing,
         "optim.ema_decay": optim.ema_decay if optim.ema_decay is not None else 0,
+        "data.holdout": data.holdout,
     }
     # Written as "not inside", so that NaN is outside.
     rules = (
@@ -340,6 +341,10 @@ def check_ranges(config: RunConfig) -> None:
     }.items():
         if not 0 < low <= high:
             raise ConfigError(f"{name}=[{low}, {high}] must be two numbers above 0, the smaller first")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas={list(optim.betas)} must be two numbers from 0 to below 1")
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed={config.seed} must be below 2^63")
     if not 0 < data.crop_ratio <= 1:
         raise ConfigError(f"data.crop_ratio={data.crop_ratio} must be above 0 and at most 1")
     if optim.warmup_epochs > train.epochs:

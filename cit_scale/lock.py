@@ -29,9 +29,12 @@ def exclusive(run_dir: Path, world: World, stop: StopRequest, wait_s: float = WA
     descriptor = None
     refusal = None
     if world.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        refusal = _acquire(descriptor, run_dir, stop, wait_s)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            refusal = _acquire(descriptor, run_dir, stop, wait_s)
+        except OSError as error:
+            refusal = ConfigError(f"{run_dir} cannot be written ({error}); give another --runs_dir")
     refusal = broadcast(world, refusal)
     try:
         if refusal is not None:

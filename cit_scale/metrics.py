@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from cit_scale.files import write_text
 from cit_scale.world import World, sum_over_ranks
 
 
@@ -144,5 +145,5 @@ def _reopen(path: Path, step: int):
                     kept.append(line + "\n")
             except json.JSONDecodeError:
                 continue
-    path.write_text("".join(kept))
+    write_text(path, "".join(kept))
     return path.open("a")

@@ -32,13 +32,9 @@ PACKAGES = (
 
 def describe_environment(world: World) -> dict[str, Any]:
     """Commit, versions, host and device: what somebody needs to know to believe or repeat the run's figures."""
-    commit = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
     device = world.device
     return {
-        "commit": commit or None,
+        "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "host": socket.gethostname(),
@@ -49,6 +45,14 @@ def describe_environment(world: World) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "world_size": world.world_size,
     }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return None
 
 
 def _version(package: str) -> str | None:

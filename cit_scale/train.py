@@ -12,11 +12,16 @@ if __name__ == "__main__" and not __package__:
     # Run by path, Python looks for imports beside this file; the package stands one folder higher.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import os
+import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +31,7 @@ from torch import Tensor
 
 from cit_scale import checkpoint, cli
 from cit_scale.batch import Batch, LossTerms
-from cit_scale.config import BatchPlan, ConfigError, RunConfig, TeacherConfig, check_ranges, plan_batches
+from cit_scale.config import BatchPlan, ConfigError, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
 from cit_scale.data.dali import UndecodableImageError, eval_stream, train_stream
 from cit_scale.data.draws import parse_randaugment
 from cit_scale.data.mixing import mix
@@ -44,16 +49,19 @@ from cit_scale.optim import learning_rate
 from cit_scale.results import describe_environment, print_table
 from cit_scale.stop import Stopped, StopRequest
 from cit_scale.teachers import Teacher, load_teacher, run_teachers
-from cit_scale.world import World, agree_any, barrier, broadcast, first_on_each_node, start
+from cit_scale.world import World, agree_any, barrier, broadcast, first_on_each_node, start, together
 
 WEIGHTS = "model.safetensors"
 EMA_WEIGHTS = "model_ema.safetensors"
 RESULTS = "results.json"
+ENVIRONMENT = "env.json"
 CONFIG = "config.yaml"
 
-# What may differ when a run goes on: neither the images nor the mean gradient of an update depend on these.
+# What may differ when a run goes on. None of it changes which images make an update; how they are cut over ranks and
+# micro-steps does reach BatchNorm and drop path, so only the same cut continues bit for bit. Paths may change because
+# the images are compared by their fingerprint.
 MAY_CHANGE = (
-    "name", "runs_dir", "data.cache_dir", "data.decode_threads", "data.prefetch",
+    "name", "runs_dir", "data.train", "data.eval", "data.cache_dir", "data.decode_threads", "data.prefetch",
     "engine.name", "engine.ds_config", "train.micro_batch_size", "train.log_every_steps", "train.save_every_steps",
     "train.keep_checkpoints", "train.eval_every_epochs",
 )  # fmt: skip
@@ -62,14 +70,16 @@ MAY_CHANGE = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, report.
 
-    Returns the exit code: 0, 1 for an image that cannot be decoded, 2 for a mistake of the user's, 128 + signal when
-    asked to stop.
+    Returns the exit code: 0, 2 for a mistake of the user's, 1 for a file that cannot be read or written, 128 + signal
+    when asked to stop.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = True
     try:
-        world = World.from_env(os.environ)
+        world = join_world(os.environ)
         is_main = world.is_main
-        arguments = cli.parse_arguments(sys.argv[1:] if argv is None else argv)
+        # Every rank parses; --help and --print_config are for one reader.
+        with contextlib.nullcontext() if is_main else contextlib.redirect_stdout(io.StringIO()):
+            arguments = cli.parse_arguments(sys.argv[1:] if argv is None else argv)
         if arguments.local_rank not in (None, world.local_rank):
             raise ConfigError(
                 f"--local_rank={arguments.local_rank}, but the environment says {world.local_rank}; "
@@ -82,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except UndecodableImageError as error:
+    except (UndecodableImageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # on the rank that met it
         return 1
     except Stopped as stopped:
@@ -92,6 +102,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if is_main:
         print_table(arguments.config.run_dir, results)
     return 0
+
+
+def join_world(env: Mapping[str, str]) -> World:
+    """The world that the launcher's environment describes, or a ConfigError."""
+    try:
+        world = World.from_env(env)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if world.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise ConfigError(
+            f"there are {world.world_size} ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
+            "start with deepspeed or torchrun, or set both"
+        )
+    return world
 
 
 @dataclass(frozen=True)
@@ -174,42 +198,85 @@ def run(config: RunConfig, world: World, stop: StopRequest, *, resume: bool = Tr
     with exclusive(config.run_dir, world, stop):
         if not resume:
             set_aside(config.run_dir, world)
-        teachers = {}
-        for name, teacher in config.teachers.items():
-            if teacher.weights is None:
-                teacher_task = check(cli.teacher_run(config, name), world, resume=True)
-                train(teacher_task, {}, stop)
-                teacher = dataclasses.replace(teacher, weights=str(teacher_task.config.run_dir / WEIGHTS))
-            teachers[name] = teacher
+        # Again, now that no other job can write there.
+        together(world, lambda: check_settings(config, world, resume=True))
+        teachers = dict(config.teachers)
+        for name, teacher_config in teacher_runs(config).items():
+            train(dataclasses.replace(task, config=teacher_config), {}, stop)
+            teachers[name] = dataclasses.replace(teachers[name], weights=str(teacher_config.run_dir / WEIGHTS))
         return train(task, teachers, stop)
 
 
 def check(config: RunConfig, world: World, *, resume: bool) -> Task:
     """Collective. Raise ConfigError for what is known to fail, before any training; in the teachers' runs too."""
+    together(world, lambda: check_settings(config, world, resume=resume))
+    task = Task(config, world, *first_on_each_node(world, lambda: open_data(config.data)))
+    together(world, lambda: check_networks(task))
+    return task
+
+
+def check_settings(config: RunConfig, world: World, *, resume: bool) -> None:
+    """What the configuration alone can get wrong."""
     check_ranges(config)
     plan_batches(config, world.world_size)
     check_engine(config, world)
+    if config.augment.randaugment is not None:
+        try:
+            parse_randaugment(config.augment.randaugment)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    if config.teachers and config.distill.compile and world.device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ConfigError(
+                f"torch.compile needs the C++ compiler {compiler}; install it, or set distill.compile=false"
+            )
     if resume:
         check_same_run(config)
-    task = Task(config, world, *first_on_each_node(world, lambda: open_sources(config.data)))
+    for name, teacher_config in teacher_runs(config).items():
+        if teacher_config.teachers:
+            raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
+        with naming_teacher(name):
+            check_settings(teacher_config, world, resume=resume)
+
+
+def check_networks(task: Task) -> None:
+    """What only the networks and the data together can get wrong."""
     try:
         _ = task.steps_per_epoch
-        if config.augment.randaugment is not None:
-            parse_randaugment(config.augment.randaugment)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     task.build_student()
-    for name, teacher in config.teachers.items():
+    for name, teacher in task.config.teachers.items():
         if teacher.weights is not None:
             task.load_teacher(name, teacher)
-        elif (teacher_config := cli.teacher_run(config, name)).teachers:
-            raise ConfigError(f"recipe {teacher.recipe} of teacher {name} has teachers itself; give one that has none")
-        else:
-            try:
-                check(teacher_config, world, resume=resume)
-            except ConfigError as error:
-                raise ConfigError(f"recipe {teacher.recipe} of teacher {name}: {error}") from error
-    return task
+    for name, teacher_config in teacher_runs(task.config).items():
+        with naming_teacher(name):
+            check_networks(dataclasses.replace(task, config=teacher_config))
+
+
+def teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
+    """By teacher: the run that trains it, for each that comes without weights."""
+    return {name: cli.teacher_run(config, name) for name, teacher in config.teachers.items() if teacher.weights is None}
+
+
+@contextmanager
+def naming_teacher(name: str) -> Iterator[None]:
+    """Say whose run a mistake is in."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"teacher {name}: {error}") from error
+
+
+def open_data(data: DataConfig) -> tuple[Source, Source]:
+    """The training and the evaluation set, or a ConfigError."""
+    try:
+        return open_sources(data)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"data.train={data.train!r}, data.eval={data.eval!r} cannot be opened: {error}") from error
 
 
 def check_same_run(config: RunConfig) -> None:
@@ -259,14 +326,23 @@ def train(task: Task, teachers: Mapping[str, TeacherConfig], stop: StopRequest) 
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / CONFIG, cli.to_yaml(config))
-        write_text(run_dir / "env.json", json.dumps(describe_environment(world), indent=2) + "\n")
+        add_start(run_dir / ENVIRONMENT, {"step": step, **describe_environment(world)})
     log = RunLog(run_dir, world, title=config.name, step=step, total_steps=task.total_steps)
     try:
-        log.say(f"continues after step {step}" if step else f"starts in {run_dir}")
+        plan = task.batch_plan
+        start_of_run = f"continues after step {step}" if step else f"starts in {run_dir}"
+        cut = f"{world.world_size} ranks x {plan.micro_steps} micro-steps x {plan.micro_batch_size} images"
+        log.say(f"{start_of_run}; an update is {cut}")
         images_per_s = train_steps(task, engine, advisers, inputs, step, log, stop)
     finally:
         log.close()
     return finish(task, engine, advisers, teachers, images_per_s)
+
+
+def add_start(path: Path, start: Mapping[str, Any]) -> None:
+    """Add one start of the run to the list of them in a JSON file."""
+    starts = json.loads(path.read_text()) if path.exists() else []
+    write_text(path, json.dumps([*starts, start], indent=2) + "\n")
 
 
 def resume(engine: Engine, run_dir: Path, inputs: Mapping[str, str], world: World) -> int:
@@ -309,10 +385,11 @@ def train_steps(
         clock.stop()
 
         is_last = step == task.total_steps
+        stopping = agree_any(world, stop.requested)
         log.advance(step)
         if result.skipped:
             log.say(f"step {step} was skipped: the gradient is not finite")
-        if is_last or step % config.train.log_every_steps == 0:
+        if is_last or stopping or step % config.train.log_every_steps == 0:
             speed = clock.images_per_s(config.train.global_batch_size)
             log.record(step, {**means.drain(world), "lr": lr, "grad_norm": result.grad_norm, "images_per_s": speed})
         if not is_last and step % (config.train.eval_every_epochs * task.steps_per_epoch) == 0:
@@ -320,7 +397,6 @@ def train_steps(
             accuracy = evaluate(engine.forward, task.eval_batches(), world)
             engine.module.train()
             log.record(step, _named("top1_", accuracy.top1))
-        stopping = agree_any(world, stop.requested)
         if is_last or stopping or step % config.train.save_every_steps == 0:
             checkpoint.save(config.run_dir, step, engine.state(), inputs, world, keep=config.train.keep_checkpoints)
         if stopping:

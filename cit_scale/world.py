@@ -114,24 +114,33 @@ def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def first_on_each_node(world: World, function: Callable[[], T]) -> T:
-    """Collective. One rank on each node calls ``function``, which may fill caches, then the others do.
+def together(world: World, function: Callable[[], T]) -> T:
+    """Collective. Every rank calls ``function``, in which no rank waits for another.
 
     An exception on any rank is raised on all of them, so that none waits for one that has gone.
     """
     result: T | None = None
-    for turn_is_mine in (world.local_rank == 0, world.local_rank != 0):
-        failure: Exception | None = None
-        if turn_is_mine:
-            try:
-                result = function()
-            except Exception as error:  # raised again below, on every rank
-                failure = error
-        failures = [failure]
-        if world.world_size > 1:
-            failures = [None] * world.world_size
-            dist.all_gather_object(failures, failure)
-        first = next((error for error in failures if error is not None), None)
-        if first is not None:
-            raise first
+    failure: Exception | None = None
+    try:
+        result = function()
+    except Exception as error:  # raised again below, on every rank
+        failure = error
+    failures = [failure]
+    if world.world_size > 1:
+        failures = [None] * world.world_size
+        dist.all_gather_object(failures, failure)
+    for error in failures:
+        if error is not None:
+            raise error
     return cast(T, result)
+
+
+def first_on_each_node(world: World, function: Callable[[], T]) -> T:
+    """Collective. One rank on each node calls ``function``, which may fill caches, then the others do.
+
+    An exception on any rank is raised on all of them.
+    """
+    is_first = world.local_rank == 0
+    early = together(world, lambda: function() if is_first else None)
+    late = together(world, lambda: None if is_first else function())
+    return cast(T, early if is_first else late)

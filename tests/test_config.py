@@ -85,6 +85,7 @@ def test_a_teachers_run_takes_the_students_data_seed_and_folder():
     config = parse("--data.image_size", "48", "--seed", "7")
     run = cli.teacher_run(config, "inv")
     assert run.data == config.data
+    assert run.augment == config.augment
     assert run.seed == 7
     assert run.run_dir == config.run_dir / "teachers" / "inv"
     assert (run.student.name, run.student.kwargs) == ("rednet26", config.teachers["inv"].kwargs)
@@ -142,7 +143,8 @@ def test_differences_name_key_and_both_values():
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro_batch_size", "expected"), [(1, None, (1024, 1)), (4, None, (256, 1)), (4, 64, (64, 4))]
+    ("world_size", "micro_batch_size", "expected"),
+    [(1, None, (1024, 1)), (4, None, (256, 1)), (4, 64, (64, 4)), (2, 96, (64, 8)), (4, 4096, (256, 1))],
 )
 def test_micro_steps_follow_from_the_global_batch(world_size, micro_batch_size, expected):
     plan = plan_batches(with_train(micro_batch_size=micro_batch_size), world_size)
@@ -152,9 +154,9 @@ def test_micro_steps_follow_from_the_global_batch(world_size, micro_batch_size, 
 @pytest.mark.parametrize(
     ("total", "world_size", "micro", "expected"),
     [
-        (1024, 3, None, "1024 is not a multiple of the 3 ranks; the next one that is: 1026"),
-        (1024, 2, 96, r"96 x 2 = 192; the next one that is: 1152"),
-        (1024, 256, None, "does not hold whole mixing groups of mixing.group_size=8"),
+        (1024, 3, None, "does not give each of 3 ranks whole mixing groups .*; the next one that does: 1032"),
+        (1024, 256, None, "does not give each of 256 ranks whole mixing groups .*; the next one that does: 2048"),
+        (1024, 2, 4, "micro_batch_size=4 is less than one mixing group"),
     ],
 )
 def test_impossible_batches_are_refused_with_the_way_out(total, world_size, micro, expected):
@@ -169,6 +171,9 @@ def test_impossible_batches_are_refused_with_the_way_out(total, world_size, micr
         (["--optim.lr", ".nan"], "optim.lr=nan must be above 0"),
         (["--mixing.prob", "1.5"], r"mixing.prob=1.5 must be between 0 and 1"),
         (["--augment.crop_scale", "[0.5,0.1]"], "augment.crop_scale"),
+        (["--optim.betas", "[0.9,1.0]"], "optim.betas"),
+        (["--seed", "100000000000000000000"], "seed=.* must be below"),
+        (["--data.holdout", "1.5"], "data.holdout=1.5"),
         (["--train.epochs", "1"], "optim.warmup_epochs=.* is longer than train.epochs=1"),
     ],
 )

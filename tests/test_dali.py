@@ -453,7 +453,7 @@ def some_photos(tmp_path):
 def test_an_undecodable_image_is_named(some_photos, keep):
     bad = some_photos.folder / "only" / "5.jpg"
     bad.write_bytes(bad.read_bytes()[:keep])
-    with pytest.raises(UndecodableImageError, match=rf"{bad} cannot be decoded; repair or remove it"):
+    with pytest.raises(UndecodableImageError, match=rf"{bad} cannot be decoded; restore it"):
         take(start(some_photos, sizes=(4, 2)), 4)
 
 

@@ -90,6 +90,27 @@ def test_weights_of_another_class_count_are_refused_with_both_counts(tmp_path):
         load_weights(small_cit(), tmp_path / "w.safetensors")
 
 
+def test_a_model_with_a_convolution_for_its_classifier_loads_its_weights(tmp_path):
+    network = build_network("resnetv2_50", {}, num_classes=5, image_size=32)
+    save_file(network.model.state_dict(), tmp_path / "w.safetensors")
+    load_weights(network, tmp_path / "w.safetensors")
+    other = build_network("resnetv2_50", {}, num_classes=7, image_size=32)
+    with pytest.raises(ConfigError, match=r"answer 5 classes, the data set has 7"):
+        load_weights(other, tmp_path / "w.safetensors")
+
+
+def test_a_file_that_holds_no_state_dict_is_refused(tmp_path):
+    torch.save([1, 2], tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match="hold no state dict"):
+        read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("argument", ["num_classes", "img_size", "in_chans", "teachers"])
+def test_what_the_run_decides_cannot_be_decided_again_in_the_kwargs(argument):
+    with pytest.raises(ConfigError, match=rf"set {argument}=7"):
+        build_network("cit_tiny_patch16_224", {argument: 7}, num_classes=5, image_size=32)
+
+
 def test_an_unknown_model_is_answered_with_known_ones():
     with pytest.raises(ConfigError, match=r"no model is called 'cit_tinny'.*cit_tiny_patch16_224"):
         build_network("cit_tinny", {}, num_classes=5, image_size=32)

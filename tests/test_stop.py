@@ -1,9 +1,10 @@
 import os
+import pickle
 import signal
 
 import pytest
 
-from cit_scale.stop import StopRequest
+from cit_scale.stop import Stopped, StopRequest
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -27,6 +28,11 @@ def test_a_second_ctrl_c_interrupts_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_outcome_travels_to_other_ranks():
+    copied = pickle.loads(pickle.dumps(Stopped(7, signal.SIGTERM)))
+    assert (copied.step, copied.signum, str(copied)) == (7, signal.SIGTERM, "stopped after step 7")
 
 
 def test_handlers_are_given_back():

@@ -156,7 +156,11 @@ def test_a_run_without_teachers_is_plain_supervised_training(tiny):
     ("arguments", "expected"),
     [
         (["--train.epohcs", "3"], "did you mean train.epochs?"),
-        (["--train.global_batch_size", "100"], "next one that is: 128"),
+        (["--train.global_batch_size", "100"], "next one that does: 104"),
+        (["--student.kwargs.num_classes", "7"], "it follows from the data set"),
+        (["--augment.randaugment", "rand-m9-x3"], "rand-m9-x3"),
+        (["--data.cache_dir", "/proc/none"], "cannot be opened"),
+        (["--runs_dir", "/proc/none"], "another --runs_dir"),
         (["--train.global_batch_size", "2048"], "2048"),
         (["--data.train", "/no/such/folder"], "/no/such/folder"),
         (["--student.name", "resnet18"], "has no token"),
@@ -165,6 +169,7 @@ def test_a_run_without_teachers_is_plain_supervised_training(tiny):
         (["--teachers.conv.recipe", "null"], "--teachers.conv.weights FILE"),
         (["--engine.ds_config", "zero9"], "zero9"),
         (["--deepspeed_config", "contradicts.json"], "gradient_clipping"),
+        (["--student.kwargs.drop_path_rate", "x"], "timm.create_model"),
         (["--local_rank", "3"], "leave the flag to the launcher"),
     ],
 )
@@ -230,6 +235,7 @@ def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(
         (os.killpg if group else os.kill)(process.pid, signum)
         code, output = finish(process)
         assert code != 0, output
+        assert ("stopped after step" in output) == (signum != signal.SIGKILL), output
         assert not (place / "results.json").exists()
 
     interrupt(folder / "teachers" / "inv", 3, signal.SIGTERM, group=False)  # kill: in a teacher's training

@@ -386,7 +386,7 @@ def _name_undecodable(source: Source, samples: list[int], error: Exception) -> N
             (image,) = decode_one(source.read(sample)).run()
         except RuntimeError:
             raise UndecodableImageError(
-                f"{source.name(sample)} cannot be decoded; repair or remove it, then start again to continue"
+                f"{source.name(sample)} cannot be decoded; restore it to go on, or start anew without it (--no-resume)"
             ) from error
         found, expected = tuple(image.at(0).shape[:2]), (source.heights[sample], source.widths[sample])
         if found != expected:

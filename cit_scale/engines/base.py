@@ -55,9 +55,9 @@ class Engine(Protocol):
         """Collective. On rank 0 a copy of the whole training state on the CPU, elsewhere empty. Between two updates.
 
         Keys: ``weight/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` for each parameter and ``ema/NAME`` where an
-        average is kept (float32, the parameter's own shape), ``buffer/NAME`` for each buffer of the state dict, and
-        ``optimizer_step`` (the number of updates applied, int64 scalar). The same for every engine, stage and world
-        size.
+        average is kept (float32, the parameter's own shape), ``buffer/NAME``, and likewise ``ema/NAME``, for each
+        buffer of the state dict, and ``optimizer_step`` (the number of updates applied, int64 scalar). The same for
+        every engine, stage and world size.
         """
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

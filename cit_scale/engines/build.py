@@ -13,10 +13,12 @@ from cit_scale.world import World
 def check_engine(config: RunConfig, world: World) -> None:
     """Raise ConfigError for what ``build_engine`` would refuse, before there is a network."""
     engine = config.engine
-    if engine.precision == "bf16" and world.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise ConfigError(
-            f"engine.precision=bf16, but {torch.cuda.get_device_name(world.device)} has no bfloat16; set it to float32"
-        )
+    precisions = {"engine.precision": engine.precision, "distill.teacher_precision": config.distill.teacher_precision}
+    for setting, precision in precisions.items():
+        if precision == "bf16" and world.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+            raise ConfigError(
+                f"{setting}=bf16, but {torch.cuda.get_device_name(world.device)} has no bfloat16; set it to float32"
+            )
     if engine.name == "plain" and world.world_size > 1:
         raise ConfigError(
             f"engine.name=plain is for one process and there are {world.world_size}; set engine.name=zero"

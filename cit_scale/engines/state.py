@@ -67,6 +67,10 @@ class TrainingState:
         persistent = module.state_dict().keys()
         self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         self._buffers_before = [buffer.clone() for buffer in self._buffers.values()]
+        # Averaged weights want averaged BatchNorm statistics; counters are taken as they are.
+        self._averaged_buffers = {
+            name: buffer.clone() for name, buffer in self._buffers.items() if ema_decay is not None
+        }
         self._create_moments()
 
     def _create_moments(self) -> None:
@@ -83,6 +87,11 @@ class TrainingState:
         if self._average is not None:
             # average = decay * average + (1 - decay) * weight
             torch._foreach_lerp_(self._average, self._layout.pieces, 1 - self._ema_decay)
+        for name, average in self._averaged_buffers.items():
+            if average.is_floating_point():
+                average.lerp_(self._buffers[name], 1 - self._ema_decay)
+            else:
+                average.copy_(self._buffers[name])
         self._keep_buffers()
 
     @torch.no_grad()
@@ -100,7 +109,7 @@ class TrainingState:
             if is_main
         }
         if is_main:
-            state |= {f"buffer/{name}": _copy_to_cpu(buffer) for name, buffer in self._buffers.items()}
+            state |= {f"{kind}/{name}": _copy_to_cpu(buffer) for kind, name, buffer in self._whole_buffers()}
             step = self._optimizer.state[self._layout.pieces[0]]["step"]  # the same for every piece
             state["optimizer_step"] = torch.tensor(int(step))
         return state
@@ -115,14 +124,20 @@ class TrainingState:
                 piece.copy_(part)
         for piece in self._layout.pieces:
             self._optimizer.state[piece]["step"].copy_(state["optimizer_step"])
-        for name, buffer in self._buffers.items():
-            buffer.copy_(state[f"buffer/{name}"])
+        for kind, name, buffer in self._whole_buffers():
+            buffer.copy_(state[f"{kind}/{name}"])
         self._keep_buffers()
         self._layout.publish()
 
     def _keep_buffers(self) -> None:
         if self._buffers:
             torch._foreach_copy_(self._buffers_before, list(self._buffers.values()))
+
+    def _whole_buffers(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Kind, name and tensor of what no engine cuts: the buffers, and their moving averages."""
+        for kind, buffers in {"buffer": self._buffers, "ema": self._averaged_buffers}.items():
+            for name, buffer in buffers.items():
+                yield kind, name, buffer
 
     def _kinds(self) -> dict[str, list[Tensor]]:
         """What there is of each parameter, in pieces."""
@@ -134,7 +149,7 @@ class TrainingState:
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
         here = {f"{kind}/{name}": shape for kind in self._kinds() for name, shape in self._layout.shapes.items()}
-        here |= {f"buffer/{name}": buffer.shape for name, buffer in self._buffers.items()}
+        here |= {f"{kind}/{name}": buffer.shape for kind, name, buffer in self._whole_buffers()}
         here["optimizer_step"] = torch.Size()
         problems = [f"{key} is missing" for key in here if key not in state]
         problems += [f"{key} is not known here" for key in state if key not in here]

@@ -47,6 +47,12 @@ SHARDING_KEYS = (
 # Sections of zero_optimization whose checkpoints and parity are not tested here yet.
 UNTESTED_SECTIONS = ("offload_param", "offload_optimizer", "zenflow")
 
+# Options that shard otherwise than over the whole world, or change the gradient: not tested here either.
+UNTESTED_OPTIONS = (
+    "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)  # fmt: skip
+
 
 class ZeroEngine:
     """The ``Engine`` over ``deepspeed.initialize``. Collective to build.
@@ -359,6 +365,9 @@ def _check_zero(path: Path, zero: Any) -> dict[str, Any]:
         section = getattr(checked, name)
         if section is not None and getattr(section, "device", None) != "none":
             raise ConfigError(f"{path}: zero_optimization.{name} is not supported yet; remove it")
+    for option in UNTESTED_OPTIONS:
+        if getattr(checked, option) != DeepSpeedZeroConfig.model_fields[option].default:
+            raise ConfigError(f"{path}: zero_optimization.{option} is not supported yet; remove it")
     # memory_efficient_linear would replace torch.nn.functional.linear in the whole process, for the teachers too.
     return {"memory_efficient_linear": False, **zero, "stage": checked.stage}
 

@@ -304,8 +304,8 @@ def _checked_teachers(teachers: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(
                 f"teacher {name!r} becomes a field of StudentLogits, so its name is an identifier like 'conv_2'"
             )
-        if name == "cls" or hasattr(nn.ModuleDict(), name):
-            raise ValueError(f"teacher {name!r} needs another name: this one is taken by the class token or by torch")
+        if name in ("cls", "average", "label") or hasattr(nn.ModuleDict(), name):
+            raise ValueError(f"teacher {name!r} needs another name: this one is taken by the trainer or by torch")
     if len(set(teachers)) < len(teachers):
         raise ValueError(f"teachers={teachers}: each name stands once")
     return teachers

@@ -16,6 +16,14 @@ from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.config import ConfigError
 from cit_scale.models.released import convert
 
+# Arguments of timm.create_model that follow from the rest of the run.
+RUN_OWNS = {
+    "num_classes": "it follows from the data set",
+    "img_size": "data.image_size says it for every network",
+    "in_chans": "images have three channels",
+    "teachers": "they are those of the run's own setting teachers",
+}
+
 
 class Network(nn.Module):
     """Normalises images for its model and names the model's logits.
@@ -72,15 +80,20 @@ def build_network(
             f"{name} has no token for a teacher, but the teachers {', '.join(teachers)} are to advise it; "
             f"choose one of {', '.join(timm.list_models(module='cit'))} or drop the teachers"
         )
+    owned = [key for key in kwargs if key in RUN_OWNS]
+    if owned:
+        raise ConfigError(
+            f"the kwargs of {name} set {owned[0]}={kwargs[owned[0]]!r}, but {RUN_OWNS[owned[0]]}; remove it"
+        )
     arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
     if is_cit:
-        arguments = {"teachers": teachers, **arguments}
+        arguments["teachers"] = teachers
     if timm.get_pretrained_cfg(name).fixed_input_size:
-        arguments = {"img_size": image_size, **arguments}
+        arguments["img_size"] = image_size
     try:
         return Network(timm.create_model(name, **arguments))
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"timm.create_model({name!r}, {_spelled(arguments)}) refuses: {error}") from error
+        raise ConfigError(f"timm.create_model({name!r}, {_spelled(arguments)}) refuses: {_one_line(error)}") from error
 
 
 def _spelled(arguments: Mapping[str, Any]) -> str:
@@ -98,15 +111,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for a damaged file
-        raise ConfigError(f"weights {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"weights {path} cannot be read: {_one_line(error)}") from error
     for wrapper in ("model", "state_dict"):
-        if isinstance(state.get(wrapper), dict):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConfigError(f"weights {path} hold no state dict, bare or under 'model' or 'state_dict'")
     return state
 
 
 def load_weights(network: Network, path: str | Path) -> None:
-    """Fill the network's model. Position embeddings of another image size are resampled; the rest must fit exactly."""
+    """Fill the network's model. All must fit; a CiT resamples the position embedding of another image size."""
     state = read_weights(path)
     model = network.model
     if type(model).__module__.startswith("cit_scale."):
@@ -114,21 +129,20 @@ def load_weights(network: Network, path: str | Path) -> None:
             state = convert(state)  # the authors' names, where the file has them
         except ValueError as error:
             raise ConfigError(f"weights {path} do not fit: {error}") from error
-    name = _classifier(model)
-    head = model.get_submodule(name)
-    found = state.get(f"{name}.weight")
-    if found is not None and found.shape[0] != head.out_features:
+    classifier = model.pretrained_cfg["classifier"]  # timm's convention: a name, or several
+    key = f"{classifier if isinstance(classifier, str) or classifier is None else classifier[0]}.weight"
+    found, expected = state.get(key), model.state_dict().get(key)
+    if found is not None and expected is not None and len(found) != len(expected):
         raise ConfigError(
-            f"weights {path} answer {found.shape[0]} classes, the data set has {head.out_features}; "
+            f"weights {path} answer {len(found)} classes, the data set has {len(expected)}; "
             f"use weights trained on this data set, or give a recipe that trains them"
         )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ConfigError(f"weights {path} do not fit: {' '.join(str(error).split())[:400]}") from error
+        raise ConfigError(f"weights {path} do not fit: {_one_line(error)}") from error
 
 
-def _classifier(model: nn.Module) -> str:
-    """The classifier's name; the first where there are several (timm's convention: a string or a tuple of them)."""
-    classifier = model.pretrained_cfg["classifier"]
-    return classifier if isinstance(classifier, str) else classifier[0]
+def _one_line(error: Exception, most: int = 400) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[:most]} ..."

@@ -1,0 +1,36 @@
+import subprocess
+
+import pytest
+
+from cit_scale.results import describe_environment, print_table
+from cit_scale.world import World
+
+
+def test_the_environment_names_versions_and_commit():
+    environment = describe_environment(World())
+    assert {"torch", "timm", "deepspeed"} <= environment["packages"].keys()
+    assert environment["world_size"] == 1
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("git"), subprocess.CalledProcessError(128, "git")])
+def test_a_machine_without_git_or_repository_has_no_commit(monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert describe_environment(World())["commit"] is None
+
+
+def test_the_table_shows_every_network_and_where_the_run_is(tmp_path, capsys):
+    results = {
+        "model": "cit",
+        "steps": 3,
+        "images_per_s": None,
+        "eval_images": 10,
+        "accuracy": {"student": {"top1": {"cls": 90.0, "average": 95.5}, "top5": {"cls": 99.0, "average": 100.0}}},
+        "teachers": {"conv": {"model": "regnet", "top1": 80.25, "top5": 98.0}},
+    }
+    print_table(tmp_path, results)
+    shown = capsys.readouterr().out
+    for part in ("teacher conv (regnet)", "80.25", "student, average", "95.50", "not measured", str(tmp_path)):
+        assert part in shown
