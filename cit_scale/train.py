@@ -18,11 +18,7 @@ import io
 import itertools
 import json
 import os
-import shutil
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,40 +27,30 @@ from torch import Tensor
 
 from cit_scale import checkpoint, cli
 from cit_scale.batch import Batch, LossTerms
-from cit_scale.config import BatchPlan, ConfigError, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
-from cit_scale.data.dali import UndecodableImageError, eval_stream, train_stream
-from cit_scale.data.draws import parse_randaugment
+from cit_scale.config import ConfigError, RunConfig, TeacherConfig
+from cit_scale.data.dali import UndecodableImageError
 from cit_scale.data.mixing import mix
-from cit_scale.data.order import Cursor, steps_per_epoch
-from cit_scale.data.sources import Source, open_sources
 from cit_scale.engines.base import Engine, StepResult
-from cit_scale.engines.build import build_engine, check_engine
+from cit_scale.engines.build import build_engine
 from cit_scale.evaluate import evaluate
 from cit_scale.files import write_text
 from cit_scale.lock import exclusive
 from cit_scale.losses import co_advise_loss
 from cit_scale.metrics import RunLog, RunningMeans, StepClock
-from cit_scale.models.network import Network, build_network, load_weights
+from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
 from cit_scale.results import describe_environment, print_table
 from cit_scale.stop import Stopped, StopRequest
-from cit_scale.teachers import Teacher, load_teacher, run_teachers
-from cit_scale.world import World, agree_any, barrier, broadcast, first_on_each_node, start, together
+from cit_scale.task import CONFIG, Task, check, check_settings, teacher_runs
+from cit_scale.teachers import Teacher, run_teachers
+from cit_scale.world import World, agree_any, barrier, broadcast, start, together
 
 WEIGHTS = "model.safetensors"
-EMA_WEIGHTS = "model_ema.safetensors"
 RESULTS = "results.json"
 ENVIRONMENT = "env.json"
-CONFIG = "config.yaml"
 
-# What may differ when a run goes on. None of it changes which images make an update; how they are cut over ranks and
-# micro-steps does reach BatchNorm and drop path, so only the same cut continues bit for bit. Paths may change because
-# the images are compared by their fingerprint.
-MAY_CHANGE = (
-    "name", "runs_dir", "data.train", "data.eval", "data.cache_dir", "data.decode_threads", "data.prefetch",
-    "engine.name", "engine.ds_config", "train.micro_batch_size", "train.log_every_steps", "train.save_every_steps",
-    "train.keep_checkpoints", "train.eval_every_epochs",
-)  # fmt: skip
+# What a finished run leaves for use: where it lies in the engine's state, and the file it becomes.
+EXPORTS = {"student": ("weight/", WEIGHTS), "student ema": ("ema/", "model_ema.safetensors")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,77 +104,6 @@ def join_world(env: Mapping[str, str]) -> World:
     return world
 
 
-@dataclass(frozen=True)
-class Task:
-    """A checked configuration on this machine, with its data opened."""
-
-    config: RunConfig
-    world: World
-    train_set: Source
-    eval_set: Source
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.train_set.classes)
-
-    @property
-    def batch_plan(self) -> BatchPlan:
-        return plan_batches(self.config, self.world.world_size)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.train_set), self.config.train.global_batch_size)
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.train.epochs * self.steps_per_epoch
-
-    def train_batches(self, step: int) -> Iterator[Batch]:
-        """This rank's micro-batches from ``step`` on, without end."""
-        config, world = self.config, self.world
-        return train_stream(
-            self.train_set,
-            config.augment,
-            config.data,
-            seed=config.seed,
-            cursor=Cursor.at_step(step, len(self.train_set), config.train.global_batch_size),
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=self.batch_plan.micro_batch_size,
-            world=world,
-            device=world.device,
-        )
-
-    def eval_batches(self) -> Iterator[Batch]:
-        """This rank's share of the evaluation set, once."""
-        size = self.batch_plan.micro_batch_size
-        return eval_stream(self.eval_set, self.config.data, batch_size=size, world=self.world, device=self.world.device)
-
-    def build_student(self) -> Network:
-        """The network to train, with its initial weights: the same on every rank."""
-        config = self.config
-        torch.manual_seed(config.seed)
-        network = build_network(
-            config.student.name,
-            config.student.kwargs,
-            num_classes=self.num_classes,
-            image_size=config.data.image_size,
-            teachers=tuple(config.teachers),
-        )
-        if config.student.weights is not None:
-            load_weights(network, config.student.weights)
-        return network
-
-    def load_teacher(self, name: str, teacher: TeacherConfig) -> Teacher:
-        return load_teacher(
-            name,
-            teacher,
-            self.config.distill,
-            num_classes=self.num_classes,
-            image_size=self.config.data.image_size,
-            device=self.world.device,
-        )
-
-
 def run(config: RunConfig, world: World, stop: StopRequest, *, resume: bool = True) -> dict[str, Any]:
     """Collective. Train the teachers that have no weights yet, then the student. Returns the student's results.
 
@@ -205,95 +120,6 @@ def run(config: RunConfig, world: World, stop: StopRequest, *, resume: bool = Tr
             train(dataclasses.replace(task, config=teacher_config), {}, stop)
             teachers[name] = dataclasses.replace(teachers[name], weights=str(teacher_config.run_dir / WEIGHTS))
         return train(task, teachers, stop)
-
-
-def check(config: RunConfig, world: World, *, resume: bool) -> Task:
-    """Collective. Raise ConfigError for what is known to fail, before any training; in the teachers' runs too."""
-    together(world, lambda: check_settings(config, world, resume=resume))
-    task = Task(config, world, *first_on_each_node(world, lambda: open_data(config.data)))
-    together(world, lambda: check_networks(task))
-    return task
-
-
-def check_settings(config: RunConfig, world: World, *, resume: bool) -> None:
-    """What the configuration alone can get wrong."""
-    check_ranges(config)
-    plan_batches(config, world.world_size)
-    check_engine(config, world)
-    if config.augment.randaugment is not None:
-        try:
-            parse_randaugment(config.augment.randaugment)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-    if config.teachers and config.distill.compile and world.device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise ConfigError(
-                f"torch.compile needs the C++ compiler {compiler}; install it, or set distill.compile=false"
-            )
-    if resume:
-        check_same_run(config)
-    for name, teacher_config in teacher_runs(config).items():
-        if teacher_config.teachers:
-            raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
-        with naming_teacher(name):
-            check_settings(teacher_config, world, resume=resume)
-
-
-def check_networks(task: Task) -> None:
-    """What only the networks and the data together can get wrong."""
-    try:
-        _ = task.steps_per_epoch
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    task.build_student()
-    for name, teacher in task.config.teachers.items():
-        if teacher.weights is not None:
-            task.load_teacher(name, teacher)
-    for name, teacher_config in teacher_runs(task.config).items():
-        with naming_teacher(name):
-            check_networks(dataclasses.replace(task, config=teacher_config))
-
-
-def teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
-    """By teacher: the run that trains it, for each that comes without weights."""
-    return {name: cli.teacher_run(config, name) for name, teacher in config.teachers.items() if teacher.weights is None}
-
-
-@contextmanager
-def naming_teacher(name: str) -> Iterator[None]:
-    """Say whose run a mistake is in."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"teacher {name}: {error}") from error
-
-
-def open_data(data: DataConfig) -> tuple[Source, Source]:
-    """The training and the evaluation set, or a ConfigError."""
-    try:
-        return open_sources(data)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"data.train={data.train!r}, data.eval={data.eval!r} cannot be opened: {error}") from error
-
-
-def check_same_run(config: RunConfig) -> None:
-    """Refuse to go on with a run that was started with other settings."""
-    path = config.run_dir / CONFIG
-    if not path.exists():
-        return
-    changed = [
-        change
-        for change in cli.differences(cli.load_recipe(str(path)), config)
-        if change.split(":")[0] not in MAY_CHANGE
-    ]
-    if changed:
-        raise ConfigError(
-            f"{config.run_dir} holds a run with other settings ({'; '.join(changed)}); "
-            f"give this one another --name, or set that one aside with --no-resume"
-        )
 
 
 def set_aside(run_dir: Path, world: World) -> None:
@@ -470,15 +296,15 @@ def finish(
 
 def export_weights(state: Mapping[str, Tensor], run_dir: Path) -> dict[str, str]:
     """Write the student, and its moving average where there is one, as timm state dicts. Returns file names by kind."""
-    files = {"student": WEIGHTS}
-    kinds = {"student": "weight/"}
-    if any(key.startswith("ema/") for key in state):
-        files["student ema"], kinds["student ema"] = EMA_WEIGHTS, "ema/"
     buffers = _without_prefix(state, "buffer/model.")
-    for kind, prefix in kinds.items():
-        partial = run_dir / f"{files[kind]}.partial"
-        checkpoint.write_tensors({**buffers, **_without_prefix(state, f"{prefix}model.")}, partial)
-        partial.replace(run_dir / files[kind])
+    files = {}
+    for kind, (prefix, file) in EXPORTS.items():
+        weights = _without_prefix(state, f"{prefix}model.")
+        if weights:
+            partial = run_dir / f"{file}.partial"
+            checkpoint.write_tensors({**buffers, **weights}, partial)
+            partial.replace(run_dir / file)
+            files[kind] = file
     return files
 
 

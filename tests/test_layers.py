@@ -14,7 +14,8 @@ LEVELS = {
     3: "engines.build models",
     4: "models.network",
     5: "teachers evaluate",
-    6: "train",
+    6: "task",
+    7: "train",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 

@@ -41,8 +41,8 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> StudentLogits:
         """images: (B, 3, H, W) in [0, 1]. Each field of the answer: (B, K)."""
-        # Channels last: at 32 pixels on two CPU cores a training step of the small RedNet takes 0.48 of the time, of
-        # RegNetY-200MF 0.82, of the small CiT 0.88; GPUs' low-precision convolutions want it too.
+        # Channels last: on two CPU cores a training step of the small RedNet takes 0.48 of the time, of RegNetY-200MF
+        # 0.82, of the small CiT 0.88 (docs/measurements/first_light.md).
         normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         if hasattr(self.model, "forward_heads"):
             return self.model.forward_heads(normalised)

@@ -1,0 +1,196 @@
+"""A run that is known to be able to start: the configuration checked, the data opened, the networks tried."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from cit_scale import cli
+from cit_scale.batch import Batch
+from cit_scale.config import BatchPlan, ConfigError, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
+from cit_scale.data.dali import eval_stream, train_stream
+from cit_scale.data.draws import parse_randaugment
+from cit_scale.data.order import Cursor, steps_per_epoch
+from cit_scale.data.sources import Source, open_sources
+from cit_scale.engines.build import check_engine
+from cit_scale.models.network import Network, build_network, load_weights
+from cit_scale.teachers import Teacher, load_teacher
+from cit_scale.world import World, first_on_each_node, together
+
+CONFIG = "config.yaml"
+
+# What may differ when a run goes on. None of it changes which images make an update; how they are cut over ranks and
+# micro-steps does reach BatchNorm and drop path, so only the same cut continues bit for bit. Paths may change because
+# the images are compared by their fingerprint.
+MAY_CHANGE = (
+    "name", "runs_dir", "data.train", "data.eval", "data.cache_dir", "data.decode_threads", "data.prefetch",
+    "engine.name", "engine.ds_config", "train.micro_batch_size", "train.log_every_steps", "train.save_every_steps",
+    "train.keep_checkpoints", "train.eval_every_epochs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checked configuration on this machine, with its data opened."""
+
+    config: RunConfig
+    world: World
+    train_set: Source
+    eval_set: Source
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.train_set.classes)
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        return plan_batches(self.config, self.world.world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.train_set), self.config.train.global_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self.steps_per_epoch
+
+    def train_batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches from ``step`` on, without end."""
+        config, world = self.config, self.world
+        return train_stream(
+            self.train_set,
+            config.augment,
+            config.data,
+            seed=config.seed,
+            cursor=Cursor.at_step(step, len(self.train_set), config.train.global_batch_size),
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=self.batch_plan.micro_batch_size,
+            world=world,
+            device=world.device,
+        )
+
+    def eval_batches(self) -> Iterator[Batch]:
+        """This rank's share of the evaluation set, once."""
+        size = self.batch_plan.micro_batch_size
+        return eval_stream(self.eval_set, self.config.data, batch_size=size, world=self.world, device=self.world.device)
+
+    def build_student(self) -> Network:
+        """The network to train, with its initial weights: the same on every rank."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        network = build_network(
+            config.student.name,
+            config.student.kwargs,
+            num_classes=self.num_classes,
+            image_size=config.data.image_size,
+            teachers=tuple(config.teachers),
+        )
+        if config.student.weights is not None:
+            load_weights(network, config.student.weights)
+        return network
+
+    def load_teacher(self, name: str, teacher: TeacherConfig) -> Teacher:
+        return load_teacher(
+            name,
+            teacher,
+            self.config.distill,
+            num_classes=self.num_classes,
+            image_size=self.config.data.image_size,
+            device=self.world.device,
+        )
+
+
+def check(config: RunConfig, world: World, *, resume: bool) -> Task:
+    """Collective. Raise ConfigError for what is known to fail, before any training; in the teachers' runs too."""
+    together(world, lambda: check_settings(config, world, resume=resume))
+    task = Task(config, world, *first_on_each_node(world, lambda: open_data(config.data)))
+    together(world, lambda: check_networks(task))
+    return task
+
+
+def check_settings(config: RunConfig, world: World, *, resume: bool) -> None:
+    """What the configuration alone can get wrong."""
+    check_ranges(config)
+    plan_batches(config, world.world_size)
+    check_engine(config, world)
+    if config.augment.randaugment is not None:
+        try:
+            parse_randaugment(config.augment.randaugment)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    if config.teachers and config.distill.compile and world.device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ConfigError(
+                f"torch.compile needs the C++ compiler {compiler}; install it, or set distill.compile=false"
+            )
+    if resume:
+        check_same_run(config)
+    for name, teacher_config in teacher_runs(config).items():
+        if teacher_config.teachers:
+            raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
+        with naming_teacher(name):
+            check_settings(teacher_config, world, resume=resume)
+
+
+def check_networks(task: Task) -> None:
+    """What only the networks and the data together can get wrong."""
+    try:
+        _ = task.steps_per_epoch
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    task.build_student()
+    for name, teacher in task.config.teachers.items():
+        if teacher.weights is not None:
+            task.load_teacher(name, teacher)
+    for name, teacher_config in teacher_runs(task.config).items():
+        with naming_teacher(name):
+            check_networks(dataclasses.replace(task, config=teacher_config))
+
+
+def teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
+    """By teacher: the run that trains it, for each that comes without weights."""
+    return {name: cli.teacher_run(config, name) for name, teacher in config.teachers.items() if teacher.weights is None}
+
+
+@contextmanager
+def naming_teacher(name: str) -> Iterator[None]:
+    """Say whose run a mistake is in."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"teacher {name}: {error}") from error
+
+
+def open_data(data: DataConfig) -> tuple[Source, Source]:
+    """The training and the evaluation set, or a ConfigError."""
+    try:
+        return open_sources(data)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"data.train={data.train!r}, data.eval={data.eval!r} cannot be opened: {error}") from error
+
+
+def check_same_run(config: RunConfig) -> None:
+    """Refuse to go on with a run that was started with other settings."""
+    path = config.run_dir / CONFIG
+    if not path.exists():
+        return
+    changed = [
+        change
+        for change in cli.differences(cli.load_recipe(str(path)), config)
+        if change.split(":")[0] not in MAY_CHANGE
+    ]
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} holds a run with other settings ({'; '.join(changed)}); "
+            f"give this one another --name, or set that one aside with --no-resume"
+        )
