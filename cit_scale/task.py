@@ -15,8 +15,7 @@ import torch
 from cit_scale import cli
 from cit_scale.batch import Batch
 from cit_scale.config import BatchPlan, ConfigError, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
-from cit_scale.data.dali import eval_stream, train_stream
-from cit_scale.data.draws import parse_randaugment
+from cit_scale.data.dali import eval_stream, read_randaugment, train_stream
 from cit_scale.data.order import Cursor, steps_per_epoch
 from cit_scale.data.sources import Source, open_sources
 from cit_scale.engines.build import check_engine
@@ -120,11 +119,7 @@ def check_settings(config: RunConfig, world: World, *, resume: bool) -> None:
     check_ranges(config)
     plan_batches(config, world.world_size)
     check_engine(config, world)
-    if config.augment.randaugment is not None:
-        try:
-            parse_randaugment(config.augment.randaugment)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    read_randaugment(config.augment.randaugment)
     if config.teachers and config.distill.compile and world.device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:

@@ -41,7 +41,7 @@ from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
 from cit_scale.results import describe_environment, print_table
 from cit_scale.stop import Stopped, StopRequest
-from cit_scale.task import CONFIG, Task, check, check_settings, teacher_runs
+from cit_scale.task import CONFIG, Task, check, check_same_run, teacher_runs
 from cit_scale.teachers import Teacher, run_teachers
 from cit_scale.world import World, agree_any, barrier, broadcast, start, together
 
@@ -110,13 +110,14 @@ def run(config: RunConfig, world: World, stop: StopRequest, *, resume: bool = Tr
     resume: go on with what stands in the run folder; otherwise set it aside.
     """
     task = check(config, world, resume=resume)
+    first = teacher_runs(config)
     with exclusive(config.run_dir, world, stop):
         if not resume:
             set_aside(config.run_dir, world)
         # Again, now that no other job can write there.
-        together(world, lambda: check_settings(config, world, resume=True))
+        together(world, lambda: [check_same_run(each) for each in (config, *first.values())])
         teachers = dict(config.teachers)
-        for name, teacher_config in teacher_runs(config).items():
+        for name, teacher_config in first.items():
             train(dataclasses.replace(task, config=teacher_config), {}, stop)
             teachers[name] = dataclasses.replace(teachers[name], weights=str(teacher_config.run_dir / WEIGHTS))
         return train(task, teachers, stop)

@@ -73,7 +73,7 @@ def train_stream(
     Raises ValueError for batch sizes that fit neither each other nor the cursor, ConfigError for a RandAugment notation
     that cannot be read, and UndecodableImageError when the stream comes to such an image.
     """
-    randaugment = _read_randaugment(augment.randaugment)
+    randaugment = read_randaugment(augment.randaugment)
     num_steps = steps_per_epoch(len(source), global_batch_size)
     cursor.step(len(source), global_batch_size)  # refuses a cursor of another global batch size
 
@@ -366,7 +366,8 @@ RANDAUGMENT: dict[str, Callable[[DataNode, DataNode, DataNode], DataNode]] = {
 # --- When it goes wrong ---
 
 
-def _read_randaugment(text: str | None) -> draws.RandAugment | None:
+def read_randaugment(text: str | None) -> draws.RandAugment | None:
+    """AugmentConfig.randaugment, or a ConfigError."""
     try:
         return None if text is None else draws.parse_randaugment(text)
     except ValueError as error:
