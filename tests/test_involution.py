@@ -1,109 +1,102 @@
-"""Involution against a slow reference that unfolds x into patches."""
+"""Involution: each implementation against a slow reference, and the operator that stands before them."""
+
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from involution_cases import CASES, TOLERANCE, channels_last, draw, errors, relative_error, unfolded
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cit_scale.models import involution_cpu, involution_loop
 from cit_scale.models.involution import Involution2d, involution
 
-
-def unfolded(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    """The same sum over a (B, C, K*K, H', W') buffer of patches."""
-    batch, channels = x.shape[:2]
-    groups, size, _, height, width = kernel.shape[1:]
-    patches = F.unfold(x, size, padding=size // 2, stride=stride)
-    patches = patches.view(batch, groups, channels // groups, size * size, height, width)
-    weighted = patches * kernel.reshape(batch, groups, 1, size * size, height, width)
-    return weighted.sum(3).view(batch, channels, height, width)
+IMPLEMENTATIONS = {"C++": involution_cpu, "loop": involution_loop}
 
 
-def draw(channels: int, groups: int, size: int, stride: int, height: int, width: int, batch: int = 2) -> list[Tensor]:
-    """x and a kernel that fits it, float64."""
-    generator = torch.Generator().manual_seed(channels + size + stride + height)
-    kernel_shape = (batch, groups, size, size, -(-height // stride), -(-width // stride))
-    return [
-        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-        for shape in ((batch, channels, height, width), kernel_shape)
-    ]
+@pytest.fixture(scope="module", autouse=True)
+def _there_is_a_compiler():
+    assert involution_cpu.is_available()  # or the tests below would compare the loop with itself
 
 
-CASES = {
-    "7x7, two groups": (32, 2, 7, 1, 8, 9),
-    "3x3, one group": (16, 1, 3, 1, 6, 6),
-    "every channel its own group": (4, 4, 5, 1, 5, 7),
-    "1x1": (6, 3, 1, 1, 4, 4),
-    "stride 2, even size": (32, 2, 7, 2, 8, 8),
-    "stride 2, odd size": (32, 2, 3, 2, 7, 9),
-    "kernel larger than x": (4, 2, 7, 2, 3, 2),
-}
+# ---------------------------------------------------------------------------------------------------------------------
+# Implementations
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_output_and_gradients_equal_the_unfolded_sum(case):
-    stride = case[3]
-    x, kernel = draw(*case)
-    out, expected = involution(x, kernel, stride), unfolded(x, kernel, stride)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-
-    grad_out = torch.randn_like(expected)
-    grads = torch.autograd.grad(out, (x, kernel), grad_out)
-    expected_grads = torch.autograd.grad(expected, (x, kernel), grad_out)
-    torch.testing.assert_close(grads, expected_grads, rtol=1e-12, atol=1e-12)
-
-
-def test_a_kernel_of_one_tap_shifts_the_image():
-    x = torch.arange(12.0).view(1, 1, 3, 4)
-    kernel = torch.zeros(1, 1, 3, 3, 3, 4)
-    kernel[:, :, 0, 2] = 1  # from the row above, the column to the right
-    expected = [[0, 0, 0, 0], [1, 2, 3, 0], [5, 6, 7, 0]]
-    assert involution(x, kernel)[0, 0].tolist() == expected
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_output_and_gradients_equal_the_unfolded_sum(implementation, case, dtype):
+    tensors = [tensor.to(dtype) for tensor in draw(*case)]
+    assert max(errors(implementation, case[3], *tensors)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_gradcheck(stride):
-    x, kernel = draw(4, 2, 3, stride, 5, 4)
-    assert torch.autograd.gradcheck(involution, (x, kernel, stride))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_a_map_of_one_pixel_meets_the_middle_tap(implementation, stride):
+    assert max(errors(implementation, stride, *draw(32, 2, 7, stride, 1, 1))) < 1e-12
 
 
-def test_any_memory_layout_gives_the_same_values():
-    x, kernel = (tensor.detach() for tensor in draw(32, 2, 3, 1, 8, 8))
-    expected = involution(x, kernel)
-    views = {
-        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
-        "every second column": x.repeat_interleave(2, dim=3)[..., ::2],
-        "channels last": x.contiguous(memory_format=torch.channels_last),
-    }
-    for name, view in views.items():
-        torch.testing.assert_close(involution(view, kernel), expected, msg=name)
-    kernel_view = kernel.permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
-    torch.testing.assert_close(involution(x, kernel_view), expected)
+@pytest.mark.parametrize("case", ["7x7, two groups", "40 channels a group", "stride 2, odd size"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_any_memory_layout_will_do(implementation, case):
+    stride = CASES[case][3]
+    x, kernel, grad_out = draw(*CASES[case])
+    every_second = x.repeat_interleave(2, dim=3)[..., ::2]
+    part_of_more = channels_last(torch.cat([x, x], dim=1))[:, : x.shape[1]]
+    same_everywhere = grad_out[:, :, :1, :1].expand_as(grad_out)
+    for tensors in (
+        [channels_last(x), channels_last(kernel), channels_last(grad_out)],
+        [channels_last(x), kernel, grad_out],
+        [x, channels_last(kernel), channels_last(grad_out)],
+        [every_second, kernel.flip(2).contiguous().flip(2), same_everywhere],
+        [part_of_more, kernel.transpose(4, 5).contiguous().transpose(4, 5), grad_out],
+    ):
+        assert max(errors(implementation, stride, *tensors)) < 1e-12
 
 
-def test_channels_last_goes_through_forward_and_backward():
-    x, kernel = (tensor.detach().float() for tensor in draw(32, 2, 3, 1, 8, 8))
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    out = involution(x, kernel)
-    out.sum().backward()
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+def test_half_precision_is_left_to_the_loop_and_right():
+    x, kernel, _ = (tensor.half() for tensor in draw(*CASES["7x7, two groups"]))
+    expected = unfolded(x.double(), kernel.double(), 1)
+    assert relative_error(involution(x, kernel), expected) < TOLERANCE[torch.float16]
 
 
-def test_bfloat16_is_summed_in_float32():
-    x, kernel = (tensor.detach().bfloat16() for tensor in draw(32, 2, 7, 1, 9, 9))
-    out = involution(x, kernel)
-    assert out.dtype == torch.bfloat16
-    # Equal, not close: the only rounding is the last one.
-    assert torch.equal(out, involution(x.float(), kernel.float()).bfloat16())
+def test_bfloat16_is_summed_in_float32_and_rounded_once():
+    x, kernel, grad_out = (tensor.bfloat16() for tensor in draw(*CASES["7x7, two groups"]))
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (x, kernel)]
+        out = involution(*inputs)
+        results.append([tensor.bfloat16() for tensor in (out, *torch.autograd.grad(out, inputs, grad_out.to(dtype)))])
+    for rounded, wide in zip(*results, strict=True):
+        assert torch.equal(rounded, wide)
 
 
-def test_gradients_come_in_the_dtype_of_their_tensor():
-    x, kernel = draw(16, 1, 3, 1, 4, 4)
-    x, kernel = x.detach().float().requires_grad_(), kernel.detach().bfloat16().requires_grad_()
-    out = involution(x, kernel)
-    out.sum().backward()
-    assert (out.dtype, x.grad.dtype, kernel.grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+def test_bfloat16_keeps_infinities_and_nans():
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.38e38]).bfloat16().view(1, 4, 1, 1)
+    out = involution(x, torch.ones(1, 1, 1, 1, 1, 1, dtype=torch.bfloat16))
+    assert torch.equal(out.nan_to_num(nan=7.0), x.nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_number_of_threads_changes_no_bit(stride):
+    x, kernel, grad_out = (tensor.float() for tensor in draw(64, 4, 7, stride, 28, 28, batch=3))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            inputs = [x.clone().requires_grad_(), kernel.clone().requires_grad_()]
+            out = involution(*inputs, stride)
+            results.append([out, *torch.autograd.grad(out, inputs, grad_out)])
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -118,10 +111,10 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_no_buffer_of_patches_is_made():
-    x, kernel = (tensor.detach() for tensor in draw(64, 4, 7, 1, 16, 16))
+def test_the_loop_makes_no_buffer_of_patches():
+    x, kernel, out = draw(64, 4, 7, 1, 16, 16)
     with LargestTensor() as ours:
-        involution(x, kernel)
+        involution_loop.forward(x, kernel, 1, out)
     with LargestTensor() as reference:
         unfolded(x, kernel, 1)
     padded = 2 * 64 * (16 + 6) ** 2
@@ -129,7 +122,154 @@ def test_no_buffer_of_patches_is_made():
     assert reference.elements == 49 * x.numel()
 
 
-def test_an_empty_batch_gives_an_empty_output_and_zero_weight_gradients():
+# ---------------------------------------------------------------------------------------------------------------------
+# The library
+
+
+def run_python(program: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | env, capture_output=True, text=True, check=True
+    )
+
+
+SUM_OF_ONES = """
+import torch
+from cit_scale.models.involution import involution
+for _ in range(2):
+    print(involution(torch.ones(1, 16, 4, 4), torch.ones(1, 1, 3, 3, 4, 4)).sum().item())
+"""  # 16 channels, each with (2 + 3 + 3 + 2) ** 2
+
+
+def test_it_is_built_once_and_says_so(tmp_path):
+    first = run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path))
+    second = run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path), CXX="/no/compiler/is/needed/now")
+    assert first.stdout == second.stdout == "1600.0\n1600.0\n"
+    assert first.stderr.count("building the involution") == 1
+    assert "involution" not in second.stderr
+    assert [path.suffix for path in sorted(tmp_path.glob("cit_scale/*"))] == [".lock", ".so"]
+
+
+def test_without_a_compiler_it_warns_once_and_computes_all_the_same(tmp_path):
+    done = run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path), CXX="/no/such/compiler")
+    assert done.stdout == "1600.0\n1600.0\n"
+    assert done.stderr.count("there is no C++ compiler /no/such/compiler; install a C++ compiler") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'error: no space left' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path), CXX=str(compiler))
+    assert done.stdout == "1600.0\n1600.0\n"
+    assert "cannot build involution.cpp: error: no space left" in done.stderr
+    assert not list(tmp_path.glob("cit_scale/*.so"))
+
+
+def test_a_cache_that_cannot_be_written_costs_a_build_and_nothing_else(tmp_path):
+    (tmp_path / "file").touch()
+    done = run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert done.stdout == "1600.0\n1600.0\n"
+    assert done.stderr.count("building the involution") == 1
+
+
+def test_processes_that_start_together_build_it_once(tmp_path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SUM_OF_ONES],
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    said = [process.communicate() for process in started]
+    assert [out for out, _ in said] == ["1600.0\n1600.0\n"] * 3
+    assert sum(err.count("building the involution") for _, err in said) == 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 architecture")
+def test_it_is_right_with_narrower_vectors_than_this_cpu_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(involution_cpu, "FLAGS", [flag.replace("=native", "=x86-64") for flag in involution_cpu.FLAGS])
+    narrow = involution_cpu.load.__wrapped__()
+    monkeypatch.setattr(involution_cpu, "load", lambda: narrow)
+    for case in ("7x7, two groups", "7x7, stride 2, odd size", "9x9"):
+        tensors = [tensor.float() for tensor in draw(*CASES[case])]
+        assert max(errors(involution_cpu, CASES[case][3], *tensors)) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operator
+
+
+def test_a_kernel_of_one_tap_shifts_the_image():
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    kernel = torch.zeros(1, 1, 3, 3, 3, 4)
+    kernel[:, :, 0, 2] = 1  # from the row above, the column to the right
+    expected = [[0, 0, 0, 0], [1, 2, 3, 0], [5, 6, 7, 0]]
+    assert involution(x, kernel)[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_it_is_differentiable_twice(stride):
+    x, kernel, _ = (tensor.requires_grad_() for tensor in draw(4, 2, 3, stride, 5, 4))
+    assert torch.autograd.gradcheck(involution, (x, kernel, stride))
+    assert torch.autograd.gradgradcheck(involution, (x, kernel, stride))
+
+
+@pytest.mark.parametrize("layout", [Tensor.contiguous, channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_operators_are_registered_as_pytorch_asks(stride, layout):
+    x, kernel, grad_out = (layout(tensor).requires_grad_() for tensor in draw(4, 2, 3, stride, 5, 4))
+    operators, is_channels_last = torch.ops.cit_scale, layout is channels_last
+    torch.library.opcheck(operators.involution.default, (x, kernel, stride))
+    torch.library.opcheck(
+        operators.involution_grad_x.default, (grad_out, kernel, stride, *x.shape[2:], is_channels_last)
+    )
+    torch.library.opcheck(
+        operators.involution_grad_kernel.default, (grad_out, x, stride, *kernel.shape[1:3], is_channels_last)
+    )
+
+
+def test_only_the_gradients_that_are_wanted_are_computed():
+    x, kernel, _ = draw(16, 1, 3, 1, 4, 4)
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    out = involution(x, kernel.requires_grad_())
+    with Calls():
+        out.sum().backward()
+    assert torch.ops.cit_scale.involution_grad_kernel.default in called
+    assert torch.ops.cit_scale.involution_grad_x.default not in called
+
+
+@pytest.mark.parametrize("layout", [Tensor.contiguous, channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_output_and_gradients_come_in_the_layout_of_their_inputs(stride, layout):
+    x, kernel, _ = (layout(tensor).requires_grad_() for tensor in draw(32, 2, 3, stride, 8, 8))
+    out = involution(x, kernel, stride)
+    out.sum().backward()  # a gradient without a layout of its own
+    assert layout(out) is out
+    assert x.grad.stride() == x.stride()
+    assert kernel.grad.stride() == kernel.stride()
+
+
+def test_a_batch_of_one_and_an_empty_one():
+    x, kernel, grad_out = draw(32, 2, 7, 2, 9, 8, batch=1)
+    torch.testing.assert_close(involution(x, kernel, 2), unfolded(x, kernel, 2), rtol=1e-12, atol=1e-12)
+    empty = [tensor[:0].requires_grad_() for tensor in (x, kernel)]
+    out = involution(*empty, 2)
+    grads = torch.autograd.grad(out, empty, grad_out[:0])
+    assert [tuple(tensor.shape) for tensor in (out, *grads)] == [(0, 32, 5, 4), (0, 32, 9, 8), (0, 2, 7, 7, 5, 4)]
+
+
+def test_an_empty_batch_goes_through_the_module():
     module = Involution2d(16, 3, stride=2)
     x = torch.zeros(0, 16, 5, 5, requires_grad=True)
     out = module.eval()(x)
@@ -137,6 +277,44 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_weight_gradients():
     assert out.shape == (0, 16, 3, 3)
     assert x.grad.shape == x.shape
     assert not module.span.weight.grad.any()
+
+
+def test_under_autocast_both_inputs_take_its_dtype():
+    x, kernel, _ = (tensor.float().requires_grad_() for tensor in draw(16, 1, 3, 1, 6, 6))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            out = involution(x, kernel.bfloat16())
+        assert torch.equal(out, involution(x.to(dtype), kernel.bfloat16().to(dtype)))
+    out.float().sum().backward()
+    assert x.grad.dtype == kernel.grad.dtype == torch.float32
+
+
+def test_other_dtypes_and_mixtures_are_refused_by_name():
+    x, kernel = torch.zeros(1, 4, 2, 2), torch.zeros(1, 1, 3, 3, 2, 2)
+    with pytest.raises(ValueError, match=r"torch\.float32, torch\.bfloat16"):
+        involution(x, kernel.bfloat16())
+    with pytest.raises(ValueError, match=r"torch\.int64, torch\.int64"):
+        involution(x.long(), kernel.long())
+    with pytest.raises(ValueError, match="cpu, meta"):
+        torch.ops.cit_scale.involution(x, kernel.to("meta"), 1)
+
+
+def test_compiled_and_exported_it_stays_one_node_of_one_graph():
+    x, kernel, _ = (tensor.float() for tensor in draw(16, 1, 3, 2, 6, 5))
+
+    class Twice(nn.Module):
+        def forward(self, x, kernel):
+            return 2 * involution(x, kernel, 2)
+
+    expected = 2 * involution(x, kernel, 2)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(Twice(), (x, kernel), dynamic_shapes=({0: batch}, {0: batch}))
+    nodes = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert nodes.count(torch.ops.cit_scale.involution.default) == 1
+    torch.testing.assert_close(exported.module()(x[:1], kernel[:1]), expected[:1])
+    compiled = torch.compile(Twice(), fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(x, kernel), expected)
+    torch.testing.assert_close(compiled(x[:1], kernel[:1]), expected[:1])
 
 
 @pytest.mark.parametrize(
@@ -183,15 +361,15 @@ def test_the_module_computes_its_kernel_from_its_input(stride, size, expected):
     assert sum(parameter.numel() for parameter in module.parameters()) == 32 * 8 + 2 * 8 + 9 * 9 * 2
 
 
-def test_under_autocast_the_output_keeps_the_dtype_of_x():
+def test_the_module_runs_in_low_precision_under_autocast():
     module = Involution2d(16, 3).eval()
     x = torch.randn(2, 16, 6, 6)
     expected = module(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(x)
         out.sum().backward()
-    assert out.dtype == torch.float32
-    torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
     assert module.span.weight.grad.dtype == torch.float32
 
 

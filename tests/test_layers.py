@@ -8,18 +8,26 @@ PACKAGE = REPOSITORY / "cit_scale"
 
 # A module imports only from strictly lower levels.
 LEVELS = {
-    0: "config files world batch stop data.order data.draws models.involution models.released",
-    1: "cli lock data.sources data.mixing models.rednet losses optim metrics results engines.base engines.state",
-    2: "data.dali models.cit engines.plain engines.zero checkpoint",
-    3: "engines.build models",
-    4: "models.network",
-    5: "teachers evaluate",
-    6: "task",
-    7: "train",
+    0: "config files world batch stop data.order data.draws models.released "
+    "models.involution_loop models.involution_cpu models.involution_triton",
+    1: "cli lock data.sources data.mixing models.involution losses optim metrics results engines.base engines.state",
+    2: "data.dali models.rednet engines.plain engines.zero checkpoint",
+    3: "engines.build models.cit",
+    4: "models",
+    5: "models.network",
+    6: "teachers evaluate",
+    7: "task",
+    8: "train",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 
-ONLY_IMPORTERS = {"deepspeed": "engines.zero", "nvidia": "data.dali", "submitit": None, "ffmpeg": None}
+ONLY_IMPORTERS = {
+    "deepspeed": "engines.zero",
+    "nvidia": "data.dali",
+    "triton": "models.involution_triton",
+    "submitit": None,
+    "ffmpeg": None,
+}
 
 
 def modules() -> dict[str, Path]:

@@ -7,12 +7,17 @@ Letters in formulas: G groups, K kernel size, P = (K - 1) / 2 padding, S stride,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import importlib.util
+import warnings
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+
+from cit_scale.models import involution_cpu, involution_loop
 
 GROUP_CHANNELS = 16
 """Channels that share one kernel, in every published network."""
@@ -29,15 +34,160 @@ def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
     where g(c) = c // (C / G) and x is zero outside its borders.
 
     x: (B, C, H, W). kernel: (B, G, K, K, H', W') with C a multiple of G and K odd. stride: 1 or 2.
-    Returns (B, C, H', W') in x.dtype; products and sums are in float32 at least. Differentiable once, in x and kernel.
+    Returns (B, C, H', W') in the dtype and memory format of x. Products and sums are in float32 at least; the output
+    and each gradient are rounded once. Differentiable any number of times, in x and kernel.
     Memory stays near that of inputs and outputs: no (B, C, K*K, H', W') buffer of unfolded patches is made.
-    Raises ValueError where the shapes do not fit.
+    Under autocast both inputs take its dtype, as for a convolution.
+    Raises ValueError where shapes, dtypes or devices do not fit.
     """
-    _check_shapes(x, kernel, stride)
-    return _Involution.apply(x, kernel, stride)
+    return torch.ops.cit_scale.involution(x, kernel, stride)
 
 
-def _check_shapes(x: Tensor, kernel: Tensor, stride: int) -> None:
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators. The sum of grad_out * involution(x, kernel) is linear in each of its three tensors, so its gradient
+# with respect to each is an operator of the other two, and the gradients of these three are the same three again.
+
+
+@torch.library.custom_op("cit_scale::involution", mutates_args=())
+def _forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    out = _empty_output(x, kernel, stride)
+    if out.numel() > 0:
+        _implementation(x.device.type, x.dtype).forward(x, kernel, stride, out)
+    return out
+
+
+@torch.library.custom_op("cit_scale::involution_grad_x", mutates_args=())
+def _grad_x(grad_out: Tensor, kernel: Tensor, stride: int, height: int, width: int, channels_last: bool) -> Tensor:
+    out = _empty_grad_x(grad_out, kernel, stride, height, width, channels_last)
+    if out.numel() > 0:
+        _implementation(out.device.type, out.dtype).grad_x(grad_out, kernel, stride, out)
+    return out
+
+
+@torch.library.custom_op("cit_scale::involution_grad_kernel", mutates_args=())
+def _grad_kernel(
+    grad_out: Tensor, x: Tensor, stride: int, groups: int, kernel_size: int, channels_last: bool
+) -> Tensor:
+    out = _empty_grad_kernel(grad_out, x, stride, groups, kernel_size, channels_last)
+    if out.numel() > 0:
+        _implementation(out.device.type, out.dtype).grad_kernel(grad_out, x, stride, out)
+    return out
+
+
+@_forward.register_fake
+def _empty_output(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    _check(x, kernel, stride)
+    return _empty_image(x, (x.shape[0], x.shape[1], *kernel.shape[4:]), _is_channels_last(x))
+
+
+@_grad_x.register_fake
+def _empty_grad_x(
+    grad_out: Tensor, kernel: Tensor, stride: int, height: int, width: int, channels_last: bool
+) -> Tensor:
+    return _empty_image(kernel, (*grad_out.shape[:2], height, width), channels_last)
+
+
+@_grad_kernel.register_fake
+def _empty_grad_kernel(
+    grad_out: Tensor, x: Tensor, stride: int, groups: int, kernel_size: int, channels_last: bool
+) -> Tensor:
+    batch, (height, width) = x.shape[0], grad_out.shape[2:]
+    if channels_last:
+        return x.new_empty(batch, height, width, groups, kernel_size, kernel_size).permute(0, 3, 4, 5, 1, 2)
+    return x.new_empty(batch, groups, kernel_size, kernel_size, height, width)
+
+
+def _empty_image(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether channels (of a kernel: taps), and not columns, lie side by side in memory."""
+    return tensor.stride(-1) > tensor.stride(-3)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    first, second, ctx.stride, *_ = inputs
+    ctx.save_for_backward(first, second)
+
+
+def _backward_of_forward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    x, kernel = ctx.saved_tensors
+    wants_x, wants_kernel, _ = ctx.needs_input_grad
+    grad_x = _toward_x(grad_out, x, kernel, ctx.stride) if wants_x else None
+    grad_kernel = _toward_kernel(grad_out, x, kernel, ctx.stride) if wants_kernel else None
+    return grad_x, grad_kernel, None
+
+
+def _backward_of_grad_x(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+    grad_out, kernel = ctx.saved_tensors
+    wants_out, wants_kernel, *_ = ctx.needs_input_grad
+    toward_out = involution(x, kernel, ctx.stride) if wants_out else None
+    toward_kernel = _toward_kernel(grad_out, x, kernel, ctx.stride) if wants_kernel else None
+    return toward_out, toward_kernel, None, None, None, None
+
+
+def _backward_of_grad_kernel(ctx: Any, kernel: Tensor) -> tuple[Tensor | None, ...]:
+    grad_out, x = ctx.saved_tensors
+    wants_out, wants_x, *_ = ctx.needs_input_grad
+    toward_out = involution(x, kernel, ctx.stride) if wants_out else None
+    toward_x = _toward_x(grad_out, x, kernel, ctx.stride) if wants_x else None
+    return toward_out, toward_x, None, None, None, None
+
+
+def _toward_x(grad_out: Tensor, x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """In the shape and memory format of x, which is not read."""
+    height, width = x.shape[2:]
+    return torch.ops.cit_scale.involution_grad_x(grad_out, kernel, stride, height, width, _is_channels_last(x))
+
+
+def _toward_kernel(grad_out: Tensor, x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """In the shape and memory format of kernel, which is not read."""
+    groups, size = kernel.shape[1:3]
+    return torch.ops.cit_scale.involution_grad_kernel(grad_out, x, stride, groups, size, _is_channels_last(kernel))
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_save)
+_grad_x.register_autograd(_backward_of_grad_x, setup_context=_save)
+_grad_kernel.register_autograd(_backward_of_grad_kernel, setup_context=_save)
+
+
+# By hand, since register_autocast would fix one dtype for every autocast of a device.
+_LIBRARY = torch.library.Library("cit_scale", "FRAGMENT")
+
+
+def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    def cast_and_call(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return involution(x.to(dtype), kernel.to(dtype), stride)
+
+    _LIBRARY.impl("involution", cast_and_call, dispatch_key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+@functools.cache
+def _implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
+    """Who computes: a module with the functions forward, grad_x and grad_kernel."""
+    if device_type == "cpu" and dtype in involution_cpu.DTYPES and involution_cpu.is_available():
+        return involution_cpu
+    if device_type == "cuda":
+        if importlib.util.find_spec("triton") is not None:
+            from cit_scale.models import involution_triton
+
+            return involution_triton
+        warnings.warn(
+            "involution runs as a loop in PyTorch, several times slower and in more memory: Triton is not installed",
+            stacklevel=2,
+        )
+    return involution_loop
+
+
+def _check(x: Tensor, kernel: Tensor, stride: int) -> None:
     x_shape, kernel_shape = tuple(x.shape), tuple(kernel.shape)
     if len(x_shape) != 4 or len(kernel_shape) != 6:
         raise ValueError(
@@ -56,83 +206,10 @@ def _check_shapes(x: Tensor, kernel: Tensor, stride: int) -> None:
     expected = (batch, groups, size, size, -(-height // stride), -(-width // stride))
     if kernel_shape != expected:
         raise ValueError(f"x {x_shape} at stride {stride} needs a kernel of shape {expected}, not {kernel_shape}")
-
-
-class _Involution(torch.autograd.Function):
-    """The formula as a loop over the K*K taps: each multiplies one slice of the kernel with one shifted slice of x.
-
-    torch.compile traces the forward loop and fuses it into one kernel. The gradient is written out because autograd
-    would make a zero-filled tensor of full size for every slice.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x, kernel)
-        ctx.stride = stride
-        padded = _pad_and_group(x, kernel)
-        out = None
-        for kernel_tap, x_tap in zip(_kernel_taps(kernel), _shifted_slices(padded, kernel, stride), strict=True):
-            out = x_tap * kernel_tap if out is None else out.addcmul_(x_tap, kernel_tap)
-        return out.flatten(1, 2).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, kernel = ctx.saved_tensors
-        grad_x, grad_kernel = _involution_backward(grad_out, x, kernel, ctx.stride)
-        return grad_x, grad_kernel, None
-
-
-# Opaque to torch.compile, which cannot write into slices in place: it would copy the whole gradient at every tap, in
-# code that takes minutes to build.
-@torch.library.custom_op("cit_scale::involution_backward", mutates_args=())
-def _involution_backward(grad_out: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to x and kernel, in their shapes, dtypes and memory formats."""
-    padded = _pad_and_group(x, kernel)
-    grad_padded = torch.zeros_like(padded)
-    grad_kernel = torch.empty_like(kernel)
-    grad_out = grad_out.to(padded.dtype).unflatten(1, padded.shape[1:3])  # (B, G, C / G, H', W')
-    for kernel_tap, grad_kernel_tap, x_tap, grad_x_tap in zip(
-        _kernel_taps(kernel),
-        _kernel_taps(grad_kernel),
-        _shifted_slices(padded, kernel, stride),
-        _shifted_slices(grad_padded, kernel, stride),
-        strict=True,
-    ):
-        grad_x_tap.addcmul_(kernel_tap, grad_out)
-        grad_kernel_tap.copy_((x_tap * grad_out).sum(2, keepdim=True))
-    pad, height, width = kernel.shape[2] // 2, *x.shape[2:]
-    grad_x = grad_padded[..., pad : pad + height, pad : pad + width].flatten(1, 2)
-    return torch.empty_like(x).copy_(grad_x), grad_kernel
-
-
-@_involution_backward.register_fake
-def _(grad_out: Tensor, x: Tensor, kernel: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(kernel)
-
-
-def _pad_and_group(x: Tensor, kernel: Tensor) -> Tensor:
-    """x in the dtype of the sums, padded and split into groups: (B, G, C / G, H + 2P, W + 2P)."""
-    groups, size = kernel.shape[1:3]
-    pad = size // 2
-    dtype = torch.promote_types(torch.promote_types(x.dtype, kernel.dtype), torch.float32)
-    return F.pad(x.to(dtype), (pad, pad, pad, pad)).unflatten(1, (groups, x.shape[1] // groups))
-
-
-def _kernel_taps(kernel: Tensor) -> Iterator[Tensor]:
-    """Views (B, G, 1, H', W') of the kernel, one per tap, in row-major order."""
-    for u in range(kernel.shape[2]):
-        for v in range(kernel.shape[3]):
-            yield kernel[:, :, u, v].unsqueeze(2)
-
-
-def _shifted_slices(padded: Tensor, kernel: Tensor, stride: int) -> Iterator[Tensor]:
-    """Views (B, G, C / G, H', W') of a padded tensor, one per tap: what that tap meets at each position."""
-    size, height, width = kernel.shape[3:]
-    rows, columns = stride * (height - 1) + 1, stride * (width - 1) + 1
-    for u in range(size):
-        for v in range(size):
-            yield padded[..., u : u + rows : stride, v : v + columns : stride]
+    if x.dtype != kernel.dtype or not x.dtype.is_floating_point:
+        raise ValueError(f"involution takes x and kernel in one floating-point dtype, not {x.dtype}, {kernel.dtype}")
+    if x.device != kernel.device:
+        raise ValueError(f"involution takes x and kernel on one device, not {x.device}, {kernel.device}")
 
 
 class Involution2d(nn.Module):
