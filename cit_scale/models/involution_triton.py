@@ -1,0 +1,181 @@
+"""Involution on a GPU, in Triton. Each function fills ``out``; any strides will do, and nothing else is allocated.
+
+A program computes BLOCK positions times the channels of one group, in float32 at least. It is made for x channels
+last, where the 16 channels of a group are one sector of a cache line in bf16, and for a kernel whose positions are
+adjacent in memory: neighbouring threads then read neighbouring values, each of which serves all channels of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# BLOCK, warps: from few positions a program, for small maps, to many. The interpreter has nothing to choose by.
+_BLOCKS = ((16, 1), (32, 2), (64, 4), (128, 8))
+_CONFIGS = [
+    triton.Config({"BLOCK": block}, num_warps=warps)
+    for block, warps in (_BLOCKS[-1:] if triton.knobs.runtime.interpret else _BLOCKS)
+]
+_autotune = triton.autotune(
+    _CONFIGS, key=["out_width", "groups", "GROUP_CHANNELS", "KERNEL_SIZE", "STRIDE"], cache_results=True
+)
+
+
+def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
+    """x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
+    positions = out.shape[0] * out.shape[2] * out.shape[3]
+    _launch(_forward, (positions, 1), x, kernel, stride, (x, kernel, out))
+
+
+def grad_x(grad_out: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
+    """grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W)."""
+    # A position of x is met by every stride-th tap, which ones depends on whether its row and column are even or odd:
+    # each of these classes has programs of its own.
+    positions = grad_out.shape[0] * grad_out.shape[2] * grad_out.shape[3]
+    _launch(_grad_x, (positions, stride * stride), out, kernel, stride, (grad_out, kernel, out))
+
+
+def grad_kernel(grad_out: Tensor, x: Tensor, stride: int, out: Tensor) -> None:
+    """grad_out: (B, C, H', W'). x: (B, C, H, W). out: (B, G, K, K, H', W')."""
+    positions = grad_out.shape[0] * grad_out.shape[2] * grad_out.shape[3]
+    _launch(_grad_kernel, (positions, 1), x, out, stride, (grad_out, x, out))
+
+
+def _launch(
+    function: Callable[..., None],
+    work: tuple[int, int],
+    x: Tensor,
+    kernel: Tensor,
+    stride: int,
+    tensors: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """work: positions, and classes of them. x, kernel: tensors of these shapes. tensors: the function's own."""
+    positions, classes = work
+    batch, channels, height, width = x.shape
+    groups, size, _, out_height, out_width = kernel.shape[1:]
+    with torch.cuda.device_of(x):  # Triton launches on the current device; no-op for the interpreter's CPU tensors
+        function[lambda meta: (triton.cdiv(positions, meta["BLOCK"]) * groups, classes)](
+            *tensors,
+            *(step for tensor in tensors for step in tensor.stride()),
+            batch,
+            groups,
+            height,
+            width,
+            out_height,
+            out_width,
+            GROUP_CHANNELS=channels // groups,
+            CHANNELS=triton.next_power_of_2(channels // groups),
+            KERNEL_SIZE=size,
+            STRIDE=stride,
+            SUM_DTYPE=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        )
+
+
+@_autotune
+@triton.jit
+def _forward(
+    x, kernel, out,
+    x_b, x_c, x_h, x_w, k_b, k_g, k_u, k_v, k_h, k_w, o_b, o_c, o_h, o_w,
+    batch, groups, height, width, out_height, out_width,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    SUM_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0) % groups
+    b, i, j, is_position = _positions(tl.program_id(0) // groups, batch, out_height, out_width, BLOCK)
+    channel = g * GROUP_CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    is_channel = tl.arange(0, CHANNELS)[None, :] < GROUP_CHANNELS
+    kernel += b * k_b + g * k_g + i * k_h + j * k_w  # (BLOCK,)
+    x += (b * x_b)[:, None] + channel * x_c  # (BLOCK, CHANNELS)
+    total = tl.zeros((BLOCK, CHANNELS), SUM_DTYPE)
+    for u in range(KERNEL_SIZE):
+        row = i * STRIDE + u - KERNEL_SIZE // 2
+        for v in tl.static_range(KERNEL_SIZE):
+            column = j * STRIDE + v - KERNEL_SIZE // 2
+            inside = is_position & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            weight = tl.load(kernel + u * k_u + v * k_v, mask=inside, other=0.0)
+            value = tl.load(x + (row * x_h + column * x_w)[:, None], mask=inside[:, None] & is_channel, other=0.0)
+            total += weight.to(SUM_DTYPE)[:, None] * value.to(SUM_DTYPE)
+    out += (b * o_b + i * o_h + j * o_w)[:, None] + channel * o_c
+    tl.store(out, total.to(out.dtype.element_ty), mask=is_position[:, None] & is_channel)
+
+
+@_autotune
+@triton.jit
+def _grad_x(
+    grad_out, kernel, out,
+    g_b, g_c, g_h, g_w, k_b, k_g, k_u, k_v, k_h, k_w, o_b, o_c, o_h, o_w,
+    batch, groups, height, width, out_height, out_width,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    SUM_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0) % groups
+    first_row = tl.program_id(1) // STRIDE
+    first_column = tl.program_id(1) % STRIDE
+    # ceil(H / STRIDE) rows of each class are H', or one less; so are the columns.
+    b, row, column, is_position = _positions(tl.program_id(0) // groups, batch, out_height, out_width, BLOCK)
+    row = row * STRIDE + first_row
+    column = column * STRIDE + first_column
+    is_position = is_position & (row < height) & (column < width)
+    channel = g * GROUP_CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    is_channel = tl.arange(0, CHANNELS)[None, :] < GROUP_CHANNELS
+    kernel += b * k_b + g * k_g  # (BLOCK,)
+    grad_out += (b * g_b)[:, None] + channel * g_c  # (BLOCK, CHANNELS)
+    total = tl.zeros((BLOCK, CHANNELS), SUM_DTYPE)
+    # Output row i met this row with tap u where STRIDE * i + u - P = row.
+    first_u = (first_row + KERNEL_SIZE // 2) % STRIDE
+    first_v = (first_column + KERNEL_SIZE // 2) % STRIDE
+    for nth_u in range((KERNEL_SIZE + STRIDE - 1) // STRIDE):
+        u = first_u + nth_u * STRIDE
+        down = row + KERNEL_SIZE // 2 - u
+        i = down // STRIDE
+        met_row = is_position & (down >= row - KERNEL_SIZE // 2) & (down >= 0) & (i < out_height)  # first: u < K
+        for nth_v in tl.static_range((KERNEL_SIZE + STRIDE - 1) // STRIDE):
+            v = first_v + nth_v * STRIDE
+            right = column + KERNEL_SIZE // 2 - v
+            j = right // STRIDE
+            met = met_row & (right >= column - KERNEL_SIZE // 2) & (right >= 0) & (j < out_width)
+            weight = tl.load(kernel + u * k_u + v * k_v + i * k_h + j * k_w, mask=met, other=0.0)
+            grad = tl.load(grad_out + (i * g_h + j * g_w)[:, None], mask=met[:, None] & is_channel, other=0.0)
+            total += weight.to(SUM_DTYPE)[:, None] * grad.to(SUM_DTYPE)
+    out += (b * o_b + row * o_h + column * o_w)[:, None] + channel * o_c
+    tl.store(out, total.to(out.dtype.element_ty), mask=is_position[:, None] & is_channel)
+
+
+@_autotune
+@triton.jit
+def _grad_kernel(
+    grad_out, x, out,
+    g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w, o_b, o_g, o_u, o_v, o_h, o_w,
+    batch, groups, height, width, out_height, out_width,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    SUM_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0) % groups
+    b, i, j, is_position = _positions(tl.program_id(0) // groups, batch, out_height, out_width, BLOCK)
+    channel = g * GROUP_CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    is_channel = tl.arange(0, CHANNELS)[None, :] < GROUP_CHANNELS
+    grad_out += (b * g_b + i * g_h + j * g_w)[:, None] + channel * g_c
+    grad = tl.load(grad_out, mask=is_position[:, None] & is_channel, other=0.0).to(SUM_DTYPE)
+    x += (b * x_b)[:, None] + channel * x_c  # (BLOCK, CHANNELS)
+    out += b * o_b + g * o_g + i * o_h + j * o_w  # (BLOCK,)
+    for u in range(KERNEL_SIZE):
+        row = i * STRIDE + u - KERNEL_SIZE // 2
+        for v in tl.static_range(KERNEL_SIZE):
+            column = j * STRIDE + v - KERNEL_SIZE // 2
+            inside = is_position & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            value = tl.load(x + (row * x_h + column * x_w)[:, None], mask=inside[:, None] & is_channel, other=0.0)
+            total = tl.sum(grad * value.to(SUM_DTYPE), axis=1)
+            tl.store(out + u * o_u + v * o_v, total.to(out.dtype.element_ty), mask=is_position)
+
+
+@triton.jit
+def _positions(tile, batch, height, width, BLOCK: tl.constexpr):
+    """Image, row and column of each position of a tile, (BLOCK,), and whether there is such a position."""
+    position = tile * BLOCK + tl.arange(0, BLOCK)
+    pixel = position % (height * width)
+    b = (position // (height * width)).to(tl.int64)  # steps between images can lead beyond 2**31 elements
+    return b, pixel // width, pixel % width, position < batch * height * width
