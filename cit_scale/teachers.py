@@ -12,6 +12,7 @@ from torch import Tensor
 from cit_scale.batch import TeacherLogits, teacher_logits_type
 from cit_scale.config import ConfigError, DistillConfig, TeacherConfig
 from cit_scale.files import file_sha256
+from cit_scale.models.fold import fold_batch_norm
 from cit_scale.models.network import Network, build_network, load_weights
 
 
@@ -34,7 +35,18 @@ def load_teacher(
         raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
     network = build_network(config.model, config.kwargs, num_classes=num_classes, image_size=image_size)
     load_weights(network, config.weights)
-    network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+    forward = freeze(network, distill, device)
+    return Teacher(name, network, forward, file_sha256(Path(config.weights).expanduser()))
+
+
+def freeze(network: Network, distill: DistillConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Make a network a fixed function, as fast as it gets: on the device, its BatchNorms folded, compiled.
+
+    Returns Teacher.forward. network: changed in place.
+    """
+    network.requires_grad_(False).eval()
+    fold_batch_norm(network.model)
+    network.to(device, memory_format=torch.channels_last)
 
     # Fixed batch shapes: each rank sees micro-batches of one size, and evaluation pads its last one.
     run = torch.compile(network, dynamic=False) if distill.compile else network
@@ -45,7 +57,7 @@ def load_teacher(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return run(images).cls.float()
 
-    return Teacher(name, network, forward, file_sha256(Path(config.weights).expanduser()))
+    return forward
 
 
 def run_teachers(teachers: Sequence[Teacher], images: Tensor) -> TeacherLogits:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cit_scale.models import involution_cpu, involution_loop
-from cit_scale.models.involution import Involution2d, involution
+from cit_scale.models.involution import Involution2d, _planar_span, involution
 
 IMPLEMENTATIONS = {"C++": involution_cpu, "loop": involution_loop}
 
@@ -359,6 +359,33 @@ def test_the_module_computes_its_kernel_from_its_input(stride, size, expected):
     torch.testing.assert_close(out, unfolded(x, kernel, stride))
     # C * C/4 + 2 * C/4 + (C/4 + 1) * K*K * C/16
     assert sum(parameter.numel() for parameter in module.parameters()) == 32 * 8 + 2 * 8 + 9 * 9 * 2
+
+
+def test_the_layout_for_a_gpu_changes_no_value():
+    module = Involution2d(32, 7)
+    features = torch.randn(2, 8, 5, 6)
+    for layout in (Tensor.contiguous, channels_last):
+        planar = _planar_span(layout(features), module.span.weight, module.span.bias)
+        torch.testing.assert_close(planar, module.span(features))
+        assert planar.is_contiguous()
+
+
+def test_channels_last_goes_through_the_module_without_a_copy():
+    module = Involution2d(32, 7, stride=2).eval().to(memory_format=torch.channels_last)
+    x = channels_last(torch.randn(2, 32, 12, 12))
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Calls():
+        out = module(x)
+    assert channels_last(out) is out
+    aten = torch.ops.aten
+    assert not {aten.clone, aten.copy_, aten._to_copy, aten.contiguous} & set(called)
+    assert torch.ops.cit_scale.involution in called
 
 
 def test_the_module_runs_in_low_precision_under_autocast():

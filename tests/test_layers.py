@@ -8,7 +8,7 @@ PACKAGE = REPOSITORY / "cit_scale"
 
 # A module imports only from strictly lower levels.
 LEVELS = {
-    0: "config files world batch stop data.order data.draws models.released "
+    0: "config files world batch stop data.order data.draws models.released models.fold "
     "models.involution_loop models.involution_cpu models.involution_triton",
     1: "cli lock data.sources data.mixing models.involution losses optim metrics results engines.base engines.state",
     2: "data.dali models.rednet engines.plain engines.zero checkpoint",

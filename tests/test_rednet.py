@@ -132,10 +132,19 @@ def test_gradient_checkpointing_changes_no_gradient():
     torch.testing.assert_close(grads[1], grads[0])
 
 
-def test_the_whole_network_compiles_to_one_graph():
-    # Inductor itself is met in test_involution.py; building the whole network with it takes half a minute.
-    network = small_rednet().eval()
+@pytest.mark.parametrize("feature_cls", ["list", "hook", "fx"])
+def test_features_of_chosen_stages_come_out(feature_cls):
+    network = small_rednet(features_only=True, feature_cls=feature_cls, out_indices=(0, 2, 4))
+    features = network(torch.randn(2, 3, 64, 64))
+    assert network.feature_info.reduction() == [2, 8, 32]
+    assert network.feature_info.channels() == [32, 128, 512]
+    assert [tuple(feature.shape) for feature in features] == [(2, 32, 32, 32), (2, 128, 8, 8), (2, 512, 2, 2)]
+
+
+def test_rednet101_compiles_to_one_graph():
+    # Inductor itself is met in test_involution.py; building a whole network with it takes minutes.
+    network = timm.create_model("rednet101").eval()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=False)
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), network(images), rtol=1e-4, atol=1e-4)

@@ -3,9 +3,10 @@ import hashlib
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from cit_scale.config import ConfigError, DistillConfig, TeacherConfig
-from cit_scale.models.network import build_network
+from cit_scale.models.network import build_network, load_weights
 from cit_scale.teachers import load_teacher, run_teachers
 
 CPU = torch.device("cpu")
@@ -85,3 +86,17 @@ def test_a_teacher_of_another_class_count_is_refused(weights):
 def test_a_teacher_without_weights_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match=r"teachers\.inv\.weights or \.recipe"):
         load_teacher("inv", TeacherConfig("rednet26"), DistillConfig(), num_classes=5, image_size=32, device=CPU)
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_teacher_is_folded_and_says_what_its_weights_say(name, weights):
+    images = torch.rand(4, 3, 32, 32)
+    plain = build_network(name, SMALL[name], num_classes=5, image_size=32).eval()
+    load_weights(plain, weights[name])
+    teacher = load(name, weights)
+    torch.testing.assert_close(teacher.forward(images), plain(images).cls, rtol=1e-4, atol=1e-5)
+    assert count_batch_norms(teacher.network) < count_batch_norms(plain)
+
+
+def count_batch_norms(network):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())

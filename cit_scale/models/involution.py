@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -237,9 +238,34 @@ class Involution2d(nn.Module):
         self.pool = nn.AvgPool2d(stride, stride, ceil_mode=True) if stride > 1 else nn.Identity()
         self.reduce = nn.Conv2d(channels, reduced, 1, bias=False)
         self.bn = nn.BatchNorm2d(reduced)
-        self.span = nn.Conv2d(reduced, kernel_size**2 * self.groups, 1)
+        self.span = _Span(reduced, kernel_size**2 * self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.span(F.relu(self.bn(self.reduce(self.pool(x)))))  # (B, G*K*K, H', W')
+        features = F.relu(self.bn(self.reduce(self.pool(x))))
+        kernel = self.span(features)  # (B, G*K*K, H', W')
         kernel = kernel.unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
         return involution(x, kernel, self.stride)
+
+
+class _Span(nn.Conv2d):
+    """The 1x1 convolution that gives an involution its kernel."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return _span(features, self.weight, self.bias)
+
+
+@torch.fx.wrap  # the choice depends on the tensor, not on the proxy that fx puts in its place
+def _span(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _planar_span(features, weight, bias) if features.is_cuda else F.conv2d(features, weight, bias)
+
+
+def _planar_span(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The 1x1 convolution as a product of matrices for each image, (G*K*K, C / 4) x (C / 4, H'*W').
+
+    Neighbouring positions then are adjacent in memory, as involution_triton wants them, however features lie.
+    """
+    weight = weight.flatten(1).expand(len(features), -1, -1)
+    return torch.baddbmm(bias[:, None], weight, features.flatten(2)).unflatten(2, features.shape[2:])
