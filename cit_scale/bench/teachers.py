@@ -1,0 +1,83 @@
+"""How fast frozen teachers run: as a run loads them, and a RedNet also over the unfold formulation, eager.
+
+python -m cit_scale.bench.teachers --image_size 224 --batch 8
+python -m cit_scale.bench.teachers --device cuda --precision bf16 --batch 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from cit_scale.bench.involution import unfold
+from cit_scale.bench.measure import describe, peak_extra_mib, ratio, spread, table, take_turns
+from cit_scale.config import DistillConfig
+from cit_scale.models import involution
+from cit_scale.models.network import build_network
+from cit_scale.teachers import freeze
+
+
+def over_unfold(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def forward_over_unfold(images: Tensor) -> Tensor:
+        with mock.patch.object(involution, "involution", unfold):
+            return forward(images)
+
+    return forward_over_unfold
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["rednet101", "regnety_040"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7, help="figures that a median is of (default: 7)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1, the least noisy)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    images = torch.rand(arguments.batch, 3, arguments.image_size, arguments.image_size, device=device)
+
+    forwards: dict[str, Callable[[Tensor], Tensor]] = {}
+    first_s = {}
+    for name in arguments.models:
+        for way in ("as loaded", "eager", "eager, over unfold"):
+            if "unfold" in way and not name.startswith("rednet"):
+                continue
+            network = build_network(name, {}, num_classes=1000, image_size=arguments.image_size)
+            distill = DistillConfig(teacher_precision=arguments.precision, compile=way == "as loaded")
+            forward = freeze(network, distill, device)
+            label = f"{name}, {way}"
+            forwards[label] = over_unfold(forward) if "unfold" in way else forward
+            start = time.perf_counter()
+            forwards[label](images)
+            first_s[label] = time.perf_counter() - start
+    runs = {label: lambda forward=forward: forward(images) for label, forward in forwards.items()}
+    times = take_turns(runs, arguments.rounds, device)
+
+    batch = f"{arguments.batch} images of {arguments.image_size} pixels, {arguments.precision}"
+    print(f"{describe(device)}; {batch}; median (minimum to maximum) of {arguments.rounds} rounds in turns\n")
+    slowest = list(runs)[-1]
+    rows = [
+        [
+            label,
+            f"{1e3 * arguments.batch / statistics.median(times[label]):.1f}",
+            spread(times[label]),
+            f"{ratio(times[label], times[slowest]):.2f}",
+            f"{peak_extra_mib(run, device):.0f}",
+            f"{first_s[label]:.1f}",
+        ]
+        for label, run in runs.items()
+    ]
+    print(table(["teacher", "images/s", "ms a batch", f"its time / {slowest}", "MiB", "first call, s"], rows))
+
+
+if __name__ == "__main__":
+    main()
