@@ -158,6 +158,7 @@ index_t padded_width(const Shape& shape) { return shape.width + 2 * padding(shap
 struct Rows {
     index_t begin, end;
 };
+
 index_t top_row(const Shape& shape, index_t i) { return shape.stride * i - padding(shape); }  // the one for u = 0
 Rows rows_inside(const Shape& shape, index_t i) {
     const index_t top = top_row(shape, i);
@@ -225,6 +226,12 @@ void for_kernels(const Shape& shape, const Kernel& kernel, index_t b, index_t ro
 const auto read = [](auto& there, auto& here) INLINE_LAMBDA { here = widen(there); };
 const auto write = [](auto& there, auto& here) INLINE_LAMBDA { narrow(here, there); };
 
+template <class A>
+struct Met {
+    A* const* rows;
+    Rows inside;
+};
+
 // The rows of an image that meet one row of the output, at most K: [row modulo K][block of 16 channels][W + 2P][16].
 template <class A>
 class Ring {
@@ -234,14 +241,18 @@ class Ring {
           groups_(groups),
           row_size_(groups.count() * blocks_per_group(shape) * padded_width(shape) * LANES),
           scratch_(shape.kernel_size * row_size_),
-          starts_(new A*[shape.kernel_size]) {}
+          rows_(new A*[shape.kernel_size]) {}
 
-    // Where position (i, j) of the output begins to meet a block of 16 channels, for each of the rows inside the image.
-    A* const* starts(index_t i, index_t j, index_t block) {
-        const index_t offset = (block * padded_width(shape_) + shape_.stride * j) * LANES;
+    // For each of the K rows that output row i meets and that are not padding, where it lies.
+    Met<A> meet(index_t i) {
         const Rows inside = rows_inside(shape_, i);
-        for (index_t u = inside.begin; u < inside.end; ++u) starts_[u] = row(top_row(shape_, i) + u) + offset;
-        return starts_.get();
+        for (index_t u = inside.begin; u < inside.end; ++u) rows_[u] = row(top_row(shape_, i) + u);
+        return {rows_.get(), inside};
+    }
+
+    // Where in a row output position j begins to meet a block of 16 channels.
+    index_t offset(index_t j, index_t block) const {
+        return (block * padded_width(shape_) + shape_.stride * j) * LANES;
     }
 
     // Bring in the rows that output row i of image b meets and that are not here yet. i rises within an image.
@@ -274,7 +285,7 @@ class Ring {
     const Groups groups_;
     const index_t row_size_;
     Scratch<A> scratch_;
-    std::unique_ptr<A*[]> starts_;
+    std::unique_ptr<A*[]> rows_;
     index_t image_ = -1;
     index_t end_ = 0;  // the first row that has not been brought in, or not been handed out
 };
@@ -289,14 +300,13 @@ constexpr int WIDEST = 8;
 constexpr int WIDEST = 4;
 #endif
 
-// x: in each of the K rows, the first column that the first position meets. inside: the rows that are no padding.
-// kernels: [J][K * K]. out: [J][16].
+// offset: in each row of x, the first column that the first position meets. kernels: [J][K * K]. out: [J][16].
 template <class A, int K, int S, int J>
-void sum_taps(A* const* x, Rows inside, const A* kernels, index_t kernel_size, A* out) {
+void sum_taps(const Met<A>& x, index_t offset, const A* kernels, index_t kernel_size, A* out) {
     const index_t size = K > 0 ? K : kernel_size, taps = size * size;
     Whole<A> sums[J] = {};
-    for (index_t u = inside.begin; u < inside.end; ++u) {
-        const A* row = x[u];
+    for (index_t u = x.inside.begin; u < x.inside.end; ++u) {
+        const A* row = x.rows[u] + offset;
         const A* kernel = kernels + u * size;
         if constexpr (K > 0) {
             unrolled<S*(J - 1) + K>([&](auto column) INLINE_LAMBDA {
@@ -319,12 +329,12 @@ void sum_taps(A* const* x, Rows inside, const A* kernels, index_t kernel_size, A
 
 // The same walk the other way: what each position gave out is added to all that it had met.
 template <class A, int K, int S, int J>
-void spread_taps(A* const* x, Rows inside, const A* kernels, index_t kernel_size, A* grad_out) {
+void spread_taps(const Met<A>& x, index_t offset, const A* kernels, index_t kernel_size, A* grad_out) {
     const index_t size = K > 0 ? K : kernel_size, taps = size * size;
     Whole<A> grads[J];
     unrolled<J>([&](auto j) INLINE_LAMBDA { grads[j] = load<Whole<A>>(grad_out + j * LANES); });
-    for (index_t u = inside.begin; u < inside.end; ++u) {
-        A* row = x[u];
+    for (index_t u = x.inside.begin; u < x.inside.end; ++u) {
+        A* row = x.rows[u] + offset;
         const A* kernel = kernels + u * size;
         if constexpr (K > 0) {
             unrolled<S*(J - 1) + K>([&](auto column) INLINE_LAMBDA {
@@ -349,16 +359,16 @@ void spread_taps(A* const* x, Rows inside, const A* kernels, index_t kernel_size
 // One position: the K * K products of its gradient with x, each summed over the channels. Added to what is there, unless
 // this is the group's first block. Padding gives 0.
 template <class A, int K>
-void dot_taps(A* const* x, Rows inside, index_t offset, const A* grad_out, index_t kernel_size, bool is_first, A* out) {
+void dot_taps(const Met<A>& x, index_t offset, const A* grad_out, index_t kernel_size, bool is_first, A* out) {
     const index_t size = K > 0 ? K : kernel_size, taps = size * size;
     const auto low = load<Half<A>>(grad_out), high = load<Half<A>>(grad_out + HALF);
     if (is_first) {
-        std::fill(out, out + inside.begin * size, A{0});
-        std::fill(out + inside.end * size, out + taps, A{0});
+        std::fill(out, out + x.inside.begin * size, A{0});
+        std::fill(out + x.inside.end * size, out + taps, A{0});
     }
-    for (index_t u = inside.begin; u < inside.end; ++u) {
+    for (index_t u = x.inside.begin; u < x.inside.end; ++u) {
         for (index_t v = 0; v < size; v += HALF) {
-            const A* row = x[u] + offset + v * LANES;
+            const A* row = x.rows[u] + offset + v * LANES;
             Half<A> terms[HALF] = {};
             unrolled<HALF>([&](auto n) INLINE_LAMBDA {
                 if (K > 0 ? n < K : v + n < size) {
@@ -380,9 +390,9 @@ void dot_taps(A* const* x, Rows inside, index_t offset, const A* grad_out, index
 // The functions above, compiled for one kind of involution; sum and spread for each J = 1 .. WIDEST.
 template <class A>
 struct Walks {
-    void (*sum[WIDEST])(A* const*, Rows, const A*, index_t, A*);
-    void (*spread[WIDEST])(A* const*, Rows, const A*, index_t, A*);
-    void (*dot)(A* const*, Rows, index_t, const A*, index_t, bool, A*);
+    void (*sum[WIDEST])(const Met<A>&, index_t, const A*, index_t, A*);
+    void (*spread[WIDEST])(const Met<A>&, index_t, const A*, index_t, A*);
+    void (*dot)(const Met<A>&, index_t, const A*, index_t, bool, A*);
 };
 
 template <class A, int K, int S, int... J>
@@ -443,11 +453,11 @@ std::int32_t forward(const Shape& shape, const Image& x, const Kernel& kernel, c
         for (index_t row = begin; row < end; ++row) {
             const index_t b = row / shape.out_height, i = row % shape.out_height;
             ring.template advance<T>(x, b, i);
-            const Rows inside = rows_inside(shape, i);
+            const Met<A> met = ring.meet(i);
             for_blocks(width, [&](index_t j, index_t count) {
                 for_kernels<const T>(shape, kernel, b, i, j, count, all, kernels.data(), read);
                 for (index_t block = 0; block < shape.groups * blocks; ++block) {
-                    walks.sum[count - 1](ring.starts(i, j, block), inside, kernels.data() + block / blocks * count * taps(shape),
+                    walks.sum[count - 1](met, ring.offset(j, block), kernels.data() + block / blocks * count * taps(shape),
                                      shape.kernel_size, sums.data() + (block * width + j) * LANES);
                 }
             });
@@ -468,11 +478,11 @@ std::int32_t grad_x(const Shape& shape, const Image& grad_out, const Kernel& ker
         Scratch<A> kernels(WIDEST * groups.count() * taps(shape)), grads(groups.count() * blocks * width * LANES);
         for (index_t i = 0; i < shape.out_height; ++i) {
             for_row<T>(shape, grad_out, b, i, width, groups, grads.data(), width, 0, read);
-            const Rows inside = rows_inside(shape, i);
+            const Met<A> met = ring.meet(i);
             for_blocks(width, [&](index_t j, index_t count) {
                 for_kernels<const T>(shape, kernel, b, i, j, count, groups, kernels.data(), read);
                 for (index_t block = 0; block < groups.count() * blocks; ++block) {
-                    walks.spread[count - 1](ring.starts(i, j, block), inside, kernels.data() + block / blocks * count * taps(shape),
+                    walks.spread[count - 1](met, ring.offset(j, block), kernels.data() + block / blocks * count * taps(shape),
                                         shape.kernel_size, grads.data() + (block * width + j) * LANES);
                 }
             });
@@ -503,12 +513,11 @@ std::int32_t grad_kernel(const Shape& shape, const Image& grad_out, const Image&
             const index_t b = row / shape.out_height, i = row % shape.out_height;
             ring.template advance<T>(x, b, i);
             for_row<T>(shape, grad_out, b, i, width, all, grads.data(), width, 0, read);
-            const Rows inside = rows_inside(shape, i);
+            const Met<A> met = ring.meet(i);
             for_blocks(width, [&](index_t j, index_t count) {
                 for (index_t block = 0; block < shape.groups * blocks; ++block) {
-                    A* const* x_rows = ring.starts(i, j, block);
                     for (index_t jj = 0; jj < count; ++jj) {
-                        walks.dot(x_rows, inside, jj * shape.stride * LANES, grads.data() + (block * width + j + jj) * LANES,
+                        walks.dot(met, ring.offset(j + jj, block), grads.data() + (block * width + j + jj) * LANES,
                                   shape.kernel_size, block % blocks == 0,
                                   sums.data() + (block / blocks * count + jj) * taps(shape));
                     }
