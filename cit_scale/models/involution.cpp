@@ -1,10 +1,10 @@
-// Involution on a CPU: the sum itself and its gradients with respect to x and to the kernel. Built by involution_cpu.py;
-// the formula and its letters are in involution.py.
+// Involution on a CPU: the sum itself and its gradients with respect to x and to the kernel. Built by
+// involution_cpu.py; the formula and its letters are in involution.py.
 //
 // A row of an operand is first copied into scratch: widened to the type of the sums, padded with zeros, and with 16
 // channels of one group side by side, the lanes of a vector. The loops that compute therefore know nothing of dtypes,
-// memory formats, strides, borders, or groups that are no multiple of 16 channels. Of x (or of its gradient) scratch holds
-// K rows, those that meet one row of the output; they are a ring, so that each row is copied once.
+// memory formats, strides, borders, or groups that are no multiple of 16 channels. Of x (or of its gradient) scratch
+// holds K rows, those that meet one row of the output; they are a ring, so that each row is copied once.
 
 #include <algorithm>
 #include <cstddef>
@@ -130,16 +130,17 @@ INLINE void unrolled(F&& f) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Scratch
 
+// Aligned memory, zero at first.
 template <class A>
 class Scratch {
-   public:
+ public:
     explicit Scratch(index_t size) : data_(new (std::align_val_t(64)) A[size]()) {}
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { ::operator delete[](data_, std::align_val_t(64)); }
     A* data() { return data_; }
 
-   private:
+ private:
     A* data_;
 };
 
@@ -159,7 +160,9 @@ struct Rows {
     index_t begin, end;
 };
 
-index_t top_row(const Shape& shape, index_t i) { return shape.stride * i - padding(shape); }  // the one for u = 0
+// The row of x that u = 0 meets; above the image it is negative.
+index_t top_row(const Shape& shape, index_t i) { return shape.stride * i - padding(shape); }
+
 Rows rows_inside(const Shape& shape, index_t i) {
     const index_t top = top_row(shape, i);
     return {std::max<index_t>(0, -top), std::min(shape.kernel_size, shape.height - top)};
@@ -205,7 +208,7 @@ void for_kernels(const Shape& shape, const Kernel& kernel, index_t b, index_t ro
             for (index_t g = 0; g < groups.count(); ++g) {
                 T* __restrict from = begin + jj * kernel.column_step + g * kernel.group_step;
                 A* __restrict to = scratch + (g * count + jj) * taps;
-                // The next block's, so that they arrive while this one is computed: a fifth of the time at K = 7.
+                // The next block's, so that they arrive while this one is computed: saves a fifth of the time at K = 7.
                 for (index_t tap = 0; tap < taps; tap += 64 / index_t{sizeof(T)}) {
                     __builtin_prefetch(from + count * kernel.column_step + tap, 0, 2);
                 }
@@ -226,6 +229,7 @@ void for_kernels(const Shape& shape, const Kernel& kernel, index_t b, index_t ro
 const auto read = [](auto& there, auto& here) INLINE_LAMBDA { here = widen(there); };
 const auto write = [](auto& there, auto& here) INLINE_LAMBDA { narrow(here, there); };
 
+// The K rows of scratch that a row of the output meets. Only those inside are set.
 template <class A>
 struct Met {
     A* const* rows;
@@ -235,7 +239,7 @@ struct Met {
 // The rows of an image that meet one row of the output, at most K: [row modulo K][block of 16 channels][W + 2P][16].
 template <class A>
 class Ring {
-   public:
+ public:
     Ring(const Shape& shape, Groups groups)
         : shape_(shape),
           groups_(groups),
@@ -243,7 +247,6 @@ class Ring {
           scratch_(shape.kernel_size * row_size_),
           rows_(new A*[shape.kernel_size]) {}
 
-    // For each of the K rows that output row i meets and that are not padding, where it lies.
     Met<A> meet(index_t i) {
         const Rows inside = rows_inside(shape_, i);
         for (index_t u = inside.begin; u < inside.end; ++u) rows_[u] = row(top_row(shape_, i) + u);
@@ -273,12 +276,13 @@ class Ring {
     void retire(const Image& image, index_t b, index_t end) {
         for (; end_ < end; ++end_) {
             A* here = row(end_);
-            for_row<T>(shape_, image, b, end_, shape_.width, groups_, here, padded_width(shape_), padding(shape_), write);
+            for_row<T>(shape_, image, b, end_, shape_.width, groups_, here, padded_width(shape_), padding(shape_),
+                       write);
             std::fill(here, here + row_size_, A{0});
         }
     }
 
-   private:
+ private:
     A* row(index_t y) { return scratch_.data() + y % shape_.kernel_size * row_size_; }
 
     const Shape& shape_;
@@ -356,8 +360,8 @@ void spread_taps(const Met<A>& x, index_t offset, const A* kernels, index_t kern
     }
 }
 
-// One position: the K * K products of its gradient with x, each summed over the channels. Added to what is there, unless
-// this is the group's first block. Padding gives 0.
+// One position: the K * K products of its gradient with x, each summed over the channels. Added to what is there,
+// unless this is the group's first block. Padding gives 0.
 template <class A, int K>
 void dot_taps(const Met<A>& x, index_t offset, const A* grad_out, index_t kernel_size, bool is_first, A* out) {
     const index_t size = K > 0 ? K : kernel_size, taps = size * size;
@@ -431,9 +435,7 @@ void for_blocks(index_t width, F&& f) {
 template <class F>
 std::int32_t parallel(ParallelFor parallel_for, index_t count, index_t cost, const F& f) {
     const index_t grain = 1 + (1 << 16) / (cost + 1);
-    const auto call = [](index_t begin, index_t end, void* context) {
-        (*static_cast<const F*>(context))(begin, end);
-    };
+    const auto call = [](index_t begin, index_t end, void* context) { (*static_cast<const F*>(context))(begin, end); };
     return parallel_for(0, count, grain, call, const_cast<F*>(&f));
 }
 
@@ -457,8 +459,9 @@ std::int32_t forward(const Shape& shape, const Image& x, const Kernel& kernel, c
             for_blocks(width, [&](index_t j, index_t count) {
                 for_kernels<const T>(shape, kernel, b, i, j, count, all, kernels.data(), read);
                 for (index_t block = 0; block < shape.groups * blocks; ++block) {
-                    walks.sum[count - 1](met, ring.offset(j, block), kernels.data() + block / blocks * count * taps(shape),
-                                     shape.kernel_size, sums.data() + (block * width + j) * LANES);
+                    walks.sum[count - 1](met, ring.offset(j, block),
+                                         kernels.data() + block / blocks * count * taps(shape), shape.kernel_size,
+                                         sums.data() + (block * width + j) * LANES);
                 }
             });
             for_row<T>(shape, out, b, i, width, all, sums.data(), width, 0, write);
@@ -482,8 +485,9 @@ std::int32_t grad_x(const Shape& shape, const Image& grad_out, const Kernel& ker
             for_blocks(width, [&](index_t j, index_t count) {
                 for_kernels<const T>(shape, kernel, b, i, j, count, groups, kernels.data(), read);
                 for (index_t block = 0; block < groups.count() * blocks; ++block) {
-                    walks.spread[count - 1](met, ring.offset(j, block), kernels.data() + block / blocks * count * taps(shape),
-                                        shape.kernel_size, grads.data() + (block * width + j) * LANES);
+                    walks.spread[count - 1](met, ring.offset(j, block),
+                                            kernels.data() + block / blocks * count * taps(shape), shape.kernel_size,
+                                            grads.data() + (block * width + j) * LANES);
                 }
             });
             ring.template retire<T>(grad, b, i + 1 < shape.out_height ? top_row(shape, i + 1) : shape.height);
@@ -532,24 +536,24 @@ std::int32_t grad_kernel(const Shape& shape, const Image& grad_out, const Image&
 }  // namespace
 
 // dtype: 0 float32, 1 float64, 2 bfloat16. Each returns 0, or what torch's parallel loop returned.
-#define BY_DTYPE(function, ...)                                                  \
-    switch (dtype) {                                                             \
-        case 0: return function<float, float>(__VA_ARGS__);                      \
-        case 1: return function<double, double>(__VA_ARGS__);                    \
-        default: return function<BFloat16, float>(__VA_ARGS__);                  \
+#define BY_DTYPE(function, ...)                            \
+    switch (dtype) {                                       \
+        case 0:                                            \
+            return function<float, float>(__VA_ARGS__);    \
+        case 1:                                            \
+            return function<double, double>(__VA_ARGS__);  \
+        default:                                           \
+            return function<BFloat16, float>(__VA_ARGS__); \
     }
 
 extern "C" {
 
 std::int32_t involution_forward(int dtype, const Shape* shape, const Image* x, const Kernel* kernel, const Image* out,
-                                ParallelFor parallel_for) {
-    BY_DTYPE(forward, *shape, *x, *kernel, *out, parallel_for)
-}
+                                ParallelFor parallel_for){BY_DTYPE(forward, *shape, *x, *kernel, *out, parallel_for)}
 
-std::int32_t involution_grad_x(int dtype, const Shape* shape, const Image* grad_out, const Kernel* kernel,
-                               const Image* grad, ParallelFor parallel_for) {
-    BY_DTYPE(grad_x, *shape, *grad_out, *kernel, *grad, parallel_for)
-}
+std::int32_t
+    involution_grad_x(int dtype, const Shape* shape, const Image* grad_out, const Kernel* kernel, const Image* grad,
+                      ParallelFor parallel_for){BY_DTYPE(grad_x, *shape, *grad_out, *kernel, *grad, parallel_for)}
 
 std::int32_t involution_grad_kernel(int dtype, const Shape* shape, const Image* grad_out, const Image* x,
                                     const Kernel* grad, ParallelFor parallel_for) {
