@@ -10,9 +10,9 @@ forward and backward, peak memory, error against float64; beside them the time o
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from cit_scale.bench.measure import (
     geometric_mean,
     peak_extra_mib,
     ratio,
+    seconds,
     spread,
     table,
     take_turns,
@@ -61,13 +62,20 @@ class Case:
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """x, a kernel and a gradient of the output, contiguous."""
         torch.manual_seed(0)
+        return tuple(torch.randn(shape, device=device).to(dtype) for shape in self.shapes)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of x, the kernel and the output."""
         out_size = -(-self.height // self.stride), -(-self.width // self.stride)
-        shapes = (
+        return (
             (self.batch, self.channels, self.height, self.width),
             (self.batch, self.groups, self.kernel_size, self.kernel_size, *out_size),
             (self.batch, self.channels, *out_size),
         )
-        return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+
+TINY = Case(batch=1, channels=1, groups=1, kernel_size=1, stride=1, height=1, width=1)
 
 
 def cases_of(network: str, image_size: int, batch: int) -> Counter[Case]:
@@ -168,15 +176,20 @@ def choose_ways(device: torch.device, inductor: bool) -> dict[str, Way]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one way to compute one case. Times in ms, one a round; all without, then with the gradients."""
+    """Of one way to compute one case. Pairs hold the forward pass first, then forward and backward together.
+
+    times: ms, one a round. first_s: of the first calls of both. peaks_mib: outputs included.
+    error: relative root mean square against float64, the worst of output and gradients.
+    """
 
     times: tuple[list[float], list[float]]
+    first_s: float
     peaks_mib: tuple[float, float]
-    moved_bytes: tuple[int, int]  # each input read once, each output written once
-    error: float  # relative root mean square against float64, the worst of output and gradients
+    error: float
 
-    def bandwidth(self, which: int) -> float:
-        return self.moved_bytes[which] / (statistics.median(self.times[which]) / 1e3)
+    @property
+    def medians_s(self) -> tuple[float, float]:
+        return statistics.median(self.times[0]) / 1e3, statistics.median(self.times[1]) / 1e3
 
 
 def measure(
@@ -184,22 +197,24 @@ def measure(
 ) -> dict[str, Figures]:
     """By way; under COPY what it takes to copy all inputs and outputs once."""
     x, kernel, grad_out = case.draw(dtype, device)
-    without, with_gradients = {}, {}
+    forward, both = {}, {}
     for name, way in ways.items():
         inputs = (*way.laid_out(x, kernel), case.stride)
-        without[name] = partial(torch.no_grad()(way.forward), *inputs)
-        with_gradients[name] = partial(way.gradients, *inputs, *way.laid_out(grad_out))
-    moved = (x, kernel, grad_out), (x, kernel, grad_out, grad_out, x, kernel)  # outputs are of these shapes again
-    without[COPY], with_gradients[COPY] = (copy_all(tensors) for tensors in moved)
-    times = [take_turns(functions, rounds, device) for functions in (without, with_gradients)]
+        forward[name] = partial(torch.no_grad()(way.forward), *inputs)
+        both[name] = partial(way.gradients, *inputs, *way.laid_out(grad_out))
+    # An output has the shape of its gradient, a gradient that of its input.
+    forward[COPY] = copy_all([x, kernel, grad_out])
+    both[COPY] = copy_all([x, kernel, grad_out, grad_out, x, kernel])
+    first_s = {name: seconds(forward[name], device) + seconds(both[name], device) for name in forward}
+    times = take_turns(forward, rounds, device), take_turns(both, rounds, device)
     return {
         name: Figures(
             times=(times[0][name], times[1][name]),
-            peaks_mib=(peak_extra_mib(without[name], device), peak_extra_mib(with_gradients[name], device)),
-            moved_bytes=tuple(sum(tensor.nbytes for tensor in tensors) for tensors in moved),
-            error=error_of(ways[name], case, x, kernel, grad_out) if name != COPY else 0.0,
+            first_s=first_s[name],
+            peaks_mib=(peak_extra_mib(forward[name], device), peak_extra_mib(both[name], device)),
+            error=error_of(ways[name], case, x, kernel, grad_out) if name in ways else 0.0,
         )
-        for name in without
+        for name in forward
     }
 
 
@@ -227,22 +242,37 @@ def error_of(way: Way, case: Case, x: Tensor, kernel: Tensor, grad_out: Tensor) 
 # Tables
 
 HEADER = (
-    "case", "way", "forward, ms", "unfold / it", "it / copy", "% of bandwidth", "MiB",
-    "with gradients, ms", "unfold / it", "it / copy", "% of bandwidth", "MiB", "error",
+    "case", "way", "forward, ms", "unfold / it", "it / copy", "MiB", "% of bandwidth",
+    "with backward, ms", "unfold / it", "it / copy", "MiB", "backward, % of bandwidth", "first calls, s", "error",
 )  # fmt: skip
 
 
-def row(case: str, name: str, by_way: dict[str, Figures], copy_bandwidth: float) -> list[str]:
+def row(case: str, name: str, by_way: dict[str, Figures], shares: tuple[float, float]) -> list[str]:
     figures = by_way[name]
     cells = [case, name]
-    for which in (0, 1):
-        lead, behind = (ratio(by_way[REFERENCE].times[which], figures.times[which]),
-                        ratio(figures.times[which], by_way[COPY].times[which]))  # fmt: skip
-        cells += [spread(figures.times[which]), f"{lead:.1f}", f"{behind:.2f}"]
-        # A copy reads and writes each byte that it copies; an operator reads or writes each that is counted here.
-        share = figures.bandwidth(which) * (2 if name == COPY else 1) / copy_bandwidth
-        cells += [f"{100 * share:.0f}", f"{figures.peaks_mib[which]:.1f}"]
-    return [*cells, f"{figures.error:.1e}" if name != COPY else ""]
+    for which, share in enumerate(shares):
+        lead, behind, _ = compare(by_way, name, which)
+        cells += [spread(figures.times[which]), f"{lead:.1f}", f"{behind:.2f}", f"{figures.peaks_mib[which]:.1f}"]
+        cells += [f"{100 * share:.0f}"]
+    return [*cells, f"{figures.first_s:.2f}", f"{figures.error:.1e}" if name != COPY else ""]
+
+
+def compare(by_way: dict[str, Figures], name: str, which: int) -> tuple[float, float, float]:
+    """How many times faster than unfold, how many times slower than a copy, and its memory as a share of unfold's."""
+    times = {way: figures.times[which] for way, figures in by_way.items()}
+    memory = by_way[name].peaks_mib[which] / by_way[REFERENCE].peaks_mib[which]
+    return ratio(times[REFERENCE], times[name]), ratio(times[name], times[COPY]), memory
+
+
+def bandwidth_shares(case: Case, figures: Figures, itemsize: int, copy_bandwidth: float) -> tuple[float, float]:
+    """Bytes moved / time, of the forward pass and of the backward pass alone, as shares of a large copy's bandwidth.
+
+    Bytes moved: each input read once and each output written once; a copy reads and writes each of its bytes.
+    """
+    x, kernel, out = (itemsize * math.prod(shape) for shape in case.shapes)
+    forward_s, both_s = figures.medians_s
+    moved = x + kernel + out, out + x + kernel + x + kernel
+    return moved[0] / forward_s / copy_bandwidth, moved[1] / max(both_s - forward_s, 1e-9) / copy_bandwidth
 
 
 def summary(results: dict[Case, dict[str, Figures]], ways: Iterable[str]) -> str:
@@ -251,17 +281,16 @@ def summary(results: dict[Case, dict[str, Figures]], ways: Iterable[str]) -> str
     for name in ways:
         cells = [name]
         for which in (0, 1):
-            leads = [ratio(by[REFERENCE].times[which], by[name].times[which]) for by in results.values()]
-            behind = [ratio(by[name].times[which], by[COPY].times[which]) for by in results.values()]
-            memory = [by[name].peaks_mib[which] / by[REFERENCE].peaks_mib[which] for by in results.values()]
+            comparisons = [compare(by_way, name, which) for by_way in results.values()]
+            leads, behind, memory = zip(*comparisons, strict=True)
             cells += [
                 f"{geometric_mean(leads):.1f} ({min(leads):.1f})",
                 f"{geometric_mean(behind):.2f} ({max(behind):.2f})",
                 f"{geometric_mean(memory):.3f} ({max(memory):.3f})",
             ]
-        rows.append([*cells, f"{max(by[name].error for by in results.values()):.1e}"])
-    header = [f"{figure}{kind}" for kind in ("", ", with gradients") for figure in (
-        "unfold / it", "it / copy", "its MiB / unfold's")]  # fmt: skip
+        rows.append([*cells, f"{max(by_way[name].error for by_way in results.values()):.1e}"])
+    figures = ("unfold / it", "it / copy", "its MiB / unfold's")
+    header = [*(f"forward: {figure}" for figure in figures), *(f"with backward: {figure}" for figure in figures)]
     return table(["way", *header, "largest error"], rows)
 
 
@@ -279,10 +308,9 @@ def main() -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
 
     print(f"{describe(device)}; {arguments.dtype}; median (minimum to maximum) of {arguments.rounds} rounds in turns")
-    start = time.perf_counter()
-    involution(torch.ones(1, 1, 1, 1, device=device), torch.ones(1, 1, 1, 1, 1, 1, device=device))
-    first_s = time.perf_counter() - start
-    print(f"the operator's first call, with what it builds where nothing is cached: {first_s:.2f} s")
+    # Before all cases, so that it is not counted as the first one's.
+    first_s = seconds(partial(involution, *(torch.ones(shape, device=device) for shape in TINY.shapes[:2])), device)
+    print(f"the operator's very first call, which builds what is not cached: {first_s:.2f} s")
     copy_bandwidth = copy_bytes_per_s(device, arguments.rounds)
     print(f"bandwidth of a large copy: {copy_bandwidth / 1e9:.1f} GB/s read and written\n")
     print(table(HEADER, []), flush=True)
@@ -292,7 +320,8 @@ def main() -> None:
     for case, count in sum(arguments.shapes, Counter()).items():
         results[case] = measure(case, ways, dtype, device, arguments.rounds)
         for name in (COPY, *ways):
-            cells = row(f"{case} ({count} times)", name, results[case], copy_bandwidth)
+            shares = bandwidth_shares(case, results[case][name], dtype.itemsize, copy_bandwidth)
+            cells = row(f"{case} ({count} times)", name, results[case], shares)
             print(f"| {' | '.join(cells)} |", flush=True)
     print(f"\nGeometric mean over {len(results)} cases (the least favourable case):\n")
     print(summary(results, ways))
@@ -300,9 +329,10 @@ def main() -> None:
 
 def parse_shapes(text: str) -> Counter[Case]:
     match = re.fullmatch(r"(\w+)@(\d+)x(\d+)", text)
-    if match is None or not timm.is_model(match[1]):
-        known = ", ".join(timm.list_models(module="rednet"))
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME@SIZExBATCH, such as rednet101@224x8; names: {known}")
+    known = timm.list_models(module="rednet")
+    if match is None or match[1] not in known:
+        names = ", ".join(known)
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME@SIZExBATCH, such as rednet101@224x8; names: {names}")
     return cases_of(match[1], int(match[2]), int(match[3]))
 
 

@@ -26,21 +26,22 @@ def take_turns(
     calls = {}
     for name, function in functions.items():
         function()
-        calls[name] = max(1, math.ceil(at_least_ms / _milliseconds(function, 1, device)))
+        calls[name] = max(1, math.ceil(at_least_ms / (1e3 * seconds(function, device))))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
-            times[name].append(_milliseconds(function, calls[name], device))
+            times[name].append(1e3 * seconds(function, device, calls[name]))
     return times
 
 
-def _milliseconds(function: Callable[[], Any], calls: int, device: torch.device) -> float:
+def seconds(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Of one call, the mean of so many."""
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
         function()
     _synchronize(device)
-    return 1e3 * (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / calls
 
 
 def _synchronize(device: torch.device) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from cit_scale.bench.involution import unfold
-from cit_scale.bench.measure import describe, peak_extra_mib, ratio, spread, table, take_turns
+from cit_scale.bench.measure import describe, peak_extra_mib, ratio, seconds, spread, table, take_turns
 from cit_scale.config import DistillConfig
 from cit_scale.models import involution
 from cit_scale.models.network import build_network
@@ -56,10 +56,8 @@ def main() -> None:
             forward = freeze(network, distill, device)
             label = f"{name}, {way}"
             forwards[label] = over_unfold(forward) if "unfold" in way else forward
-            start = time.perf_counter()
-            forwards[label](images)
-            first_s[label] = time.perf_counter() - start
-    runs = {label: lambda forward=forward: forward(images) for label, forward in forwards.items()}
+            first_s[label] = seconds(partial(forwards[label], images), device)
+    runs = {label: partial(forward, images) for label, forward in forwards.items()}
     times = take_turns(runs, arguments.rounds, device)
 
     batch = f"{arguments.batch} images of {arguments.image_size} pixels, {arguments.precision}"
