@@ -35,26 +35,28 @@ def load_teacher(
         raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
     network = build_network(config.model, config.kwargs, num_classes=num_classes, image_size=image_size)
     load_weights(network, config.weights)
-    forward = freeze(network, distill, device)
+    forward = freeze(network, image_size, device, precision=distill.teacher_precision, compile=distill.compile)
     return Teacher(name, network, forward, file_sha256(Path(config.weights).expanduser()))
 
 
-def freeze(network: Network, distill: DistillConfig, device: torch.device) -> Callable[[Tensor], Tensor]:
+def freeze(
+    network: Network, image_size: int, device: torch.device, *, precision: str, compile: bool
+) -> Callable[[Tensor], Tensor]:
     """Make a network a fixed function, as fast as it gets: on the device, its BatchNorms folded, compiled.
 
-    Returns Teacher.forward. network: changed in place.
+    precision: float32, or bf16 under autocast. network: changed in place. Returns Teacher.forward.
     """
     network.requires_grad_(False).eval()
-    fold_batch_norm(network.model)
+    example = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    network.model = fold_batch_norm(network.model, example)
     network.to(device, memory_format=torch.channels_last)
 
     # Fixed batch shapes: each rank sees micro-batches of one size, and evaluation pads its last one.
-    run = torch.compile(network, dynamic=False) if distill.compile else network
-    bf16 = distill.teacher_precision == "bf16"
+    run = torch.compile(network, dynamic=False) if compile else network
 
     @torch.no_grad()
     def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             return run(images).cls.float()
 
     return forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -112,6 +113,12 @@ def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def warn_once_per_job(message: str) -> None:
+    """Warn on rank 0, or where there are no ranks; Python shows a warning once."""
+    if not (dist.is_initialized() and dist.get_rank() > 0):
+        warnings.warn(message, stacklevel=2)
 
 
 def together(world: World, function: Callable[[], T]) -> T:

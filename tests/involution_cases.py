@@ -1,10 +1,12 @@
-"""Involutions to compute, and a slow reference: the sum over a (B, C, K*K, H', W') buffer of unfolded patches."""
+"""Involutions to compute, and how far an implementation is from the sum over unfolded patches."""
 
 from types import ModuleType
 
+import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from cit_scale.bench.involution import unfold
 
 # channels, groups, kernel size, stride, height, width
 CASES = {
@@ -21,17 +23,12 @@ CASES = {
     "kernel larger than x": (4, 2, 7, 2, 3, 2),
 }
 
+HAS_GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+on_gpu = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
+
 # Root mean square error, relative, against float64 on the same rounded inputs.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 4e-4}
-
-
-def unfolded(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    batch, channels = x.shape[:2]
-    groups, size, _, height, width = kernel.shape[1:]
-    patches = F.unfold(x, size, padding=size // 2, stride=stride)
-    patches = patches.view(batch, groups, channels // groups, size * size, height, width)
-    weighted = patches * kernel.reshape(batch, groups, 1, size * size, height, width)
-    return weighted.sum(3).view(batch, channels, height, width)
 
 
 def draw(
@@ -48,23 +45,25 @@ def draw(
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]
 
 
-def channels_last(tensor: Tensor) -> Tensor:
-    """The same values with channels, or the taps of a kernel, side by side in memory."""
-    if tensor.ndim == 4:
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor.permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
-
-
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-def errors(implementation: ModuleType, stride: int, x: Tensor, kernel: Tensor, grad_out: Tensor) -> list[float]:
+def errors(
+    implementation: ModuleType,
+    stride: int,
+    x: Tensor,
+    kernel: Tensor,
+    grad_out: Tensor,
+    out_dtype: torch.dtype | None = None,
+) -> list[float]:
     """Relative errors of the output and both gradients that an implementation fills in, against float64."""
     wide = [tensor.double().requires_grad_() for tensor in (x, kernel)]
-    expected = unfolded(*wide, stride)
+    expected = unfold(*wide, stride)
     expected_grads = torch.autograd.grad(expected, wide, grad_out.double())
-    out, grad_x, grad_kernel = (torch.full_like(tensor, torch.nan) for tensor in (grad_out, x, kernel))
+    out, grad_x, grad_kernel = (
+        torch.full_like(tensor, torch.nan, dtype=out_dtype or tensor.dtype) for tensor in (grad_out, x, kernel)
+    )
     implementation.forward(x, kernel, stride, out)
     implementation.grad_x(grad_out, kernel, stride, grad_x)
     implementation.grad_kernel(grad_out, x, stride, grad_kernel)

@@ -7,28 +7,16 @@ import textwrap
 
 import pytest
 import torch
-from involution_cases import CASES, TOLERANCE, channels_last, draw, errors
+from involution_cases import CASES, HAS_GPU, TOLERANCE, draw, errors, needs_gpu, on_gpu
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from cit_scale.bench.involution import channels_last
 from cit_scale.models import involution_triton
 from cit_scale.models.involution import Involution2d, involution
 
-HAS_GPU = torch.cuda.is_available()
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 not_interpreted = pytest.mark.skipif(HAS_GPU, reason="with a GPU, Triton does not interpret")
-DEVICES = [
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(HAS_GPU, reason="with a GPU, Triton does not interpret"), id="interpreted"
-    ),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")]),
-]
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
-
-INTERPRETED = dict(TOLERANCE)
-INTERPRETED[torch.bfloat16] = 4e-3  # the interpreter cuts float32 off where a GPU rounds it
-
-
-def tolerance(device, dtype):
-    return (TOLERANCE if device == "cuda" else INTERPRETED)[dtype]
+DEVICES = [pytest.param("cpu", marks=not_interpreted, id="interpreted"), on_gpu]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -43,7 +31,9 @@ def test_output_and_gradients_equal_the_unfolded_sum(case, device):
 @pytest.mark.parametrize("case", ["3x3, one group", "stride 2, odd size"])
 def test_low_precision_is_summed_in_float32(case, dtype, device):
     tensors = [tensor.to(device, dtype) for tensor in draw(*CASES[case])]
-    assert max(errors(involution_triton, CASES[case][3], *tensors)) < tolerance(device, dtype)
+    assert max(errors(involution_triton, CASES[case][3], *tensors, out_dtype=torch.float32)) < 1e-6
+    if not (device == "cpu" and dtype == torch.bfloat16):  # where the interpreter cuts off what a GPU rounds
+        assert max(errors(involution_triton, CASES[case][3], *tensors)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -58,9 +48,16 @@ def test_any_memory_layout_will_do(case, device):
     assert max(errors(involution_triton, stride, every_second, kernel, same_everywhere)) < 1e-12
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_the_kernels_compile_for_gpus_that_are_not_here(architecture):
-    # In a process of its own, which does not interpret. Loads of x take 8 channels at once, and nothing is spilled.
+def test_an_image_too_spread_out_for_32_bits_is_copied_first():
+    spread = torch.empty_strided((2, 17, 2, 2), (1, 2**27, 2, 1), device="meta")
+    assert not involution_triton._has_short_steps(spread)
+    assert involution_triton._has_short_steps(spread[:, :16])
+    assert involution_triton._has_short_steps(torch.empty_strided((2**9, 16, 2, 2), (2**30, 1, 2, 1), device="meta"))
+
+
+@pytest.mark.parametrize(("architecture", "stride"), [(80, 2), (90, 1), (90, 2)])
+def test_the_kernels_compile_for_gpus_that_are_not_here(architecture, stride):
+    # In a process of its own, which does not interpret. Loads of images take 8 channels at once.
     program = f"""
         import re
         import triton
@@ -69,7 +66,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(architecture):
         from triton.compiler import ASTSource
         from cit_scale.models import involution_triton
 
-        numbers = dict(GROUP_CHANNELS=16, CHANNELS=16, KERNEL_SIZE=7, STRIDE=2, SUM_DTYPE=tl.float32, BLOCK=64)
+        numbers = dict(GROUP_CHANNELS=16, CHANNELS=16, KERNEL_SIZE=7, STRIDE={stride}, SUM_DTYPE=tl.float32, BLOCK=64)
         for function in (involution_triton._forward, involution_triton._grad_x, involution_triton._grad_kernel):
             names = function.fn.arg_names
             adjacent = {{name: 1 for name in names if name.endswith("_c")}}  # channels last
@@ -122,6 +119,6 @@ def test_on_a_gpu_nothing_is_allocated_beside_inputs_and_outputs():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = involution(x, kernel)
+    assert torch.cuda.max_memory_allocated() - before < out.nbytes + 2**20
     out.backward(torch.ones_like(out))
-    inputs_and_outputs = 2 * (2 * x.nbytes + kernel.nbytes) + x.nbytes  # with gradients, and the ones above
-    assert torch.cuda.max_memory_allocated() - before + x.nbytes + kernel.nbytes < 1.2 * inputs_and_outputs
+    assert torch.cuda.max_memory_allocated() - before < 2 * out.nbytes + x.nbytes + kernel.nbytes + 2**20

@@ -8,16 +8,18 @@ PACKAGE = REPOSITORY / "cit_scale"
 
 # A module imports only from strictly lower levels.
 LEVELS = {
-    0: "config files world batch stop data.order data.draws models.released models.fold "
-    "models.involution_loop models.involution_cpu models.involution_triton",
-    1: "cli lock data.sources data.mixing models.involution losses optim metrics results engines.base engines.state",
-    2: "data.dali models.rednet engines.plain engines.zero checkpoint bench.measure",
-    3: "engines.build models.cit",
-    4: "models",
-    5: "models.network bench.involution",
-    6: "teachers evaluate",
-    7: "task bench.teachers",
-    8: "train",
+    0: "config files world batch stop data.order data.draws models.released models.involution_loop "
+    "models.involution_triton",
+    1: "cli lock data.sources data.mixing models.involution_cpu models.fold losses optim metrics results "
+    "engines.base engines.state",
+    2: "data.dali models.involution engines.plain engines.zero checkpoint bench.measure",
+    3: "engines.build models.rednet",
+    4: "models.cit",
+    5: "models",
+    6: "models.network bench.involution",
+    7: "teachers evaluate",
+    8: "task bench.teachers",
+    9: "train",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 

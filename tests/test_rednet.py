@@ -134,8 +134,17 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 @pytest.mark.parametrize("feature_cls", ["list", "hook", "fx"])
 def test_features_of_chosen_stages_come_out(feature_cls):
-    network = small_rednet(features_only=True, feature_cls=feature_cls, out_indices=(0, 2, 4))
-    features = network(torch.randn(2, 3, 64, 64))
+    networks = []
+    for options in ({}, {"features_only": True, "feature_cls": feature_cls, "out_indices": (0, 2, 4)}):
+        torch.manual_seed(0)
+        networks.append(timm.create_model("rednet26", layers=(1, 1, 1, 1), base_width=16, stem_width=16, **options))
+    whole, network = networks
+    images = torch.randn(2, 3, 64, 64)
+    features = network(images)
+    expected = [whole.stem(images)]
+    expected.append(whole.layer2(whole.layer1(whole.maxpool(expected[0]))))
+    expected.append(whole.layer4(whole.layer3(expected[1])))
+    torch.testing.assert_close(features, expected)
     assert network.feature_info.reduction() == [2, 8, 32]
     assert network.feature_info.channels() == [32, 128, 512]
     assert [tuple(feature.shape) for feature in features] == [(2, 32, 32, 32), (2, 128, 8, 8), (2, 512, 2, 2)]

@@ -1,10 +1,11 @@
 """Involution, every way to compute it, against the unfold formulation in the same run.
 
-    python -m cit_scale.bench.involution --shapes rednet101@224x8 rednet101@64x64 --dtype float32
+    python -m cit_scale.bench.involution --shapes rednet101@224 rednet101@64x64 --dtype float32
     python -m cit_scale.bench.involution --device cuda --dtype bfloat16 --shapes rednet101@224x256
 
-NAME@SIZExBATCH stands for each involution of a RedNet at that image size. For each: time of the forward pass and of
-forward and backward, peak memory, error against float64; beside them the time of copying all inputs and outputs once.
+NAME@SIZExBATCH stands for every involution of a RedNet on a batch of images of SIZE pixels; without xBATCH the batch is
+8. For each: time of the forward pass and of forward and backward, peak memory, error against float64; beside them the
+time of copying all inputs and outputs once.
 """
 
 from __future__ import annotations
@@ -102,14 +103,16 @@ def cases_of(network: str, image_size: int, batch: int) -> Counter[Case]:
 @dataclass(frozen=True)
 class Way:
     """forward: (x, kernel, stride) to out. gradients: (x, kernel, stride, grad_out) to out, grad_x, grad_kernel.
-    channels_last: which of its tensors it is given so, by their number of dimensions."""
+    images_channels_last, kernel_channels_last: how x and grad_out, and the kernel, lie that it is given."""
 
     forward: Callable[..., Tensor]
     gradients: Callable[..., tuple[Tensor, ...]]
-    channels_last: tuple[int, ...] = (4, 6)
+    images_channels_last: bool = True
+    kernel_channels_last: bool = True
 
     def laid_out(self, *tensors: Tensor) -> list[Tensor]:
-        return [channels_last(tensor) if tensor.ndim in self.channels_last else tensor for tensor in tensors]
+        wanted = {4: self.images_channels_last, 6: self.kernel_channels_last}
+        return [channels_last(tensor) if wanted[tensor.ndim] else tensor for tensor in tensors]
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -156,17 +159,17 @@ def way_of(implementation: ModuleType) -> Way:
 def choose_ways(device: torch.device, inductor: bool) -> dict[str, Way]:
     """By name; the reference first. Each gets the layout that suits it, the operator others too."""
     operator = involution, by_autograd(involution)
-    chosen = {REFERENCE: Way(unfold, by_autograd(unfold), ())}
+    chosen = {REFERENCE: Way(unfold, by_autograd(unfold), False, False)}
     if inductor:
         compiled = torch.compile(unfold, dynamic=False)
-        chosen["unfold, Inductor"] = Way(compiled, by_autograd(compiled), ())
+        chosen["unfold, Inductor"] = Way(compiled, by_autograd(compiled), False, False)
     chosen["loop"] = way_of(involution_loop)
     if device.type == "cuda":
         chosen["operator, kernel channels last"] = Way(*operator)
-        chosen["operator"] = Way(*operator, (4,))
+        chosen["operator"] = Way(*operator, kernel_channels_last=False)
     else:
         chosen["operator"] = Way(*operator)
-    chosen["operator, contiguous"] = Way(*operator, ())
+    chosen["operator, contiguous"] = Way(*operator, False, False)
     return chosen
 
 
@@ -298,8 +301,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
-    parser.add_argument("--shapes", nargs="+", type=parse_shapes, metavar="NAME@SIZExBATCH",
-                        default=[parse_shapes("rednet101@224x8"), parse_shapes("rednet101@64x64")])  # fmt: skip
+    parser.add_argument("--shapes", nargs="+", type=parse_shapes, metavar="NAME@SIZE[xBATCH]",
+                        default=[parse_shapes("rednet101@224"), parse_shapes("rednet101@64x64")])  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="figures that a median is of (default: 7)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1, the least noisy)")
     parser.add_argument("--inductor", action="store_true", help="also unfold under Inductor, which compiles each shape")
@@ -328,12 +331,12 @@ def main() -> None:
 
 
 def parse_shapes(text: str) -> Counter[Case]:
-    match = re.fullmatch(r"(\w+)@(\d+)x(\d+)", text)
+    match = re.fullmatch(r"(\w+)@(\d+)(?:x(\d+))?", text)
     known = timm.list_models(module="rednet")
     if match is None or match[1] not in known:
         names = ", ".join(known)
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME@SIZExBATCH, such as rednet101@224x8; names: {names}")
-    return cases_of(match[1], int(match[2]), int(match[3]))
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME@SIZE[xBATCH], such as rednet101@224x8; names: {names}")
+    return cases_of(match[1], int(match[2]), int(match[3] or 8))
 
 
 if __name__ == "__main__":

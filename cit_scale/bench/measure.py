@@ -17,12 +17,14 @@ import torch
 from cit_scale.results import describe_environment
 from cit_scale.world import World
 
+PAGE_KIB = 4
+
 
 def take_turns(
     functions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, at_least_ms: float = 5.0
 ) -> dict[str, list[float]]:
     """Milliseconds a call of each function, one figure a round: A B C, A B C ..., so that a machine whose speed drifts
-    is equally unfair to all. After one call to warm up, a figure is the mean of so many calls as fill at_least_ms."""
+    is equally unfair to all. After one call to warm up, a figure is the mean of as many calls as fill at_least_ms."""
     calls = {}
     for name, function in functions.items():
         function()
@@ -35,7 +37,7 @@ def take_turns(
 
 
 def seconds(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
-    """Of one call, the mean of so many."""
+    """How long a call takes, the mean of so many."""
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -49,9 +51,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ratio(times: Sequence[float], to: Sequence[float]) -> float:
+def ratio(times: Sequence[float], reference_times: Sequence[float]) -> float:
     """The median over rounds of how much longer one took than the other."""
-    return statistics.median(one / other for one, other in zip(times, to, strict=True))
+    return statistics.median(one / other for one, other in zip(times, reference_times, strict=True))
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -66,7 +68,8 @@ def spread(times: Sequence[float]) -> str:
 def peak_extra_mib(function: Callable[[], Any], device: torch.device) -> float:
     """What a call needs at its peak beyond what is held before it, its results included.
 
-    On a GPU what PyTorch allocates; on a CPU the resident memory of the process, so that no allocator escapes.
+    On a GPU what PyTorch allocates; on a CPU the resident memory of the process, so that no allocator escapes. In a
+    process with a large, fragmented heap that can come out too high: freed memory is not always the next to be taken.
     """
     gc.collect()
     if device.type == "cuda":
@@ -81,7 +84,7 @@ def peak_extra_mib(function: Callable[[], Any], device: torch.device) -> float:
     result = function()
     peak = _resident_kib("VmHWM")
     del result
-    return (peak - before) / 1024
+    return max(peak - before, PAGE_KIB) / 1024  # the kernel counts in batches of pages, so a few can go missing
 
 
 def _resident_kib(field: str) -> int:

@@ -1,4 +1,4 @@
-"""How fast frozen teachers run: as a run loads them, and a RedNet also over the unfold formulation, eager.
+"""How fast frozen teachers run: as a run loads them, eager, and, where there are involutions, over unfold.
 
 python -m cit_scale.bench.teachers --image_size 224 --batch 8
 python -m cit_scale.bench.teachers --device cuda --precision bf16 --batch 256
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cit_scale.bench.involution import unfold
 from cit_scale.bench.measure import describe, peak_extra_mib, ratio, seconds, spread, table, take_turns
-from cit_scale.config import DistillConfig
 from cit_scale.models import involution
 from cit_scale.models.network import build_network
 from cit_scale.teachers import freeze
@@ -31,9 +30,26 @@ def over_unfold(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     return forward_over_unfold
 
 
+def ways(name: str, image_size: int, precision: str, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By what they are called in the table: the network as a run loads it first."""
+
+    def frozen(compile: bool) -> Callable[[Tensor], Tensor]:
+        network = build_network(name, {}, num_classes=1000, image_size=image_size)
+        return freeze(network, image_size, device, precision=precision, compile=compile)
+
+    chosen = {f"{name}, as loaded": frozen(compile=True), f"{name}, eager": frozen(compile=False)}
+    with torch.device("meta"):
+        modules = build_network(name, {}, num_classes=1000, image_size=image_size).modules()
+    if any(isinstance(module, involution.Involution2d) for module in modules):
+        chosen[f"{name}, eager, over unfold"] = over_unfold(frozen(compile=False))
+    return chosen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["rednet101", "regnety_040"])
+    parser.add_argument(
+        "--models", nargs="+", default=["rednet101", "regnety_040"], help="the last is the others' peer"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--image_size", type=int, default=224)
@@ -45,19 +61,12 @@ def main() -> None:
     device = torch.device(arguments.device)
     images = torch.rand(arguments.batch, 3, arguments.image_size, arguments.image_size, device=device)
 
-    forwards: dict[str, Callable[[Tensor], Tensor]] = {}
-    first_s = {}
-    for name in arguments.models:
-        for way in ("as loaded", "eager", "eager, over unfold"):
-            if "unfold" in way and not name.startswith("rednet"):
-                continue
-            network = build_network(name, {}, num_classes=1000, image_size=arguments.image_size)
-            distill = DistillConfig(teacher_precision=arguments.precision, compile=way == "as loaded")
-            forward = freeze(network, distill, device)
-            label = f"{name}, {way}"
-            forwards[label] = over_unfold(forward) if "unfold" in way else forward
-            first_s[label] = seconds(partial(forwards[label], images), device)
-    runs = {label: partial(forward, images) for label, forward in forwards.items()}
+    runs = {
+        label: partial(forward, images)
+        for name in arguments.models
+        for label, forward in ways(name, arguments.image_size, arguments.precision, device).items()
+    }
+    first_s = {label: seconds(run, device) for label, run in runs.items()}
     times = take_turns(runs, arguments.rounds, device)
 
     batch = f"{arguments.batch} images of {arguments.image_size} pixels, {arguments.precision}"

@@ -21,7 +21,7 @@ using index_t = std::int64_t;
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What Python passes. The fields stand in involution_cpu.py again.
+// What Python passes: the ctypes structures of involution_cpu.py, with their fields.
 
 struct Shape {
     index_t batch, groups, group_channels, kernel_size, stride, height, width, out_height, out_width;
@@ -229,9 +229,9 @@ void for_kernels(const Shape& shape, const Kernel& kernel, index_t b, index_t ro
 const auto read = [](auto& there, auto& here) INLINE_LAMBDA { here = widen(there); };
 const auto write = [](auto& there, auto& here) INLINE_LAMBDA { narrow(here, there); };
 
-// The K rows of scratch that a row of the output meets. Only those inside are set.
+// Where in scratch the K rows lie that a row of the output meets. Only those inside are set.
 template <class A>
-struct Met {
+struct TapRows {
     A* const* rows;
     Rows inside;
 };
@@ -247,13 +247,13 @@ class Ring {
           scratch_(shape.kernel_size * row_size_),
           rows_(new A*[shape.kernel_size]) {}
 
-    Met<A> meet(index_t i) {
+    TapRows<A> rows_for(index_t i) {
         const Rows inside = rows_inside(shape_, i);
         for (index_t u = inside.begin; u < inside.end; ++u) rows_[u] = row(top_row(shape_, i) + u);
         return {rows_.get(), inside};
     }
 
-    // Where in a row output position j begins to meet a block of 16 channels.
+    // In each of these rows, the offset of the first column that position j meets, for a block of 16 channels.
     index_t offset(index_t j, index_t block) const {
         return (block * padded_width(shape_) + shape_.stride * j) * LANES;
     }
@@ -306,7 +306,7 @@ constexpr int WIDEST = 4;
 
 // offset: in each row of x, the first column that the first position meets. kernels: [J][K * K]. out: [J][16].
 template <class A, int K, int S, int J>
-void sum_taps(const Met<A>& x, index_t offset, const A* kernels, index_t kernel_size, A* out) {
+void sum_taps(const TapRows<A>& x, index_t offset, const A* kernels, index_t kernel_size, A* out) {
     const index_t size = K > 0 ? K : kernel_size, taps = size * size;
     Whole<A> sums[J] = {};
     for (index_t u = x.inside.begin; u < x.inside.end; ++u) {
@@ -331,9 +331,9 @@ void sum_taps(const Met<A>& x, index_t offset, const A* kernels, index_t kernel_
     unrolled<J>([&](auto j) INLINE_LAMBDA { store(sums[j], out + j * LANES); });
 }
 
-// The same walk the other way: what each position gave out is added to all that it had met.
+// The other way: each position's gradient, times its kernel, is added to all of x that it had met.
 template <class A, int K, int S, int J>
-void spread_taps(const Met<A>& x, index_t offset, const A* kernels, index_t kernel_size, A* grad_out) {
+void spread_taps(const TapRows<A>& x, index_t offset, const A* kernels, index_t kernel_size, A* grad_out) {
     const index_t size = K > 0 ? K : kernel_size, taps = size * size;
     Whole<A> grads[J];
     unrolled<J>([&](auto j) INLINE_LAMBDA { grads[j] = load<Whole<A>>(grad_out + j * LANES); });
@@ -363,7 +363,7 @@ void spread_taps(const Met<A>& x, index_t offset, const A* kernels, index_t kern
 // One position: the K * K products of its gradient with x, each summed over the channels. Added to what is there,
 // unless this is the group's first block. Padding gives 0.
 template <class A, int K>
-void dot_taps(const Met<A>& x, index_t offset, const A* grad_out, index_t kernel_size, bool is_first, A* out) {
+void dot_taps(const TapRows<A>& x, index_t offset, const A* grad_out, index_t kernel_size, bool is_first, A* out) {
     const index_t size = K > 0 ? K : kernel_size, taps = size * size;
     const auto low = load<Half<A>>(grad_out), high = load<Half<A>>(grad_out + HALF);
     if (is_first) {
@@ -382,7 +382,7 @@ void dot_taps(const Met<A>& x, index_t offset, const A* grad_out, index_t kernel
             const auto sums = sum_each<A>(terms);
             A* tap = out + u * size + v;
             if (is_first && u * size + v + HALF <= taps) {
-                store(sums, tap);  // lanes beyond the row of taps are 0; where that row follows, it overwrites them
+                store(sums, tap);  // lanes beyond this row of taps hold 0, and the next row overwrites them
             } else {
                 const index_t count = std::min<index_t>(HALF, size - v);
                 for (index_t n = 0; n < count; ++n) tap[n] = is_first ? sums[n] : tap[n] + sums[n];
@@ -393,29 +393,29 @@ void dot_taps(const Met<A>& x, index_t offset, const A* grad_out, index_t kernel
 
 // The functions above, compiled for one kind of involution; sum and spread for each J = 1 .. WIDEST.
 template <class A>
-struct Walks {
-    void (*sum[WIDEST])(const Met<A>&, index_t, const A*, index_t, A*);
-    void (*spread[WIDEST])(const Met<A>&, index_t, const A*, index_t, A*);
-    void (*dot)(const Met<A>&, index_t, const A*, index_t, bool, A*);
+struct TapLoops {
+    void (*sum[WIDEST])(const TapRows<A>&, index_t, const A*, index_t, A*);
+    void (*spread[WIDEST])(const TapRows<A>&, index_t, const A*, index_t, A*);
+    void (*dot)(const TapRows<A>&, index_t, const A*, index_t, bool, A*);
 };
 
 template <class A, int K, int S, int... J>
-constexpr Walks<A> make_walks(std::integer_sequence<int, J...>) {
+constexpr TapLoops<A> make_loops(std::integer_sequence<int, J...>) {
     return {{sum_taps<A, K, S, J + 1>...}, {spread_taps<A, K, S, J + 1>...}, dot_taps<A, K>};
 }
 
 template <class A, int K, int S>
-constexpr Walks<A> walks_of = make_walks<A, K, S>(std::make_integer_sequence<int, WIDEST>{});
+constexpr TapLoops<A> loops_of = make_loops<A, K, S>(std::make_integer_sequence<int, WIDEST>{});
 
-// RedNet's kernel sizes in float32 have code of their own, others share one.
+// RedNet's kernel sizes have code of their own where sums are in float32; all others share one.
 template <class A>
-const Walks<A>& choose_walks(const Shape& shape) {
-    const bool wide = shape.stride == 2;
+const TapLoops<A>& choose_loops(const Shape& shape) {
+    const bool strided = shape.stride == 2;
     if constexpr (std::is_same_v<A, float>) {
-        if (shape.kernel_size == 7) return wide ? walks_of<A, 7, 2> : walks_of<A, 7, 1>;
-        if (shape.kernel_size == 3) return wide ? walks_of<A, 3, 2> : walks_of<A, 3, 1>;
+        if (shape.kernel_size == 7) return strided ? loops_of<A, 7, 2> : loops_of<A, 7, 1>;
+        if (shape.kernel_size == 3) return strided ? loops_of<A, 3, 2> : loops_of<A, 3, 1>;
     }
-    return wide ? walks_of<A, 0, 2> : walks_of<A, 0, 1>;
+    return strided ? loops_of<A, 0, 2> : loops_of<A, 0, 1>;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -431,7 +431,7 @@ void for_blocks(index_t width, F&& f) {
     }
 }
 
-// f(begin, end) over ranges that together are 0 .. count, on torch's threads. cost: multiplications of one element.
+// f(begin, end) over ranges that together are 0 .. count, on torch's threads. cost: multiplications per item.
 template <class F>
 std::int32_t parallel(ParallelFor parallel_for, index_t count, index_t cost, const F& f) {
     const index_t grain = 1 + (1 << 16) / (cost + 1);
@@ -448,18 +448,18 @@ std::int32_t forward(const Shape& shape, const Image& x, const Kernel& kernel, c
                      ParallelFor parallel_for) {
     const Groups all{0, shape.groups};
     const index_t blocks = blocks_per_group(shape), width = shape.out_width;
-    const Walks<A>& walks = choose_walks<A>(shape);
+    const TapLoops<A>& loops = choose_loops<A>(shape);
     const auto rows = [&](index_t begin, index_t end) {
         Ring<A> ring(shape, all);
         Scratch<A> kernels(WIDEST * shape.groups * taps(shape)), sums(shape.groups * blocks * width * LANES);
         for (index_t row = begin; row < end; ++row) {
             const index_t b = row / shape.out_height, i = row % shape.out_height;
             ring.template advance<T>(x, b, i);
-            const Met<A> met = ring.meet(i);
+            const TapRows<A> x_rows = ring.rows_for(i);
             for_blocks(width, [&](index_t j, index_t count) {
                 for_kernels<const T>(shape, kernel, b, i, j, count, all, kernels.data(), read);
                 for (index_t block = 0; block < shape.groups * blocks; ++block) {
-                    walks.sum[count - 1](met, ring.offset(j, block),
+                    loops.sum[count - 1](x_rows, ring.offset(j, block),
                                          kernels.data() + block / blocks * count * taps(shape), shape.kernel_size,
                                          sums.data() + (block * width + j) * LANES);
                 }
@@ -475,17 +475,17 @@ template <class T, class A>
 std::int32_t grad_x(const Shape& shape, const Image& grad_out, const Kernel& kernel, const Image& grad,
                     ParallelFor parallel_for) {
     const index_t blocks = blocks_per_group(shape), width = shape.out_width;
-    const Walks<A>& walks = choose_walks<A>(shape);
-    const auto image = [&](index_t b, Groups groups) {
+    const TapLoops<A>& loops = choose_loops<A>(shape);
+    const auto spread_image = [&](index_t b, Groups groups) {
         Ring<A> ring(shape, groups);
         Scratch<A> kernels(WIDEST * groups.count() * taps(shape)), grads(groups.count() * blocks * width * LANES);
         for (index_t i = 0; i < shape.out_height; ++i) {
             for_row<T>(shape, grad_out, b, i, width, groups, grads.data(), width, 0, read);
-            const Met<A> met = ring.meet(i);
+            const TapRows<A> x_rows = ring.rows_for(i);
             for_blocks(width, [&](index_t j, index_t count) {
                 for_kernels<const T>(shape, kernel, b, i, j, count, groups, kernels.data(), read);
                 for (index_t block = 0; block < groups.count() * blocks; ++block) {
-                    walks.spread[count - 1](met, ring.offset(j, block),
+                    loops.spread[count - 1](x_rows, ring.offset(j, block),
                                             kernels.data() + block / blocks * count * taps(shape), shape.kernel_size,
                                             grads.data() + (block * width + j) * LANES);
                 }
@@ -493,15 +493,15 @@ std::int32_t grad_x(const Shape& shape, const Image& grad_out, const Kernel& ker
             ring.template retire<T>(grad, b, i + 1 < shape.out_height ? top_row(shape, i + 1) : shape.height);
         }
     };
-    const auto planes = [&](index_t begin, index_t end) {
+    const auto groups_of_images = [&](index_t begin, index_t end) {
         while (begin < end) {
             const index_t b = begin / shape.groups, first = begin % shape.groups;
             const index_t count = std::min(shape.groups - first, end - begin);
-            image(b, {first, first + count});
+            spread_image(b, {first, first + count});
             begin += count;
         }
     };
-    return parallel(parallel_for, shape.batch * shape.groups, shape.out_height * row_cost(shape, 1), planes);
+    return parallel(parallel_for, shape.batch * shape.groups, shape.out_height * row_cost(shape, 1), groups_of_images);
 }
 
 template <class T, class A>
@@ -509,7 +509,7 @@ std::int32_t grad_kernel(const Shape& shape, const Image& grad_out, const Image&
                          ParallelFor parallel_for) {
     const Groups all{0, shape.groups};
     const index_t blocks = blocks_per_group(shape), width = shape.out_width;
-    const Walks<A>& walks = choose_walks<A>(shape);
+    const TapLoops<A>& loops = choose_loops<A>(shape);
     const auto rows = [&](index_t begin, index_t end) {
         Ring<A> ring(shape, all);
         Scratch<A> sums(WIDEST * shape.groups * taps(shape)), grads(shape.groups * blocks * width * LANES);
@@ -517,11 +517,11 @@ std::int32_t grad_kernel(const Shape& shape, const Image& grad_out, const Image&
             const index_t b = row / shape.out_height, i = row % shape.out_height;
             ring.template advance<T>(x, b, i);
             for_row<T>(shape, grad_out, b, i, width, all, grads.data(), width, 0, read);
-            const Met<A> met = ring.meet(i);
+            const TapRows<A> x_rows = ring.rows_for(i);
             for_blocks(width, [&](index_t j, index_t count) {
                 for (index_t block = 0; block < shape.groups * blocks; ++block) {
                     for (index_t jj = 0; jj < count; ++jj) {
-                        walks.dot(met, ring.offset(j + jj, block), grads.data() + (block * width + j + jj) * LANES,
+                        loops.dot(x_rows, ring.offset(j + jj, block), grads.data() + (block * width + j + jj) * LANES,
                                   shape.kernel_size, block % blocks == 0,
                                   sums.data() + (block / blocks * count + jj) * taps(shape));
                     }
@@ -533,30 +533,42 @@ std::int32_t grad_kernel(const Shape& shape, const Image& grad_out, const Image&
     return parallel(parallel_for, shape.batch * shape.out_height, row_cost(shape, shape.groups), rows);
 }
 
+// f(T, A): the type of the tensors and that of the sums. dtype: 0 float32, 1 float64, 2 bfloat16.
+template <class F>
+std::int32_t with_types(int dtype, F&& f) {
+    switch (dtype) {
+        case 0:
+            return f(float{}, float{});
+        case 1:
+            return f(double{}, double{});
+        default:
+            return f(BFloat16{}, float{});
+    }
+}
+
 }  // namespace
 
-// dtype: 0 float32, 1 float64, 2 bfloat16. Each returns 0, or what torch's parallel loop returned.
-#define BY_DTYPE(function, ...)                            \
-    switch (dtype) {                                       \
-        case 0:                                            \
-            return function<float, float>(__VA_ARGS__);    \
-        case 1:                                            \
-            return function<double, double>(__VA_ARGS__);  \
-        default:                                           \
-            return function<BFloat16, float>(__VA_ARGS__); \
-    }
-
+// Each returns 0, or what torch's parallel loop returned.
 extern "C" {
 
 std::int32_t involution_forward(int dtype, const Shape* shape, const Image* x, const Kernel* kernel, const Image* out,
-                                ParallelFor parallel_for){BY_DTYPE(forward, *shape, *x, *kernel, *out, parallel_for)}
+                                ParallelFor parallel_for) {
+    return with_types(dtype, [&](auto t, auto a) {
+        return forward<decltype(t), decltype(a)>(*shape, *x, *kernel, *out, parallel_for);
+    });
+}
 
-std::int32_t
-    involution_grad_x(int dtype, const Shape* shape, const Image* grad_out, const Kernel* kernel, const Image* grad,
-                      ParallelFor parallel_for){BY_DTYPE(grad_x, *shape, *grad_out, *kernel, *grad, parallel_for)}
+std::int32_t involution_grad_x(int dtype, const Shape* shape, const Image* grad_out, const Kernel* kernel,
+                               const Image* grad, ParallelFor parallel_for) {
+    return with_types(dtype, [&](auto t, auto a) {
+        return grad_x<decltype(t), decltype(a)>(*shape, *grad_out, *kernel, *grad, parallel_for);
+    });
+}
 
 std::int32_t involution_grad_kernel(int dtype, const Shape* shape, const Image* grad_out, const Image* x,
                                     const Kernel* grad, ParallelFor parallel_for) {
-    BY_DTYPE(grad_kernel, *shape, *grad_out, *x, *grad, parallel_for)
+    return with_types(dtype, [&](auto t, auto a) {
+        return grad_kernel<decltype(t), decltype(a)>(*shape, *grad_out, *x, *grad, parallel_for);
+    });
 }
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cit_scale.models import involution_cpu, involution_loop
+from cit_scale.world import warn_once_per_job
 
 GROUP_CHANNELS = 16
 """Channels that share one kernel, in every published network."""
@@ -36,9 +37,9 @@ def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
 
     x: (B, C, H, W). kernel: (B, G, K, K, H', W') with C a multiple of G and K odd. stride: 1 or 2.
     Returns (B, C, H', W') in the dtype and memory format of x. Products and sums are in float32 at least; the output
-    and each gradient are rounded once. Differentiable any number of times, in x and kernel.
+    and each gradient are rounded once. Differentiable in x and kernel any number of times, in reverse mode.
     Memory stays near that of inputs and outputs: no (B, C, K*K, H', W') buffer of unfolded patches is made.
-    Under autocast both inputs take its dtype, as for a convolution.
+    Under autocast both inputs take its dtype, as for a convolution; float64 stays.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     return torch.ops.cit_scale.involution(x, kernel, stride)
@@ -70,14 +71,15 @@ def _grad_kernel(
     grad_out: Tensor, x: Tensor, stride: int, groups: int, kernel_size: int, channels_last: bool
 ) -> Tensor:
     out = _empty_grad_kernel(grad_out, x, stride, groups, kernel_size, channels_last)
-    if out.numel() > 0:
+    if grad_out.numel() > 0:
         _implementation(out.device.type, out.dtype).grad_kernel(grad_out, x, stride, out)
-    return out
+        return out
+    return out.zero_()  # no channels
 
 
 @_forward.register_fake
 def _empty_output(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    _check(x, kernel, stride)
+    _check(x.shape, kernel.shape, stride, (x, kernel))
     return _empty_image(x, (x.shape[0], x.shape[1], *kernel.shape[4:]), _is_channels_last(x))
 
 
@@ -85,17 +87,20 @@ def _empty_output(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
 def _empty_grad_x(
     grad_out: Tensor, kernel: Tensor, stride: int, height: int, width: int, channels_last: bool
 ) -> Tensor:
-    return _empty_image(kernel, (*grad_out.shape[:2], height, width), channels_last)
+    shape = (*grad_out.shape[:2], height, width)
+    _check(shape, kernel.shape, stride, (grad_out, kernel), grad_out.shape)
+    return _empty_image(kernel, shape, channels_last)
 
 
 @_grad_kernel.register_fake
 def _empty_grad_kernel(
     grad_out: Tensor, x: Tensor, stride: int, groups: int, kernel_size: int, channels_last: bool
 ) -> Tensor:
-    batch, (height, width) = x.shape[0], grad_out.shape[2:]
+    shape = (x.shape[0], groups, kernel_size, kernel_size, *grad_out.shape[2:])
+    _check(x.shape, shape, stride, (grad_out, x), grad_out.shape)
     if channels_last:
-        return x.new_empty(batch, height, width, groups, kernel_size, kernel_size).permute(0, 3, 4, 5, 1, 2)
-    return x.new_empty(batch, groups, kernel_size, kernel_size, height, width)
+        return x.new_empty([shape[i] for i in (0, 4, 5, 1, 2, 3)]).permute(0, 3, 4, 5, 1, 2)
+    return x.new_empty(shape)
 
 
 def _empty_image(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -121,6 +126,7 @@ def _backward_of_forward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...
     return grad_x, grad_kernel, None
 
 
+# What arrives at the gradient operators has the shape and the role of what they gave out.
 def _backward_of_grad_x(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
     grad_out, kernel = ctx.saved_tensors
     wants_out, wants_kernel, *_ = ctx.needs_input_grad
@@ -154,6 +160,8 @@ _grad_x.register_autograd(_backward_of_grad_x, setup_context=_save)
 _grad_kernel.register_autograd(_backward_of_grad_kernel, setup_context=_save)
 
 
+AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+
 # By hand, since register_autocast would fix one dtype for every autocast of a device.
 _LIBRARY = torch.library.Library("cit_scale", "FRAGMENT")
 
@@ -161,8 +169,9 @@ _LIBRARY = torch.library.Library("cit_scale", "FRAGMENT")
 def _register_autocast(device_type: str, dispatch_key: str) -> None:
     def cast_and_call(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
+        cast = (tensor.to(dtype) if tensor.dtype in AUTOCAST_FROM else tensor for tensor in (x, kernel))
         with torch.autocast(device_type, enabled=False):
-            return involution(x.to(dtype), kernel.to(dtype), stride)
+            return involution(*cast, stride)
 
     _LIBRARY.impl("involution", cast_and_call, dispatch_key)
 
@@ -174,43 +183,61 @@ _register_autocast("cuda", "AutocastCUDA")
 @functools.cache
 def _implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
     """Who computes: a module with the functions forward, grad_x and grad_kernel."""
-    if device_type == "cpu" and dtype in involution_cpu.DTYPES and involution_cpu.is_available():
-        return involution_cpu
-    if device_type == "cuda":
-        if importlib.util.find_spec("triton") is not None:
+    match device_type:
+        case "cpu" if dtype not in involution_cpu.DTYPES:
+            reason = f"the C++ library has no {dtype}"
+        case "cpu":
+            try:
+                involution_cpu.load()
+                return involution_cpu
+            except involution_cpu.BuildError as error:
+                reason = f"{error}. Install a C++ compiler, such as g++, or name one in CXX"
+        case "cuda" if importlib.util.find_spec("triton") is not None:
             from cit_scale.models import involution_triton
 
             return involution_triton
-        warnings.warn(
-            "involution runs as a loop in PyTorch, several times slower and in more memory: Triton is not installed",
-            stacklevel=2,
-        )
+        case "cuda":
+            reason = "Triton is not installed"
+        case _:
+            reason = f"there is no code of its own for {device_type}"
+    warn_once_per_job(f"involution runs as a loop in PyTorch, several times slower and in more memory: {reason}")
     return involution_loop
 
 
-def _check(x: Tensor, kernel: Tensor, stride: int) -> None:
-    x_shape, kernel_shape = tuple(x.shape), tuple(kernel.shape)
-    if len(x_shape) != 4 or len(kernel_shape) != 6:
-        raise ValueError(
-            f"involution takes x (B, C, H, W) and kernel (B, G, K, K, H', W'), not {x_shape}, {kernel_shape}"
-        )
+def _check(
+    x: Sequence[int],
+    kernel: Sequence[int],
+    stride: int,
+    tensors: tuple[Tensor, Tensor],
+    grad_out: Sequence[int] | None = None,
+) -> None:
+    """x, kernel, grad_out: shapes. tensors: the two that are there."""
+    x, kernel = tuple(x), tuple(kernel)
+    if len(x) != 4 or len(kernel) != 6:
+        raise ValueError(f"involution takes x (B, C, H, W) and kernel (B, G, K, K, H', W'), not {x}, {kernel}")
     if stride not in (1, 2):
         raise ValueError(f"involution has stride 1 or 2, not {stride}")
-    batch, channels, height, width = x_shape
-    groups, size = kernel_shape[1:3]
-    if size % 2 == 0 or kernel_shape[3] != size:
-        raise ValueError(
-            f"an involution kernel is square and of odd size, not {size} x {kernel_shape[3]}: {kernel_shape}"
-        )
+    batch, channels, height, width = x
+    groups, size = kernel[1:3]
+    if size % 2 == 0 or kernel[3] != size:
+        raise ValueError(f"an involution kernel is square and of odd size, not {size} x {kernel[3]}: {kernel}")
     if groups == 0 or channels % groups:
-        raise ValueError(f"x has {channels} channels, which is not a multiple of the kernel's {groups} groups")
-    expected = (batch, groups, size, size, -(-height // stride), -(-width // stride))
-    if kernel_shape != expected:
-        raise ValueError(f"x {x_shape} at stride {stride} needs a kernel of shape {expected}, not {kernel_shape}")
-    if x.dtype != kernel.dtype or not x.dtype.is_floating_point:
-        raise ValueError(f"involution takes x and kernel in one floating-point dtype, not {x.dtype}, {kernel.dtype}")
-    if x.device != kernel.device:
-        raise ValueError(f"involution takes x and kernel on one device, not {x.device}, {kernel.device}")
+        raise ValueError(
+            f"x {x} has {channels} channels, which is not a multiple of the {groups} groups of the kernel {kernel}"
+        )
+    out_size = -(-height // stride), -(-width // stride)
+    expected = (batch, groups, size, size, *out_size)
+    if kernel != expected:
+        raise ValueError(f"x {x} at stride {stride} needs a kernel of shape {expected}, not {kernel}")
+    if grad_out is not None and tuple(grad_out) != (batch, channels, *out_size):
+        raise ValueError(
+            f"x {x} at stride {stride} has an output of shape {(batch, channels, *out_size)}, not {tuple(grad_out)}"
+        )
+    first, second = tensors
+    if first.dtype != second.dtype or not first.dtype.is_floating_point:
+        raise ValueError(f"involution takes tensors of one floating-point dtype, not {first.dtype}, {second.dtype}")
+    if first.device != second.device:
+        raise ValueError(f"involution takes tensors on one device, not {first.device}, {second.device}")
 
 
 class Involution2d(nn.Module):

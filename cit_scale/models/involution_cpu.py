@@ -18,18 +18,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
+import uuid
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix("").with_name("involution.cpp")
+from cit_scale.files import sync
+
+SOURCE = Path(__file__).with_name("involution.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
 COMPILERS = ("c++", "g++", "clang++")
+FUNCTIONS = ("involution_forward", "involution_grad_x", "involution_grad_kernel")
 
-# As involution.cpp numbers them. float16, which CPUs compute in float32 anyhow, is left to the loop.
+# As involution.cpp numbers them.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
@@ -53,7 +55,7 @@ def grad_kernel(grad_out: Tensor, x: Tensor, stride: int, out: Tensor) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The call. The structures stand in involution.cpp again.
+# The call. The structures are those of involution.cpp.
 
 
 class _Shape(ctypes.Structure):
@@ -87,61 +89,74 @@ def _view(tensor: Tensor) -> _Image | _Kernel:
 
 def _call(function: str, shape: _Shape, *tensors: Tensor) -> None:
     views = (ctypes.byref(_view(tensor)) for tensor in tensors)
-    status = getattr(load(), function)(DTYPES[tensors[0].dtype], ctypes.byref(shape), *views, _parallel_for())
+    library, parallel_for = load()
+    status = getattr(library, function)(DTYPES[tensors[0].dtype], ctypes.byref(shape), *views, parallel_for)
     if status != 0:
         raise RuntimeError(f"{function} failed in torch's parallel loop; is there memory left?")
-
-
-@functools.cache
-def _parallel_for() -> ctypes.c_void_p:
-    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The library
 
 
+def load() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
+    """The library, built where it is missing, and torch's parallel loop, which it calls. Raises BuildError."""
+    loaded = _load()
+    if isinstance(loaded, BuildError):
+        raise loaded
+    return loaded
+
+
 @functools.cache
-def is_available() -> bool:
-    """Whether there is a library for this machine; builds it if need be. If there is none, says so, once."""
+def _load() -> tuple[ctypes.CDLL, ctypes.c_void_p] | BuildError:
+    """Once in a process: what failed would fail again."""
     try:
-        load()
+        return _find_or_build()
     except BuildError as error:
-        if not (dist.is_initialized() and dist.get_rank() > 0):
-            warnings.warn(
-                f"involution runs as a loop in PyTorch, several times slower and in more memory: {error}; "
-                f"install a C++ compiler, such as g++, or name one in CXX",
-                stacklevel=2,
-            )
-        return False
-    return True
+        return error
 
 
-@functools.cache
-def load() -> ctypes.CDLL:
-    """The library, built where it is missing. Raises BuildError."""
+def _find_or_build() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
     try:
-        return _load_from(cache_dir())
-    except OSError:  # a home that cannot be written, say
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel_for = ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"this PyTorch does not export its parallel loop: {_one_line(error)}") from error
+    try:
+        return _load_from(_cache_dir()), parallel_for
+    except (OSError, RuntimeError) as error:  # no home, or one that cannot be written
+        print(f"the involution cannot be kept for the next process: {_one_line(error)}", file=sys.stderr, flush=True)
+    try:
         with tempfile.TemporaryDirectory() as folder:  # of this process alone; once loaded, the file can go
-            return _load_from(Path(folder))
+            return _load_from(Path(folder)), parallel_for
+    except OSError as error:
+        raise BuildError(_one_line(error)) from error
 
 
 def _load_from(folder: Path) -> ctypes.CDLL:
-    folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"involution-{_fingerprint()}.so"
+    with contextlib.suppress(OSError):  # it is missing, or damaged
+        return _open(library)
+    folder.mkdir(parents=True, exist_ok=True)
     with library.with_suffix(".lock").open("w") as lock:
         # One process of a machine builds while the others wait; on a file system without locks each builds its own.
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            _build(library)
-    return ctypes.CDLL(str(library))
+        with contextlib.suppress(OSError):
+            return _open(library)
+        _build(library)
+    return _open(library)
 
 
-def cache_dir() -> Path:
-    """Where built libraries stay: ``$XDG_CACHE_HOME/cit_scale``, or ``~/.cache/cit_scale``."""
+def _open(library: Path) -> ctypes.CDLL:
+    opened = ctypes.CDLL(str(library))
+    if not all(hasattr(opened, function) for function in FUNCTIONS):
+        raise OSError(f"{library} lacks some of {', '.join(FUNCTIONS)}")
+    return opened
+
+
+def _cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/cit_scale``, or ``~/.cache/cit_scale``. RuntimeError where there is no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cit_scale"
 
 
@@ -159,14 +174,20 @@ def _build(library: Path) -> None:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
         raise BuildError(f"there is no C++ compiler ({', '.join(COMPILERS)})")
-    print(f"building the involution for this CPU, some seconds, once: {library}", file=sys.stderr, flush=True)
-    partial = library.with_suffix(f".{os.getpid()}")
-    command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(partial)]
+    print(f"building the involution for this CPU (some seconds, once): {library}", file=sys.stderr, flush=True)
+    partial = library.with_suffix(f".{uuid.uuid4().hex}")
     try:
+        command = [*shlex.split(compiler), *FLAGS, str(SOURCE), "-o", str(partial)]
         subprocess.run(command, check=True, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise BuildError(f"there is no C++ compiler {compiler}") from error
+        sync(partial)
+    except (OSError, ValueError) as error:
+        raise BuildError(f"the C++ compiler {compiler} does not run: {_one_line(error)}") from error
     except subprocess.CalledProcessError as error:
-        complaint = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip())
-        raise BuildError(f"{compiler} cannot build {SOURCE.name}: {complaint}") from error
+        partial.unlink(missing_ok=True)
+        complaint = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr)
+        raise BuildError(f"{compiler} cannot build {SOURCE.name}: {_one_line(complaint)}") from error
     partial.replace(library)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -1,8 +1,8 @@
 """Involution on a GPU, in Triton. Each function fills ``out``; any strides will do, and nothing else is allocated.
 
-A program computes BLOCK positions times the channels of one group, in float32 at least. It is made for x channels
-last, where the 16 channels of a group are one sector of a cache line in bf16, and for a kernel whose positions are
-adjacent in memory: neighbouring threads then read neighbouring values, each of which serves all channels of a group.
+A program computes BLOCK positions times the channels of one group, in float32 at least. It is made for a
+channels-last x, where the 16 channels of a group are one sector of a cache line in bf16, and for a kernel whose
+positions are adjacent in memory: neighbouring threads read neighbouring values, which serve all channels of a group.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# BLOCK, warps: from few positions a program, for small maps, to many. The interpreter has nothing to choose by.
+# BLOCK, warps: from few positions a program, for small maps, to many. In bf16 a thread computes 8 channels of one
+# position; with more, the compiler goes through shared memory. The interpreter cannot time them, so it gets one.
 _BLOCKS = ((16, 1), (32, 2), (64, 4), (128, 8))
 _CONFIGS = [
     triton.Config({"BLOCK": block}, num_warps=warps)
     for block, warps in (_BLOCKS[-1:] if triton.knobs.runtime.interpret else _BLOCKS)
 ]
-_autotune = triton.autotune(
-    _CONFIGS, key=["out_width", "groups", "GROUP_CHANNELS", "KERNEL_SIZE", "STRIDE"], cache_results=True
-)
+
+
+def _autotune(*layout: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Choose anew for another shape, dtype, and value of the steps that tell memory formats apart."""
+    shape = ("batch", "groups", "out_height", "out_width", "GROUP_CHANNELS", "KERNEL_SIZE", "STRIDE")
+    return triton.autotune(_CONFIGS, key=[*shape, *layout], cache_results=True)
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
@@ -33,8 +37,8 @@ def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
 
 def grad_x(grad_out: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
     """grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W)."""
-    # A position of x is met by every stride-th tap, which ones depends on whether its row and column are even or odd:
-    # each of these classes has programs of its own.
+    # A position of x is met by every stride-th tap; which ones these are depends on whether its row and its column are
+    # even or odd. Each of these classes has programs of its own.
     positions = grad_out.shape[0] * grad_out.shape[2] * grad_out.shape[3]
     _launch(_grad_x, (positions, stride * stride), out, kernel, stride, (grad_out, kernel, out))
 
@@ -57,6 +61,7 @@ def _launch(
     positions, classes = work
     batch, channels, height, width = x.shape
     groups, size, _, out_height, out_width = kernel.shape[1:]
+    tensors = tuple(tensor if _has_short_steps(tensor) else tensor.contiguous() for tensor in tensors)
     with torch.cuda.device_of(x):  # Triton launches on the current device; no-op for the interpreter's CPU tensors
         function[lambda meta: (triton.cdiv(positions, meta["BLOCK"]) * groups, classes)](
             *tensors,
@@ -75,7 +80,13 @@ def _launch(
         )
 
 
-@_autotune
+def _has_short_steps(tensor: Tensor) -> bool:
+    """Whether 32 bits reach every element of an image from its first; 64 lead from image to image."""
+    sizes_and_steps = list(zip(tensor.shape, tensor.stride(), strict=True))
+    return sum((size - 1) * step for size, step in sizes_and_steps[1:]) < 2**31
+
+
+@_autotune("x_c", "k_w")
 @triton.jit
 def _forward(
     x, kernel, out,
@@ -103,7 +114,7 @@ def _forward(
     tl.store(out, total.to(out.dtype.element_ty), mask=is_position[:, None] & is_channel)
 
 
-@_autotune
+@_autotune("g_c", "k_w")
 @triton.jit
 def _grad_x(
     grad_out, kernel, out,
@@ -132,12 +143,15 @@ def _grad_x(
         u = first_u + nth_u * STRIDE
         down = row + KERNEL_SIZE // 2 - u
         i = down // STRIDE
-        met_row = is_position & (down >= row - KERNEL_SIZE // 2) & (down >= 0) & (i < out_height)  # first: u < K
+        # u < KERNEL_SIZE, as a block of positions: the interpreter has no masks out of scalars.
+        is_tap = down >= row - KERNEL_SIZE // 2
+        met_row = is_position & is_tap & (down >= 0) & (i < out_height)
         for nth_v in tl.static_range((KERNEL_SIZE + STRIDE - 1) // STRIDE):
             v = first_v + nth_v * STRIDE
             right = column + KERNEL_SIZE // 2 - v
             j = right // STRIDE
-            met = met_row & (right >= column - KERNEL_SIZE // 2) & (right >= 0) & (j < out_width)
+            is_tap = right >= column - KERNEL_SIZE // 2
+            met = met_row & is_tap & (right >= 0) & (j < out_width)
             weight = tl.load(kernel + u * k_u + v * k_v + i * k_h + j * k_w, mask=met, other=0.0)
             grad = tl.load(grad_out + (i * g_h + j * g_w)[:, None], mask=met[:, None] & is_channel, other=0.0)
             total += weight.to(SUM_DTYPE)[:, None] * grad.to(SUM_DTYPE)
@@ -145,7 +159,7 @@ def _grad_x(
     tl.store(out, total.to(out.dtype.element_ty), mask=is_position[:, None] & is_channel)
 
 
-@_autotune
+@_autotune("x_c", "o_w")
 @triton.jit
 def _grad_kernel(
     grad_out, x, out,
