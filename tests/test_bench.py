@@ -23,7 +23,7 @@ from cit_scale.bench.involution import (
     row,
     summary,
 )
-from cit_scale.bench.measure import geometric_mean, ratio, take_turns
+from cit_scale.bench.measure import geometric_mean, ratio, spread, take_turns
 from cit_scale.models.network import build_network
 from cit_scale.teachers import freeze
 
@@ -68,6 +68,7 @@ def test_the_tables_say_what_the_figures_say():
         "a case", "operator", "1 (1 to 1)", "10.0", "2.00", "5.0", "50",
         "2 (2 to 2)", "15.0", "2.00", "20.0", "25", "3.00", "2.0e-07",
     ]  # fmt: skip
+    assert row("a case", COPY, by_way, (0.5, 0.25))[6] == ""  # it is what the others are shares of
     slower = {name: replace(figures, times=([40.0], [60.0])) for name, figures in by_way.items()}
     results = {case: by_way, replace(case, batch=8): by_way | {"operator": slower["operator"]}}
     line = summary(results, ["operator"]).splitlines()[-1]
@@ -94,6 +95,7 @@ def test_turns_are_taken_and_ratios_are_paired():
     assert [len(figures) for figures in times.values()] == [3, 3]
     assert "".join(called).endswith("ababab")
     assert ratio([2, 10, 6], [1, 1, 1]) == 6
+    assert spread([1234.5, 0.01234, 999.4]) == "999 (0.0123 to 1234)"
     assert geometric_mean(iter([1, 4])) == pytest.approx(2)
 
 

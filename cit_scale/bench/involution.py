@@ -256,7 +256,7 @@ def row(case: str, name: str, by_way: dict[str, Figures], shares: tuple[float, f
     for which, share in enumerate(shares):
         lead, behind, _ = compare(by_way, name, which)
         cells += [spread(figures.times[which]), f"{lead:.1f}", f"{behind:.2f}", f"{figures.peaks_mib[which]:.1f}"]
-        cells += [f"{100 * share:.0f}"]
+        cells.append(f"{100 * share:.0f}" if name != COPY else "")
     return [*cells, f"{figures.first_s:.2f}", f"{figures.error:.1e}" if name != COPY else ""]
 
 
@@ -321,6 +321,7 @@ def main() -> None:
     ways = choose_ways(device, arguments.inductor)
     results = {}
     for case, count in sum(arguments.shapes, Counter()).items():
+        torch.compiler.reset()  # or after some cases compiled ways would run eager: too many shapes of one function
         results[case] = measure(case, ways, dtype, device, arguments.rounds)
         for name in (COPY, *ways):
             shares = bandwidth_shares(case, results[case][name], dtype.itemsize, copy_bandwidth)

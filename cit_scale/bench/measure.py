@@ -62,7 +62,11 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def spread(times: Sequence[float]) -> str:
     """Median (minimum to maximum)."""
-    return f"{statistics.median(times):.3g} ({min(times):.3g} to {max(times):.3g})"
+    median, low, high = (
+        f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+        for value in (statistics.median(times), min(times), max(times))
+    )
+    return f"{median} ({low} to {high})"
 
 
 def peak_extra_mib(function: Callable[[], Any], device: torch.device) -> float:
