@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,6 +254,18 @@ def test_a_damaged_library_is_built_again(tmp_path):
         involution_cpu._open(empty)
 
 
+def test_without_a_home_the_library_is_of_this_process_alone(monkeypatch, capsys):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(involution_cpu, "_load_from", lambda folder: folder)
+    folder, _ = involution_cpu._find_or_build()
+    assert not folder.exists()  # it was a temporary one
+    assert "cannot be kept for the next process: Could not determine home" in capsys.readouterr().err
+
+
 def test_without_any_folder_to_build_in_it_is_the_loop(tmp_path):
     (tmp_path / "file").touch()
     no_folder = {"XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "file")}
@@ -379,6 +392,16 @@ def test_a_batch_of_one_and_an_empty_one(device):
     out = involution(*empty, 2)
     grads = torch.autograd.grad(out, empty, grad_out[:0])
     assert [tuple(tensor.shape) for tensor in (out, *grads)] == [(0, 32, 5, 4), (0, 32, 9, 8), (0, 2, 7, 7, 5, 4)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_channels_give_an_empty_output_and_a_zero_gradient_of_the_kernel(device):
+    x = torch.zeros(2, 0, 4, 4, device=device, requires_grad=True)
+    kernel = torch.ones(2, 1, 3, 3, 4, 4, device=device, requires_grad=True)
+    out = involution(x, kernel)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (2, 0, 4, 4)
+    assert torch.equal(kernel.grad, torch.zeros_like(kernel))
 
 
 def test_an_empty_batch_goes_through_the_module():

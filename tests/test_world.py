@@ -2,7 +2,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from cit_scale.world import World, agree_any, broadcast, first_on_each_node, sum_over_ranks
+from cit_scale.world import World, agree_any, broadcast, first_on_each_node, sum_over_ranks, warn_once_per_job
 
 
 def test_a_process_without_a_launcher_is_alone():
@@ -90,3 +90,11 @@ def fail_on_rank(world, failing):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_of_one_rank_is_raised_on_all(failing):
     assert run_on_ranks(2, fail_on_rank, failing) == [f"no data on rank {failing}"] * 2
+
+
+@pytest.mark.parametrize(("rank", "warnings"), [(None, 1), (0, 1), (1, 0)])
+def test_a_warning_for_the_job_comes_from_rank_0(rank, warnings, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    warn_once_per_job("slow")
+    assert [str(warning.message) for warning in recwarn.list] == ["slow"] * warnings
