@@ -92,6 +92,18 @@ def test_every_layout_mixes_alike_bit_for_bit(micro_batch_size):
         assert torch.equal(part.targets, whole.targets[start : start + micro_batch_size])
 
 
+def test_without_a_group_size_a_micro_batch_mixes_as_one_batch_of_timms():
+    mixing = replace(RECIPE, group_size=None)
+    for start, size in ((0, 12), (12, 12), (0, 64)):
+        batch = make_batch(size, start)
+        step = next(
+            step for step in range(1000) if draw_group(mixing, 0, step, start // size, 12, 12).box is None
+        )  # mixup
+        lam = draw_group(mixing, 0, step, start // size, 12, 12).lam
+        mixed = mix(batch, mixing, num_classes=5, seed=0, step=step)
+        torch.testing.assert_close(mixed.images, lam * batch.images + (1 - lam) * batch.images.flip(0))
+
+
 def test_seed_step_and_group_each_change_the_mix():
     lams = {draw_group(RECIPE, *key, 224, 224).lam for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]}
     assert len(lams) == 5

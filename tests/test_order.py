@@ -40,11 +40,29 @@ def test_every_sample_comes_first_equally_often():
     assert abs(first - 400).max() < 5 * np.sqrt(400 * 0.9)
 
 
-def test_repeated_augmentation_puts_repetitions_side_by_side_and_keeps_the_epochs_length():
+def test_repeated_augmentation_repeats_a_run_of_samples_and_keeps_the_epochs_length():
     samples, repeats = epoch_order(10, seed=0, epoch=0, repeats=3)
-    once = epoch_order(10, seed=0, epoch=0)[0]
-    assert samples.tolist() == [once[0]] * 3 + [once[1]] * 3 + [once[2]] * 3 + [once[3]]
-    assert repeats.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    once = epoch_order(10, seed=0, epoch=0)[0].tolist()
+    assert samples.tolist() == [*once[:4], *once[:4], *once[:2]]
+    assert repeats.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+
+
+def test_the_repeats_of_a_sample_are_in_one_global_batch_but_never_in_one_mixing_group():
+    samples, _ = epoch_order(5000, seed=0, epoch=0, repeats=3)
+    groups = samples.reshape(-1, 8)
+    assert all(len(set(group)) == 8 for group in groups.tolist())
+    places = {}
+    for place, sample in enumerate(samples.tolist()):
+        places.setdefault(sample, []).append(place)
+    assert max(last[-1] - last[0] for last in places.values()) == 128
+    assert np.bincount([len(found) for found in places.values()], minlength=4)[3] >= 0.97 * len(places)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 7, 64, 129, 1000])
+@pytest.mark.parametrize("repeats", [2, 3, 9])
+def test_no_repeat_of_a_sample_stands_twice_in_an_epoch_of_any_length(num_samples, repeats):
+    order = epoch_order(num_samples, seed=0, epoch=0, repeats=repeats)
+    assert len(set(zip(*(column.tolist() for column in order), strict=True))) == num_samples
 
 
 def test_repeats_below_one_are_refused():

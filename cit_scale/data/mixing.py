@@ -2,7 +2,7 @@
 
 A group of `group_size` neighbours shares one mode and one lambda, drawn from (seed, step, group), and every image in it
 mixes with its mirror, as a batch mixes with its flip in timm's Mixup. Ranks and micro-steps hold whole groups, so the
-mixed global batch is the same at every layout.
+mixed global batch is the same at every layout. Without a group size each micro-batch is one group, which is timm's way.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def mix(batch: Batch, mixing: MixingConfig, num_classes: int, seed: int, step: i
 
     The images stay in [0, 1]; the batch is left as it was. Raises ValueError unless the batch holds whole groups.
     """
-    size = mixing.group_size
+    size = mixing.group_size or len(batch.positions)
     first = int(batch.positions[0])
     if first % size or len(batch.positions) % size:
         raise ValueError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SPREAD = 64  # places between two repeats of a sample
 ORDER_TAG = 0x0EDE  # keeps the order's seed apart from every other use of (seed, epoch)
 
 
@@ -74,13 +75,18 @@ def epoch_order(num_samples: int, seed: int, epoch: int, repeats: int = 1) -> tu
     """The order of one epoch: samples (N,) and repeats (N,), both int64.
 
     With repeats=1 every sample stands once. With more, the first N / repeats samples of the permutation stand `repeats`
-    times each, side by side and numbered 0 ... repeats-1, so an epoch keeps its length and sees fewer images more often
-    (repeated augmentation, arXiv:1902.05509, as DeiT samples it).
+    times each, numbered 0 ... repeats-1, so an epoch keeps its length and sees fewer images more often (repeated
+    augmentation, arXiv:1902.05509, as DeiT samples it). They come in runs of SPREAD different samples, `repeats` times
+    over: in one global batch, but not among the neighbours that mixup and cutmix would then mix with themselves. (DeiT
+    hands an image's repeats to different ranks.)
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}; every sample stands at least once in the order, so use 1 or more")
     places = np.arange(num_samples)
-    return permutation(num_samples, seed, epoch, ORDER_TAG)[places // repeats], places % repeats
+    spread = min(SPREAD, -(-num_samples // repeats))
+    chunk, place = np.divmod(places, spread * repeats)
+    samples = permutation(num_samples, seed, epoch, ORDER_TAG)[chunk * spread + place % spread]
+    return samples, place // spread
 
 
 def rank_slice(
