@@ -1,20 +1,26 @@
-"""Sources: folders, tar shards, the digits, the held-out part; caches that appear whole or not at all."""
+"""Sources: folders, tables, tar shards of ours and of others, idx files, digits, the held-out part; their indexes."""
 
+import csv
+import gzip
+import hashlib
 import io
 import multiprocessing
 import os
+import struct
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from cit_scale.config import ConfigError, DataConfig
-from cit_scale.data import sources
-from cit_scale.data.sources import ImageFolder, Subset, TarShards, digits, open_sources, write_shards
+from cit_scale.data import folders, index, progress, shards, sources
+from cit_scale.data.shards import open_foreign_shards, write_shards
+from cit_scale.data.sources import ImageFolder, Manifest, Subset, TarShards, digits, open_source, open_sources
 
 
 def png(height=4, width=5, value=0):
@@ -32,10 +38,23 @@ def make_folder(root, counts):
     return root
 
 
+def keys(source):
+    return [os.fsdecode(source.key(i)) for i in range(len(source))]
+
+
 @pytest.fixture
 def data(tmp_path):
     """Options whose caches go to a folder of the test's own."""
     return DataConfig(cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """How many headers were read, as a list that grows."""
+    seen = []
+    read_size = index.read_size
+    monkeypatch.setattr(index, "read_size", lambda file: seen.append(file) or read_size(file))
+    return seen
 
 
 # --- ImageFolder ---
@@ -48,8 +67,10 @@ def test_a_folder_yields_its_images_by_class_in_sorted_order(tmp_path):
     assert source.labels.tolist() == [0, 0, 0, 1, 1]
     assert source.heights.tolist() == [4, 5, 6, 4, 5]
     assert source.widths.tolist() == [5] * 5
+    assert source.rejects == {}
     assert len(source) == 5
     assert source.read(4) == (folder / "dog" / "1.png").read_bytes()
+    assert source.key(4) == b"dog/1.png"
     assert source.name(4) == str(folder / "dog" / "1.png")
 
 
@@ -60,46 +81,326 @@ def test_folders_inside_a_class_are_searched_and_what_is_no_image_is_passed_over
     (folder / ".cache").mkdir()
     source = ImageFolder(folder, tmp_path / "cache")
     assert source.classes == ("ant", "dog")
-    assert [os.path.relpath(source.name(i), folder) for i in range(3)] == [
-        "ant/0.png",
-        "dog/deeper/0.png",
-        "dog/deeper/1.png",
-    ]
+    assert keys(source) == ["ant/0.png", "dog/deeper/0.png", "dog/deeper/1.png"]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize(("orientation", "size"), [(1, (20, 30)), (3, (20, 30)), (6, (30, 20)), (8, (30, 20))])
-def test_sizes_are_those_of_the_upright_image(tmp_path, kind, orientation, size):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("sides", [(30, 20), (330, 220)])
+def test_sizes_are_those_of_the_upright_image(tmp_path, kind, orientation, sides):
+    """The larger images fill more than what is read of a file at first."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new("RGB", (30, 20)).save(tmp_path / "image", kind, exif=exif)
-    assert sources.image_size(tmp_path / "image") == size
+    noise = np.random.default_rng(0).integers(0, 255, (*sides[::-1], 3), dtype=np.uint8)
+    path = tmp_path / "set" / "ant" / f"image.{kind.lower()}"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(noise).save(path, kind, exif=exif, quality=99)
+    assert (path.stat().st_size > index.HEADER_BYTES) == (sides[0] == 330)
+    source = ImageFolder(tmp_path / "set", tmp_path / "cache")
+    with Image.open(path) as image:
+        width, height = ImageOps.exif_transpose(image).size
+    assert (source.heights[0], source.widths[0]) == (height, width)
+    assert (height > width) == (orientation in (6, 8))
 
 
-def test_a_folder_opened_again_reads_no_headers_until_a_file_changes(tmp_path, monkeypatch):
+def test_a_header_longer_than_what_is_read_at_first_is_read_whole(tmp_path):
+    path = tmp_path / "set" / "ant" / "0.jpg"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(path, icc_profile=b"colours " * 20_000)
+    source = ImageFolder(tmp_path / "set", tmp_path / "cache")
+    assert (source.heights[0], source.widths[0]) == (20, 30)
+
+
+def test_unusable_images_keep_their_place_and_say_why(tmp_path):
     folder = make_folder(tmp_path / "set", {"ant": 2, "dog": 2})
-    first = ImageFolder(folder, tmp_path / "cache")
-    read = []
-    image_size = sources.image_size
-    monkeypatch.setattr(sources, "image_size", lambda file: read.append(file) or image_size(file))
-    again = ImageFolder(folder, tmp_path / "cache")
-    assert read == []
-    assert again.heights.tolist() == first.heights.tolist()
-    assert again.widths.tolist() == first.widths.tolist()
-    (folder / "dog" / "1.png").write_bytes(png(50, 60))
-    changed = ImageFolder(folder, tmp_path / "cache")
-    assert len(read) == 4
-    assert (changed.heights[3], changed.widths[3]) == (50, 60)
+    (folder / "ant" / "00.jpg").write_bytes(b"not an image")
+    (folder / "ant" / "empty.png").touch()
+    (folder / "dog" / "gone.png").symlink_to("nowhere.png")
+    Image.new("1", (20_000, 10_000)).save(folder / "dog" / "vast.png")
+    source = ImageFolder(folder, tmp_path / "cache")
+    assert keys(source) == [
+        "ant/0.png", "ant/00.jpg", "ant/1.png", "ant/empty.png", "dog/0.png", "dog/1.png", "dog/gone.png",
+        "dog/vast.png",
+    ]  # fmt: skip
+    assert source.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert source.heights.tolist() == [4, 0, 5, 0, 4, 5, 0, 0]
+    assert source.widths.tolist() == [5, 0, 5, 0, 5, 5, 0, 0]
+    assert source.rejects == {
+        1: "not an image of a known format",
+        3: "not an image of a known format",
+        6: "No such file or directory",
+        7: source.rejects[7],
+    }
+    assert "178956970" in source.rejects[7]
+    assert ImageFolder(folder, tmp_path / "cache").rejects == source.rejects
 
 
-def test_files_that_are_no_images_are_named(tmp_path):
-    folder = make_folder(tmp_path / "set", {"ant": 2, "dog": 2})
-    (folder / "dog" / "bad.jpg").write_bytes(b"not an image")
-    with pytest.raises(ConfigError, match=r"1 of 5 files .*dog/bad.jpg .*repair or remove"):
+def test_a_class_without_a_readable_image_is_refused_with_names_and_reasons(tmp_path):
+    folder = make_folder(tmp_path / "set", {"ant": 2, "bee": 0, "dog": 1})
+    (folder / "ant" / "bad.jpg").write_bytes(b"one bad image is no reason")
+    (folder / "bee" / "bad.jpg").write_bytes(b"not an image")
+    with pytest.raises(ConfigError, match=r"1 of 3 classes: bee; .*: bee/bad.jpg \(not an image.*\); repair or"):
         ImageFolder(folder, tmp_path / "cache")
+    (folder / "bee" / "bad.jpg").write_bytes(png())
+    assert len(ImageFolder(folder, tmp_path / "cache")) == 5
 
 
-# --- Tar shards ---
+def test_a_file_that_the_machine_cannot_read_is_not_the_files_fault(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "set", {"ant": 2})
+
+    def fail(*_):
+        raise OSError(5, "Input/output error", "0.png")
+
+    monkeypatch.setattr(folders, "_read_file", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        ImageFolder(folder, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_names_of_any_bytes_survive(tmp_path):
+    folder = os.fsencode(tmp_path / "set")
+    names = [b"cl\xffss/a\nb.png", b"cl\xffss/\xfe\xfd.png", "hünd/é 1.png".encode()]
+    for name in names:
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(png(value=len(name)))
+    for source in (ImageFolder(tmp_path / "set", tmp_path / "cache") for _ in range(2)):
+        found = {source.key(i): source.read(i) for i in range(3)}
+        assert found == {name: png(value=len(name)) for name in names}
+        assert sorted(map(os.fsencode, source.classes)) == sorted([b"cl\xffss", "hünd".encode()])
+        for i in range(3):
+            assert "\n" not in source.name(i)
+            source.name(i).encode()  # printable on any terminal
+
+
+# --- The index of a folder ---
+
+
+def test_a_folder_opened_again_reads_no_headers_until_a_folder_changes(tmp_path, measured):
+    folder = make_folder(tmp_path / "set", {"ant": 2, "dog/deep": 2})
+    first = ImageFolder(folder, tmp_path / "cache")
+    assert len(measured) == 4
+    again = ImageFolder(folder, tmp_path / "cache")
+    assert len(measured) == 4
+    assert again.heights.tolist() == first.heights.tolist()
+    assert keys(again) == keys(first)
+    assert again.fingerprint == first.fingerprint
+    (folder / "dog" / "deep" / "2.png").write_bytes(png(50, 60))
+    changed = ImageFolder(folder, tmp_path / "cache")
+    assert len(measured) == 4 + 5
+    assert (changed.heights[4], changed.widths[4]) == (50, 60)
+
+
+@pytest.mark.parametrize("change", ["file", "folder", "removed", "renamed", "class", "link"])
+def test_a_change_right_after_the_index_was_made_is_noticed(tmp_path, change):
+    folder = make_folder(tmp_path / "set", {"ant": 2, "dog": 2})
+    make_folder(tmp_path / "elsewhere", {"a": 1, "b": 2})
+    (folder / "dog" / "more").symlink_to(tmp_path / "elsewhere" / "a")
+    before = ImageFolder(folder, tmp_path / "cache")
+    assert len(before) == 5
+    if change == "file":
+        (tmp_path / "elsewhere" / "a" / "new.png").write_bytes(png())  # behind a link
+    elif change == "folder":
+        make_folder(folder / "ant", {"new": 1})
+    elif change == "removed":
+        (folder / "dog" / "1.png").unlink()
+    elif change == "renamed":
+        (folder / "dog" / "1.png").rename(folder / "dog" / "2.png")
+    elif change == "class":
+        (folder / "dog").rename(folder / "cat")
+    else:
+        (folder / "dog" / "more").unlink()
+        (folder / "dog" / "more").symlink_to(tmp_path / "elsewhere" / "b")
+    after = ImageFolder(folder, tmp_path / "cache")
+    found = sorted(os.path.relpath(path, folder) for path in folder.rglob("*.png"))
+    found += [f"dog/more/{path.name}" for path in (folder / "dog" / "more").glob("*.png")]
+    found += [f"cat/more/{path.name}" for path in (folder / "cat" / "more").glob("*.png")]
+    assert sorted(keys(after)) == sorted(found)
+    assert after.fingerprint != before.fingerprint
+
+
+def test_a_change_in_the_same_tick_of_the_clock_is_noticed(tmp_path, monkeypatch):
+    """On a file system that counts in steps of 10 ms, a file comes just after the folder was listed."""
+    folder = make_folder(tmp_path / "set", {"ant": 2})
+    exact, describe_images = folders._folder_time, folders.describe_images
+
+    def describe_late(*arguments):
+        (folder / "ant" / "late.png").write_bytes(png())
+        return describe_images(*arguments)
+
+    monkeypatch.setattr(folders, "_folder_time", lambda *place: exact(*place) // 10**7 * 10**7)
+    monkeypatch.setattr(folders, "describe_images", describe_late)
+    (folder / "ant" / "1.png").rename(folder / "ant" / "2.png")
+    assert len(ImageFolder(folder, tmp_path / "cache")) == 2
+    assert len(ImageFolder(folder, tmp_path / "cache")) == 3
+
+
+def test_a_file_repaired_in_place_is_noticed(tmp_path):
+    folder = make_folder(tmp_path / "set", {"ant": 2})
+    (folder / "ant" / "bad.png").write_bytes(b"not an image")
+    assert list(ImageFolder(folder, tmp_path / "cache").rejects) == [2]
+    (folder / "ant" / "bad.png").write_bytes(png(9, 9))
+    source = ImageFolder(folder, tmp_path / "cache")
+    assert source.rejects == {}
+    assert source.heights[2] == 9
+
+
+def test_a_good_file_overwritten_in_place_is_noticed_once_the_index_is_deleted(tmp_path):
+    folder = make_folder(tmp_path / "set", {"ant": 2})
+    ImageFolder(folder, tmp_path / "cache")
+    (folder / "ant" / "1.png").write_bytes(png(9, 9))
+    source = ImageFolder(folder, tmp_path / "cache")
+    assert source.heights[1] == 5
+    source.index_path.unlink()
+    assert ImageFolder(folder, tmp_path / "cache").heights[1] == 9
+
+
+def test_machines_with_other_images_at_the_same_path_share_a_cache(tmp_path, measured):
+    """As where each machine has a copy on a disk of its own, and the home folder is everybody's."""
+    here = make_folder(tmp_path / "here", {"ant": 2})
+    there = make_folder(tmp_path / "there", {"ant": 3})
+    place = tmp_path / "place"
+    for _ in range(2):
+        for copy, count in ((here, 2), (there, 3)):
+            copy.rename(place)
+            assert len(ImageFolder(place, tmp_path / "cache")) == count
+            place.rename(copy)
+    assert len(measured) == 2 + 3
+
+
+def test_an_index_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "set", {"ant": 2})
+
+    def fill_the_disk(file, **arrays):
+        file.write(b"some")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        ImageFolder(folder, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_damaged_index_is_named_with_the_way_out(tmp_path):
+    folder = make_folder(tmp_path / "set", {"ant": 2})
+    path = ImageFolder(folder, tmp_path / "cache").index_path
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ConfigError, match=f"{path} is damaged .*; delete it"):
+        ImageFolder(folder, tmp_path / "cache")
+    path.unlink()
+    assert len(ImageFolder(folder, tmp_path / "cache")) == 2
+
+
+def test_a_long_indexing_says_how_far_it_is_and_a_short_one_nothing(tmp_path, monkeypatch, capsys):
+    folder = make_folder(tmp_path / "set", {"ant": 2})
+    ImageFolder(folder, tmp_path / "cache")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(progress, "SHORT_S", 0)
+    source = ImageFolder(folder, tmp_path / "other")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"indexing {folder} into {source.index_path}  2/2 images  ")
+    assert err.count("\n") == 1
+
+
+# --- Manifest ---
+
+
+def write_table(path, rows, header=()):
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows([*header, *rows])
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("header", [[], [("path", "label")], [("Image File", "Breed")]])
+def test_a_table_names_images_and_labels(tmp_path, suffix, header):
+    make_folder(tmp_path / "images", {"x": 3})
+    elsewhere = make_folder(tmp_path / "elsewhere", {"y": 1}) / "y" / "0.png"
+    (tmp_path / "images" / 'a, "b"\tc.png').write_bytes(png(8, 8))
+    rows = [("x/1.png", "dog"), ('a, "b"\tc.png', "ant, red"), ("x/0.png", "dog"), (str(elsewhere), "ant, red")]
+    source = Manifest(write_table(tmp_path / "images" / f"labels{suffix}", rows, header), tmp_path / "cache")
+    assert source.classes == ("ant, red", "dog")
+    assert source.labels.tolist() == [1, 0, 1, 0]
+    assert source.heights.tolist() == [5, 8, 4, 4]
+    assert source.read(0) == (tmp_path / "images" / "x" / "1.png").read_bytes()
+    assert source.read(3) == elsewhere.read_bytes()
+    assert keys(source) == [path for path, _ in rows]
+
+
+def test_the_first_line_is_no_header_if_it_names_an_image(tmp_path):
+    make_folder(tmp_path, {"x": 1})
+    (tmp_path / "x" / "no_extension").write_bytes(png())
+    for first in ("x/no_extension", "x/missing.png"):
+        path = write_table(tmp_path / "labels.csv", [(first, "a"), ("x/0.png", "a")])
+        assert keys(Manifest(path, tmp_path / "cache")) == [first, "x/0.png"]
+
+
+def test_a_table_from_a_spreadsheet_and_names_of_any_bytes_are_read(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(png())
+    (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbf\xff.png,caf\xc3\xa9\r\n\r\n\xff.png,caf\xe9\r\n")
+    source = Manifest(tmp_path / "labels.csv", tmp_path / "cache")
+    assert source.key(0) == b"\xff.png"
+    assert source.read(1) == png()
+    assert set(map(os.fsencode, source.classes)) == {b"caf\xc3\xa9", b"caf\xe9"}
+
+
+def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
+    make_folder(tmp_path, {"x": 1})
+    path = write_table(tmp_path / "labels.csv", [("x/0.png", label) for label in ("10", "9", "100", "9")])
+    source = Manifest(path, tmp_path / "cache")
+    assert source.classes == ("9", "10", "100")
+    assert source.labels.tolist() == [1, 0, 2, 0]
+
+
+def test_missing_files_of_a_table_are_rejects_until_they_appear(tmp_path, measured):
+    make_folder(tmp_path, {"x": 2})
+    path = write_table(tmp_path / "labels.csv", [("x/0.png", "a"), ("x/5.png", "a"), ("x", "b"), ("x/1.png", "b")])
+    source = Manifest(path, tmp_path / "cache")
+    assert source.rejects == {1: "No such file or directory", 2: "Is a directory"}
+    assert source.heights.tolist() == [4, 0, 0, 5]
+    assert len(measured) == 2
+    Manifest(path, tmp_path / "cache")
+    assert len(measured) == 2
+    (tmp_path / "x" / "5.png").write_bytes(png(7, 7))
+    assert Manifest(path, tmp_path / "cache").heights.tolist() == [4, 7, 0, 5]
+
+
+def test_a_table_that_changes_is_read_anew(tmp_path):
+    make_folder(tmp_path, {"x": 2})
+    Manifest(write_table(tmp_path / "labels.csv", [("x/0.png", "a")]), tmp_path / "cache")
+    source = Manifest(write_table(tmp_path / "labels.csv", [("x/0.png", "a"), ("x/1.png", "b")]), tmp_path / "cache")
+    assert source.classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "x/0.png,a\nx\nx,a,b\n",
+            "line 2 has 1 columns instead of 2, path and label, line 3 has 3 columns",
+        ),
+        ("x/0.png,a\n\n\nx/0.png,\n,b\n", "line 4 has no label, line 5 has no path"),
+        ('x/0.png,a\nx/0.png,"b\n', "line 2: unexpected end of data"),
+        ("path,label\n", "names no images"),
+        ("", "names no images"),
+    ],
+)
+def test_mistakes_in_a_table_are_named_with_their_lines(tmp_path, text, message):
+    make_folder(tmp_path, {"x": 1})
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        Manifest(tmp_path / "labels.csv", tmp_path / "cache")
+
+
+def test_a_table_whose_files_are_all_missing_is_refused(tmp_path):
+    path = write_table(tmp_path / "labels.csv", [("wrong/0.png", "a"), ("wrong/1.png", "b")])
+    with pytest.raises(ConfigError, match=r"no readable image for 2 of 2 classes.*wrong/0.png \(No such"):
+        Manifest(path, tmp_path / "cache")
+
+
+# --- Our own shards ---
 
 
 def test_shards_give_back_every_byte_and_number(tmp_path):
@@ -110,16 +411,32 @@ def test_shards_give_back_every_byte_and_number(tmp_path):
     assert source.classes == ("ant", "dög")
     assert source.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert source.heights.tolist() == [4, 5, 6, 7, 8, 9, 10]
+    assert source.rejects == {}
     assert [source.read(i) for i in range(7)] == [data for _, _, data in images]
+    assert keys(source) == [name for name, _, _ in images]
     assert source.name(4) == f"{tmp_path}/shards/000001.tar:4.png"
 
 
 def test_shards_have_the_webdataset_layout(tmp_path):
     write_shards(tmp_path / "shards", ["ant", "dog"], [("a/7.png", 1, png()), ("a/8.png", 0, png())])
     with tarfile.open(tmp_path / "shards" / "000000.tar") as tar:
-        assert tar.getnames() == ["a/7.png", "a/7.cls", "a/8.png", "a/8.cls"]
-        assert tar.extractfile("a/7.png").read() == png()
-        assert tar.extractfile("a/7.cls").read() == b"1"
+        first, second = "dog/7-00000000", "ant/8-00000001"
+        assert tar.getnames() == [f"{first}.png", f"{first}.cls", f"{second}.png", f"{second}.cls"]
+        assert tar.extractfile("dog/7-00000000.png").read() == png()
+        assert tar.extractfile("dog/7-00000000.cls").read() == b"1"
+    assert (tmp_path / "shards" / "classes.txt").read_text() == "ant\ndog\n"
+
+
+def test_shards_that_lost_their_index_are_read_as_any_others(tmp_path):
+    images = [(f"{i}.png", i % 2, png(4 + i, 5, i)) for i in range(5)]
+    write_shards(tmp_path / "shards", ["zebra", "ant"], images, images_per_shard=2)
+    whole = TarShards(tmp_path / "shards")
+    (tmp_path / "shards" / "index.npz").unlink()
+    found = open_source(str(tmp_path / "shards"), tmp_path / "cache", "data.train")
+    assert found.classes == ("zebra", "ant")
+    assert found.labels.tolist() == whole.labels.tolist()
+    assert found.heights.tolist() == whole.heights.tolist()
+    assert [found.read(i) for i in range(5)] == [data for _, _, data in images]
 
 
 def test_a_shard_that_was_cut_short_is_refused(tmp_path):
@@ -127,6 +444,47 @@ def test_a_shard_that_was_cut_short_is_refused(tmp_path):
     os.truncate(tmp_path / "shards" / "000000.tar", 1000)
     with pytest.raises(ConfigError, match=r"000000.tar has 1000 bytes, its index expects .*delete"):
         TarShards(tmp_path / "shards")
+
+
+def test_a_shard_cut_short_under_way_is_an_error_and_never_a_shorter_image(tmp_path):
+    write_shards(tmp_path / "shards", ["ant"], [("0.png", 0, png())])
+    source = TarShards(tmp_path / "shards")
+    os.truncate(tmp_path / "shards" / "000000.tar", 512 + 20)
+    with pytest.raises(OSError, match=r"ends too early.*000000.tar"):
+        source.read(0)
+
+
+def test_a_read_that_the_system_does_by_halves_is_finished(tmp_path, monkeypatch):
+    write_shards(tmp_path / "shards", ["ant"], [("0.png", 0, png())])
+    source = TarShards(tmp_path / "shards")
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 7), offset))
+    assert source.read(0) == png()
+
+
+def test_more_shards_than_may_be_open_are_read_by_many_threads_and_in_a_fork(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    images = [(f"{i}.png", 0, png(value=i)) for i in range(20)]
+    write_shards(tmp_path / "shards", ["ant"], images, images_per_shard=1)
+    open_before = len(os.listdir("/proc/self/fd"))
+    source = TarShards(tmp_path / "shards")
+    order = np.random.default_rng(0).integers(0, 20, 2000)
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(source.read, order)) == [images[i][2] for i in order]
+    assert len(os.listdir("/proc/self/fd")) <= open_before + 2
+
+
+def test_shards_are_read_in_a_forked_process_and_closed_when_nobody_needs_them(tmp_path):
+    open_before = len(os.listdir("/proc/self/fd"))
+    write_shards(tmp_path / "shards", ["ant"], [(f"{i}.png", 0, png(value=i)) for i in range(3)], images_per_shard=1)
+    source = TarShards(tmp_path / "shards")
+    assert source.read(1) == png(value=1)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if [source.read(i) for i in range(3)] == [png(value=i) for i in range(3)] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    del source
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 def test_shards_without_images_are_refused_and_leave_nothing(tmp_path):
@@ -171,6 +529,228 @@ def test_writers_that_meet_leave_one_whole_set(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
+# --- Other people's shards ---
+
+
+def write_tar(path, members, kind=tarfile.GNU_FORMAT):
+    """members: (name, bytes) or a TarInfo."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return path.parent
+
+
+def test_shards_without_an_index_are_opened_by_looking_through_them_once(tmp_path, measured):
+    write_tar(tmp_path / "set" / "b.tar", [("z.jpg", png(9, 9, 3)), ("z.cls", b"2")], tarfile.PAX_FORMAT)
+    members = [("x/1.png", png(4)), ("x/1.json", b"{}"), ("x/1.cls", b" 10\n"), ("x/1.txt", b"a dog")]
+    members += [("x/2.cls", b"2"), ("x/2.seg.png", b"not the image"), ("x/2.PNG", png(5)), ("README", b"")]
+    folder = write_tar(tmp_path / "set" / "a.tar", members)
+    source = open_source(str(folder), tmp_path / "cache", "data.train")
+    assert keys(source) == ["x/1.png", "x/2.PNG", "z.jpg"]
+    assert source.classes == ("2", "10")
+    assert source.labels.tolist() == [1, 0, 0]
+    assert source.heights.tolist() == [4, 5, 9]
+    assert [source.read(i) for i in range(3)] == [png(4), png(5), png(9, 9, 3)]
+    assert source.name(2) == f"{folder}/b.tar:z.jpg"
+    assert len(measured) == 3
+    again = open_source(str(folder), tmp_path / "cache", "data.train")
+    assert len(measured) == 3
+    assert again.fingerprint == source.fingerprint
+    assert again.read(2) == png(9, 9, 3)
+    write_tar(folder / "c.tar", [("new.png", png()), ("new.cls", b"2")])
+    assert len(open_source(str(folder), tmp_path / "cache", "data.train")) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "classes", "expected"),
+    [
+        (None, ["dog", "ant", "dog"], ("ant", "dog"), [1, 0, 1]),
+        ("dog\nant\n", ["dog", "ant", "dog"], ("dog", "ant"), [0, 1, 0]),
+        ("dog\r\nant\r\n", ["1", "0", "1"], ("dog", "ant"), [1, 0, 1]),
+        ("1\n2\n", ["2", "1", "1"], ("1", "2"), [1, 0, 0]),
+        ("1\n2\n", ["0", "1", "1"], ("1", "2"), [0, 1, 1]),
+    ],
+)
+def test_labels_are_numbers_of_lines_or_names_of_classes(tmp_path, names, labels, classes, expected):
+    images = [(f"{i}.png", png()) for i in range(3)]
+    texts = [(f"{i}.cls", label.encode()) for i, label in enumerate(labels)]
+    folder = write_tar(tmp_path / "set" / "a.tar", [*images, *texts])
+    if names is not None:
+        (folder / "classes.txt").write_bytes(names.encode())
+    source = open_foreign_shards(folder, tmp_path / "cache")
+    assert source.classes == classes
+    assert source.labels.tolist() == expected
+
+
+def test_a_label_that_classes_txt_does_not_know_is_named(tmp_path):
+    members = [("0.png", png()), ("0.cls", b"2"), ("1.png", png()), ("1.cls", b"0")]
+    folder = write_tar(tmp_path / "set" / "a.tar", members)
+    (folder / "classes.txt").write_text("ant\ndog\n")
+    with pytest.raises(ConfigError, match=r"classes.txt has 2 classes and not these labels: 0, 2; "):
+        open_foreign_shards(folder, tmp_path / "cache")
+
+
+def test_unusable_images_in_a_tar_are_rejects(tmp_path):
+    members = [("0.png", b""), ("0.cls", b"0"), ("1.png", png()), ("1.cls", b"0"), ("2.jpg", b"bad"), ("2.cls", b"0")]
+    source = open_foreign_shards(write_tar(tmp_path / "set" / "a.tar", members), tmp_path / "cache")
+    assert list(source.rejects) == [0, 2]
+    assert source.heights.tolist() == [0, 4, 0]
+    assert source.read(0) == b""
+
+
+def special(name, kind, target=""):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def test_no_member_reaches_a_path_on_disk(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(30, 30))
+    members = [
+        ("../../evil.jpg", png(4)),
+        ("../../evil.cls", b"a"),
+        ("/evil/absolute.jpg", png(5)),
+        ("/evil/absolute.cls", b"a"),
+        special("link.png", tarfile.SYMTYPE, str(secret)),
+        special("hard.png", tarfile.LNKTYPE, str(secret)),
+        special("device.png", tarfile.CHRTYPE),
+        special("pipe.png", tarfile.FIFOTYPE),
+        special("folder.png", tarfile.DIRTYPE),
+        *((f"{name}.cls", b"a") for name in ("link", "hard", "device", "pipe", "folder")),
+    ]
+    folder = write_tar(tmp_path / "set" / "a.tar", members)
+    before = sorted(tmp_path.rglob("*"))
+    source = open_foreign_shards(folder, tmp_path / "cache")
+    assert keys(source) == ["../../evil.jpg", "/evil/absolute.jpg"]
+    assert [source.read(i) for i in range(2)] == [png(4), png(5)]
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in str(path)) == before
+    assert not os.path.exists("/evil")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("0.png", png()), ("0.cls", b"0"), ("1.png", png())], r"1 of 2 images without a label: 1.png; write each"),
+        ([("0.png", png()), ("0.json", b"{}"), ("0.cls", b" \n")], "1 of 1 images without a label: 0.png"),
+        ([("0.png", png()), ("0.jpg", png()), ("0.cls", b"0")], "two images of one name, 0.png and 0.jpg; leave one"),
+        ([("0.txt", b"x"), ("n01.foo.jpg", png())], "1 tar files and no images in them"),
+    ],
+)
+def test_shards_that_are_no_labelled_images_are_refused(tmp_path, members, message):
+    with pytest.raises(ConfigError, match=message):
+        open_foreign_shards(write_tar(tmp_path / "set" / "a.tar", members), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "damage", ["compressed", "empty", "cut in a header", "cut in an image", "overwritten", "negative"]
+)
+def test_a_tar_that_is_not_whole_is_refused_rather_than_read_in_part(tmp_path, damage):
+    members = [(f"{i}.{suffix}", data) for i in range(3) for suffix, data in (("png", png()), ("cls", b"0"))]
+    folder = write_tar(tmp_path / "set" / "a.tar", members)
+    path = folder / "a.tar"
+    whole = path.read_bytes()
+    third = 4 * 1024  # two members, each a header and one block, make an image
+    if damage == "negative":
+        size = (-(2**40)).to_bytes(12, "big", signed=True)  # as a number in base 256
+        header = bytearray(whole[2048:2560])
+        header[124:136] = b"\xff" + size[1:]
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        damaged = whole[:2048] + bytes(header) + whole[2560:]
+    else:
+        damaged = {
+            "compressed": gzip.compress(whole),
+            "empty": b"",
+            "cut in a header": whole[: third + 100],
+            "cut in an image": whole[: third + 520],
+            "overwritten": whole[:2048] + b"garbage!" * 64 + whole[2560:],
+        }[damage]
+    path.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"a.tar is not a whole, uncompressed tar file \(.*\); restore or remove it"):
+        open_foreign_shards(folder, tmp_path / "cache")
+
+
+def test_a_folder_with_classes_is_a_folder_even_if_tar_files_lie_beside(tmp_path, data):
+    folder = make_folder(tmp_path / "set", {"ant": 2, "dog": 2})
+    write_tar(folder / "ant.tar", [("0.png", png())])
+    assert isinstance(open_source(str(folder), tmp_path / "cache", "data.train"), ImageFolder)
+
+
+# --- idx files ---
+
+
+def idx(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (6, 3, 4), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "names", [("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"), ("images.idx3-ubyte", "labels.idx1-ubyte")]
+)
+@pytest.mark.parametrize("compressed", [(False, False), (True, True), (True, False)])
+def test_a_pair_of_idx_files_is_a_data_set(tmp_path, names, compressed):
+    contents = idx(PIXELS), idx(np.array([7, 3, 7, 10, 3, 7]))
+    paths = []
+    for name, is_compressed, content in zip(names, compressed, contents, strict=True):
+        paths.append(tmp_path / (f"{name}.gz" if is_compressed else name))
+        paths[-1].write_bytes(gzip.compress(content) if is_compressed else content)
+    source = open_source(str(paths[0]), tmp_path / "cache", "data.train")
+    assert source.classes == ("3", "7", "10")
+    assert source.labels.tolist() == [1, 0, 1, 2, 0, 1]
+    assert set(source.heights) == {3}
+    assert set(source.widths) == {4}
+    for i in range(6):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(source.read(i)))), PIXELS[i])
+
+
+def test_idx_files_are_converted_once_until_they_change(tmp_path, monkeypatch):
+    images, labels = tmp_path / "images-idx3-ubyte", tmp_path / "labels-idx1-ubyte"
+    images.write_bytes(idx(PIXELS))
+    labels.write_bytes(idx(np.zeros(6)))
+    open_source(str(images), tmp_path / "cache", "data.train")
+    written = []
+    monkeypatch.setattr(sources, "write_shards", lambda *arguments: written.append(0) or write_shards(*arguments))
+    open_source(str(images), tmp_path / "cache", "data.train")
+    assert written == []
+    labels.write_bytes(idx(np.arange(6)))
+    assert len(open_source(str(images), tmp_path / "cache", "data.train").classes) == 6
+    assert written == [0]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (idx(PIXELS), None, r"no labels beside it; put labels-idx1-ubyte or labels-idx1-ubyte.gz"),
+        (idx(PIXELS)[:-1], idx(np.zeros(6)), r"images-idx3-ubyte has 87 bytes, and 88 by its header"),
+        (
+            b"\x89PNG and so on",
+            idx(np.zeros(6)),
+            "begins with 89504e47, not as an idx file of bytes in 3 axes",
+        ),
+        (idx(PIXELS), idx(PIXELS), "not as an idx file of bytes in 1 axes"),
+        (idx(PIXELS), idx(np.zeros(5)), r"6 images of 3 x 4 pixels and .* 5 labels"),
+        (idx(PIXELS[:0]), idx(np.zeros(0)), r"0 images of 3 x 4 pixels and .* 0 labels"),
+        (gzip.compress(idx(PIXELS))[:-9], idx(np.zeros(6)), "is damaged .*; restore it"),
+        (b"", idx(np.zeros(6)), "not as an idx file"),
+    ],
+)
+def test_idx_files_that_are_not_right_are_refused(tmp_path, images, labels, message):
+    (tmp_path / "images-idx3-ubyte").write_bytes(images)
+    if labels is not None:
+        (tmp_path / "labels-idx1-ubyte").write_bytes(labels)
+    with pytest.raises(ConfigError, match=message):
+        open_source(str(tmp_path / "images-idx3-ubyte"), tmp_path / "cache", "data.train")
+
+
 # --- Digits ---
 
 
@@ -201,8 +781,14 @@ def test_a_fingerprint_follows_the_images_and_not_their_place(tmp_path):
     images = [
         (f"{name}/{i}.png", label, png(4 + i, 5, i)) for label, name in enumerate(["ant", "dog"]) for i in range(2)
     ]
-    write_shards(tmp_path / "shards", ["ant", "dog"], images)
-    assert here.fingerprint == there.fingerprint == TarShards(tmp_path / "shards").fingerprint
+    write_shards(tmp_path / "shards", ["ant", "dog"], images, images_per_shard=3)
+    rows = [(name, ("ant", "dog")[label]) for name, label, _ in images]
+    table = Manifest(write_table(tmp_path / "here" / "labels.csv", rows), tmp_path / "cache")
+    by_hand = hashlib.sha256(b"ant\ndog\0ant/0.png\nant/1.png\ndog/0.png\ndog/1.png\n")
+    for column in ((0, 0, 1, 1), (4, 5, 4, 5), (5, 5, 5, 5)):
+        by_hand.update(struct.pack("<4q", *column))
+    shards = TarShards(tmp_path / "shards")
+    assert {source.fingerprint for source in (here, there, shards, table)} == {by_hand.hexdigest()}
 
 
 @pytest.mark.parametrize("change", ["name", "size", "class"])
@@ -211,6 +797,7 @@ def test_a_fingerprint_changes_with_names_sizes_and_classes(tmp_path, change):
     if change == "name":
         (tmp_path / "set" / "dog" / "1.png").rename(tmp_path / "set" / "dog" / "2.png")
     elif change == "size":
+        (tmp_path / "set" / "dog" / "1.png").unlink()
         (tmp_path / "set" / "dog" / "1.png").write_bytes(png(9, 9))
     else:
         (tmp_path / "set" / "dog").rename(tmp_path / "set" / "doe")
@@ -218,14 +805,19 @@ def test_a_fingerprint_changes_with_names_sizes_and_classes(tmp_path, change):
 
 
 def test_a_subset_has_its_own_images_and_fingerprint(tmp_path):
-    source = ImageFolder(make_folder(tmp_path / "set", {"ant": 3, "dog": 3}), tmp_path / "cache")
+    folder = make_folder(tmp_path / "set", {"ant": 3, "dog": 3})
+    (folder / "dog" / "2.png").write_bytes(b"bad")
+    source = ImageFolder(folder, tmp_path / "cache")
     part = Subset(source, np.array([5, 1]))
     assert len(part) == 2
     assert part.classes == source.classes
     assert part.labels.tolist() == [1, 0]
-    assert part.heights.tolist() == [6, 5]
-    assert part.read(0) == source.read(5)
+    assert part.heights.tolist() == [0, 5]
+    assert part.rejects == {0: source.rejects[5]}
+    assert part.read(1) == source.read(1)
     assert part.name(1) == source.name(1)
+    assert part.key(1) == source.key(1)
+    assert Subset(source, np.array([1, 2])).rejects == {}
     assert len({source.fingerprint, part.fingerprint, Subset(source, np.array([1, 5])).fingerprint}) == 3
 
 
@@ -267,10 +859,15 @@ def test_an_evaluation_set_of_its_own_is_opened_whole(tmp_path, data):
     assert (len(train), len(evaluation)) == (5, 2)
 
 
-def test_a_folder_of_shards_is_opened_as_shards(tmp_path, data):
+def test_each_kind_of_data_set_is_known_by_what_it_is(tmp_path, data):
+    folder = make_folder(tmp_path / "set", {"ant": 5})
     write_shards(tmp_path / "shards", ["ant"], [(f"{i}.png", 0, png()) for i in range(5)])
-    train, evaluation = open_sources(replace(data, train=str(tmp_path / "shards")))
-    assert (len(train), len(evaluation)) == (4, 1)
+    table = write_table(tmp_path / "labels.CSV", [(f"set/ant/{i}.png", "ant") for i in range(5)])
+    (tmp_path / "images-idx3-ubyte").write_bytes(idx(PIXELS[:5]))
+    (tmp_path / "labels-idx1-ubyte").write_bytes(idx(np.zeros(5)))
+    for where in (folder, tmp_path / "shards", table, tmp_path / "images-idx3-ubyte"):
+        train, evaluation = open_sources(replace(data, train=str(where)))
+        assert (len(train), len(evaluation)) == (4, 1)
 
 
 @pytest.mark.parametrize("holdout", [0.0, 1.0, -0.2, 20])
@@ -280,11 +877,13 @@ def test_a_share_outside_zero_and_one_is_refused(data, holdout):
 
 
 @pytest.mark.parametrize("option", ["train", "eval"])
-def test_a_missing_folder_is_refused_with_what_would_work(data, option):
-    with pytest.raises(
-        ConfigError, match=rf"data\.{option}='/no/such' is not a folder; give a folder .* or .*'digits'"
-    ):
-        open_sources(replace(data, **{option: "/no/such"}))
+def test_what_is_no_data_set_is_refused_with_what_would_work(tmp_path, data, option):
+    (tmp_path / "notes.txt").write_text("no data set")
+    for where, problem in (("/no/such", "does not exist"), (str(tmp_path / "notes.txt"), "is no data set")):
+        with pytest.raises(
+            ConfigError, match=rf"data\.{option}='{where}' {problem}; give a folder .* shards, a table .* or .*'digits'"
+        ):
+            open_sources(replace(data, **{option: where}))
 
 
 def test_a_folder_without_classes_is_refused(tmp_path, data):

@@ -1,0 +1,81 @@
+"""Encoded images before DALI sees them: their size, whether they are whole, and PIL's word where there is a doubt.
+
+PIL is the measure of a good image, because the recipe's results were obtained with it. DALI decodes the usual formats
+to the same pixels; the rest, and whatever looks broken, is decoded by PIL and handed on as uncompressed PPM.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# In a folder, these are images. What DALI cannot decode of them, PIL does.
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".gif", ".avif"}
+MAX_PIXELS = 178_956_970  # from here on PIL takes a file for a decompression bomb: 512 MiB as RGB
+ORIENTATION = 0x0112  # the EXIF tag
+LYING = (5, 6, 7, 8)  # its values for an image that lies on its side
+
+
+class BadImageError(ValueError):
+    """An image that nothing can be learned from. The message is the reason, in one line and without the name."""
+
+
+def read_size(file: Path | IO[bytes]) -> tuple[int, int]:
+    """Height and width of the upright image, from its header. Raises BadImageError, OSError for a missing file."""
+    with _reasons(), Image.open(file) as image:
+        width, height = image.size
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+    if height * width > MAX_PIXELS:
+        raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+    return (width, height) if exif.get(ORIENTATION, 1) in LYING else (height, width)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The whole upright image in RGB, as PIL makes it. Raises BadImageError, for one too large before decoding it."""
+    read_size(io.BytesIO(data))
+    with _reasons(), Image.open(io.BytesIO(data)) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def to_ppm(image: Image.Image) -> bytes:
+    """An RGB image uncompressed, for a decoder that does not know what it came from."""
+    return b"P6 %d %d 255\n" % image.size + image.tobytes()
+
+
+def is_usual(data: bytes) -> bool:
+    """Whether this is whole, as far as its first and last bytes show, and of a kind that DALI decodes as PIL does.
+
+    Costs about a microsecond. A broken middle is not seen, and a false answer is no judgement: it means, ask PIL.
+    """
+    if data.startswith(b"\xff\xd8\xff"):
+        return data.endswith(b"\xff\xd9") or data[-64:].rstrip(b"\0").endswith(b"\xff\xd9")
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data[24:25] != b"\x10" and data[-8:-4] == b"IEND"  # 16 bits a channel are cut to 8 in PIL's own way
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 <= len(data)
+    if data.startswith(b"BM"):
+        return int.from_bytes(data[2:6], "little") <= len(data)
+    return data.startswith((b"P6", b"P5"))
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """What PIL raises over a broken file, as a BadImageError. An OSError of the file system stays one."""
+    try:
+        yield
+    except BadImageError:
+        raise
+    except UnidentifiedImageError:
+        raise BadImageError("not an image of a known format") from None
+    except Image.DecompressionBombError:
+        raise BadImageError(f"more than {MAX_PIXELS} pixels") from None
+    except Exception as error:  # PIL's readers let through whatever a parser stumbles over, struct.error to KeyError
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from None

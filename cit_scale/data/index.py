@@ -1,0 +1,255 @@
+"""What is known of a data set before any of its images is read: columns of numbers and texts, kept in one .npz file.
+
+Nothing in the file is pickled, and it appears by rename: whoever finds it finds all of it, on other machines too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from cit_scale.config import ConfigError
+from cit_scale.data.encoded import BadImageError, read_size
+from cit_scale.data.progress import Progress
+from cit_scale.files import sync
+
+FORMAT = 2
+HEADER_BYTES = 1 << 16  # read of each image at first; a header that is longer costs a second, whole read
+THREADS = 32  # they hide the latency of a network's file system
+CHUNK = 256  # images that a thread measures in one go
+
+# What is wrong with one file and not with the machine: that image is set aside, and the others are used.
+UNUSABLE = (BadImageError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+class Texts:
+    """Byte strings in one block, each followed by a newline: a million names are two arrays, not a million objects.
+
+    block: uint8. ends: (N,) int64, where the newline after each text stands.
+    """
+
+    def __init__(self, block: np.ndarray, ends: np.ndarray) -> None:
+        self.block = block
+        self.ends = ends
+
+    @classmethod
+    def of(cls, texts: Sequence[bytes]) -> Texts:
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        block = b"\n".join([*texts, b""])
+        return cls(np.frombuffer(block, np.uint8), np.cumsum(lengths + 1) - 1)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        start = self.ends[index - 1] + 1 if index else 0
+        return self.block[start : self.ends[index]].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self.__getitem__, range(len(self)))
+
+
+Columns = Mapping[str, np.ndarray | Texts]
+
+
+def concatenate(parts: Sequence[Columns]) -> dict[str, np.ndarray | Texts]:
+    """The rows of all parts, which have the same columns."""
+    joined: dict[str, np.ndarray | Texts] = {}
+    for name, first in parts[0].items():
+        columns = [part[name] for part in parts]
+        if isinstance(first, Texts):
+            starts = np.cumsum([0, *(len(texts.block) for texts in columns)])
+            ends = [texts.ends + start for texts, start in zip(columns, starts, strict=False)]
+            joined[name] = Texts(np.concatenate([texts.block for texts in columns]), np.concatenate(ends))
+        else:
+            joined[name] = np.concatenate(columns)
+    return joined
+
+
+# --- The file ---
+
+
+def save(path: Path, columns: Columns) -> None:
+    """Write columns to `path`, which then has all of them or is as it was."""
+    arrays = {"format": np.array(FORMAT)}
+    for name, column in columns.items():
+        if isinstance(column, Texts):
+            arrays |= {name: column.block, f"{name}.ends": column.ends}
+        else:
+            arrays[name] = column
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+        sync(partial)
+        partial.rename(path)  # two processes that do this at once replace each other's equal file
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, np.ndarray | Texts]:
+    """What `save` wrote. Raises ConfigError for a file that it did not write, or that is damaged."""
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        if (found := int(arrays.pop("format"))) != FORMAT:
+            raise ValueError(f"format {found} instead of {FORMAT}")
+        ends = {name.removesuffix(".ends"): arrays.pop(name) for name in list(arrays) if name.endswith(".ends")}
+        return {name: Texts(array, ends[name]) if name in ends else array for name, array in arrays.items()}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"{path} is damaged or from another version ({error}); delete it to make it anew") from error
+
+
+def cached(path: Path, build: Callable[[], Columns], is_valid: Callable[[Columns], bool]) -> Columns:
+    """The columns kept at `path` if they are there and still valid, else those that are built, which are kept there."""
+    if path.exists():
+        columns = load(path)
+        if is_valid(columns):
+            return columns
+    columns = build()
+    save(path, columns)
+    return columns
+
+
+def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int) -> Path:
+    """A file name in `cache_dir` for everything that `key` tells apart."""
+    digest = hashlib.sha256(b"\0".join(os.fsencode(str(part)) if not isinstance(part, bytes) else part for part in key))
+    return cache_dir / f"{kind}-{digest.hexdigest()[:24]}.npz"
+
+
+# --- What the columns say ---
+
+
+def number_classes(texts: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The different texts as classes, in sorted order, by number where all are numbers; and the label of each, (N,)."""
+    seen: dict[str, int] = {}
+    order_seen = np.array([seen.setdefault(text, len(seen)) for text in texts], np.int64)
+    are_numbers = all(text.isascii() and text.isdigit() for text in seen)
+    classes = sorted(seen, key=(lambda text: (int(text), text)) if are_numbers else None)
+    label_of = np.empty(len(seen), np.int64)
+    label_of[[seen[name] for name in classes]] = np.arange(len(seen))
+    return tuple(classes), label_of[order_seen]
+
+
+def describe_images(
+    classes: Sequence[str],
+    names: Sequence[bytes],
+    labels: np.ndarray,
+    read: Callable[[int, int], bytes],
+    where: Path,
+    index_path: Path,
+) -> dict[str, np.ndarray | Texts]:
+    """The columns of a data set: what is given, and sizes and rejects from the images' headers, read in parallel.
+
+    read(index, size): an image's first `size` bytes, all for -1. Raises ConfigError for a class without any readable.
+    """
+    count = len(names)
+    heights, widths = np.zeros((2, count), np.int64)
+    rejects: dict[int, str] = {}
+
+    def measure(start: int) -> dict[int, str]:
+        bad = {}
+        for index in range(start, min(start + CHUNK, count)):
+            try:
+                heights[index], widths[index] = measure_image(read, index)
+            except UNUSABLE as error:
+                bad[index] = describe(error)
+        return bad
+
+    title = f"indexing {printable(where)} into {printable(index_path)}"
+    with Progress(title, count) as progress, ThreadPoolExecutor(THREADS) as threads:
+        for bad in threads.map(measure, range(0, count, CHUNK)):
+            rejects |= bad
+            progress.advance(min(CHUNK, count - progress.done))
+
+    num_readable = np.bincount(labels[heights > 0], minlength=len(classes))
+    if not num_readable.all():
+        missing = [name for name, number in zip(classes, num_readable, strict=True) if not number]
+        bad = [
+            f"{printable(names[index])} ({reason})"
+            for index, reason in rejects.items()
+            if not num_readable[labels[index]]
+        ]
+        raise ConfigError(
+            f"{printable(where)} has no readable image for {len(missing)} of {len(classes)} classes: "
+            f"{shorten(missing)}; what is wrong: {shorten(bad)}; repair or remove them"
+        )
+    return {
+        "classes": Texts.of([os.fsencode(name) for name in classes]),
+        "names": Texts.of(names),
+        "labels": labels,
+        "heights": heights,
+        "widths": widths,
+        "rejects": np.array(list(rejects), np.int64),
+        "reasons": Texts.of([reason.encode() for reason in rejects.values()]),
+    }
+
+
+def measure_image(read: Callable[[int, int], bytes], index: int) -> tuple[int, int]:
+    """Height and width of the upright image, or one of UNUSABLE."""
+    try:
+        return read_size(io.BytesIO(read(index, HEADER_BYTES)))
+    except BadImageError:
+        return read_size(io.BytesIO(read(index, -1)))
+
+
+def fingerprint(classes: Sequence[str], names: Texts, *numbers: np.ndarray) -> str:
+    digest = hashlib.sha256(os.fsencode("\n".join(classes)) + b"\0")
+    digest.update(names.block)
+    for column in numbers:
+        digest.update(column.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+class Indexed:
+    """A source as far as its index goes; what it is a source of adds `read` and `name`."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.classes = tuple(os.fsdecode(name) for name in columns["classes"])
+        self.labels, self.heights, self.widths = columns["labels"], columns["heights"], columns["widths"]
+        self.rejects: Mapping[int, str] = {
+            int(index): reason.decode() for index, reason in zip(columns["rejects"], columns["reasons"], strict=True)
+        }
+        self._names = columns["names"]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, index: int) -> bytes:
+        return self._names[index]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.classes, self._names, self.labels, self.heights, self.widths)
+
+
+# --- What is said of them ---
+
+
+def describe(error: Exception) -> str:
+    """The reason in one line, without the file's name."""
+    return printable(error.strerror or str(error)) if isinstance(error, OSError) else printable(error)
+
+
+def printable(name: object) -> str:
+    """A name of any bytes in one line that every terminal takes."""
+    raw = name if isinstance(name, bytes) else os.fsencode(str(name))
+    return re.sub(r"[\0-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", raw.decode("utf-8", "backslashreplace"))
+
+
+def shorten(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most]) or "none"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
