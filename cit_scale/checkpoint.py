@@ -147,7 +147,7 @@ def _read(folder: Path, step: int, world: World) -> Checkpoint:
         meta = json.loads((folder / META).read_text())
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         failure = error
-    if agree_any(world, failure is not None):
+    if any(agree_any(world, failure is not None)):
         raise ConfigError(
             f"{folder} verifies on rank 0 but a rank cannot read it ({failure or 'another rank'}); "
             "runs_dir has to be on a file system that all nodes share"

@@ -56,7 +56,8 @@ class DataConfig:
     """Where the images come from."""
 
     train: str = "digits"
-    """A folder with one sub-folder of images per class, or 'digits' (scikit-learn's handwritten digits)."""
+    """A folder with one sub-folder of images per class, a folder of tar shards, a .csv or .tsv table of paths and
+    labels, an idx file of images, or 'digits' (scikit-learn's handwritten digits)."""
 
     eval: str | None = None
     """Like `train`, with the same classes. Without it a part of `train` is held out."""
@@ -71,13 +72,19 @@ class DataConfig:
     """In evaluation the shorter side is resized to image_size / crop_ratio before the centre crop."""
 
     cache_dir: str = "~/.cache/cit_scale"
-    """Where built-in data sets and the index of a folder are kept."""
+    """Where built-in data sets and the indices of others are kept."""
 
     decode_threads: int = 4
     """Threads of the decoding pipeline, for each rank."""
 
     prefetch: int = 2
-    """Micro-batches that are prepared ahead."""
+    """Micro-batches that are read ahead, and as many that are decoded ahead; 0 prepares each when it is asked for."""
+
+    hw_decoder_load: float = 0.65
+    """On a GPU: the share of JPEGs that its hardware decoder takes, where it has one; its cores decode the others."""
+
+    max_bad_images: int = 50
+    """Images that cannot be used are reported and replaced, up to so many; past it the run stops with their list."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,8 @@ class AugmentConfig:
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
 
-    randaugment: str | None = "rand-m9-mstd0.5-inc1"
-    """RandAugment in timm's notation, two layers; null turns it off."""
+    policy: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's notation, or '3a' (DeiT III: grey, solarized or blurred; colour jitter); null for none."""
 
     erase_prob: float = 0.25
     """Probability of random erasing with per-pixel noise."""
@@ -122,8 +129,9 @@ class MixingConfig:
     smoothing: float = 0.1
     """Label smoothing."""
 
-    group_size: int = 8
-    """Images that share one lambda and mix among themselves. Micro-batches hold whole groups: all layouts mix alike."""
+    group_size: int | None = 8
+    """Images that share one lambda and mix among themselves. Micro-batches hold whole groups: all layouts mix alike.
+    null: a rank's micro-batch is one group, as in timm's Mixup; another number of ranks then mixes otherwise."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +274,7 @@ def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
 
     Raises ConfigError where there are none, with a global batch that has some.
     """
-    total, group = config.train.global_batch_size, config.mixing.group_size
+    total, group = config.train.global_batch_size, config.mixing.group_size or 1
     if total % (world_size * group):
         next_total = -(-total // (world_size * group)) * world_size * group
         raise ConfigError(
@@ -290,9 +298,8 @@ def check_ranges(config: RunConfig) -> None:
     positive = {
         "data.image_size": data.image_size,
         "data.decode_threads": data.decode_threads,
-        "data.prefetch": data.prefetch,
         "augment.repeats": augment.repeats,
-        "mixing.group_size": mixing.group_size,
+        "mixing.group_size": mixing.group_size if mixing.group_size is not None else 1,
         "distill.temperature": config.distill.temperature,
         "optim.lr": optim.lr,
         "optim.lr_batch_size": optim.lr_batch_size,
@@ -307,6 +314,8 @@ def check_ranges(config: RunConfig) -> None:
     }
     not_negative = {
         "seed": config.seed,
+        "data.prefetch": data.prefetch,
+        "data.max_bad_images": data.max_bad_images,
         "mixing.mixup_alpha": mixing.mixup_alpha,
         "mixing.cutmix_alpha": mixing.cutmix_alpha,
         "optim.warmup_lr": optim.warmup_lr,
@@ -324,6 +333,7 @@ def check_ranges(config: RunConfig) -> None:
         "mixing.smoothing": mixing.smoothing,
         "optim.ema_decay": optim.ema_decay if optim.ema_decay is not None else 0,
         "data.holdout": data.holdout,
+        "data.hw_decoder_load": data.hw_decoder_load,
     }
     # Written as "not inside", so that NaN is outside.
     rules = (

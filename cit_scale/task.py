@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,9 +15,10 @@ import torch
 from cit_scale import cli
 from cit_scale.batch import Batch
 from cit_scale.config import BatchPlan, ConfigError, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
-from cit_scale.data.dali import eval_stream, read_randaugment, train_stream
 from cit_scale.data.order import Cursor, steps_per_epoch
+from cit_scale.data.reader import Reader
 from cit_scale.data.sources import Source, open_sources
+from cit_scale.data.stream import eval_stream, read_policy, train_stream
 from cit_scale.engines.build import check_engine
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.teachers import Teacher, load_teacher
@@ -30,6 +31,7 @@ CONFIG = "config.yaml"
 # the images are compared by their fingerprint.
 MAY_CHANGE = (
     "name", "runs_dir", "data.train", "data.eval", "data.cache_dir", "data.decode_threads", "data.prefetch",
+    "data.hw_decoder_load", "data.max_bad_images",
     "engine.name", "engine.ds_config", "train.micro_batch_size", "train.log_every_steps", "train.save_every_steps",
     "train.keep_checkpoints", "train.eval_every_epochs",
 )  # fmt: skip
@@ -41,8 +43,16 @@ class Task:
 
     config: RunConfig
     world: World
-    train_set: Source
-    eval_set: Source
+    train_images: Reader
+    eval_images: Reader
+
+    @property
+    def train_set(self) -> Source:
+        return self.train_images.source
+
+    @property
+    def eval_set(self) -> Source:
+        return self.eval_images.source
 
     @property
     def num_classes(self) -> int:
@@ -64,7 +74,7 @@ class Task:
         """This rank's micro-batches from ``step`` on, without end."""
         config, world = self.config, self.world
         return train_stream(
-            self.train_set,
+            self.train_images,
             config.augment,
             config.data,
             seed=config.seed,
@@ -78,7 +88,9 @@ class Task:
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the evaluation set, once."""
         size = self.batch_plan.micro_batch_size
-        return eval_stream(self.eval_set, self.config.data, batch_size=size, world=self.world, device=self.world.device)
+        return eval_stream(
+            self.eval_images, self.config.data, batch_size=size, world=self.world, device=self.world.device
+        )
 
     def build_student(self) -> Network:
         """The network to train, with its initial weights: the same on every rank."""
@@ -109,7 +121,7 @@ class Task:
 def check(config: RunConfig, world: World, *, resume: bool) -> Task:
     """Collective. Raise ConfigError for what is known to fail, before any training; in the teachers' runs too."""
     together(world, lambda: check_settings(config, world, resume=resume))
-    task = Task(config, world, *first_on_each_node(world, lambda: open_data(config.data)))
+    task = Task(config, world, *map(Reader, first_on_each_node(world, lambda: open_data(config.data))))
     together(world, lambda: check_networks(task))
     return task
 
@@ -119,7 +131,7 @@ def check_settings(config: RunConfig, world: World, *, resume: bool) -> None:
     check_ranges(config)
     plan_batches(config, world.world_size)
     check_engine(config, world)
-    read_randaugment(config.augment.randaugment)
+    read_policy(config.augment.policy)
     if config.teachers and config.distill.compile and world.device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
@@ -167,11 +179,24 @@ def naming_teacher(name: str) -> Iterator[None]:
 def open_data(data: DataConfig) -> tuple[Source, Source]:
     """The training and the evaluation set, or a ConfigError."""
     try:
-        return open_sources(data)
+        sources = open_sources(data)
+        refuse_bad_index(sources, data.max_bad_images)
+        return sources
     except ConfigError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ConfigError(f"data.train={data.train!r}, data.eval={data.eval!r} cannot be opened: {error}") from error
+
+
+def refuse_bad_index(sources: Sequence[Source], most: int) -> None:
+    """Raise ConfigError for more unusable images than the run would bear."""
+    bad = [f"{source.name(index)} ({source.rejects[index]})" for source in sources for index in sorted(source.rejects)]
+    if len(bad) > most:
+        more = "" if len(bad) <= 5 else f" and {len(bad) - 5} more"
+        raise ConfigError(
+            f"{len(bad)} images cannot be used, more than data.max_bad_images={most}: {', '.join(bad[:5])}{more}; "
+            f"repair or remove them, or raise the limit"
+        )
 
 
 def check_same_run(config: RunConfig) -> None:

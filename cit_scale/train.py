@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from cit_scale import checkpoint, cli
+from cit_scale.bad_images import BadImages, TooManyBadImagesError
 from cit_scale.batch import Batch, LossTerms
 from cit_scale.config import ConfigError, RunConfig, TeacherConfig
-from cit_scale.data.dali import UndecodableImageError
+from cit_scale.data.encoded import BadImageError
 from cit_scale.data.mixing import mix
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
@@ -56,8 +57,8 @@ EXPORTS = {"student": ("weight/", WEIGHTS), "student ema": ("ema/", "model_ema.s
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, report.
 
-    Returns the exit code: 0, 2 for a mistake of the user's, 1 for a file that cannot be read or written, 128 + signal
-    when asked to stop.
+    Returns the exit code: 0, 2 for a mistake of the user's, 1 for a file that cannot be read or written or too many bad
+    images, 128 + signal when asked to stop.
     """
     is_main = True
     try:
@@ -78,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except (UndecodableImageError, OSError) as error:
+    except TooManyBadImagesError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except (BadImageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # on the rank that met it
         return 1
     except Stopped as stopped:
@@ -160,10 +165,13 @@ def train(task: Task, teachers: Mapping[str, TeacherConfig], stop: StopRequest) 
         start_of_run = f"continues after step {step}" if step else f"starts in {run_dir}"
         cut = f"{world.world_size} ranks x {plan.micro_steps} micro-steps x {plan.micro_batch_size} images"
         log.say(f"{start_of_run}; an update is {cut}")
-        images_per_s = train_steps(task, engine, advisers, inputs, step, log, stop)
+        bad = BadImages(run_dir, (task.train_images, task.eval_images), config.data.max_bad_images, world)
+        images_per_s = train_steps(task, engine, advisers, inputs, step, log, bad, stop)
+        results = finish(task, engine, advisers, teachers, images_per_s)
+        bad.collect(log.say)
+        return results
     finally:
         log.close()
-    return finish(task, engine, advisers, teachers, images_per_s)
 
 
 def add_start(path: Path, start: Mapping[str, Any]) -> None:
@@ -194,6 +202,7 @@ def train_steps(
     inputs: Mapping[str, str],
     step: int,
     log: RunLog,
+    bad: BadImages,
     stop: StopRequest,
 ) -> float | None:
     """Collective. From ``step`` to the last, with logs, evaluations, checkpoints. Returns images/s of the whole job."""
@@ -212,8 +221,10 @@ def train_steps(
         clock.stop()
 
         is_last = step == task.total_steps
-        stopping = agree_any(world, stop.requested)
+        stopping, bad_images_met = agree_any(world, stop.requested, bad.has_news)
         log.advance(step)
+        if bad_images_met:
+            bad.collect(log.say)
         if result.skipped:
             log.say(f"step {step} was skipped: the gradient is not finite")
         if is_last or stopping or step % config.train.log_every_steps == 0:
@@ -224,8 +235,9 @@ def train_steps(
             accuracy = evaluate(engine.forward, task.eval_batches(), world)
             engine.module.train()
             log.record(step, _named("top1_", accuracy.top1))
-        if is_last or stopping or step % config.train.save_every_steps == 0:
+        if is_last or stopping or bad.too_many or step % config.train.save_every_steps == 0:
             checkpoint.save(config.run_dir, step, engine.state(), inputs, world, keep=config.train.keep_checkpoints)
+        bad.refuse_too_many()
         if stopping:
             raise Stopped(step, stop.signum)
     return clock.images_per_s(config.train.global_batch_size)
@@ -275,7 +287,7 @@ def finish(
         "model": config.student.name,
         "steps": task.total_steps,
         "images_per_s": images_per_s,
-        "eval_images": len(task.eval_set),
+        "eval_images": next(iter(accuracy.values())).images,
         "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
         "teachers": {},
     }

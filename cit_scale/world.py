@@ -98,13 +98,21 @@ def broadcast(world: World, value: Any) -> Any:
     return box[0]
 
 
-def agree_any(world: World, flag: bool) -> bool:
-    """Collective. True on every rank if the flag is true on any."""
+def agree_any(world: World, *flags: bool) -> tuple[bool, ...]:
+    """Collective. Each flag: true on every rank if it is true on any."""
     if world.world_size == 1:
-        return flag
-    votes = torch.tensor(int(flag))
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes)
+    return tuple(bool(vote) for vote in votes)
+
+
+def gather(world: World, value: T) -> list[T]:
+    """Collective. Every rank's value, in the order of the ranks, on every rank."""
+    values = [value] * world.world_size
+    if world.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
@@ -132,22 +140,18 @@ def together(world: World, function: Callable[[], T]) -> T:
         result = function()
     except Exception as error:  # raised again below, on every rank
         failure = error
-    failures = [failure]
-    if world.world_size > 1:
-        failures = [None] * world.world_size
-        dist.all_gather_object(failures, failure)
-    for error in failures:
+    for error in gather(world, failure):
         if error is not None:
             raise error
     return cast(T, result)
 
 
 def first_on_each_node(world: World, function: Callable[[], T]) -> T:
-    """Collective. One rank on each node calls ``function``, which may fill caches, then the others do.
+    """Collective. Rank 0 calls ``function``, which may fill caches, then one rank on each node, then the others.
 
-    An exception on any rank is raised on all of them.
+    So a cache that all nodes share is filled once, and one that each node has for itself once a node. An exception on
+    any rank is raised on all of them.
     """
-    is_first = world.local_rank == 0
-    early = together(world, lambda: function() if is_first else None)
-    late = together(world, lambda: None if is_first else function())
-    return cast(T, early if is_first else late)
+    turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
+    results = [together(world, lambda now=now: function() if now == turn else None) for now in range(3)]
+    return cast(T, results[turn])

@@ -47,7 +47,7 @@ def test_the_student_recipes_hold_the_papers_numbers(name):
     assert (optim.betas, optim.eps, optim.weight_decay, optim.clip_norm) == ((0.9, 0.999), 1e-8, 0.05, 15.0)
     assert optim.ema_decay is None
     augment, mixing = config.augment, config.mixing
-    assert (augment.randaugment, augment.erase_prob, augment.repeats) == ("rand-m9-mstd0.5-inc1", 0.25, 1)
+    assert (augment.policy, augment.erase_prob, augment.repeats) == ("rand-m9-mstd0.5-inc1", 0.25, 1)
     assert (augment.crop_scale, augment.flip_prob) == ((0.08, 1.0), 0.5)
     assert (mixing.mixup_alpha, mixing.cutmix_alpha, mixing.switch_prob, mixing.smoothing) == (0.8, 1.0, 0.5, 0.1)
 

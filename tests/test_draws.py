@@ -1,6 +1,7 @@
 """The augmentation's random numbers: exact generator, timm's distributions, no dependence on the batch."""
 
 import random
+import timeit
 from dataclasses import fields, replace
 
 import numpy as np
@@ -11,9 +12,18 @@ from scipy.stats import ks_2samp
 from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import ColorJitter
 
 from cit_scale.data import draws
-from cit_scale.data.draws import IDENTITY, OPERATIONS, RandAugment, parse_randaugment, philox, random_words
+from cit_scale.data.draws import (
+    IDENTITY,
+    OPERATIONS,
+    RandAugment,
+    parse_policy,
+    parse_randaugment,
+    philox,
+    random_words,
+)
 
 RECIPE = RandAugment(magnitude=9, magnitude_std=0.5, increasing=True)
 TIMM_NAMES = {
@@ -43,7 +53,7 @@ def draw(samples, *, seed=0, epoch=0, repeats=0, height=375, width=500, **option
         "crop_scale": (0.08, 1.0),
         "crop_ratio": (3 / 4, 4 / 3),
         "flip_prob": 0.5,
-        "randaugment": RECIPE,
+        "policy": RECIPE,
         "erase_prob": 0.25,
     }
     repeats, heights, widths = (np.broadcast_to(value, samples.shape) for value in (repeats, height, width))
@@ -126,7 +136,7 @@ def test_seed_epoch_and_repeat_each_change_the_augmentation(change):
 
 
 def test_the_decisions_about_an_image_are_independent_of_each_other():
-    often = draw(range(20000), crop_scale=(0.08, 0.3), erase_prob=1.0, randaugment=replace(RECIPE, prob=1.0))
+    often = draw(range(20000), crop_scale=(0.08, 0.3), erase_prob=1.0, policy=replace(RECIPE, prob=1.0))
     seldom = draw(range(20000), erase_prob=0.5)
     y, x, h, w = often.crop.T
     erase_y, erase_x, erase_h, erase_w = often.erasing.T
@@ -222,7 +232,7 @@ def test_two_layers_draw_every_operation_alike_and_apply_it_half_the_time():
     for layer in operations:
         counts = np.bincount(layer, minlength=IDENTITY + 1)
         assert abs(counts[IDENTITY] - 7500) < 5 * np.sqrt(15000 / 4)
-        assert abs(counts[:IDENTITY] - 500).max() < 5 * np.sqrt(500)
+        assert abs(counts[: len(OPERATIONS)] - 500).max() < 5 * np.sqrt(500)
     both = (operations != IDENTITY).all(axis=0).mean()
     assert both == pytest.approx(0.25, abs=0.02)  # the layers are independent
     assert (operations[0] == operations[1]).mean() == pytest.approx(0.25 + 0.25 / 15, abs=0.02)  # with replacement
@@ -232,7 +242,7 @@ def test_randaugments_arguments_are_distributed_as_timms():
     """timm's own operators, told to note their argument instead of drawing a picture."""
     text = "rand-m9-mstd0.5-inc1"
     random.seed(0)
-    ours = draw(range(60000), randaugment=parse_randaugment(text))
+    ours = draw(range(60000), policy=parse_randaugment(text))
     for operator, name in zip(auto_augment.rand_augment_transform(text, {}).ops, OPERATIONS, strict=True):
         operator.prob = 1.0
         operator.aug_fn = lambda image, *arguments, **_: arguments
@@ -269,15 +279,58 @@ def test_the_notation_is_read_as_timm_reads_it(text):
     ],
 )
 def test_a_notation_that_cannot_be_read_is_refused_with_the_part_that_is_wrong(text, part):
-    with pytest.raises(ValueError, match=f"randaugment='{text}': cannot read '{part}'; write rand"):
+    with pytest.raises(ValueError, match=f"policy='{text}': cannot read '{part}'; write rand"):
         parse_randaugment(text)
 
 
 def test_without_randaugment_there_are_no_layers_and_all_else_stays():
-    plain, recipe = draw(range(50), randaugment=None), draw(range(50))
+    plain, recipe = draw(range(50), policy=None), draw(range(50))
     assert plain.operations.shape == plain.arguments.shape == (0, 50)
     assert np.array_equal(plain.crop, recipe.crop)
     assert np.array_equal(plain.erasing, recipe.erasing)
+
+
+def test_three_augment_is_distributed_as_timms_and_torchvisions():
+    ours = draw(range(30000), policy=parse_policy("3a"))
+    first, *jitter = ours.operations
+    names = np.array(draws.NAMES)[first]
+    counts = {name: int((names == name).sum()) for name in ("solarize", "color", "gaussian_blur")}
+    assert sum(counts.values()) == 30000
+    assert max(abs(count - 10000) for count in counts.values()) < 5 * np.sqrt(30000 * 2 / 9)
+
+    random.seed(0)
+    policy = auto_augment.auto_augment_transform("3a", {"img_mean": (0, 0, 0)}).policy
+    arguments = {operator.name: operator for (operator,) in policy}
+    assert set(ours.arguments[0, names == "solarize"]) == set(arguments["Solarize"].level_fn(5, {})) == {128}
+    assert arguments["Desaturate"].level_fn(10, {}) == (1.0,)  # all of the colour is taken away
+    assert set(ours.arguments[0, names == "color"]) == {0}
+    sigmas = []
+    blurred = Image.new("RGB", (2, 2))
+    blurred.filter = lambda filter: sigmas.append(filter.radius)
+    for _ in range(3000):
+        auto_augment.gaussian_blur_rand(blurred, *arguments["GaussianBlurRand"].level_fn(10, {}))
+    assert same_distribution(ours.arguments[0, names == "gaussian_blur"], sigmas)
+
+    torch.manual_seed(0)
+    theirs = [ColorJitter.get_params([0.7, 1.3], [0.7, 1.3], [0.7, 1.3], None) for _ in range(3000)]
+    for name, column in (("brightness", 1), ("contrast", 2), ("color", 3)):
+        drawn = np.concatenate([ours.arguments[1 + i][row == draws.NAMES.index(name)] for i, row in enumerate(jitter)])
+        assert len(drawn) == 30000  # each exactly once
+        assert same_distribution(drawn, [parameters[column] for parameters in theirs]), name
+    orders = np.unique(np.stack(jitter), axis=1, return_counts=True)[1]
+    assert len(orders) == 6
+    assert abs(orders - 5000).max() < 5 * np.sqrt(5000)
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="policy='augmix' is not known; use 3a, rand-m9-mstd"):
+        parse_policy("augmix")
+
+
+def test_a_sample_takes_less_than_ten_microseconds():
+    samples = np.arange(1024)
+    best = min(timeit.repeat(lambda: draw(samples), number=3, repeat=5)) / 3
+    assert best / len(samples) < 10e-6
 
 
 # --- Random erasing ---

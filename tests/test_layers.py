@@ -8,16 +8,16 @@ PACKAGE = REPOSITORY / "cit_scale"
 
 # A module imports only from strictly lower levels.
 LEVELS = {
-    0: "config files world batch stop data.order data.draws models.released models.involution_loop "
-    "models.involution_triton",
-    1: "cli lock data.sources data.mixing models.involution_cpu models.fold losses optim metrics results "
-    "engines.base engines.state",
-    2: "data.dali models.involution engines.plain engines.zero checkpoint bench.measure",
-    3: "engines.build models.rednet",
-    4: "models.cit",
-    5: "models",
-    6: "models.network bench.involution",
-    7: "teachers evaluate",
+    0: "config files world batch stop data.order data.draws data.encoded data.progress models.released "
+    "models.involution_loop models.involution_triton",
+    1: "cli lock data.dali data.idx data.index data.mixing models.involution_cpu models.fold losses optim metrics "
+    "results engines.base engines.state",
+    2: "data.folders data.shards models.involution engines.plain engines.zero checkpoint bench.measure",
+    3: "data.sources engines.build models.rednet",
+    4: "data.pack data.reader models.cit",
+    5: "data.stream data.video bad_images models",
+    6: "models.network bench.decode bench.involution",
+    7: "teachers evaluate bench.fidelity",
     8: "task bench.teachers",
     9: "train",
 }
@@ -28,7 +28,7 @@ ONLY_IMPORTERS = {
     "nvidia": "data.dali",
     "triton": "models.involution_triton",
     "submitit": None,
-    "ffmpeg": None,
+    "ffmpeg": "data.video",
 }
 
 

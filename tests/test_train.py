@@ -1,18 +1,24 @@
 """The whole trainer on a few real digits: one command, its run folder, its refusals, its interruptions."""
 
+import io
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
+from stream_cases import photo
 
 from cit_scale.train import main
 
@@ -34,7 +40,7 @@ TINY = {
         },
     },
     "data": {"train": "digits", "image_size": 16, "crop_ratio": 1.0},
-    "augment": {"crop_scale": [0.5, 1.0], "flip_prob": 0.0, "randaugment": None, "erase_prob": 0.1},
+    "augment": {"crop_scale": [0.5, 1.0], "flip_prob": 0.0, "policy": None, "erase_prob": 0.1},
     "distill": {"compile": False},
     "optim": {"lr": 2e-3, "lr_batch_size": 128, "warmup_epochs": 0.5},
     "train": {
@@ -158,7 +164,7 @@ def test_a_run_without_teachers_is_plain_supervised_training(tiny):
         (["--train.epohcs", "3"], "did you mean train.epochs?"),
         (["--train.global_batch_size", "100"], "next one that does: 104"),
         (["--student.kwargs.num_classes", "7"], "it follows from the data set"),
-        (["--augment.randaugment", "rand-m9-x3"], "rand-m9-x3"),
+        (["--augment.policy", "rand-m9-x3"], "rand-m9-x3"),
         (["--data.cache_dir", "/proc/none"], "cannot be opened"),
         (["--runs_dir", "/proc/none"], "another --runs_dir"),
         (["--train.global_batch_size", "2048"], "2048"),
@@ -252,3 +258,93 @@ def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(
         assert not different, f"{part}: {different}"
     last = [record["loss"] for record in metrics(folder) if "loss" in record]
     assert last == [record["loss"] for record in metrics(calm) if "loss" in record]
+
+
+# --- Bad images ---
+
+
+def photos_of_two_classes(folder, count=24):
+    """Photos in two classes; each of them is good."""
+    for i in range(count):
+        path = folder / f"class{i % 2}" / f"{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo(90, 120, seed=i)).save(path)
+
+
+def spoil(folder):
+    """Every kind of file that people have among their images. Returns those that nothing can be learned from."""
+    good = (folder / "class0" / "00.jpg").read_bytes()
+    image = Image.open(io.BytesIO(good))
+    table = good.index(b"\xff\xc4")  # of Huffman codes
+    kinds = {
+        "zero.jpg": b"",
+        "text.jpg": b"not an image",
+        "cut.jpg": good[: len(good) // 2],
+        "table.jpg": good[: table + 6] + b"\xff" * 12 + good[table + 18 :],
+        "bomb.png": bomb(20_000, 20_000),
+    }
+    for name, data in kinds.items():
+        (folder / "class1" / name).write_bytes(data)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.convert("CMYK").save(folder / "class0" / "cmyk.jpg")
+    image.convert("P").save(folder / "class0" / "palette.png")
+    image.convert("RGBA").save(folder / "class0" / "alpha.png")
+    image.resize((1, 40)).save(folder / "class0" / "thin.png")
+    image.save(folder / "class0" / "turned.jpg", exif=turned)
+    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(folder / "class0" / "deep.png")
+    (folder / "class0" / "folder.jpg").mkdir()
+    return sorted(f"class1/{name}" for name in kinds)
+
+
+def bomb(width, height):
+    """A PNG that says it has so many pixels, and has none."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+
+
+def on_photos(arguments, folder):
+    """The tiny recipe, without teachers, on these images."""
+    sizes = ["--train.global_batch_size", "16", "--train.micro_batch_size", "8", "--optim.lr_batch_size", "16"]
+    return [*arguments, "--teachers", "{}", "--data.train", str(folder), *sizes]
+
+
+def bad_images(folder):
+    return [line.split("\t")[0] for line in (folder / "bad_images.tsv").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_over_all_kinds_of_bad_images_finishes_and_names_each(tiny, tmp_path, ranks):
+    photos_of_two_classes(tmp_path / "set")
+    bad = spoil(tmp_path / "set")
+    code, output = finish(launch(on_photos(tiny, tmp_path / "set"), ranks=ranks))
+    assert code == 0, output
+    assert [os.path.relpath(name, tmp_path / "set") for name in bad_images(run_dir(tiny))] == bad
+    assert "5 images cannot be used and are replaced by others" in output
+    assert json.loads((run_dir(tiny) / "results.json").read_text())["eval_images"] >= 1
+
+
+def test_more_bad_images_than_allowed_stop_the_run_which_goes_on_when_more_are_allowed(tiny, tmp_path, capsys):
+    photos_of_two_classes(tmp_path / "set")
+    arguments = on_photos(tiny, tmp_path / "set")
+    (tmp_path / "set" / "class0" / "00.jpg").write_bytes((tmp_path / "set" / "class0" / "02.jpg").read_bytes()[:-900])
+    (tmp_path / "set" / "class1" / "01.jpg").write_bytes((tmp_path / "set" / "class1" / "03.jpg").read_bytes()[:-900])
+    assert main([*arguments, "--data.max_bad_images", "1"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(
+        r"error: 2 images cannot be used, more than data.max_bad_images=1; their list: \S+bad_images.tsv", error
+    )
+    assert list((run_dir(tiny) / "ckpt").iterdir())
+    assert main([*arguments, "--data.max_bad_images", "2"]) == 0
+    assert "continues after step" in capsys.readouterr().out
+
+
+def test_more_bad_images_in_the_index_than_allowed_are_refused_before_anything_is_written(tiny, tmp_path, capsys):
+    photos_of_two_classes(tmp_path / "set")
+    spoil(tmp_path / "set")
+    assert main([*on_photos(tiny, tmp_path / "set"), "--data.max_bad_images", "2"]) == 2
+    assert "error: 3 images cannot be used, more than data.max_bad_images=2: " in capsys.readouterr().err
+    assert not run_dir(tiny).exists()

@@ -2,14 +2,16 @@
 
 A counter-based generator makes them: word j of a sample is Philox4x32-10 at counter (j // 4, repeat, sample, epoch)
 under the key `seed`. So no draw depends on which samples stand beside it, on which rank draws it, or on what was drawn
-before. The distributions are timm's: RandomResizedCropAndInterpolation, flip, RandAugment, RandomErasing.
+before. The distributions are timm's: RandomResizedCropAndInterpolation, flip, RandAugment, 3-Augment, RandomErasing.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -52,10 +54,9 @@ ERASE = 23
 ERASE_AREA, ERASE_RATIO = slice(24, 34), slice(34, 44)  # ten tries
 ERASE_Y, ERASE_X = 44, 45
 ERASE_KEY = slice(46, 48)
-LAYERS = 48  # from here on, per RandAugment layer: which, whether, sign, and two for the magnitude
-WORDS_PER_LAYER = 5
+POLICY = 48  # from here on, what the policy needs
 
-# --- RandAugment ---
+# --- The policies: layers of operations, each with an argument ---
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,26 @@ class RandAugment:
 
     prob: float = 0.5
     """Probability that a drawn operation is applied."""
+
+
+@dataclass(frozen=True)
+class ThreeAugment:
+    """DeiT III's policy (arXiv:2204.07118): grey, solarized or blurred, one of them always; then colour jitter."""
+
+    jitter: float = 0.3
+    """Brightness, contrast and colour, in random order, are each multiplied by 1 - jitter to 1 + jitter."""
+
+    num_layers: ClassVar[int] = 4
+
+
+Policy = RandAugment | ThreeAugment
+
+
+def parse_policy(text: str) -> Policy:
+    """Read timm's notation: 'rand-m9-mstd0.5-inc1' and the like, or '3a'. Raises ValueError where it cannot."""
+    if text != "3a" and not text.startswith("rand"):
+        raise ValueError(f"policy={text!r} is not known; use 3a, rand-m9-mstd0.5-inc1 with numbers of yours, or null")
+    return ThreeAugment() if text == "3a" else parse_randaugment(text)
 
 
 def parse_randaugment(text: str) -> RandAugment:
@@ -99,7 +120,7 @@ def parse_randaugment(text: str) -> RandAugment:
             unreadable.append(part)
     if unreadable:
         raise ValueError(
-            f"randaugment={text!r}: cannot read {', '.join(map(repr, unreadable))}; write rand followed by any of "
+            f"policy={text!r}: cannot read {', '.join(map(repr, unreadable))}; write rand followed by any of "
             f"-m0..10 (magnitude), -mstd0.5 (its deviation), -inc0 or 1, -n2 (layers), -p0..1 (probability of each), "
             f"or null for none"
         )
@@ -132,20 +153,56 @@ INCREASING_OPERATIONS = OPERATIONS | {
     "brightness": lambda level, sign: np.maximum(0.1, 1 + 0.9 * level * sign),
     "sharpness": lambda level, sign: np.maximum(0.1, 1 + 0.9 * level * sign),
 }
-IDENTITY = len(OPERATIONS)  # what a layer does that is not applied
+
+NAMES = (*OPERATIONS, "gaussian_blur", "identity")  # every operation of a layer; blur: the argument is sigma in pixels
+IDENTITY = NAMES.index("identity")  # what a layer does that is not applied
 
 
-def _draw_layer(uniforms: np.ndarray, options: RandAugment) -> tuple[np.ndarray, np.ndarray]:
-    """One RandAugment layer from its (5, B) uniforms: operations (B,), arguments (B,)."""
-    which, whether, side, radius, angle = uniforms
+def _draw_randaugment(uniforms: np.ndarray, options: RandAugment) -> tuple[np.ndarray, np.ndarray]:
+    """Per layer five of the uniforms (5 L, B): which, whether, sign, and two for the magnitude."""
+    per_layer = uniforms.reshape(options.num_layers, 5, -1)
+    which, whether, side, radius, angle = np.ascontiguousarray(per_layer.swapaxes(0, 1))  # each (L, B)
     operations = (which * len(OPERATIONS)).astype(np.int32)
     normals = np.sqrt(-2 * np.log(1 - radius)) * np.cos(2 * np.pi * angle)  # Box and Muller
     levels = np.clip(options.magnitude + options.magnitude_std * normals, 0, 10) / 10
     signs = np.where(side < 0.5, 1.0, -1.0)
     table = INCREASING_OPERATIONS if options.increasing else OPERATIONS
-    arguments = np.stack([argument(levels, signs) for argument in table.values()])  # (15, B)
-    arguments = arguments[operations, np.arange(len(operations))]
+    arguments = np.stack([argument(levels, signs) for argument in table.values()])  # (15, L, B)
+    arguments = np.take_along_axis(arguments, operations[None], axis=0)[0]
     return np.where(whether < options.prob, operations, IDENTITY), arguments
+
+
+JITTER_ORDERS = np.array(
+    list(itertools.permutations(NAMES.index(name) for name in ("brightness", "contrast", "color")))
+)
+
+
+def _draw_three_augment(uniforms: np.ndarray, options: ThreeAugment) -> tuple[np.ndarray, np.ndarray]:
+    """From the uniforms (6, B): which of the three, the blur's sigma, the order of the jitter, its three factors."""
+    which, radius, order, *factors = uniforms
+    # timm's rows: the threshold of solarize, 0 of the colour, a blur of 0.1 to 2 pixels.
+    first = np.array([NAMES.index(name) for name in ("solarize", "color", "gaussian_blur")])[(which * 3).astype(int)]
+    argument = np.select(
+        [first == NAMES.index("solarize"), first == NAMES.index("color")], [128, 0], 0.1 + 1.9 * radius
+    )
+    jitter = JITTER_ORDERS[(order * len(JITTER_ORDERS)).astype(int)].T  # (3, B)
+    factors = 1 + options.jitter * (2 * np.stack(factors) - 1)
+    return np.vstack((first, jitter)), np.vstack((argument, factors))
+
+
+def _num_words(policy: Policy | None) -> int:
+    if policy is None:
+        return 0
+    return 6 if isinstance(policy, ThreeAugment) else 5 * policy.num_layers
+
+
+def _draw_policy(uniforms: np.ndarray, policy: Policy | None) -> tuple[np.ndarray, np.ndarray]:
+    """Operations (L, B) and arguments (L, B)."""
+    if policy is None:
+        nothing = np.zeros((0, uniforms.shape[-1]))
+        return nothing, nothing
+    draw_layers = _draw_three_augment if isinstance(policy, ThreeAugment) else _draw_randaugment
+    return draw_layers(uniforms, policy)
 
 
 # --- Crop and erasing boxes ---
@@ -199,7 +256,7 @@ def _draw_erasing(uniforms: np.ndarray, image_size: int, prob: float) -> np.ndar
 
 @dataclass(frozen=True)
 class Draw:
-    """The augmentation of B images, as numbers. L is the number of RandAugment layers, 0 without RandAugment."""
+    """The augmentation of B images, as numbers. L is the policy's number of layers, 0 without one."""
 
     crop: np.ndarray
     """(B, 4) int32: y, x, height, width in pixels of the decoded image."""
@@ -208,7 +265,7 @@ class Draw:
     """(B,) bool: mirror left and right."""
 
     operations: np.ndarray
-    """(L, B) int32: a row of OPERATIONS, or IDENTITY."""
+    """(L, B) int32: a place in NAMES."""
 
     arguments: np.ndarray
     """(L, B) float32: in the operation's own unit."""
@@ -232,7 +289,7 @@ def draw(
     crop_scale: tuple[float, float],
     crop_ratio: tuple[float, float],
     flip_prob: float,
-    randaugment: RandAugment | None,
+    policy: Policy | None,
     erase_prob: float,
 ) -> Draw:
     """Draw the augmentation of B images.
@@ -240,20 +297,15 @@ def draw(
     samples, repeats, heights, widths: (B,) integers; heights and widths in pixels of the decoded images. image_size:
     height and width of the finished ones. The other options are AugmentConfig's.
     """
-    num_layers = randaugment.num_layers if randaugment else 0
-    words = random_words(seed, epoch, samples, repeats, LAYERS + WORDS_PER_LAYER * num_layers)
+    words = random_words(seed, epoch, samples, repeats, POLICY + _num_words(policy))
     uniforms = words * 2.0**-32  # in [0, 1)
-    operations = np.zeros((num_layers, len(samples)), np.int32)
-    arguments = np.zeros((num_layers, len(samples)), np.float32)
-    for layer in range(num_layers):
-        start = LAYERS + WORDS_PER_LAYER * layer
-        operations[layer], arguments[layer] = _draw_layer(uniforms[start : start + WORDS_PER_LAYER], randaugment)
+    operations, arguments = _draw_policy(uniforms[POLICY:], policy)
     low, high = words[ERASE_KEY]
     return Draw(
         crop=_draw_crop(uniforms, heights, widths, crop_scale, crop_ratio).astype(np.int32),
         flip=uniforms[FLIP] < flip_prob,
-        operations=operations,
-        arguments=arguments,
+        operations=operations.astype(np.int32),
+        arguments=arguments.astype(np.float32),
         erasing=_draw_erasing(uniforms, image_size, erase_prob).astype(np.int32),
         erasing_key=low | high << np.uint64(32),
     )
