@@ -83,6 +83,9 @@ class DataConfig:
     hw_decoder_load: float = 0.65
     """On a GPU: the share of JPEGs that its hardware decoder takes, where it has one; its cores decode the others."""
 
+    pinned_memory_mib: int = 0
+    """On a GPU: page-locked host memory, MiB, that each rank takes at its start rather than piece by piece."""
+
     max_bad_images: int = 50
     """Images that cannot be used are reported and replaced, up to so many; past it the run stops with their list."""
 
@@ -315,6 +318,7 @@ def check_ranges(config: RunConfig) -> None:
     not_negative = {
         "seed": config.seed,
         "data.prefetch": data.prefetch,
+        "data.pinned_memory_mib": data.pinned_memory_mib,
         "data.max_bad_images": data.max_bad_images,
         "mixing.mixup_alpha": mixing.mixup_alpha,
         "mixing.cutmix_alpha": mixing.cutmix_alpha,

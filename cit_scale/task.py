@@ -31,7 +31,7 @@ CONFIG = "config.yaml"
 # the images are compared by their fingerprint.
 MAY_CHANGE = (
     "name", "runs_dir", "data.train", "data.eval", "data.cache_dir", "data.decode_threads", "data.prefetch",
-    "data.hw_decoder_load", "data.max_bad_images",
+    "data.hw_decoder_load", "data.pinned_memory_mib", "data.max_bad_images",
     "engine.name", "engine.ds_config", "train.micro_batch_size", "train.log_every_steps", "train.save_every_steps",
     "train.keep_checkpoints", "train.eval_every_epochs",
 )  # fmt: skip

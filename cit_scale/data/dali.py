@@ -16,6 +16,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 from nvidia.dali.auto_aug.core import select
+from nvidia.dali.backend import PreallocatePinnedMemory
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,6 +74,11 @@ def eval_pipeline(feed: Callable, data: DataConfig) -> DataNode:
     images = _resize(fn.decoders.image(encoded, **_decoder(data)), size)
     images = fn.slice(images, start=start, shape=(data.image_size, data.image_size), axes=(0, 1))
     return _to_unit_range(images, mirror=0)
+
+
+def reserve_pinned_memory(mib: int) -> None:
+    """Take page-locked host memory for all pipelines of this process, before they are built."""
+    PreallocatePinnedMemory(mib << 20)
 
 
 def undecodable(encoded: Sequence[np.ndarray], crops: np.ndarray) -> list[int]:

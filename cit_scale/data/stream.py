@@ -201,6 +201,8 @@ def _run(
     device_id = None
     if device.type == "cuda":
         device_id = torch.cuda.current_device() if device.index is None else device.index
+        if data.pinned_memory_mib:
+            dali.reserve_pinned_memory(data.pinned_memory_mib)
     in_flight: deque[Plan] = deque()
     again: deque[Plan] = deque()
 
