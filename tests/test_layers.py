@@ -24,11 +24,11 @@ LEVELS = {
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 
 ONLY_IMPORTERS = {
-    "deepspeed": "engines.zero",
-    "nvidia": "data.dali",
-    "triton": "models.involution_triton",
-    "submitit": None,
-    "ffmpeg": "data.video",
+    "deepspeed": {"engines.zero"},
+    "nvidia": {"data.dali", "bench.decode"},  # the benchmark's own is the peer that ours is timed against
+    "triton": {"models.involution_triton"},
+    "submitit": set(),
+    "ffmpeg": {"data.video"},
 }
 
 
@@ -80,11 +80,11 @@ def test_imports_point_down():
 
 def test_each_large_library_has_one_door():
     strays = [
-        f"{path.relative_to(REPOSITORY)}:{line}: only {door} may import {library}"
-        for library, door in ONLY_IMPORTERS.items()
+        f"{path.relative_to(REPOSITORY)}:{line}: only {', '.join(doors)} may import {library}"
+        for library, doors in ONLY_IMPORTERS.items()
         for name, path in modules().items()
         for line, imported in imports(path)
-        if imported.split(".")[0] == library and name != door
+        if imported.split(".")[0] == library and name not in doors
     ]
     assert not strays, "\n".join(strays)
 

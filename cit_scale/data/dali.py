@@ -276,27 +276,27 @@ def _solarize_add(images: DataNode, argument: DataNode, matrix: DataNode) -> Dat
     return images + (images < 128) * fn.cast(argument, dtype=types.UINT8)  # at most 127 + 110: no overflow
 
 
-def _blend(other: DataNode | float, images: DataNode, argument: DataNode) -> DataNode:
-    """PIL's Image.blend: away from, or towards, the other image, cut off and not rounded."""
-    blended = images * argument + other * (1 - argument)
-    return fn.brightness_contrast(blended, brightness_shift=CUT_OFF, dtype=types.UINT8)  # fn.cast is ten times as slow
+# PIL's Image.blend with black, with the mean grey and with the grey image: cut off and not rounded, as PIL does it.
+
+
+def _brightness(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
+    return fn.brightness_contrast(images, brightness=argument, brightness_shift=CUT_OFF)
+
+
+def _contrast(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
+    mean = dali_math.floor(fn.reductions.mean(_grey(images)) + 0.5)
+    mean = mean.cpu() if images.device == "gpu" else mean
+    return fn.brightness_contrast(images, contrast=argument, contrast_center=mean, brightness_shift=CUT_OFF)
+
+
+def _color(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
+    blended = images * argument + _grey(images) * (1 - argument)  # float; fn.cast would be ten times as slow
+    return fn.brightness_contrast(blended, brightness_shift=CUT_OFF, dtype=types.UINT8)
 
 
 def _grey(images: DataNode) -> DataNode:
     """(H, W, 1) by ITU-R 601, as PIL's."""
     return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-
-
-def _color(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
-    return _blend(_grey(images), images, argument)
-
-
-def _contrast(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
-    return _blend(dali_math.floor(fn.reductions.mean(_grey(images)) + 0.5), images, argument)
-
-
-def _brightness(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
-    return _blend(0.0, images, argument)
 
 
 def _sharpness(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:

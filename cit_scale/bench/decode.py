@@ -1,0 +1,384 @@
+"""How many images a second the training stream makes on a CPU, against timm's loader and DALI's own file reader.
+
+python -m cit_scale.bench.decode --synthetic 400
+python -m cit_scale.bench.decode --data photos --threads 8 --batch 256 --images 12800
+python -m cit_scale.bench.decode --data photos --rows recipe timm_recipe
+
+Every stream is opened once and never ends; they take turns. A stream works ahead until its queues are full, also while
+another one is timed. So a turn begins when all streams rest, and with untimed batches: as many as can have been ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import PIL
+import psutil
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from PIL import Image, ImageOps
+from timm.data import ImageDataset, auto_augment, create_loader
+from torch import Tensor
+
+from cit_scale.bench.measure import describe, ratio, seconds, spread, table
+from cit_scale.config import AugmentConfig, ConfigError, DataConfig
+from cit_scale.data.folders import ImageFolder, Manifest
+from cit_scale.data.order import Cursor, permutation
+from cit_scale.data.pack import pack
+from cit_scale.data.reader import Reader
+from cit_scale.data.shards import TarShards
+from cit_scale.data.sources import Source, Subset, open_source
+from cit_scale.data.stream import train_stream
+from cit_scale.results import describe_environment
+from cit_scale.world import World
+
+CPU = torch.device("cpu")
+
+# --- Images to decode where none are at hand ---
+
+HEIGHT, WIDTH = 375, 500  # the commonest size in ImageNet
+LARGE_HEIGHT, LARGE_WIDTH = 768, 1024  # the usual size in Open Images
+QUALITY = 90  # about 90 KB
+FALL = 1.15  # of amplitude with frequency; near a photograph's, and with the bytes of one
+SHAPES = 5
+
+
+def photo(height: int, width: int, seed: int) -> np.ndarray:
+    """A made-up picture that costs about what a photograph costs, (height, width, 3) uint8.
+
+    Clouds whose spectrum falls as a photograph's does, in brightness and weaker in colour, with shaded ellipses before
+    them for the edges.
+    """
+    rng = np.random.default_rng(seed)
+    y, x = np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width
+    amplitude = np.hypot(y, x).clip(min=1) ** -FALL
+    light, red_cyan, blue_yellow = (_clouds(rng, amplitude, height, width) for _ in range(3))
+    light += 0.4 * np.linspace(1, -1, height)[:, None]  # brighter above
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    for _ in range(SHAPES):
+        centre_y, centre_x = rng.random(2) * (height, width) / max(height, width)
+        radius_y, radius_x = rng.uniform(0.05, 0.25, 2)
+        distance = ((y - centre_y) / radius_y) ** 2 + ((x - centre_x) / radius_x) ** 2
+        inside = distance < 1
+        for plane, deviation in ((light, 1.0), (red_cyan, 1.5), (blue_yellow, 1.5)):
+            plane[inside] = 0.5 * plane[inside] + rng.normal(0, deviation)
+        light[inside] -= 0.5 * distance[inside]
+    colours = light + 0.35 * red_cyan, light - 0.15 * red_cyan - 0.1 * blue_yellow, light + 0.4 * blue_yellow
+    return (120 + 50 * np.stack(colours, axis=-1)).clip(0, 255).astype(np.uint8)
+
+
+def _clouds(rng: np.random.Generator, amplitude: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(height, width) of variance 1: noise with a given spectrum."""
+    noise = np.fft.rfft2(rng.standard_normal((height, width)))
+    clouds = np.fft.irfft2(noise * amplitude, s=(height, width))
+    return clouds / clouds.std()
+
+
+def to_jpeg(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def make_photos(folder: Path, count: int, size: tuple[int, int], threads: int) -> None:
+    """Write `count` pictures as JPEG to a new folder with two classes. size: height and width."""
+    for name in ("even", "odd"):
+        (folder / name).mkdir(parents=True)
+
+    def write(seed: int) -> None:
+        path = folder / ("odd" if seed % 2 else "even") / f"{seed:06d}.jpg"
+        path.write_bytes(to_jpeg(photo(*size, seed)))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, range(count)))
+
+
+# --- The streams: each yields (B, 3, image_size, image_size) float32 without end ---
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows have in common."""
+
+    threads: int
+    batch: int
+    image_size: int
+
+
+Open = Callable[[Source, Setting], Iterator[Tensor]]
+
+
+def ours(augment: AugmentConfig) -> Open:
+    def batches(source: Source, setting: Setting) -> Iterator[Tensor]:
+        data = DataConfig(image_size=setting.image_size, decode_threads=setting.threads)
+        sizes = setting.batch, setting.batch
+        with closing(train_stream(Reader(source), augment, data, 0, Cursor(), *sizes, World(), CPU)) as stream:
+            for batch in stream:
+                yield batch.images
+
+    return batches
+
+
+def timm_loader(**augment: object) -> Open:
+    """timm.data.create_loader as timm's training script calls it: workers make bytes, and the main process, in
+    PrefetchLoader, makes normalised float32 of them and erases. On a CPU that is as fast as use_prefetcher=False.
+
+    use_multi_epochs_loader lets the workers go on from one epoch to the next.
+    """
+
+    def batches(source: Source, setting: Setting) -> Iterator[Tensor]:
+        with mock.patch.dict(auto_augment.NAME_TO_OP, PosterizeIncreasing=posterize):
+            loader = create_loader(
+                ImageDataset("", reader=_TimmReader(source)),
+                (3, setting.image_size, setting.image_size),
+                setting.batch,
+                is_training=True,
+                interpolation="bicubic",
+                num_workers=setting.threads,
+                use_multi_epochs_loader=True,
+                device=CPU,
+                **augment,
+            )
+        while True:
+            for images, _ in loader:
+                yield images
+
+    return batches
+
+
+class _TimmReader:
+    """What timm's ImageDataset reads from, over a source of ours: so every row gets the same bytes."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        return io.BytesIO(self._source.read(index)), int(self._source.labels[index])
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """timm's, but for the 0 bits that it draws at magnitude 10: Pillow 13 raises ValueError for them, and before it
+    made a black image."""
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep else Image.new("RGB", image.size)
+
+
+def dali_reader(source: Subset, setting: Setting) -> Iterator[Tensor]:
+    """What DALI's examples do, on the CPU and with timm's crops: it draws them itself, and they cannot be repeated."""
+
+    @pipeline_def(batch_size=setting.batch, num_threads=setting.threads, device_id=None, prefetch_queue_depth=2)
+    def read_and_crop() -> tuple[DataNode, DataNode]:
+        encoded, labels = fn.readers.file(
+            files=[str(source.source.folder / os.fsdecode(source.key(index))) for index in range(len(source))],
+            labels=source.labels.tolist(),
+            random_shuffle=True,
+        )
+        images = fn.decoders.image_random_crop(
+            encoded, random_area=AugmentConfig.crop_scale, random_aspect_ratio=AugmentConfig.crop_ratio
+        )
+        size = [setting.image_size] * 2
+        images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+        mirror = fn.random.coin_flip(probability=AugmentConfig.flip_prob)
+        options = {"dtype": types.FLOAT, "output_layout": "CHW", "mean": [0.0] * 3, "std": [255.0] * 3}
+        return fn.crop_mirror_normalize(images, mirror=mirror, **options), labels
+
+    pipeline = read_and_crop()
+    while True:
+        images, _ = pipeline.run()
+        yield torch.from_dlpack(images.as_tensor())
+
+
+class Row(NamedTuple):
+    title: str
+    open: Open
+    peers: tuple[str, ...] = ()
+    """The rows that it is compared with."""
+
+
+RECIPE = ours(AugmentConfig())
+CROP = ours(AugmentConfig(policy=None, erase_prob=0.0))
+ROWS = {
+    "recipe": Row("ours, whole recipe", RECIPE, ("timm_recipe",)),
+    "timm_recipe": Row(
+        "timm, whole recipe", timm_loader(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel")
+    ),
+    "crop": Row("ours, crop and flip only", CROP, ("timm_crop", "dali_crop")),
+    "timm_crop": Row("timm, crop and flip only", timm_loader(color_jitter=0.0)),
+    "dali_crop": Row("DALI's file reader, crop and flip only", dali_reader, ("timm_crop",)),
+    "3a": Row("ours, 3-Augment", ours(AugmentConfig(policy="3a", erase_prob=0.0)), ("timm_3a",)),
+    "timm_3a": Row("timm, 3-Augment", timm_loader(auto_augment="3a", color_jitter=0.3)),
+    "crop_shards": Row("ours, crop and flip only, shards", CROP),
+    "crop_packed": Row("ours, crop and flip only, shards packed at shorter side 256", CROP, ("crop_shards",)),
+    "shards": Row("ours, whole recipe, shards", RECIPE),
+    "packed": Row("ours, whole recipe, shards packed at shorter side 256", RECIPE, ("shards",)),
+    "large_shards": Row("ours, whole recipe, shards of larger images", RECIPE),
+    "large_packed": Row("ours, whole recipe, the same packed at shorter side 256", RECIPE, ("large_shards",)),
+}
+LARGE = {"large_shards", "large_packed"}
+SHORTER_SIDES = {
+    "crop_shards": None,
+    "crop_packed": 256,
+    "shards": None,
+    "packed": 256,
+    "large_shards": None,
+    "large_packed": 256,
+}
+
+
+# --- Figures ---
+
+
+def take_turns(
+    streams: Mapping[str, Iterator[Tensor]], batches: int, rounds: int, ahead: int
+) -> dict[str, list[float]]:
+    """Seconds for so many batches of each stream, one figure a round. ahead: how many may be ready before a turn."""
+    times: dict[str, list[float]] = {name: [] for name in streams}
+    for _ in range(rounds):
+        for name, stream in streams.items():
+            wait_for_rest()
+            take(stream, ahead)
+            times[name].append(seconds(partial(take, stream, batches), CPU))
+    return times
+
+
+def take(stream: Iterator[Tensor], count: int) -> None:
+    for _ in itertools.islice(stream, count):
+        pass
+
+
+def wait_for_rest(every_s: float = 0.1, share: float = 0.2) -> None:
+    """Until this process and its workers use less than that share of a core."""
+    used_s = _cpu_s()
+    while True:
+        time.sleep(every_s)
+        before_s, used_s = used_s, _cpu_s()
+        if used_s - before_s < share * every_s:
+            return
+
+
+def _cpu_s() -> float:
+    this = psutil.Process()
+    used = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(times.user + times.system for times in used)
+
+
+# --- The command ---
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)  # with more, timm's main process and our erasing lose time to threads that wait
+    setting = Setting(arguments.threads, arguments.batch, arguments.image_size)
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
+        try:
+            sources = open_sources(arguments, Path(temporary))
+        except ConfigError as error:
+            parser.error(str(error))
+        sizes = {name: describe_images(source) for name, source in sources.items()}  # and now all are in memory
+        streams = {name: ROWS[name].open(source, setting) for name, source in sources.items()}
+        for name in sorted(streams, key=lambda name: not name.startswith("timm")):
+            opened.enter_context(closing(streams[name]))
+            take(streams[name], 1)  # timm's first: they fork, which is best done before DALI has threads
+        batches = max(1, arguments.images // arguments.batch)
+        # timm's workers have 2 batches each and its PrefetchLoader one; our stream and DALI's reader have fewer.
+        times = take_turns(streams, batches, arguments.rounds, ahead=2 * arguments.threads + 1)
+    print(f"{describe_libraries()}; {setting.threads} threads or workers, batches of {setting.batch} images,", end=" ")
+    print(f"{setting.image_size} pixels; median (minimum to maximum) of {arguments.rounds} rounds in turns,", end=" ")
+    print(f"{batches} batches each\n")
+    print(report(times, sizes, batches * setting.batch))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--data", metavar="FOLDER", help="images or shards, as data.train takes them")
+    images.add_argument("--synthetic", type=int, metavar="N", help=f"make N pictures of {WIDTH} x {HEIGHT} pixels")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that the data allow")
+    parser.add_argument(
+        "--packed", action="store_true", help="with --data: by default also the rows that pack it first"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="ours and DALI's; timm's workers (default: 2)")
+    parser.add_argument("--batch", type=int, default=64, help="images (default: 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="figures that a median is of (default: 5)")
+    parser.add_argument("--images", type=int, default=1536, help="timed in a round, chosen from larger data at random")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels (default: 224)")
+    return parser
+
+
+def open_sources(arguments: argparse.Namespace, temporary: Path) -> dict[str, Source]:
+    """The images of each row that is asked for. Raises ConfigError for what cannot be."""
+    is_synthetic = arguments.synthetic is not None
+    if is_synthetic:
+        make_photos(temporary / "photos", arguments.synthetic, (HEIGHT, WIDTH), arguments.threads)
+        whole: Source = ImageFolder(temporary / "photos", temporary)
+    else:
+        whole = open_source(arguments.data, Path(DataConfig.cache_dir).expanduser(), "--data")
+    good = np.setdiff1d(np.arange(len(whole)), list(whole.rejects))
+    source = Subset(whole, good[permutation(len(good), 0)[: arguments.images]])
+    if len(source) < arguments.batch:
+        raise ConfigError(
+            f"{len(source)} images do not fill a batch of {arguments.batch}; give more or a smaller batch"
+        )
+
+    impossible = set() if isinstance(whole, ImageFolder | Manifest) else {"dali_crop"}
+    impossible |= set() if is_synthetic else LARGE
+    if refused := impossible & set(arguments.rows or ()):
+        raise ConfigError(f"no rows {', '.join(refused)}: dali_crop reads image files, the large ones are --synthetic")
+    unwanted = set() if is_synthetic or arguments.packed else set(SHORTER_SIDES)
+    rows = arguments.rows or [name for name in ROWS if name not in impossible | unwanted]
+    sources = dict.fromkeys(rows, source)
+    larger = source
+    if LARGE & sources.keys():
+        make_photos(temporary / "larger", 2 * arguments.batch, (LARGE_HEIGHT, LARGE_WIDTH), arguments.threads)
+        larger = ImageFolder(temporary / "larger", temporary)
+    for name in sources.keys() & SHORTER_SIDES.keys():
+        unpacked, shorter_side = larger if name in LARGE else source, SHORTER_SIDES[name]
+        pack(unpacked, temporary / name, workers=arguments.threads, shorter_side=shorter_side)
+        sources[name] = TarShards(temporary / name)
+    return sources
+
+
+def describe_images(source: Source) -> str:
+    """What an image is on average."""
+    kilobytes = sum(len(source.read(index)) for index in range(len(source))) / len(source) / 1e3
+    return f"{source.widths.mean():.0f} x {source.heights.mean():.0f}, {kilobytes:.0f} KB"
+
+
+def describe_libraries() -> str:
+    packages = describe_environment(World())["packages"]
+    dali_version = next(version for name, version in packages.items() if name.startswith("nvidia-dali"))
+    return f"{describe(CPU)}, DALI {dali_version}, Pillow {PIL.__version__}"
+
+
+def report(times: Mapping[str, list[float]], sizes: Mapping[str, str], images: int) -> str:
+    """times: seconds that so many images took, by row."""
+    rows = []
+    for name, row_times in times.items():
+        row = ROWS[name]
+        leads = [f"{ratio(times[peer], row_times):.2f} x {peer}" for peer in row.peers if peer in times]
+        rows.append(
+            [f"{name}: {row.title}", sizes[name], spread([images / time_s for time_s in row_times]), ", ".join(leads)]
+        )
+    return table(["row", "mean image", "images/s", "as fast as its peer"], rows)
+
+
+if __name__ == "__main__":
+    main()

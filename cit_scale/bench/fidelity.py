@@ -1,0 +1,286 @@
+"""How far our pictures are from PIL's, torchvision's and timm's with the same draws.
+
+python -m cit_scale.bench.fidelity
+
+A figure is the mean absolute error of bytes, 0 to 255, over all pixels of an image: the mean over all images, their
+median, the largest. The exit code is 1 where a mean is larger than allowed at the first of the image sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from PIL.Image import Resampling
+from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment
+from torch import Tensor
+from torchvision import transforms
+
+from cit_scale.bench.decode import CPU, HEIGHT, WIDTH, describe_libraries, make_photos, posterize
+from cit_scale.bench.measure import table
+from cit_scale.config import AugmentConfig, DataConfig
+from cit_scale.data import dali, draws
+from cit_scale.data.draws import Draw
+from cit_scale.data.encoded import to_ppm
+from cit_scale.data.folders import ImageFolder
+from cit_scale.data.order import Cursor
+from cit_scale.data.reader import Reader
+from cit_scale.data.sources import Source
+from cit_scale.data.stream import eval_stream, read_policy, train_stream
+from cit_scale.world import World
+
+EPOCHS = 4  # of the photographs, in what is drawn
+THREADS = 2
+
+# What is allowed of the mean.
+CROP, EVALUATION, OPERATION, EQUALIZE = 0.5, 0.5, 1.0, 0.5
+
+# --- PIL's pictures ---
+
+
+def _blur(image: Image.Image, sigma: float, **_: object) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(sigma))
+
+
+THEIRS: dict[str, Callable[..., Image.Image]] = {
+    "auto_contrast": auto_augment.auto_contrast,
+    "equalize": auto_augment.equalize,
+    "invert": auto_augment.invert,
+    "rotate": auto_augment.rotate,
+    "posterize": posterize,
+    "solarize": auto_augment.solarize,
+    "solarize_add": auto_augment.solarize_add,
+    "color": auto_augment.color,
+    "contrast": auto_augment.contrast,
+    "brightness": auto_augment.brightness,
+    "sharpness": auto_augment.sharpness,
+    "shear_x": auto_augment.shear_x,
+    "shear_y": auto_augment.shear_y,
+    "translate_x": auto_augment.translate_x_rel,
+    "translate_y": auto_augment.translate_y_rel,
+    "gaussian_blur": _blur,
+}
+NO_ARGUMENT = {"auto_contrast", "equalize", "invert"}
+WHOLE_NUMBERS = {"posterize", "solarize", "solarize_add"}
+FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
+
+
+def operate(image: Image.Image, name: str, argument: float, resample: Resampling) -> Image.Image:
+    """timm's operation of that name, with a drawn argument."""
+    if name == "identity":
+        return image
+    arguments = [] if name in NO_ARGUMENT else [int(argument) if name in WHOLE_NUMBERS else float(argument)]
+    return THEIRS[name](image, *arguments, fillcolor=FILL, resample=resample)
+
+
+def augment_image(image: Image.Image, draw: Draw, i: int, data: DataConfig, resample: Resampling) -> Image.Image:
+    """Everything that the draws say of the image, but for the erasing."""
+    y, x, height, width = map(int, draw.crop[i])
+    image = image.crop((x, y, x + width, y + height)).resize((data.image_size,) * 2, Resampling.BICUBIC)
+    image = ImageOps.mirror(image) if draw.flip[i] else image
+    for operation, argument in zip(draw.operations[:, i], draw.arguments[:, i], strict=True):
+        image = operate(image, draws.NAMES[operation], argument, resample)
+    return image
+
+
+# --- The distance of ours from them ---
+
+RESAMPLE = Resampling.BILINEAR, Resampling.BICUBIC  # of PIL's warps: as ours, and as timm's recipes
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean absolute error of each image, (N,), where PIL's warps are bilinear and where they are bicubic."""
+
+    bilinear: np.ndarray
+    bicubic: np.ndarray
+    allowed: float | None = None
+    """The largest mean, with bilinear warps."""
+
+    @property
+    def is_broken(self) -> bool:
+        return self.allowed is not None and not self.bilinear.mean() <= self.allowed
+
+
+def errors_of(ours: Tensor, theirs: Sequence[Image.Image]) -> np.ndarray:
+    """(B,), from ours (B, 3, H, W) in [0, 1]."""
+    ours = (ours * 255).round().permute(0, 2, 3, 1).numpy()
+    return np.abs(ours - np.stack([np.asarray(image) for image in theirs])).mean(axis=(1, 2, 3))
+
+
+def measure(source: Source, image_size: int) -> dict[str, Errors]:
+    data = DataConfig(image_size=image_size, decode_threads=THREADS)
+    photos = [Image.open(io.BytesIO(source.read(index))) for index in range(len(source))]
+    return {
+        "resized crop": measure_training(source, photos, data, None, CROP),
+        "evaluation": measure_evaluation(source, photos, data),
+        **measure_operations(photos, data),
+        "RandAugment, JPEG to tensor": measure_training(source, photos, data, AugmentConfig.policy),
+        "3-Augment, JPEG to tensor": measure_training(source, photos, data, "3a"),
+    }
+
+
+def measure_training(
+    source: Source,
+    photos: Sequence[Image.Image],
+    data: DataConfig,
+    policy: str | None,
+    allowed: float | None = None,
+) -> Errors:
+    """The training stream, but for the erasing."""
+    augment = AugmentConfig(policy=policy, erase_prob=0.0)
+    sizes = len(source), len(source)
+    errors = []
+    with closing(train_stream(Reader(source), augment, data, 0, Cursor(), *sizes, World(), CPU)) as stream:
+        for epoch, batch in enumerate(itertools.islice(stream, EPOCHS)):
+            samples = batch.samples.numpy()
+            draw = draws.draw(
+                0,
+                epoch,
+                samples,
+                np.zeros_like(samples),
+                source.heights[samples],
+                source.widths[samples],
+                image_size=data.image_size,
+                crop_scale=augment.crop_scale,
+                crop_ratio=augment.crop_ratio,
+                flip_prob=augment.flip_prob,
+                policy=read_policy(policy),
+                erase_prob=0.0,
+            )
+            for resample in RESAMPLE:
+                theirs = [augment_image(photos[sample], draw, i, data, resample) for i, sample in enumerate(samples)]
+                errors.append(errors_of(batch.images, theirs))
+    return Errors(np.concatenate(errors[::2]), np.concatenate(errors[1::2]), allowed)
+
+
+def measure_evaluation(source: Source, photos: Sequence[Image.Image], data: DataConfig) -> Errors:
+    resize = transforms.Resize(round(data.image_size / data.crop_ratio), transforms.InterpolationMode.BICUBIC)
+    transform = transforms.Compose([resize, transforms.CenterCrop(data.image_size)])
+    (batch,) = eval_stream(Reader(source), data, len(source), World(), CPU)
+    errors = errors_of(batch.images, [transform(photos[sample]) for sample in batch.samples])
+    return Errors(errors, errors, EVALUATION)
+
+
+def measure_operations(photos: Sequence[Image.Image], data: DataConfig) -> dict[str, Errors]:
+    """RandAugment's at the recipe's magnitude of 9, at 1 and at 10; 3-Augment's blur."""
+    size = data.image_size, data.image_size
+    images = [photo.convert("RGB").resize(size, Resampling.BICUBIC) for photo in photos]
+    # Every other one in fog, so that there is contrast to gain.
+    images = [image.point(lambda value: value // 2 + 40) if i % 2 else image for i, image in enumerate(images)]
+
+    allowed = {
+        (name, arguments_at(level, name)): EQUALIZE if name == "equalize" else OPERATION
+        for name in draws.OPERATIONS
+        for level in (0.1, 0.9, 1.0)
+    }
+    allowed |= {("gaussian_blur", (sigma,)): None for sigma in (0.1, 0.5, 1.0, 2.0)}
+    cases = [(name, argument) for name, arguments in allowed for argument in arguments]
+    computed = dict(zip(cases, compute(images, cases, data), strict=True))
+
+    def errors(name: str, arguments: Sequence[float], resample: Resampling) -> np.ndarray:
+        pairs = [
+            (computed[name, argument], [operate(image, name, argument, resample) for image in images])
+            for argument in arguments
+        ]
+        return np.concatenate([errors_of(*pair) for pair in pairs])
+
+    return {
+        describe_operation(name, arguments): Errors(
+            *(errors(name, arguments, resample) for resample in RESAMPLE), allowed[name, arguments]
+        )
+        for name, arguments in allowed
+    }
+
+
+def describe_operation(name: str, arguments: Sequence[float]) -> str:
+    return name if name in NO_ARGUMENT else f"{name} {', '.join(f'{argument:g}' for argument in arguments)}"
+
+
+def arguments_at(level: float, name: str) -> tuple[float, ...]:
+    """What RandAugment gives an operation at this level (a tenth of the magnitude), with either sign."""
+    arguments = draws.INCREASING_OPERATIONS[name](np.full(2, level), np.array((-1.0, 1.0)))
+    return tuple(np.unique(arguments).tolist())
+
+
+def compute(images: Sequence[Image.Image], cases: Sequence[tuple[str, float]], data: DataConfig) -> Iterator[Tensor]:
+    """(B, 3, H, W) for each operation and argument: by the training pipeline, whose crop takes all of the image."""
+    count = len(images)
+    encoded = [np.frombuffer(to_ppm(image), np.uint8) for image in images]
+
+    def arguments(name: str, argument: float) -> tuple[np.ndarray, ...]:
+        draw = Draw(
+            crop=np.tile(np.array((0, 0, data.image_size, data.image_size), np.int32), (count, 1)),
+            flip=np.zeros(count, bool),
+            operations=np.full((1, count), draws.NAMES.index(name), np.int32),
+            arguments=np.full((1, count), argument, np.float32),
+            erasing=np.zeros((count, 4), np.int32),
+            erasing_key=np.zeros(count, np.uint64),
+        )
+        return dali.train_arguments(draw, data.image_size)
+
+    batches = ((encoded, *arguments(*case)) for case in cases)
+    pipeline = dali.train_pipeline(
+        lambda: next(batches), data, num_layers=1, batch_size=count, num_threads=THREADS, device_id=None
+    )
+    for _ in cases:
+        (computed,) = pipeline.run()
+        yield torch.from_dlpack(computed.as_tensor())
+
+
+# --- The command ---
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 where a mean is larger than allowed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=int, default=16, help="made-up photographs to compare (default: 16)")
+    parser.add_argument("--image_sizes", type=int, nargs="+", default=[224, 32], help="pixels (default: 224 32)")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "photos"
+        make_photos(folder, arguments.photos, (HEIGHT, WIDTH), THREADS)
+        source = ImageFolder(folder, Path(temporary))
+        by_size = {image_size: measure(source, image_size) for image_size in arguments.image_sizes}
+    print(f"{describe_libraries()}; {arguments.photos} made-up photographs of {WIDTH} x {HEIGHT} pixels\n")
+    print(report(by_size))
+    broken = [name for name, errors in by_size[arguments.image_sizes[0]].items() if errors.is_broken]
+    if broken:
+        print(f"\nmore than allowed: {'; '.join(broken)}", file=sys.stderr)
+    return int(bool(broken))
+
+
+def report(by_size: Mapping[int, Mapping[str, Errors]]) -> str:
+    judged, *_ = by_size
+    header = ["compared"]
+    for image_size in by_size:
+        header += [f"{image_size} pixels: mean", "median", "largest", *(["allowed"] if image_size == judged else [])]
+        header += ["mean, bicubic warps"]
+    rows = []
+    for name in by_size[judged]:
+        row = [name]
+        for image_size, rows_of_size in by_size.items():
+            errors = rows_of_size[name]
+            values = errors.bilinear.mean(), np.median(errors.bilinear), errors.bilinear.max()
+            row += [f"{value:.3f}" for value in values]
+            if image_size == judged:
+                row.append(
+                    "" if errors.allowed is None else f"{errors.allowed}{', broken' if errors.is_broken else ''}"
+                )
+            row.append(f"{mean:.3f}" if (mean := errors.bicubic.mean()) != errors.bilinear.mean() else "")
+        rows.append(row)
+    return table(header, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

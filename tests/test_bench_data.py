@@ -1,0 +1,223 @@
+"""The benchmarks of the data streams: made-up photographs, images a second, distance from PIL."""
+
+import argparse
+import itertools
+import math
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from cit_scale.bench import decode, fidelity
+from cit_scale.config import ConfigError
+from cit_scale.data import dali
+from cit_scale.data.pack import pack
+from cit_scale.data.sources import ImageFolder, TarShards
+
+
+def cells_of(said):
+    """The rows of the table in what a benchmark printed, without its head."""
+    lines = [line for line in said.splitlines() if line.startswith("| ")]
+    return [line[2:-2].split(" | ") for line in lines[2:]]
+
+
+@pytest.mark.parametrize("main", [decode.main, fidelity.main])
+def test_the_commands_explain_themselves(main, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "python -m cit_scale.bench." in capsys.readouterr().out
+
+
+# --- Photographs ---
+
+
+def test_made_up_photographs_are_like_photographs():
+    pictures = [decode.photo(375, 500, seed) for seed in range(3)]
+    assert not np.array_equal(*pictures[:2])
+    assert np.array_equal(decode.photo(375, 500, 1), pictures[1])
+    for picture in pictures:
+        assert picture.shape == (375, 500, 3)
+        assert picture.dtype == np.uint8
+        assert 70_000 < len(decode.to_jpeg(picture)) < 120_000  # ImageNet's have 110 KB on average
+        spread = picture.std(axis=(0, 1))
+        assert spread.min() > 30
+        between_neighbours = np.abs(np.diff(picture.astype(int), axis=1)).mean(axis=(0, 1))
+        assert (between_neighbours < spread / 3).all()  # of noise it would be more than the spread
+        assert between_neighbours.min() > 2
+        correlations = np.corrcoef(picture.reshape(-1, 3).T)
+        assert 0.5 < correlations.min() < 0.99  # coloured, but less than bright and dark
+        assert np.isin(picture, (0, 255)).mean() < 0.1
+
+
+def test_photographs_are_a_data_set(tmp_path):
+    decode.make_photos(tmp_path / "photos", 5, (30, 40), 2)
+    source = ImageFolder(tmp_path / "photos", tmp_path)
+    assert source.classes == ("even", "odd")
+    assert source.labels.tolist() == [0, 0, 0, 1, 1]
+    assert {(30, 40)} == set(zip(source.heights.tolist(), source.widths.tolist(), strict=True))
+    assert len({source.read(index) for index in range(5)}) == 5
+
+
+# --- Images a second ---
+
+
+def test_all_kinds_of_streams_are_timed():
+    """In a process of its own: worker processes are forked, and PyTorch's threads are set."""
+    names = ["recipe", "timm_recipe", "crop", "timm_crop", "dali_crop", "shards", "packed"]
+    tiny = ["--synthetic", "16", "--images", "32", "--batch", "8", "--image_size", "32", "--rounds", "1"]
+    command = [sys.executable, "-m", "cit_scale.bench.decode", *tiny, "--rows", *names]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"commit \w+.*1 threads; Python.*DALI [\d.]+, Pillow [\d.]+; 2 threads or workers.*1 rounds", said)
+    rows = cells_of(said)
+    assert [row[0].split(":")[0] for row in rows] == names
+    for row in rows:
+        assert len(row) == 4
+        figures = [float(figure) for figure in re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", row[2]).groups()]
+        assert all(0 < figure < math.inf for figure in figures)
+    leads = {row[0].split(":")[0]: re.findall(r"([\d.]+) x (\w+)", row[3]) for row in rows}
+    assert {name: tuple(peer for _, peer in found) for name, found in leads.items()} == {
+        name: decode.ROWS[name].peers for name in names
+    }
+    assert all(0 < float(lead) < math.inf for found in leads.values() for lead, _ in found)
+    assert {row[1].split(",")[0] for row in rows[:-1]} == {"500 x 375"}
+    assert rows[-1][1].startswith("341 x 256, ")
+
+
+def test_what_was_ready_before_a_turn_is_not_timed():
+    taken = []
+
+    def stream(name):
+        for place in itertools.count():
+            time.sleep(0.1 if place % 5 < 3 else 0)  # the first three of a turn
+            taken.append(name)
+            yield torch.zeros(1)
+
+    times = decode.take_turns({name: stream(name) for name in "ab"}, batches=2, rounds=2, ahead=3)
+    assert "".join(taken) == 2 * (5 * "a" + 5 * "b")
+    assert [len(figures) for figures in times.values()] == [2, 2]
+    assert max(map(max, times.values())) < 0.1
+
+
+def test_a_turn_waits_until_all_rest():
+    def work():
+        end = time.perf_counter() + 0.6
+        while time.perf_counter() < end:
+            pass
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    decode.wait_for_rest()
+    assert not worker.is_alive()
+
+
+def test_ratios_are_of_pairs_and_speeds_of_images():
+    times = {"recipe": [1.0, 4.0, 2.0], "timm_recipe": [3.0, 8.0, 5.0]}
+    lines = decode.report(times, dict.fromkeys(times, "a size"), images=100).splitlines()
+    assert lines[2] == "| recipe: ours, whole recipe | a size | 50 (25 to 100) | 2.50 x timm_recipe |"
+    assert lines[3] == "| timm_recipe: timm, whole recipe | a size | 20 (12.5 to 33.3) |  |"
+
+
+def test_posterizing_to_no_bits_is_black_and_else_as_pil():
+    image = Image.fromarray(decode.photo(20, 30, 0))
+    assert not np.asarray(decode.posterize(image, 0)).any()
+    for bits in (1, 4, 8):
+        assert np.array_equal(decode.posterize(image, bits), ImageOps.posterize(image, bits))
+
+
+def arguments_of(**given):
+    fixed = {"synthetic": None, "data": None, "rows": None, "packed": False, "images": 8, "batch": 4, "threads": 1}
+    return argparse.Namespace(**{**fixed, **given})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    decode.make_photos(tmp_path / "photos", 10, (300, 400), 1)
+    return tmp_path / "photos"
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_by_default_there_are_the_rows_that_the_data_allow(folder, tmp_path):
+    all_but_large = set(decode.ROWS) - decode.LARGE
+    sources = decode.open_sources(arguments_of(data=str(folder)), tmp_path)
+    assert sources.keys() == all_but_large - {"shards", "packed"}
+    assert {len(source) for source in sources.values()} == {8}  # as many as a round needs
+    assert len({source.key(index) for source in sources.values() for index in range(8)}) == 8
+    sources = decode.open_sources(arguments_of(data=str(folder), packed=True), tmp_path)
+    assert sources.keys() == all_but_large
+    assert sources["shards"].heights.tolist() == [300] * 8
+    assert sources["packed"].heights.tolist() == [256] * 8
+
+    pack(ImageFolder(folder, tmp_path), tmp_path / "given", workers=1)
+    sources = decode.open_sources(arguments_of(data=str(tmp_path / "given")), tmp_path)
+    assert sources.keys() == all_but_large - {"shards", "packed", "dali_crop"}
+
+
+@pytest.mark.usefixtures("_own_cache")
+def test_rows_that_cannot_be_are_refused(folder, tmp_path):
+    pack(ImageFolder(folder, tmp_path), tmp_path / "given", workers=1)
+    with pytest.raises(ConfigError, match="no rows dali_crop: dali_crop reads image files"):
+        decode.open_sources(arguments_of(data=str(tmp_path / "given"), rows=["crop", "dali_crop"]), tmp_path)
+    with pytest.raises(ConfigError, match="no rows large_packed"):
+        decode.open_sources(arguments_of(data=str(folder), rows=["large_packed"]), tmp_path)
+    with pytest.raises(ConfigError, match="8 images do not fill a batch of 9"):
+        decode.open_sources(arguments_of(data=str(folder), batch=9), tmp_path)
+
+
+@pytest.fixture
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode.DataConfig, "cache_dir", str(tmp_path))
+
+
+def test_larger_images_are_made_where_they_are_asked_for(tmp_path):
+    sources = decode.open_sources(arguments_of(synthetic=4, rows=["large_packed", "crop"], batch=1), tmp_path)
+    assert list(sources) == ["large_packed", "crop"]
+    assert isinstance(sources["large_packed"], TarShards)
+    assert decode.describe_images(sources["large_packed"]).startswith("341 x 256, ")
+    assert decode.describe_images(sources["crop"]).startswith("500 x 375, ")
+
+
+# --- Distance from PIL ---
+
+
+def test_all_that_is_computed_is_near_pils(capsys):
+    assert fidelity.main(["--photos", "4", "--image_sizes", "224"]) == 0
+    rows = {row[0]: row[1:] for row in cells_of(capsys.readouterr().out)}
+    names = {name.split(" ")[0] for name in rows}
+    assert {"resized", "evaluation", "RandAugment,", "3-Augment,", *dali.COMPUTED_BY} - names == {"identity"}
+    for name, (mean, median, largest, allowed, _) in rows.items():
+        assert 0 <= float(mean) <= float(largest)
+        assert 0 <= float(median) <= float(largest)
+        is_judged = not name.startswith(("gaussian_blur", "RandAugment", "3-Augment"))
+        assert (allowed != "") == is_judged
+    assert float(rows["rotate -27, 27"][4]) > float(rows["rotate -27, 27"][0]) > 0  # bicubic is farther
+    assert rows["invert"][4] == ""
+
+
+def nearest(image, size):
+    rows, columns = (torch.arange(new) * old // new for new, old in zip(size.tolist(), image.shape[:2], strict=True))
+    return image[rows][:, columns].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("function", "other", "broken"),
+    [("equalize", lambda image: 255 - image, ["equalize"]), ("resize", nearest, ["resized crop", "evaluation"])],
+)
+def test_what_is_too_far_ends_with_1_and_is_named(function, other, broken, monkeypatch, capsys):
+    monkeypatch.setattr(dali, function, other)
+    assert fidelity.main(["--photos", "2", "--image_sizes", "96"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.strip() == f"more than allowed: {'; '.join(broken)}"
+    assert [row[0] for row in cells_of(captured.out) if "broken" in row[4]] == broken
+
+
+def test_errors_count_in_bytes():
+    ours = torch.full((2, 3, 4, 5), 10 / 255)
+    theirs = [Image.new("RGB", (5, 4), (10, 13, 10)), Image.new("RGB", (5, 4), (10, 10, 10))]
+    assert fidelity.errors_of(ours, theirs).tolist() == [1.0, 0.0]
