@@ -26,7 +26,7 @@ class BadImages:
         self._most = most
         self._world = world
         self._counted = 0
-        lines = self._path.read_text().splitlines() if world.is_main and self._path.exists() else []
+        lines = self._path.read_text().split("\n")[:-1] if world.is_main and self._path.exists() else []
         self._lines = dict.fromkeys(broadcast(world, lines))
 
     @property

@@ -80,6 +80,6 @@ def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
     speed = results["images_per_s"]
     console.print(f"held-out images   {results['eval_images']}")
     console.print(
-        f"training speed    {f'{speed:.0f} images/s' if speed else 'not measured: no step ran in this process'}"
+        f"training speed    {f'{speed:.0f} images/s' if speed else 'not measured: too few steps ran in this process'}"
     )
     console.print(f"run folder        {run_dir}", soft_wrap=True)

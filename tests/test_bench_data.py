@@ -146,7 +146,7 @@ def folder(tmp_path):
 def test_by_default_there_are_the_rows_that_the_data_allow(folder, tmp_path):
     all_but_large = set(decode.ROWS) - decode.LARGE
     sources = decode.open_sources(arguments_of(data=str(folder)), tmp_path)
-    assert sources.keys() == all_but_large - {"shards", "packed"}
+    assert sources.keys() == all_but_large - set(decode.SHORTER_SIDES)
     assert {len(source) for source in sources.values()} == {8}  # as many as a round needs
     assert len({source.key(index) for source in sources.values() for index in range(8)}) == 8
     sources = decode.open_sources(arguments_of(data=str(folder), packed=True), tmp_path)
@@ -156,7 +156,7 @@ def test_by_default_there_are_the_rows_that_the_data_allow(folder, tmp_path):
 
     pack(ImageFolder(folder, tmp_path), tmp_path / "given", workers=1)
     sources = decode.open_sources(arguments_of(data=str(tmp_path / "given")), tmp_path)
-    assert sources.keys() == all_but_large - {"shards", "packed", "dali_crop"}
+    assert sources.keys() == all_but_large - set(decode.SHORTER_SIDES) - {"dali_crop"}
 
 
 @pytest.mark.usefixtures("_own_cache")

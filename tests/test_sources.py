@@ -19,6 +19,8 @@ from sklearn.datasets import load_digits
 
 from cit_scale.config import ConfigError, DataConfig
 from cit_scale.data import folders, index, progress, shards, sources
+from cit_scale.data.encoded import decode, read_size
+from cit_scale.data.index import printable
 from cit_scale.data.shards import open_foreign_shards, write_shards
 from cit_scale.data.sources import ImageFolder, Manifest, Subset, TarShards, digits, open_source, open_sources
 
@@ -379,7 +381,7 @@ def test_a_table_that_changes_is_read_anew(tmp_path):
     [
         (
             "x/0.png,a\nx\nx,a,b\n",
-            "line 2 has 1 columns instead of 2, path and label, line 3 has 3 columns",
+            "line 2 has 1 columns instead of 2, path and label, with a comma between them, line 3 has 3 columns",
         ),
         ("x/0.png,a\n\n\nx/0.png,\n,b\n", "line 4 has no label, line 5 has no path"),
         ('x/0.png,a\nx/0.png,"b\n', "line 2: unexpected end of data"),
@@ -918,3 +920,59 @@ def test_the_same_classes_in_another_order_are_refused(tmp_path, data):
     write_shards(tmp_path / "val", ["dog", "ant"], [("0.png", 0, png()), ("1.png", 1, png())])
     with pytest.raises(ConfigError, match="or in the order of them: only in train: none"):
         open_sources(replace(data, train=str(tmp_path / "train"), eval=str(tmp_path / "val")))
+
+
+# --- Paths that are no files ---
+
+
+def test_what_is_no_file_is_a_reject_and_nothing_is_waited_for(tmp_path):
+    folder = make_folder(tmp_path / "set", {"ant": 2})
+    os.mkfifo(folder / "ant" / "pipe.jpg")
+    (folder / "ant" / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "ant" / "endless.jpg").symlink_to("/dev/zero")
+    source = ImageFolder(folder, tmp_path / "cache")
+    reasons = {source.key(index): reason for index, reason in source.rejects.items()}
+    assert reasons == {
+        b"ant/pipe.jpg": "not a file",
+        b"ant/loop.jpg": "Too many levels of symbolic links",
+        b"ant/endless.jpg": "not a file",
+    }
+
+
+def test_a_link_in_a_circle_is_named(tmp_path):
+    folder = make_folder(tmp_path / "set", {"ant": 1})
+    (folder / "ant" / "again").symlink_to("../ant")
+    with pytest.raises(ConfigError, match="ant/again is a link to a folder that it stands in; remove it"):
+        ImageFolder(folder, tmp_path / "cache")
+
+
+def test_a_path_that_no_file_can_have_is_a_reject(tmp_path):
+    make_folder(tmp_path / "set", {"ant": 1})
+    table = tmp_path / "labels.csv"
+    table.write_text(f"{'x' * 300},label\nset/ant/0.png,ant\n{'y' * 300}.png,ant\nnull\0byte.png,ant\n")
+    source = Manifest(table, tmp_path / "cache")
+    assert source.rejects == {1: "File name too long", 2: "a path with a null byte"}
+
+
+def test_names_are_printed_on_one_line():
+    assert printable("a\x9b31m\u2028b\n") == "a\\x9b31m\\u2028b\\x0a"
+
+
+@pytest.mark.parametrize("where", ["xmp", "behind the pixels"])
+def test_the_size_in_the_index_is_that_of_the_decoded_image(tmp_path, where):
+    """An orientation that stands where DALI does not look is not looked for."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (30, 20))
+    path = tmp_path / "image"
+    if where == "xmp":
+        text = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+        image.save(path, "JPEG", xmp=text.encode())
+    else:
+        image.save(path, "PNG", exif=exif)
+        data = path.read_bytes()
+        start = data.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
+    decoded = decode(path.read_bytes())
+    assert read_size(path) == (decoded.height, decoded.width) == (20, 30)

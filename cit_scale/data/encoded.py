@@ -12,13 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 # In a folder, these are images. What DALI cannot decode of them, PIL does.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".gif", ".avif"}
 MAX_PIXELS = 178_956_970  # from here on PIL takes a file for a decompression bomb: 512 MiB as RGB
 ORIENTATION = 0x0112  # the EXIF tag
-LYING = (5, 6, 7, 8)  # its values for an image that lies on its side
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what undoes each of its values
+LYING = (5, 6, 7, 8)  # of an image that lies on its side
 
 
 class BadImageError(ValueError):
@@ -28,19 +37,26 @@ class BadImageError(ValueError):
 def read_size(file: Path | IO[bytes]) -> tuple[int, int]:
     """Height and width of the upright image, from its header. Raises BadImageError, OSError for a missing file."""
     with _reasons(), Image.open(file) as image:
-        width, height = image.size
-        exif = Image.Exif()
-        exif.load(image.info.get("exif", b""))
+        (width, height), orientation = image.size, _orientation(image)
     if height * width > MAX_PIXELS:
         raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
-    return (width, height) if exif.get(ORIENTATION, 1) in LYING else (height, width)
+    return (width, height) if orientation in LYING else (height, width)
+
+
+def _orientation(image: Image.Image) -> int:
+    """By the EXIF data in the header, as DALI goes by it; not by XMP, and not by what a PNG holds behind its pixels."""
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return exif.get(ORIENTATION, 1)
 
 
 def decode(data: bytes) -> Image.Image:
     """The whole upright image in RGB, as PIL makes it. Raises BadImageError, for one too large before decoding it."""
     read_size(io.BytesIO(data))
     with _reasons(), Image.open(io.BytesIO(data)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        orientation = _orientation(image)
+        decoded = image.convert("RGB")
+    return decoded.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else decoded
 
 
 def to_ppm(image: Image.Image) -> bytes:

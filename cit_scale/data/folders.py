@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cit_scale.config import ConfigError
-from cit_scale.data.encoded import EXTENSIONS
+from cit_scale.data.encoded import EXTENSIONS, BadImageError
 from cit_scale.data.index import (
     THREADS,
     UNUSABLE,
@@ -99,7 +101,19 @@ class Manifest(_ImageFiles):
 
 
 def _read_file(folder: Path, name: bytes, size: int = -1) -> bytes:
-    with open(os.path.join(folder, os.fsdecode(name)), "rb", buffering=0) as file:
+    """Raises BadImageError for a path that no file can have, and for what is no file: a pipe would be waited for."""
+    try:
+        descriptor = os.open(os.path.join(folder, os.fsdecode(name)), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError:
+        raise BadImageError("a path with a null byte") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
+            raise BadImageError(str(error.strerror)) from None
+        raise
+    with open(descriptor, "rb", buffering=0) as file:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise BadImageError("a folder" if stat.S_ISDIR(mode) else "not a file")
         return file.read(size)
 
 
@@ -128,7 +142,7 @@ def _any_readable(folder: Path, columns: Columns) -> bool:
 
 def _index_folder(folder: Path, index_path: Path) -> Columns:
     times: list[tuple[bytes, int]] = []
-    classes = [entry.name for entry in _entries(folder, "", times) if entry.is_dir()]
+    classes = [entry.name for entry in _entries(folder, "", times) if _is_folder(entry)]
     if not classes:
         raise ConfigError(f"{printable(folder)} has no sub-folders; it needs one sub-folder of images per class")
     images = [[os.fsencode(name) for name in _find_images(folder, name, times)] for name in classes]
@@ -154,7 +168,9 @@ def _index_folder(folder: Path, index_path: Path) -> Columns:
 def _find_images(folder: Path, inside: str, times: list[tuple[bytes, int]]) -> Iterator[str]:
     """The images below folder/inside, by their paths relative to `folder`, in sorted order."""
     for entry in _entries(folder, inside, times):
-        if entry.is_dir():
+        if _is_folder(entry):
+            if entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(Path(entry.path).resolve()):
+                raise ConfigError(f"{printable(entry.path)} is a link to a folder that it stands in; remove it")
             yield from _find_images(folder, f"{inside}/{entry.name}", times)
         elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
             yield f"{inside}/{entry.name}"
@@ -169,6 +185,14 @@ def _entries(folder: Path, inside: str, times: list[tuple[bytes, int]]) -> list[
         time_ns = _folder_time(folder, name)
     times.append((name, time_ns))
     return sorted(filter(is_shown, os.scandir(folder / inside)), key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """A link that leads nowhere is none; what it is called says whether it counts as a broken image."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_shown(entry: os.DirEntry[str]) -> bool:
@@ -188,7 +212,10 @@ def _read_manifest(path: Path) -> tuple[list[bytes], list[str]]:
                 if not row:
                     continue
                 if len(row) != 2:
-                    mistakes.append(f"line {rows.line_num} has {len(row)} columns instead of 2, path and label")
+                    mistakes.append(
+                        f"line {rows.line_num} has {len(row)} columns instead of 2, path and label, with "
+                        f"{'a comma' if rows.dialect.delimiter == ',' else 'a tab'} between them"
+                    )
                 elif not all(row):
                     mistakes.append(f"line {rows.line_num} has no {'label' if row[0] else 'path'}")
                 elif not (is_first and _is_header(path.parent, row[0])):
@@ -205,4 +232,4 @@ def _read_manifest(path: Path) -> tuple[list[bytes], list[str]]:
 
 
 def _is_header(folder: Path, cell: str) -> bool:
-    return os.path.splitext(cell)[1].lower() not in EXTENSIONS and not (folder / cell).is_file()
+    return os.path.splitext(cell)[1].lower() not in EXTENSIONS and not os.path.isfile(folder / cell)

@@ -247,7 +247,13 @@ def describe(error: Exception) -> str:
 def printable(name: object) -> str:
     """A name of any bytes in one line that every terminal takes."""
     raw = name if isinstance(name, bytes) else os.fsencode(str(name))
-    return re.sub(r"[\0-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", raw.decode("utf-8", "backslashreplace"))
+    text = raw.decode("utf-8", "backslashreplace")
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", _escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:

@@ -300,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code: 0, 2 for a mistake of the user's, 1 where reading or writing fails, 130 on Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     out = Path(arguments.out).expanduser()
     goes_on = f"what is whole in {printable(out)} stays, and the same command continues there"
     warnings.filterwarnings("ignore", module="PIL")  # what matters of an image is in the reasons
@@ -344,7 +345,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cit_scale.data.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="SOURCE", help="what --data.train accepts: a folder, shards, a table, digits")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="what --data.train accepts: a folder, shards, a table, an idx file, digits"
+    )
     parser.add_argument("out", metavar="OUT", help="the folder of the shards: new, or one that was begun before")
     parser.add_argument(
         "--shard-mib", "--shard_mib", type=int, default=512, metavar="N", help="size of a shard in MiB (default: 512)"
@@ -360,7 +363,11 @@ def _parser() -> argparse.ArgumentParser:
         "--shorter-side", "--shorter_side", type=int, metavar="N", help="scale larger images down to it, in pixels"
     )
     parser.add_argument(
-        "--quality", type=int, default=90, metavar="N", help="of the JPEGs of scaled images (default: 90)"
+        "--quality",
+        type=int,
+        default=90,
+        metavar="N",
+        help="JPEG quality, 1 to 100, of images that are scaled (default: 90)",
     )
     parser.add_argument(
         "--cache-dir",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from cit_scale.data.encoded import BadImageError, decode, is_usual, to_ppm
+from cit_scale.data.index import UNUSABLE, describe
 from cit_scale.data.sources import Source
 
 
@@ -47,8 +48,8 @@ class Reader:
     def _read(self, sample: int, is_doubtful: bool) -> bytes:
         try:
             data = self.source.read(sample)
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-            raise BadImageError(str(error.strerror)) from None  # any other OSError is the disk's, not the image's
+        except UNUSABLE as error:  # any other OSError is the disk's, not the image's
+            raise BadImageError(describe(error)) from None
         if not is_doubtful and is_usual(data):
             return data
         image = decode(data)

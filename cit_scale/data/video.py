@@ -6,7 +6,7 @@ python -m cit_scale.data.video VIDEOS OUT --count 16 --shorter_side 256 --shards
 VIDEOS/cat/a.mp4 becomes OUT/cat/a.mp4/000000.jpg, 000001.jpg, ..., which --data.train OUT trains on. Folders inside a
 class are searched as well; names that begin with a dot are passed over. The frames of a video appear together, once all
 of it has been decoded without an error. A broken video is reported, listed with the reason in OUT/rejected.tsv, and
-skipped. The same command goes on where it was stopped, and takes up videos that are new or have changed.
+skipped. The same command goes on where it was stopped, and in a folder takes up videos that are new or have changed.
 """
 
 from __future__ import annotations
@@ -517,7 +517,9 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=num_cpus(), help="videos at once (default: %(default)s)")
     parser.add_argument("--shards", action="store_true", help="write WebDataset tar shards in the place of a folder")
-    parser.add_argument("--shard-mib", "--shard_mib", type=int, default=512, help="of one shard (default: 512)")
+    parser.add_argument(
+        "--shard-mib", "--shard_mib", type=int, default=512, help="size of a shard in MiB (default: 512)"
+    )
     return parser.parse_args(argv)
 
 
@@ -531,6 +533,8 @@ def _run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{name}={getattr(arguments, name)} is less than 1; give a number from 1 on")
     if out.resolve().is_relative_to(videos.resolve()):
         raise ConfigError(f"{printable(out)} lies in {printable(videos)} and would be a class of it; give another OUT")
+    if not out.resolve().name:
+        raise ConfigError(f"{printable(out)} is the root; give a folder that is new or empty as OUT")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{printable(out)} is a file; give a folder that is new or empty as OUT")
     find_videos(videos)  # before anything is written
@@ -580,6 +584,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse_arguments(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     goes_on = f"what is whole in {printable(arguments.out)} stays, and the same command continues there"
     try:
         return _run(arguments)
