@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import multiprocessing
 import os
 import shutil
 from collections import Counter
@@ -26,7 +27,7 @@ from stream_cases import (
 from torchvision import transforms
 
 from cit_scale.config import ConfigError, MixingConfig
-from cit_scale.data import draws, stream
+from cit_scale.data import dali, draws, stream
 from cit_scale.data.encoded import BadImageError
 from cit_scale.data.mixing import mix
 from cit_scale.data.order import Cursor
@@ -306,6 +307,51 @@ def test_a_missing_file_is_named_and_replaced(some_photos):
     assert reader.describe(reader.bad) == [f"{missing}\tNo such file or directory"]
 
 
+def test_an_image_too_thin_to_be_enlarged_is_named_and_replaced(tmp_path):
+    folder = tmp_path / "set" / "only"
+    folder.mkdir(parents=True)
+    for name, size in {"a.png": (1, 20_000), "b.png": (1, 900), "c.png": (50, 40)}.items():
+        Image.new("RGB", size).save(folder / name)
+    source = ImageFolder(tmp_path / "set", tmp_path / "cache")
+    assert source.rejects == {0: "1 x 20000 pixels: one side is more than 1000 times the other"}
+    (batch,) = eval_stream(Reader(source), DATA, 3, World(), CPU)
+    assert batch.samples.tolist() == [1, 1, 2]
+    assert batch.positions.tolist() == [-1, 1, 2]
+
+
+def test_a_forked_process_has_threads_of_its_own(tiny_digits):
+    expected = take(start(tiny_digits, PLAIN), 1)[0].images
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def resize_there():
+        image = torch.arange(48, dtype=torch.uint8).reshape(4, 4, 3)
+        resized = dali._pool(DATA.decode_threads).submit(dali.resize, image, torch.tensor([8, 8])).result(timeout=20)
+        sender.send(resized.shape)
+
+    child = fork.Process(target=resize_there)
+    child.start()
+    assert receiver.poll(30)
+    assert tuple(receiver.recv()) == (8, 8, 3)
+    child.join()
+    assert torch.equal(take(start(tiny_digits, PLAIN), 1)[0].images, expected)
+
+
+def test_a_mistake_in_planning_ends_the_stream_with_itself(some_photos, monkeypatch):
+    spoil(some_photos, 5, "a broken table")
+    planned = itertools.count()
+    draw = draws.draw
+
+    def fail_later(*args, **options):
+        if next(planned) == 3:
+            raise RuntimeError("a mistake of ours")
+        return draw(*args, **options)
+
+    monkeypatch.setattr(draws, "draw", fail_later)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        take(start(some_photos, PLAIN, sizes=(8, 8)), 8)
+
+
 def test_a_disk_that_fails_is_no_bad_image(some_photos, monkeypatch):
     def read(sample):
         raise OSError(errno.EIO, "Input/output error")
@@ -365,14 +411,15 @@ def test_odd_images_are_decoded_as_pil_decodes_them(tmp_path):
         assert np.abs(ours - expected).mean() < 0.1, source.name(int(sample))
 
 
-def test_a_bad_evaluation_image_does_not_count(some_photos):
-    spoil(some_photos, 5, "cut short")
+@pytest.mark.parametrize(("sample", "how"), [(5, "cut short"), (7, "a broken table"), (0, "a broken table")])
+def test_a_bad_evaluation_image_does_not_count(some_photos, sample, how):
+    spoil(some_photos, sample, how)
     seen = []
     for rank in range(2):
         reader = Reader(some_photos)
         for batch in eval_stream(reader, DATA, 3, World(rank, rank, 2, 2), CPU):
             seen += batch.samples[batch.positions >= 0].tolist()
-    assert sorted(seen) == [0, 1, 2, 3, 4, 6, 7]
+    assert sorted(seen) == [image for image in range(8) if image != sample]
 
 
 def test_mistakes_are_reported_before_the_first_image(photos):

@@ -7,6 +7,7 @@ the midst of the same pipeline: equalize, and on a CPU the resize.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -165,6 +166,9 @@ class _OnBatch:
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     """The process's threads beside DALI's own. Kept: no one can tell when DALI lets go of a pipeline's functions."""
     return ThreadPoolExecutor(num_threads, "torch")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads
 
 
 def resize(image: Tensor, size: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ and the whole state of a stream is how many micro-batches were taken from it.
 from __future__ import annotations
 
 import itertools
+import operator
 import queue
 import threading
 from collections import deque
@@ -205,9 +206,17 @@ def _run(
             dali.reserve_pinned_memory(data.pinned_memory_mib)
     in_flight: deque[Plan] = deque()
     again: deque[Plan] = deque()
+    planning_failed = False
 
     def feed() -> tuple[list[np.ndarray] | np.ndarray, ...]:
-        plan = again.popleft() if again else next(plans)  # its StopIteration tells DALI that this was all
+        nonlocal planning_failed
+        try:
+            plan = again.popleft() if again else next(plans)
+        except StopIteration:
+            raise  # which tells DALI that this was all
+        except Exception:
+            planning_failed = True
+            raise
         in_flight.append(plan)
         return plan.encoded, *plan.arguments
 
@@ -235,8 +244,8 @@ def _run(
                 return
             except RuntimeError:
                 # DALI names no image when a batch fails, and loses what is in flight: find out, plan anew, go on.
-                remade = [_without_undecodable(plan) for plan in in_flight]
-                if all(new is old for new, old in zip(remade, in_flight, strict=True)):
+                remade = [] if planning_failed else [_without_undecodable(plan) for plan in in_flight]
+                if all(map(operator.is_, remade, in_flight)):
                     raise
                 again.extendleft(reversed(remade))
                 in_flight.clear()
@@ -257,7 +266,7 @@ def _run(
 def _without_undecodable(plan: Plan) -> Plan:
     """The same plan where DALI decodes all of it, else another one."""
     samples = {int(plan.samples[place]) for place in dali.undecodable(plan.encoded, plan.crops)}
-    return plan.remake(plan.doubtful | samples) if samples else plan
+    return plan if samples <= plan.doubtful else plan.remake(plan.doubtful | samples)
 
 
 def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
