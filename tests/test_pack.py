@@ -185,12 +185,12 @@ def test_odd_images_that_need_no_scaling_keep_their_bytes(tmp_path):
 
 
 def test_an_image_too_long_for_a_jpeg_is_set_aside(tmp_path):
-    files = {"a/long.png": encoded(2, 70_000, mode="L"), "a/short.png": encoded(4, 4)}
+    files = {"a/long.png": encoded(70, 70_000, mode="L"), "a/short.png": encoded(4, 4)}
     source = ImageFolder(write_files(tmp_path / "set", files), tmp_path / "cache")
-    assert pack(source, tmp_path / "out", workers=1, shorter_side=2).images == 2
+    assert pack(source, tmp_path / "out", workers=1, shorter_side=70).images == 2
     assert pack(source, tmp_path / "smaller", workers=1, shorter_side=1).images == 2
-    longer = ImageFolder(write_files(tmp_path / "long", {"a/0.png": encoded(3, 200_000, mode="L")} | files), tmp_path)
-    assert pack(longer, tmp_path / "longer", workers=1, shorter_side=2).images == 2
+    longer = ImageFolder(write_files(tmp_path / "long", {"a/0.png": encoded(72, 72_000, mode="L")} | files), tmp_path)
+    assert pack(longer, tmp_path / "longer", workers=1, shorter_side=70).images == 2
     assert "do not fit into a JPEG" in (tmp_path / "longer" / "rejected.tsv").read_text()
 
 
@@ -524,9 +524,13 @@ def test_ctrl_c_ends_in_one_line_and_the_command_continues(arguments, tmp_path, 
             os.kill(os.getpid(), signal.SIGINT)
         add(self, row)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "add", interrupt)
-        assert main(arguments) == 130
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(shards.ShardWriter, "add", interrupt)
+            assert main(arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert re.fullmatch(r"stopped; what is whole in .*out stays, and the same command .*\n", capsys.readouterr().err)
     assert not list((tmp_path / "out").glob(".*"))
     assert main(arguments) == 0
