@@ -15,6 +15,7 @@ import torch
 from cit_scale import cli
 from cit_scale.batch import Batch
 from cit_scale.config import BatchPlan, ConfigError, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
+from cit_scale.data.index import shorten
 from cit_scale.data.order import Cursor, steps_per_epoch
 from cit_scale.data.reader import Reader
 from cit_scale.data.sources import Source, open_sources
@@ -192,9 +193,8 @@ def refuse_bad_index(sources: Sequence[Source], most: int) -> None:
     """Raise ConfigError for more unusable images than the run would bear."""
     bad = [f"{source.name(index)} ({source.rejects[index]})" for source in sources for index in sorted(source.rejects)]
     if len(bad) > most:
-        more = "" if len(bad) <= 5 else f" and {len(bad) - 5} more"
         raise ConfigError(
-            f"{len(bad)} images cannot be used, more than data.max_bad_images={most}: {', '.join(bad[:5])}{more}; "
+            f"{len(bad)} images cannot be used, more than data.max_bad_images={most}: {shorten(bad)}; "
             f"repair or remove them, or raise the limit"
         )
 

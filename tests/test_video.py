@@ -608,3 +608,10 @@ def test_the_record_of_a_video_says_what_its_frames_are(tmp_path, videos):
         "duration_s": 2.0,
         "software": "",
     }
+
+
+def test_a_link_in_a_circle_is_named(tmp_path, capsys):
+    (tmp_path / "videos" / "cat").mkdir(parents=True)
+    (tmp_path / "videos" / "cat" / "again").symlink_to("../cat")
+    assert main([str(tmp_path / "videos"), str(tmp_path / "out"), "--fps", "1"]) == 2
+    assert "cat/again is a link to a folder that it stands in; remove it" in capsys.readouterr().err

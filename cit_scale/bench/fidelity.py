@@ -36,7 +36,7 @@ from cit_scale.data.folders import ImageFolder
 from cit_scale.data.order import Cursor
 from cit_scale.data.reader import Reader
 from cit_scale.data.sources import Source
-from cit_scale.data.stream import eval_stream, read_policy, train_stream
+from cit_scale.data.stream import draw_samples, eval_stream, train_stream
 from cit_scale.world import World
 
 EPOCHS = 4  # of the photographs, in what is drawn
@@ -144,20 +144,8 @@ def measure_training(
     with closing(train_stream(Reader(source), augment, data, 0, Cursor(), *sizes, World(), CPU)) as stream:
         for epoch, batch in enumerate(itertools.islice(stream, EPOCHS)):
             samples = batch.samples.numpy()
-            draw = draws.draw(
-                0,
-                epoch,
-                samples,
-                np.zeros_like(samples),
-                source.heights[samples],
-                source.widths[samples],
-                image_size=data.image_size,
-                crop_scale=augment.crop_scale,
-                crop_ratio=augment.crop_ratio,
-                flip_prob=augment.flip_prob,
-                policy=read_policy(policy),
-                erase_prob=0.0,
-            )
+            repeats = np.zeros_like(samples)
+            draw = draw_samples(source, augment, data.image_size, 0, epoch, samples, repeats)
             for resample in RESAMPLE:
                 theirs = [augment_image(photos[sample], draw, i, data, resample) for i, sample in enumerate(samples)]
                 errors.append(errors_of(batch.images, theirs))

@@ -78,6 +78,10 @@ class RandAugment:
     prob: float = 0.5
     """Probability that a drawn operation is applied."""
 
+    @property
+    def num_words(self) -> int:
+        return 5 * self.num_layers
+
 
 @dataclass(frozen=True)
 class ThreeAugment:
@@ -87,6 +91,7 @@ class ThreeAugment:
     """Brightness, contrast and colour, in random order, are each multiplied by 1 - jitter to 1 + jitter."""
 
     num_layers: ClassVar[int] = 4
+    num_words: ClassVar[int] = 6
 
 
 Policy = RandAugment | ThreeAugment
@@ -190,12 +195,6 @@ def _draw_three_augment(uniforms: np.ndarray, options: ThreeAugment) -> tuple[np
     return np.vstack((first, jitter)), np.vstack((argument, factors))
 
 
-def _num_words(policy: Policy | None) -> int:
-    if policy is None:
-        return 0
-    return 6 if isinstance(policy, ThreeAugment) else 5 * policy.num_layers
-
-
 def _draw_policy(uniforms: np.ndarray, policy: Policy | None) -> tuple[np.ndarray, np.ndarray]:
     """Operations (L, B) and arguments (L, B)."""
     if policy is None:
@@ -297,7 +296,7 @@ def draw(
     samples, repeats, heights, widths: (B,) integers; heights and widths in pixels of the decoded images. image_size:
     height and width of the finished ones. The other options are AugmentConfig's.
     """
-    words = random_words(seed, epoch, samples, repeats, POLICY + _num_words(policy))
+    words = random_words(seed, epoch, samples, repeats, POLICY + (policy.num_words if policy else 0))
     uniforms = words * 2.0**-32  # in [0, 1)
     operations, arguments = _draw_policy(uniforms[POLICY:], policy)
     low, high = words[ERASE_KEY]

@@ -38,12 +38,16 @@ class BadImageError(ValueError):
 def read_size(file: Path | IO[bytes]) -> tuple[int, int]:
     """Height and width of the upright image, from its header. Raises BadImageError, OSError for a missing file."""
     with _reasons(), Image.open(file) as image:
-        (width, height), orientation = image.size, _orientation(image)
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
     if height * width > MAX_PIXELS:
         raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if max(height, width) > MAX_RATIO * min(height, width):
         raise BadImageError(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
-    return (width, height) if orientation in LYING else (height, width)
+    return (width, height) if _orientation(image) in LYING else (height, width)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -55,8 +59,8 @@ def _orientation(image: Image.Image) -> int:
 
 def decode(data: bytes) -> Image.Image:
     """The whole upright image in RGB, as PIL makes it. Raises BadImageError, for one too large before decoding it."""
-    read_size(io.BytesIO(data))
     with _reasons(), Image.open(io.BytesIO(data)) as image:
+        _upright_size(image)
         orientation = _orientation(image)
         decoded = image.convert("RGB")
     return decoded.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else decoded

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -142,16 +142,9 @@ def _any_readable(folder: Path, columns: Columns) -> bool:
 
 def _index_folder(folder: Path, index_path: Path) -> Columns:
     times: list[tuple[bytes, int]] = []
-    classes = [entry.name for entry in _entries(folder, "", times) if _is_folder(entry)]
-    if not classes:
-        raise ConfigError(f"{printable(folder)} has no sub-folders; it needs one sub-folder of images per class")
-    images = [[os.fsencode(name) for name in _find_images(folder, name, times)] for name in classes]
-    empty = [printable(name) for name, found in zip(classes, images, strict=True) if not found]
-    if empty:
-        raise ConfigError(
-            f"{printable(folder)} has no images for {len(empty)} of {len(classes)} classes: {shorten(empty)}; "
-            f"add images ({' '.join(sorted(EXTENSIONS))}) or remove these folders"
-        )
+    found = find_files(folder, EXTENSIONS, "images", lambda inside: times.append(_settled_time(folder, inside)))
+    classes = list(found)
+    images = [[os.fsencode(name) for name in names] for names in found.values()]
     names = [name for found in images for name in found]
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in images])
 
@@ -165,29 +158,54 @@ def _index_folder(folder: Path, index_path: Path) -> Columns:
     }
 
 
-def _find_images(folder: Path, inside: str, times: list[tuple[bytes, int]]) -> Iterator[str]:
-    """The images below folder/inside, by their paths relative to `folder`, in sorted order."""
-    for entry in _entries(folder, inside, times):
-        if _is_folder(entry):
+def find_files(
+    folder: Path, extensions: Collection[str], what: str, enter: Callable[[str], None] = lambda inside: None
+) -> dict[str, list[str]]:
+    """By class, in sorted order: the files with these extensions in a folder of class folders, and below, by their
+    paths relative to `folder`. enter: called with each folder's relative path before its names are read.
+
+    Raises ConfigError where there are no classes, a class without `what`, or links in a circle.
+    """
+    classes = [entry.name for entry in _entries(folder, "", enter) if is_folder(entry)]
+    if not classes:
+        raise ConfigError(f"{printable(folder)} has no sub-folders; it needs one sub-folder of {what} per class")
+    found = {name: list(_find_inside(folder, name, extensions, enter)) for name in classes}
+    empty = [printable(name) for name in classes if not found[name]]
+    if empty:
+        raise ConfigError(
+            f"{printable(folder)} has no {what} for {len(empty)} of {len(classes)} classes: {shorten(empty)}; "
+            f"add {what} ({' '.join(sorted(extensions))}) or remove these folders"
+        )
+    return found
+
+
+def _find_inside(folder: Path, inside: str, extensions: Collection[str], enter: Callable[[str], None]) -> Iterator[str]:
+    for entry in _entries(folder, inside, enter):
+        if is_folder(entry):
             if entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(Path(entry.path).resolve()):
                 raise ConfigError(f"{printable(entry.path)} is a link to a folder that it stands in; remove it")
-            yield from _find_images(folder, f"{inside}/{entry.name}", times)
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            yield from _find_inside(folder, f"{inside}/{entry.name}", extensions, enter)
+        elif os.path.splitext(entry.name)[1].lower() in extensions:
             yield f"{inside}/{entry.name}"
 
 
-def _entries(folder: Path, inside: str, times: list[tuple[bytes, int]]) -> list[os.DirEntry[str]]:
-    """What is in folder/inside, in sorted order. Adds the time of that folder to `times`."""
-    name = os.fsencode(inside)
-    time_ns = _folder_time(folder, name)
-    if time_ns is not None and 0 <= time.time_ns() - time_ns < CLOCK_TICK_S * 1e9:
-        time.sleep(CLOCK_TICK_S)  # so that a change after this moment shows in the time
-        time_ns = _folder_time(folder, name)
-    times.append((name, time_ns))
+def _entries(folder: Path, inside: str, enter: Callable[[str], None]) -> list[os.DirEntry[str]]:
+    """What is shown in folder/inside, in sorted order."""
+    enter(inside)
     return sorted(filter(is_shown, os.scandir(folder / inside)), key=lambda entry: entry.name)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _settled_time(folder: Path, inside: str) -> tuple[bytes, int | None]:
+    """A folder's name and time, at a moment after which every change shows in the time."""
+    name = os.fsencode(inside)
+    time_ns = _folder_time(folder, name)
+    if time_ns is not None and 0 <= time.time_ns() - time_ns < CLOCK_TICK_S * 1e9:
+        time.sleep(CLOCK_TICK_S)
+        time_ns = _folder_time(folder, name)
+    return name, time_ns
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
     """A link that leads nowhere is none; what it is called says whether it counts as a broken image."""
     try:
         return entry.is_dir()

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from cit_scale.config import ConfigError, DataConfig
-from cit_scale.data.folders import DELIMITERS, ImageFolder, Manifest, is_shown
+from cit_scale.data.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
 from cit_scale.data.idx import labels_beside, read_idx
 from cit_scale.data.index import cache_path, printable, shorten
 from cit_scale.data.order import permutation
@@ -180,7 +180,7 @@ def _open_folder(folder: Path, cache_dir: Path) -> Source:
             f"{folder} is not packed to the end; give the command that packs it again, which continues, "
             f"or delete the folder"
         )
-    has_folders = any(entry.is_dir() for entry in os.scandir(folder) if is_shown(entry))
+    has_folders = any(is_folder(entry) for entry in os.scandir(folder) if is_shown(entry))
     if tar_files(folder) and not has_folders:
         return open_foreign_shards(folder, cache_dir)
     return ImageFolder(folder, cache_dir)

@@ -13,10 +13,10 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
 from cit_scale.data.order import Cursor, epoch_order, rank_slice, steps_per_epoch
 from cit_scale.data.reader import Reader
+from cit_scale.data.sources import Source
 from cit_scale.world import World
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -93,25 +94,12 @@ def train_stream(
         positions: np.ndarray,
         samples: np.ndarray,
         repeats: np.ndarray,
-        threads: Threads,
+        read: Read,
         doubtful: frozenset[int] = frozenset(),
     ) -> Plan:
-        good, encoded = read_all(reader, samples, threads, doubtful)
-        draw = draws.draw(
-            seed,
-            epoch,
-            good,
-            repeats,
-            source.heights[good],
-            source.widths[good],
-            image_size=data.image_size,
-            crop_scale=augment.crop_scale,
-            crop_ratio=augment.crop_ratio,
-            flip_prob=augment.flip_prob,
-            policy=policy,
-            erase_prob=augment.erase_prob,
-        )
-        remake = partial(plan, epoch, positions, samples, repeats, threads)
+        good, encoded = read(samples, doubtful)
+        draw = draw_samples(source, augment, data.image_size, seed, epoch, good, repeats)
+        remake = partial(plan, epoch, positions, samples, repeats, read)
         arguments = dali.train_arguments(draw, data.image_size)
         return Plan(remake, doubtful, positions, good, encoded, draw.crop, arguments, draw)
 
@@ -141,22 +129,23 @@ def eval_stream(
     """
     source = reader.source
 
-    def plan(first: int, threads: Threads, doubtful: frozenset[int] = frozenset()) -> Plan:
+    def plan(first: int, read: Read, doubtful: frozenset[int] = frozenset()) -> Plan:
         positions = np.arange(batch_size) * world.world_size + world.rank
         samples = first * world.world_size + positions
         asked = np.minimum(samples, len(source) - 1)
-        good, encoded = read_all(reader, asked, threads, doubtful)
+        good, encoded = read(asked, doubtful)
         positions = np.where(good == samples, positions, -1)
         heights, widths = source.heights[good], source.widths[good]
         whole = np.stack((0 * heights, 0 * widths, heights, widths), axis=1).astype(np.int32)
         arguments = dali.eval_arguments(heights, widths, data)
-        return Plan(partial(plan, first, threads), doubtful, positions, good, encoded, whole, arguments)
+        return Plan(partial(plan, first, read), doubtful, positions, good, encoded, whole, arguments)
 
     per_rank = -(-len(source) // world.world_size)
     requests = (partial(plan, first) for first in range(0, per_rank, batch_size))
     return _run(dali.eval_pipeline, reader, requests, data, batch_size, device)
 
 
+@cache
 def read_policy(text: str | None) -> draws.Policy | None:
     """AugmentConfig.policy, or a ConfigError."""
     try:
@@ -165,28 +154,47 @@ def read_policy(text: str | None) -> draws.Policy | None:
         raise ConfigError(f"augment.{error}") from None
 
 
+def draw_samples(
+    source: Source,
+    augment: AugmentConfig,
+    image_size: int,
+    seed: int,
+    epoch: int,
+    samples: np.ndarray,
+    repeats: np.ndarray,
+) -> Draw:
+    """The augmentation of these samples (B,), each for the time that `repeats` (B,) says, in an epoch."""
+    return draws.draw(
+        seed,
+        epoch,
+        samples,
+        repeats,
+        source.heights[samples],
+        source.widths[samples],
+        image_size=image_size,
+        crop_scale=augment.crop_scale,
+        crop_ratio=augment.crop_ratio,
+        flip_prob=augment.flip_prob,
+        policy=read_policy(augment.policy),
+        erase_prob=augment.erase_prob,
+    )
+
+
 def read_all(
-    reader: Reader, samples: np.ndarray, threads: Threads, doubtful: frozenset[int]
+    reader: Reader, pool: Executor, chunks: int, samples: np.ndarray, doubtful: frozenset[int]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The good samples (B,) in the place of `samples` (B,), and their encoded bytes.
 
     A thread takes a chunk of them, so that a slow disk is asked for several at once and a fast one is not slowed down.
     """
-    chunks = np.array_split(samples, threads.count)
-    read = threads.pool.map(lambda chunk: [reader.read(int(sample), doubtful) for sample in chunk], chunks)
+    parts = np.array_split(samples, chunks)
+    read = pool.map(lambda part: [reader.read(int(sample), doubtful) for sample in part], parts)
     good, encoded = zip(*itertools.chain.from_iterable(read), strict=True)
     return np.array(good), [np.frombuffer(data, np.uint8) for data in encoded]
 
 
-@dataclass(frozen=True)
-class Threads:
-    """What reads files, and how many of it."""
-
-    pool: ThreadPoolExecutor
-    count: int
-
-
-Request = Callable[[Threads], Plan]
+Read = Callable[[np.ndarray, frozenset[int]], tuple[np.ndarray, list[np.ndarray]]]
+Request = Callable[[Read], Plan]
 
 
 def _run(
@@ -220,6 +228,9 @@ def _run(
         in_flight.append(plan)
         return plan.encoded, *plan.arguments
 
+    def planned(read: Read) -> Iterator[Plan]:
+        return (request(read) for request in requests)
+
     def build() -> dali.Pipeline:
         return pipeline_of(
             feed,
@@ -232,8 +243,8 @@ def _run(
         )
 
     with (
-        ThreadPoolExecutor(data.decode_threads, "read") as read,
-        closing(ahead((request(Threads(read, data.decode_threads)) for request in requests), data.prefetch)) as plans,
+        ThreadPoolExecutor(data.decode_threads, "read") as pool,
+        closing(ahead(planned(partial(read_all, reader, pool, data.decode_threads)), data.prefetch)) as plans,
     ):
         pipeline = build()
         while True:

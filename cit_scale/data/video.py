@@ -38,7 +38,7 @@ import ffmpeg
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from cit_scale.config import ConfigError
-from cit_scale.data.folders import ImageFolder
+from cit_scale.data.folders import ImageFolder, find_files
 from cit_scale.data.index import describe, printable, shorten
 from cit_scale.data.pack import REJECTED, pack
 from cit_scale.data.progress import Progress
@@ -360,34 +360,11 @@ def find_videos(folder: Path) -> list[str]:
     """CLASS/VIDEO of each video in a folder, in sorted order. Raises ConfigError for a folder that is no data set."""
     if not folder.is_dir():
         raise ConfigError(f"{printable(folder)} is not a folder; give one with a sub-folder of videos per class")
-    classes = [entry.name for entry in _shown(folder) if entry.is_dir()]
-    if not classes:
-        raise ConfigError(f"{printable(folder)} has no sub-folders; it needs one sub-folder of videos per class")
-    found = {name: list(_find_inside(folder, name)) for name in classes}
-    empty = [printable(name) for name in classes if not found[name]]
-    if empty:
-        raise ConfigError(
-            f"{printable(folder)} has no videos for {len(empty)} of {len(classes)} classes: {shorten(empty)}; "
-            f"add videos ({' '.join(sorted(EXTENSIONS))}) or remove these folders"
-        )
-    return [name for names in found.values() for name in names]
+    return [name for names in find_files(folder, EXTENSIONS, "videos").values() for name in names]
 
 
 def num_cpus() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _find_inside(folder: Path, inside: str) -> Iterator[str]:
-    for entry in _shown(folder / inside):
-        if entry.is_dir():
-            yield from _find_inside(folder, f"{inside}/{entry.name}")
-        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-            yield f"{inside}/{entry.name}"
-
-
-def _shown(folder: Path) -> list[os.DirEntry[str]]:
-    entries = (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
-    return sorted(entries, key=lambda entry: entry.name)
 
 
 def _renew(video: Path, folder: Path, scratch: Path, take: Callable[..., int], hwaccel: str | None) -> Record:
