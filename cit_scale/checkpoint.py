@@ -25,7 +25,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from cit_scale.config import ConfigError
+from cit_scale.errors import ConfigError
 from cit_scale.files import file_sha256, sync
 from cit_scale.world import World, agree_any, broadcast
 

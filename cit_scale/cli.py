@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
 
-from cit_scale.config import ConfigError, RunConfig
+from cit_scale.config import RunConfig
+from cit_scale.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"

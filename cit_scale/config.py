@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cit_scale.errors import ConfigError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's: one line with the values and the way out. The entry points print it and exit with 2."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +188,20 @@ class OptimConfig:
 class EngineConfig:
     """What hosts the student."""
 
-    name: Literal["zero", "plain"] = "zero"
-    """zero: DeepSpeed ZeRO, any number of ranks. plain: one process, plain PyTorch."""
+    name: Literal["zero", "fsdp2", "plain"] = "zero"
+    """zero: DeepSpeed ZeRO. fsdp2: PyTorch's fully_shard. Both on any number of ranks. plain: one process alone."""
 
     ds_config: str = "zero1"
     """How ZeRO shards: a file in ds_configs/ by name, or a path."""
 
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16 is autocast over float32 weights."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """bf16 and fp16 are autocast over float32 weights; fp16, for cards without bf16, scales the loss."""
+
+    batch_norm: Literal["local", "synchronized"] = "local"
+    """Whose images BatchNorm in the student's stems normalises with: each rank's own, or those of all ranks."""
+
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
 
     compile: bool = False
     """Compile the student with torch.compile."""
@@ -205,7 +209,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, how often to save."""
+    """How long, how much at once, how often to save, when to give up."""
 
     epochs: int = 300
     """Passes over the training set."""
@@ -219,14 +223,29 @@ class TrainConfig:
     log_every_steps: int = 50
     """How often metrics are read from the device and written."""
 
-    save_every_steps: int = 500
-    """How often a checkpoint is committed; one is also committed at the end and when the run is asked to stop."""
-
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept."""
-
     eval_every_epochs: int = 10
     """How often the student is evaluated; it always is at the end."""
+
+    save_every_steps: int = 500
+    """How often a checkpoint is written; one also is at the end and when the run is asked to stop."""
+
+    save_every_minutes: float = 15
+    """A checkpoint is also written when the last one is older; 0 leaves it to the steps."""
+
+    keep_last: int = 2
+    """How many of the newest checkpoints are kept."""
+
+    keep_every_steps: int | None = None
+    """Checkpoints of multiples of this are kept for good; they are written whatever save_every_steps says."""
+
+    keep_best: int = 0
+    """How many of those with the best average top-1 are kept; above 0, a checkpoint follows every evaluation."""
+
+    max_bad_steps: int = 10
+    """After so many steps in a row that are not finite the run stops, with their batches beside the checkpoints."""
+
+    step_timeout_s: float = 1800
+    """A step, evaluation batch or checkpoint that takes longer is hung: all ranks write their stacks and leave. 0: never."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +331,9 @@ def check_ranges(config: RunConfig) -> None:
         "train.micro_batch_size": train.micro_batch_size if train.micro_batch_size is not None else 1,
         "train.log_every_steps": train.log_every_steps,
         "train.save_every_steps": train.save_every_steps,
-        "train.keep_checkpoints": train.keep_checkpoints,
+        "train.keep_last": train.keep_last,
+        "train.keep_every_steps": train.keep_every_steps if train.keep_every_steps is not None else 1,
+        "train.max_bad_steps": train.max_bad_steps,
         "train.eval_every_epochs": train.eval_every_epochs,
     }
     not_negative = {
@@ -327,6 +348,9 @@ def check_ranges(config: RunConfig) -> None:
         "optim.warmup_epochs": optim.warmup_epochs,
         "optim.weight_decay": optim.weight_decay,
         "optim.clip_norm": optim.clip_norm,
+        "train.save_every_minutes": train.save_every_minutes,
+        "train.keep_best": train.keep_best,
+        "train.step_timeout_s": train.step_timeout_s,
         **{f"teachers.{name}.weight": teacher.weight for name, teacher in config.teachers.items()},
     }
     shares = {

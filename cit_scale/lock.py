@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cit_scale.config import ConfigError
-from cit_scale.stop import Stopped, StopRequest
+from cit_scale.errors import ConfigError, Stopped
+from cit_scale.stop import StopRequest
 from cit_scale.world import World, broadcast
 
 WAIT_S = 90

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import nn
 
-from cit_scale.config import ConfigError, OptimConfig
+from cit_scale.config import OptimConfig
+from cit_scale.errors import ConfigError
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:

@@ -10,18 +10,6 @@ from typing import Any
 import psutil
 
 
-class Stopped(Exception):  # noqa: N818  an outcome, not an error
-    """The run saved its state and left because it was asked to. signum: the signal; None on a rank that got none."""
-
-    def __init__(self, step: int, signum: int | None) -> None:
-        super().__init__(step, signum)  # what unpickling on another rank calls it with
-        self.step = step
-        self.signum = signum
-
-    def __str__(self) -> str:
-        return f"stopped after step {self.step}"
-
-
 class StopRequest:
     """Catches SIGINT and SIGTERM while used as a context manager.
 

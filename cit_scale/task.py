@@ -14,13 +14,14 @@ import torch
 
 from cit_scale import cli
 from cit_scale.batch import Batch
-from cit_scale.config import BatchPlan, ConfigError, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
+from cit_scale.config import BatchPlan, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
 from cit_scale.data.index import shorten
 from cit_scale.data.order import Cursor, steps_per_epoch
 from cit_scale.data.reader import Reader
 from cit_scale.data.sources import Source, open_sources
 from cit_scale.data.stream import eval_stream, read_policy, train_stream
 from cit_scale.engines.build import check_engine
+from cit_scale.errors import ConfigError
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.teachers import Teacher, load_teacher
 from cit_scale.world import World, first_on_each_node, together
@@ -34,7 +35,7 @@ MAY_CHANGE = (
     "name", "runs_dir", "data.train", "data.eval", "data.cache_dir", "data.decode_threads", "data.prefetch",
     "data.hw_decoder_load", "data.pinned_memory_mib", "data.max_bad_images",
     "engine.name", "engine.ds_config", "train.micro_batch_size", "train.log_every_steps", "train.save_every_steps",
-    "train.keep_checkpoints", "train.eval_every_epochs",
+    "train.keep_last", "train.eval_every_epochs",
 )  # fmt: skip
 
 

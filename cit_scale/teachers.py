@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cit_scale.batch import TeacherLogits, teacher_logits_type
-from cit_scale.config import ConfigError, DistillConfig, TeacherConfig
+from cit_scale.config import DistillConfig, TeacherConfig
+from cit_scale.errors import ConfigError
 from cit_scale.files import file_sha256
 from cit_scale.models.fold import fold_batch_norm
 from cit_scale.models.network import Network, build_network, load_weights

@@ -28,11 +28,12 @@ from torch import Tensor
 from cit_scale import checkpoint, cli
 from cit_scale.bad_images import BadImages, TooManyBadImagesError
 from cit_scale.batch import Batch, LossTerms
-from cit_scale.config import ConfigError, RunConfig, TeacherConfig
+from cit_scale.config import RunConfig, TeacherConfig
 from cit_scale.data.encoded import BadImageError
 from cit_scale.data.mixing import mix
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
+from cit_scale.errors import ConfigError, Stopped
 from cit_scale.evaluate import evaluate
 from cit_scale.files import write_text
 from cit_scale.lock import exclusive
@@ -41,7 +42,7 @@ from cit_scale.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
 from cit_scale.results import describe_environment, print_table
-from cit_scale.stop import Stopped, StopRequest
+from cit_scale.stop import StopRequest
 from cit_scale.task import CONFIG, Task, check, check_same_run, teacher_runs
 from cit_scale.teachers import Teacher, run_teachers
 from cit_scale.world import World, agree_any, barrier, broadcast, start, together
@@ -236,7 +237,7 @@ def train_steps(
             engine.module.train()
             log.record(step, _named("top1_", accuracy.top1))
         if is_last or stopping or bad.too_many or step % config.train.save_every_steps == 0:
-            checkpoint.save(config.run_dir, step, engine.state(), inputs, world, keep=config.train.keep_checkpoints)
+            checkpoint.save(config.run_dir, step, engine.state(), inputs, world, keep=config.train.keep_last)
         bad.refuse_too_many()
         if stopping:
             raise Stopped(step, stop.signum)

@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageOps
 
 from cit_scale.bench import decode, fidelity
-from cit_scale.config import ConfigError
 from cit_scale.data import dali
 from cit_scale.data.pack import pack
 from cit_scale.data.sources import ImageFolder, TarShards
+from cit_scale.errors import ConfigError
 
 
 def cells_of(said):

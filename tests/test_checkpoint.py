@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cit_scale import checkpoint
 from cit_scale.checkpoint import load_newest, save
-from cit_scale.config import ConfigError
+from cit_scale.errors import ConfigError
 from cit_scale.world import World
 
 ALONE = World()

@@ -6,7 +6,8 @@ import os
 import pytest
 
 from cit_scale import cli
-from cit_scale.config import ConfigError, RunConfig, check_ranges, plan_batches
+from cit_scale.config import RunConfig, check_ranges, plan_batches
+from cit_scale.errors import ConfigError
 
 
 def parse(*argv):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cit_scale.batch import StudentLogits, student_logits_type
-from cit_scale.config import ConfigError, EngineConfig, MixingConfig, OptimConfig, RunConfig, TrainConfig
+from cit_scale.config import EngineConfig, MixingConfig, OptimConfig, RunConfig, TrainConfig
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine, check_engine
 from cit_scale.engines.zero import read_ds_config
+from cit_scale.errors import ConfigError
 from cit_scale.models.network import Network, build_network
 from cit_scale.world import World
 

@@ -8,18 +8,19 @@ PACKAGE = REPOSITORY / "cit_scale"
 
 # A module imports only from strictly lower levels.
 LEVELS = {
-    0: "config files world batch stop data.order data.draws data.encoded data.progress models.released "
+    0: "errors",
+    1: "config files world batch stop data.order data.draws data.encoded data.progress models.released "
     "models.involution_loop models.involution_triton",
-    1: "cli lock data.dali data.idx data.index data.mixing models.involution_cpu models.fold losses optim metrics "
+    2: "cli lock data.dali data.idx data.index data.mixing models.involution_cpu models.fold losses optim metrics "
     "results engines.base engines.state",
-    2: "data.folders data.shards models.involution engines.plain engines.zero checkpoint bench.measure",
-    3: "data.sources engines.build models.rednet",
-    4: "data.pack data.reader models.cit",
-    5: "data.stream data.video bad_images models",
-    6: "models.network bench.decode bench.involution",
-    7: "teachers evaluate bench.fidelity",
-    8: "task bench.teachers",
-    9: "train",
+    3: "data.folders data.shards models.involution engines.plain engines.zero checkpoint bench.measure",
+    4: "data.sources engines.build models.rednet",
+    5: "data.pack data.reader models.cit",
+    6: "data.stream data.video bad_images models",
+    7: "models.network bench.decode bench.involution",
+    8: "teachers evaluate bench.fidelity",
+    9: "task bench.teachers",
+    10: "train",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 

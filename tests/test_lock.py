@@ -4,9 +4,9 @@ import signal
 
 import pytest
 
-from cit_scale.config import ConfigError
+from cit_scale.errors import ConfigError, Stopped
 from cit_scale.lock import exclusive
-from cit_scale.stop import Stopped, StopRequest
+from cit_scale.stop import StopRequest
 from cit_scale.world import World
 
 

@@ -3,7 +3,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cit_scale.config import ConfigError
+from cit_scale.errors import ConfigError
 from cit_scale.models.network import build_network, load_weights, read_weights
 
 SMALL_CIT = {"depth": 1, "embed_dim": 48, "num_heads": 3, "patch_size": 8}

@@ -5,7 +5,8 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from cit_scale.config import ConfigError, OptimConfig
+from cit_scale.config import OptimConfig
+from cit_scale.errors import ConfigError
 from cit_scale.optim import adamw, learning_rate, parameter_groups
 
 

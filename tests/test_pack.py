@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from cit_scale.config import ConfigError
 from cit_scale.data import pack as pack_module
 from cit_scale.data import shards
 from cit_scale.data.encoded import decode
 from cit_scale.data.pack import main, pack
 from cit_scale.data.sources import ImageFolder, TarShards, digits, open_source
+from cit_scale.errors import ConfigError
 
 fork = multiprocessing.get_context("fork")
 

@@ -17,12 +17,13 @@ import pytest
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
-from cit_scale.config import ConfigError, DataConfig
+from cit_scale.config import DataConfig
 from cit_scale.data import folders, index, progress, shards, sources
 from cit_scale.data.encoded import decode, read_size
 from cit_scale.data.index import printable
 from cit_scale.data.shards import open_foreign_shards, write_shards
 from cit_scale.data.sources import ImageFolder, Manifest, Subset, TarShards, digits, open_source, open_sources
+from cit_scale.errors import ConfigError
 
 
 def png(height=4, width=5, value=0):

@@ -4,7 +4,8 @@ import signal
 
 import pytest
 
-from cit_scale.stop import Stopped, StopRequest
+from cit_scale.errors import Stopped
+from cit_scale.stop import StopRequest
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

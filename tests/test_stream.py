@@ -26,7 +26,7 @@ from stream_cases import (
 )
 from torchvision import transforms
 
-from cit_scale.config import ConfigError, MixingConfig
+from cit_scale.config import MixingConfig
 from cit_scale.data import dali, draws, stream
 from cit_scale.data.encoded import BadImageError
 from cit_scale.data.mixing import mix
@@ -36,6 +36,7 @@ from cit_scale.data.reader import Reader
 from cit_scale.data.shards import TarShards
 from cit_scale.data.sources import ImageFolder
 from cit_scale.data.stream import erase, eval_stream
+from cit_scale.errors import ConfigError
 from cit_scale.world import World
 
 # --- Purity ---

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cit_scale.config import ConfigError, DistillConfig, TeacherConfig
+from cit_scale.config import DistillConfig, TeacherConfig
+from cit_scale.errors import ConfigError
 from cit_scale.models.network import build_network, load_weights
 from cit_scale.teachers import load_teacher, run_teachers
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cit_scale.config import ConfigError
 from cit_scale.data import video
 from cit_scale.data.folders import ImageFolder
 from cit_scale.data.shards import TarShards
 from cit_scale.data.video import BadVideoError, Sampling, extract, extract_all, main, probe
+from cit_scale.errors import ConfigError
 
 LUMA_STEP = 8
 

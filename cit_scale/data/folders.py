@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cit_scale.config import ConfigError
 from cit_scale.data.encoded import EXTENSIONS, BadImageError
 from cit_scale.data.index import (
     THREADS,
@@ -29,6 +28,7 @@ from cit_scale.data.index import (
     printable,
     shorten,
 )
+from cit_scale.errors import ConfigError
 
 CLOCK_TICK_S = 0.02  # two changes of a folder closer than this may bear the same time
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

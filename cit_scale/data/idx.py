@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cit_scale.config import ConfigError
+from cit_scale.errors import ConfigError
 
 UNSIGNED_BYTES = 0x08
 

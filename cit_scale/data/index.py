@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cit_scale.config import ConfigError
 from cit_scale.data.encoded import BadImageError, read_size
 from cit_scale.data.progress import Progress
+from cit_scale.errors import ConfigError
 from cit_scale.files import sync
 
 FORMAT = 2

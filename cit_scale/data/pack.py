@@ -29,12 +29,13 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from cit_scale.config import ConfigError, DataConfig
+from cit_scale.config import DataConfig
 from cit_scale.data.encoded import EXTENSIONS, BadImageError, decode
 from cit_scale.data.index import Columns, Texts, concatenate, load, printable, save, shorten
 from cit_scale.data.progress import Progress
 from cit_scale.data.shards import INDEX, SETTINGS, Row, ShardWriter, shard_name, write_index
 from cit_scale.data.sources import BUILT_IN, Source, open_source
+from cit_scale.errors import ConfigError
 from cit_scale.files import sync, write_text
 
 REJECTED = "rejected.tsv"

@@ -24,7 +24,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from cit_scale.config import ConfigError
 from cit_scale.data.encoded import EXTENSIONS, read_size
 from cit_scale.data.index import (
     THREADS,
@@ -43,6 +42,7 @@ from cit_scale.data.index import (
     shorten,
 )
 from cit_scale.data.progress import Progress
+from cit_scale.errors import ConfigError
 from cit_scale.files import sync
 
 INDEX = "index.npz"  # comes last: a folder that has it is whole

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from cit_scale.batch import Batch
-from cit_scale.config import AugmentConfig, ConfigError, DataConfig
+from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
 from cit_scale.data.order import Cursor, epoch_order, rank_slice, steps_per_epoch
 from cit_scale.data.reader import Reader
 from cit_scale.data.sources import Source
+from cit_scale.errors import ConfigError
 from cit_scale.world import World
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

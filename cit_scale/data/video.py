@@ -37,13 +37,13 @@ from typing import Any
 import ffmpeg
 from imageio_ffmpeg import get_ffmpeg_exe
 
-from cit_scale.config import ConfigError
 from cit_scale.data.folders import ImageFolder, find_files
 from cit_scale.data.index import describe, printable, shorten
 from cit_scale.data.pack import REJECTED, pack
 from cit_scale.data.progress import Progress
+from cit_scale.errors import ConfigError, Stopped
 from cit_scale.files import write_text
-from cit_scale.stop import Stopped, StopRequest
+from cit_scale.stop import StopRequest
 
 EXTENSIONS = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,11 +20,14 @@ class StepResult:
 
     grad_norm: L2 norm over all parameters, before clipping, of the whole job's mean gradient; inf or nan if skipped.
     skipped: the gradient was not finite, and nothing was changed: weights, moments, buffers, moving average.
+    loss_scale: what fp16 multiplied the loss by in this step, 1 at other precisions. A step that is skipped while it is
+    above 1 is how fp16 finds its scale, which is halved then; it is no sign of trouble.
     """
 
     grad_norm: float
     lr: float
     skipped: bool
+    loss_scale: float = 1.0
 
 
 class Engine(Protocol):
@@ -51,17 +55,28 @@ class Engine(Protocol):
         Reads one number from the device: whether the gradient is finite has to be known before the update.
         """
 
-    def state(self) -> dict[str, Tensor]:
-        """Collective. On rank 0 a copy of the whole training state on the CPU, elsewhere empty. Between two updates.
+    def state_shapes(self) -> dict[str, torch.Size]:
+        """What ``state`` can give: the shape of each tensor of the training state, the same on every rank.
 
         Keys: ``weight/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` for each parameter and ``ema/NAME`` where an
         average is kept (float32, the parameter's own shape), ``buffer/NAME``, and likewise ``ema/NAME``, for each
-        buffer of the state dict, and ``optimizer_step`` (the number of updates applied, int64 scalar). The same for
-        every engine, stage and world size.
+        buffer of the state dict, ``optimizer_step`` (the number of updates applied, int64 scalar) and ``loss_scale``
+        (float32, (2,): the scale of fp16 and the good steps since it changed; zeros elsewhere). The same for every
+        engine, stage and world size.
         """
 
+    def state(self, keys: Container[str]) -> dict[str, Tensor]:
+        """Collective. Copies on the CPU of what this rank asks for, which may differ by rank. Between two updates."""
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Collective. Every rank passes the whole state, as ``state`` returned it. ConfigError if it does not fit."""
+        """Collective. Every rank passes the whole state, as ``state`` returned it. ConfigError if it does not fit.
+
+        Tensors are looked up one at a time and not kept: the mapping may read each from a file.
+        """
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Collective, to enter and to leave. Within it ``forward`` computes with the moving average of weights and
+        buffers, which there has to be; afterwards everything is as before, bit for bit."""
 
 
 class Hosted(nn.Module):

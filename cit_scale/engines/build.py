@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cit_scale.config import ConfigError, RunConfig, plan_batches
+from cit_scale.config import RunConfig, plan_batches
 from cit_scale.engines.base import Engine
+from cit_scale.errors import ConfigError
 from cit_scale.world import World
 
 

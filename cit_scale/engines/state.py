@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from cit_scale.config import ConfigError
+from cit_scale.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -21,9 +21,10 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits
-from cit_scale.config import REPOSITORY, ConfigError, EngineConfig, OptimConfig, RunConfig
+from cit_scale.config import REPOSITORY, EngineConfig, OptimConfig, RunConfig
 from cit_scale.engines.base import Hosted, StepResult, clip_gradients
 from cit_scale.engines.state import Layout, TrainingState, WholeParameters
+from cit_scale.errors import ConfigError
 from cit_scale.optim import adamw, set_learning_rate
 from cit_scale.world import World
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
-from cit_scale.config import ConfigError
+from cit_scale.errors import ConfigError
 from cit_scale.models.released import convert
 
 # Arguments of timm.create_model that follow from the rest of the run.
