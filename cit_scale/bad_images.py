@@ -6,14 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cit_scale.data.reader import Reader
+from cit_scale.errors import BadDataError
 from cit_scale.files import write_text
 from cit_scale.world import World, gather
 
 FILE = "bad_images.tsv"
-
-
-class TooManyBadImagesError(RuntimeError):
-    """More images than data.max_bad_images cannot be used."""
 
 
 class BadImages:
@@ -59,9 +56,9 @@ class BadImages:
         write_text(self._path, "".join(f"{name}\t{reason}\n" for name, reason in sorted(reasons.items())))
 
     def refuse_too_many(self) -> None:
-        """Raise TooManyBadImagesError, on every rank, when there are."""
+        """Raise BadDataError, on every rank, when there are."""
         if self.too_many:
-            raise TooManyBadImagesError(
+            raise BadDataError(
                 f"{len(self._reasons)} images cannot be used, more than data.max_bad_images={self._most}; their list: "
                 f"{self._path}; repair them, or raise the limit: the same command continues"
             )

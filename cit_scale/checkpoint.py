@@ -1,12 +1,14 @@
-"""Checkpoints that are either whole or not there: written aside, checked by sums, committed by one rename.
+"""Checkpoints that are either whole or not there: written aside by all ranks, checked by sums, committed by one rename.
 
-    run_dir/ckpt/step_000123/state.safetensors   the training state, as ``Engine.state`` returns it
-                             meta.json           what else the run needs to go on
-                             MANIFEST.json       size and SHA-256 of both, written last
+    run_dir/ckpt/step_000123/*.safetensors   the tensors, each rank its files; portable.py says which lies where
+                             meta.json       what else the run needs to go on
+                             index.json      which file each tensor of the training state lies in, and its key there
+                             MANIFEST.json   size and SHA-256 of all of them, written last
 
 No file says which one is the latest: a folder that bears its final name is complete, and the newest that verifies is
-it. Other names are not checkpoints: ``.partial`` is being written, or was when the run was killed, ``.deleted`` is on
-its way out, ``.broken`` did not verify and is kept for a person to look at. Nothing in a checkpoint can be executed.
+it. Neither clocks nor file times are asked. Other names are not checkpoints: ``.partial`` is being written, or was when
+the run was killed, ``.deleted`` is on its way out, ``.broken`` did not verify and is kept for a person to look at.
+Nothing in a checkpoint can be executed.
 """
 
 from __future__ import annotations
@@ -17,80 +19,205 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import safetensors.torch
 from torch import Tensor
 
-from cit_scale.errors import ConfigError
+from cit_scale.errors import CannotWriteError, ConfigError, DivergedError, RefusedError, RunError
 from cit_scale.files import file_sha256, sync
-from cit_scale.world import World, agree_any, broadcast
+from cit_scale.portable import Place, SavedState, by_file
+from cit_scale.world import World, broadcast, gather, together
 
-STATE = "state.safetensors"
 META = "meta.json"
+INDEX = "index.json"
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
+
+Sums = dict[str, dict[str, Any]]
+"""By file: its bytes and sha256."""
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """step: updates done. tensors: the training state, on the CPU. meta: what ``save`` was given."""
+    """step: updates done. state: the training state, read tensor by tensor. meta: what ``save`` was given."""
 
     step: int
-    tensors: dict[str, Tensor]
+    state: Mapping[str, Tensor]
     meta: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the ``last`` newest, multiples of ``every`` steps, the ``best`` by meta's "top1"."""
+
+    last: int = 2
+    every: int | None = None
+    best: int = 0
+
+    def outdated(self, scores: Mapping[int, float | None]) -> list[int]:
+        """The steps to delete. scores: of each committed step; None where it was not evaluated."""
+        scored = {step: score for step, score in scores.items() if score is not None}
+        best = sorted(scored, key=lambda step: (scored[step], step))[-self.best :] if self.best else []
+        newest = sorted(scores)[-self.last :]
+        return [
+            step
+            for step in sorted(scores)
+            if step not in newest and step not in best and not (self.every and step % self.every == 0)
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
 def save(
-    run_dir: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], world: World, *, keep: int = 2
-) -> None:
-    """Collective. Commit a checkpoint after update ``step``, then delete all but the ``keep`` newest.
+    run_dir: Path,
+    step: int,
+    state: Mapping[str, Tensor],
+    shares: list[dict[str, Place]],
+    meta: Mapping[str, Any],
+    world: World,
+    retention: Retention,
+) -> int:
+    """Collective. Commit a checkpoint after update ``step``, then delete what need not be kept. Returns its bytes.
 
-    Rank 0 brings the tensors and writes. A step that is committed already is left as it is. Raises OSError on every
-    rank if rank 0 cannot write, and ConfigError if the folder holds a later step, which is another run's.
-    """
-    failure: Exception | None = None
-    if world.is_main:
-        try:
-            _save(Path(run_dir) / "ckpt", step, tensors, meta, keep)
-        except ConfigError as error:
-            failure = error
-        except (OSError, safetensors.SafetensorError) as error:
-            failure = OSError(f"checkpoint of step {step} in {run_dir} was not written: {error}")
-    failure = broadcast(world, failure)
-    if failure is not None:
-        raise failure
+    state: this rank's part, on the CPU, as shares[rank] says. meta: rank 0's counts; JSON, numbers finite. A step that
+    is committed already is left as it is. Touches no tensor of the module: it may run while training goes on, in a
+    thread, if ``world`` has a process group of its own.
 
-
-def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
-    """Collective. The newest checkpoint that verifies, on every rank; None where there is none at all.
-
-    One that does not verify is renamed aside, with the reason in the log, and the next older one is tried. Raises
-    ConfigError if there are checkpoints and none verifies: a run must not start over by accident.
+    Raises, on every rank, CannotWriteError if any rank cannot write, DivergedError for a tensor that is not finite, and
+    RefusedError if the folder holds a later step, which is another run's. Nothing is left of what was not committed.
     """
     folder = Path(run_dir) / "ckpt"
-    steps = broadcast(world, sorted(_committed(folder), reverse=True) if world.is_main else None)
-    reasons = []
-    for step in steps:
-        reason = broadcast(world, _verify(_folder(folder, step), step) if world.is_main else None)
-        if reason is None:
-            return _read(_folder(folder, step), step, world)
-        reasons.append(f"step {step}: {reason}")
-        if world.is_main:
-            aside = _set_aside(_folder(folder, step))
-            log.warning("checkpoint of step %d does not verify (%s); kept as %s", step, reason, aside)
-    broken = broadcast(world, _is_broken_only(folder) if world.is_main else None)
-    if broken:
-        raise ConfigError(
-            f"{folder} holds checkpoints and none verifies ({'; '.join(reasons) or 'all were set aside before'}); "
-            "bring a good one back, or start over with another name or --no-resume"
+    final = _folder(folder, step)
+    partial = final.with_name(f"{final.name}.partial")
+    if _agree(world, step, run_dir, lambda: _prepare(folder, final, partial, step)):
+        return 0
+    written: Sums | Exception
+    try:
+        _refuse_non_finite(state, step)
+        written = _write(by_file(state, shares[world.rank]), partial)
+    except Exception as error:  # raised again below, on every rank
+        written = error
+    everyone = gather(world, written)
+    index = {key: place for share in shares for key, place in share.items()}
+    return _agree(world, step, run_dir, lambda: _commit(partial, final, step, everyone, index, meta, retention))
+
+
+def _agree(world: World, step: int, run_dir: Path, function: Callable[[], T]) -> T:
+    """Collective. What ``function`` returns on rank 0, on every rank; likewise what it raises."""
+    result, failure = None, None
+    if world.is_main:
+        try:
+            result = function()
+        except RunError as error:
+            failure = error
+        except (OSError, safetensors.SafetensorError) as error:
+            failure = CannotWriteError(f"checkpoint of step {step} in {run_dir} was not written: {error}")
+        except Exception as error:  # raised again below, on every rank
+            failure = error
+    result, failure = broadcast(world, (result, failure))
+    if failure is not None:
+        raise failure
+    return cast(T, result)
+
+
+def _prepare(folder: Path, final: Path, partial: Path, step: int) -> bool:
+    """On rank 0. Make room to write in. Returns whether the step is committed already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in [*folder.glob("*.partial"), *folder.glob("*.deleted")]:
+        shutil.rmtree(leftover)
+    committed = _committed(folder)
+    if committed and max(committed) > step:
+        raise RefusedError(
+            f"{folder} holds step {max(committed)}, later than the step {step} to be saved; "
+            "another run writes there: give this one another --name"
         )
-    return None
+    if final.exists():
+        if _verify(final, step, World()) is None:
+            return True
+        _set_aside(final)
+    partial.mkdir()
+    return False
+
+
+def _refuse_non_finite(state: Mapping[str, Tensor], step: int) -> None:
+    bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise DivergedError(
+            f"{bad[0]}{more} is no longer finite at step {step}, and no checkpoint is made of that; the ones before "
+            "are good: go on from there with a lower optim.lr and --override-resume"
+        )
+
+
+def _write(files: Mapping[str, Mapping[str, Tensor]], partial: Path) -> Sums:
+    sums = {}
+    for name, tensors in files.items():
+        write_tensors(tensors, partial / name)
+        sums[name] = _sum(partial / name)
+    return sums
+
+
+def _commit(
+    partial: Path,
+    final: Path,
+    step: int,
+    everyone: list[Sums | Exception],
+    index: Mapping[str, Place],
+    meta: Mapping[str, Any],
+    retention: Retention,
+) -> int:
+    """On rank 0. Every rename comes after everything it stands for has reached the disk.
+
+    everyone: by rank, what it wrote, or what went wrong there, which is raised.
+    """
+    try:
+        sums: Sums = {}
+        for written in everyone:
+            if isinstance(written, Exception):
+                raise written
+            sums |= written
+        for name, content in {INDEX: index, META: meta}.items():
+            (partial / name).write_text(json.dumps(content, indent=1, allow_nan=False))
+            sums[name] = _sum(partial / name)
+        (partial / MANIFEST).write_text(_manifest(step, sums))
+        sync(partial / MANIFEST)
+        sync(partial)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not kept full
+        raise
+    sync(final.parent)
+    sync(final.parent.parent)
+    _retain(final.parent, retention)
+    return sum(numbers["bytes"] for numbers in sums.values())
+
+
+def _retain(folder: Path, retention: Retention) -> None:
+    for step in retention.outdated({step: _score(_folder(folder, step)) for step in _committed(folder)}):
+        shutil.rmtree(_folder(folder, step).rename(folder / f"step_{step:06d}.deleted"))
+
+
+def _score(folder: Path) -> float | None:
+    try:
+        return json.loads((folder / META).read_text())["top1"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sum(path: Path) -> dict[str, Any]:
+    """Of a file that has reached the disk."""
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -101,69 +228,70 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def _save(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> None:
-    """On rank 0. Every rename comes after everything it stands for has reached the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob("*.partial"), *folder.glob("*.deleted")]:
-        shutil.rmtree(leftover)
-    committed = _committed(folder)
-    if committed and max(committed) > step:
-        raise ConfigError(
-            f"{folder} holds step {max(committed)}, later than the step {step} to be saved; "
-            "another run writes there: give this one another name"
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
+    """Collective. The newest checkpoint that verifies, on every rank; None where there is none at all.
+
+    Each rank checks the sums of a share of the files, and all go by one verdict. A checkpoint that does not verify is
+    renamed aside, with the reason in the log, and the next older one is tried. Raises RefusedError if there are
+    checkpoints and none verifies: a run must not start over by accident.
+    """
+    folder = Path(run_dir) / "ckpt"
+    steps = broadcast(world, sorted(_committed(folder), reverse=True) if world.is_main else None)
+    _refuse_private_folder(folder, steps, world)
+    reasons = []
+    for step in steps:
+        reason = next((reason for reason in gather(world, _verify(_folder(folder, step), step, world)) if reason), None)
+        if reason is None:
+            return together(world, lambda found=step: _read(_folder(folder, found), found))
+        reasons.append(f"step {step}: {reason}")
+        if world.is_main:
+            aside = _set_aside(_folder(folder, step))
+            log.warning("checkpoint of step %d does not verify (%s); kept as %s", step, reason, aside)
+    broken = broadcast(world, not _committed(folder) and any(folder.glob("step_*.broken*")) if world.is_main else None)
+    if broken:
+        raise RefusedError(
+            f"{folder} holds checkpoints and none verifies ({'; '.join(reasons) or 'all were set aside before'}); "
+            "bring a good one back, or set the run aside and start over with --fresh"
         )
-    final = _folder(folder, step)
-    if final.exists():
-        if _verify(final, step) is None:
-            return
-        _set_aside(final)
-
-    partial = final.with_name(f"{final.name}.partial")
-    partial.mkdir()
-    write_tensors(tensors, partial / STATE)
-    (partial / META).write_text(json.dumps(meta, indent=1, allow_nan=False))
-    sums = {}
-    for name in (STATE, META):
-        path = partial / name
-        sync(path)
-        sums[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    (partial / MANIFEST).write_text(_manifest(step, sums))
-    sync(partial / MANIFEST)
-    sync(partial)
-    partial.rename(final)
-    sync(folder)
-    sync(folder.parent)
-
-    for old in sorted(_committed(folder))[:-keep]:
-        deleted = _folder(folder, old).rename(folder / f"step_{old:06d}.deleted")
-        shutil.rmtree(deleted)
+    return None
 
 
-def _read(folder: Path, step: int, world: World) -> Checkpoint:
-    """Collective. A verified checkpoint, read by every rank for itself."""
-    failure = None
-    try:
-        tensors = safetensors.torch.load_file(folder / STATE)
-        meta = json.loads((folder / META).read_text())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        failure = error
-    if any(agree_any(world, failure is not None)):
+def _refuse_private_folder(folder: Path, steps: list[int], world: World) -> None:
+    """Collective. What a rank does not see at all is not damage."""
+    blind = [rank for rank, sees in enumerate(gather(world, folder.is_dir())) if steps and not sees]
+    if blind:
         raise ConfigError(
-            f"{folder} verifies on rank 0 but a rank cannot read it ({failure or 'another rank'}); "
+            f"{folder} is there on rank 0 and not on rank {blind[0]}; "
             "runs_dir has to be on a file system that all nodes share"
-        ) from failure
-    return Checkpoint(step, tensors, meta)
+        )
 
 
-def _verify(folder: Path, step: int) -> str | None:
-    """None if every byte is as it was written, otherwise what is wrong."""
+def _read(folder: Path, step: int) -> Checkpoint:
+    """A verified checkpoint."""
+    try:
+        places = {key: (file, inner) for key, (file, inner) in json.loads((folder / INDEX).read_text()).items()}
+        return Checkpoint(step, SavedState(folder, places), json.loads((folder / META).read_text()))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"{folder} verifies and cannot be read: {error}") from error
+
+
+def _verify(folder: Path, step: int, world: World) -> str | None:
+    """None if every byte of this rank's share of the files is as it was written, otherwise what is wrong."""
     try:
         text = (folder / MANIFEST).read_text()
-        sums = json.loads(text)["files"]
+        manifest = json.loads(text)
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} says format {manifest['format']}, this version reads {FORMAT}"
+        sums: Sums = manifest["files"]
         # Written anew from what was read, the manifest is the same text, or a bit of it is not ours.
-        if text != _manifest(step, sums) or set(sums) != {STATE, META}:
+        if text != _manifest(step, sums) or not {META, INDEX} < set(sums):
             return f"{MANIFEST} is damaged"
-        for name, expected in sums.items():
+        for name in sorted(sums)[world.rank :: world.world_size]:
+            expected = sums[name]
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
@@ -176,7 +304,7 @@ def _verify(folder: Path, step: int) -> str | None:
     return None
 
 
-def _manifest(step: int, sums: dict[str, dict[str, Any]]) -> str:
+def _manifest(step: int, sums: Sums) -> str:
     return json.dumps({"format": FORMAT, "step": step, "files": sums}, indent=1, sort_keys=True) + "\n"
 
 
@@ -188,8 +316,9 @@ def _committed(folder: Path) -> list[int]:
     return [int(match[1]) for match in matches if match]
 
 
-def _is_broken_only(folder: Path) -> bool:
-    return not _committed(folder) and any(folder.glob("step_*.broken*"))
+def path(run_dir: Path, step: int) -> Path:
+    """The folder of a committed checkpoint."""
+    return _folder(Path(run_dir) / "ckpt", step)
 
 
 def _folder(folder: Path, step: int) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from cit_scale.config import RunConfig
 from cit_scale.errors import ConfigError
@@ -24,10 +24,12 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 @dataclass(frozen=True)
 class Arguments:
-    """resume: continue the run that stands in the run folder. local_rank: the deepspeed launcher's, if given."""
+    """fresh: set aside what stands in the run folder, and start over. override_resume: go on although what the run
+    learns from changed. local_rank: the deepspeed launcher's, if given."""
 
     config: RunConfig
-    resume: bool
+    fresh: bool
+    override_resume: bool
     local_rank: int | None
 
 
@@ -57,7 +59,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         config = dataclasses.replace(
             config, engine=dataclasses.replace(config.engine, ds_config=parsed.deepspeed_config)
         )
-    return Arguments(config, parsed.resume, parsed.local_rank)
+    return Arguments(config, parsed.fresh, parsed.override_resume, parsed.local_rank)
 
 
 def load_recipe(name: str) -> RunConfig:
@@ -91,14 +93,19 @@ def teacher_run(config: RunConfig, name: str) -> RunConfig:
     )
 
 
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The whole configuration as JSON and YAML know it."""
+    return _plain(dataclasses.asdict(config))
+
+
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as a recipe file that ``--config`` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """``key: old -> new`` for every setting in which two configurations differ."""
-    before, after = _flat(_plain(dataclasses.asdict(old))), _flat(_plain(dataclasses.asdict(new)))
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """``key: old -> new`` for every setting in which two configurations, as ``to_dict`` gives them, differ."""
+    before, after = _flat(old), _flat(new)
     keys = [*before, *(key for key in after if key not in before)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
 
@@ -131,11 +138,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--config", action="config", metavar="RECIPE", help="a recipe by name or a YAML file; repeatable"
     )
+    parser.add_argument("--fresh", action="store_true", help="set aside what stands in the run folder, and start over")
     parser.add_argument(
-        "--resume",
-        action=ActionYesNo(no_prefix="no-"),
-        default=True,
-        help="continue the run that stands in the run folder (--no-resume sets it aside and starts anew)",
+        "--override-resume",
+        action="store_true",
+        help="go on with what stands in the run folder although data, teachers or settings of the recipe changed",
     )
     parser.add_argument("--deepspeed_config", type=str, metavar="FILE", help="the same as --engine.ds_config")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")

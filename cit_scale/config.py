@@ -245,7 +245,7 @@ class TrainConfig:
     """After so many steps in a row that are not finite the run stops, with their batches beside the checkpoints."""
 
     step_timeout_s: float = 1800
-    """A step, evaluation batch or checkpoint that takes longer is hung: all ranks write their stacks and leave. 0: never."""
+    """A step, evaluation batch or checkpoint that takes longer hangs: all ranks leave, with their stacks. 0: never."""
 
 
 @dataclass(frozen=True)

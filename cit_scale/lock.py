@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cit_scale.errors import ConfigError, Stopped
+from cit_scale.errors import CannotWriteError, RefusedError, Stopped
 from cit_scale.stop import StopRequest
 from cit_scale.world import World, broadcast
 
@@ -22,7 +22,7 @@ def exclusive(run_dir: Path, world: World, stop: StopRequest, wait_s: float = WA
     """Collective. Hold the run folder against other jobs, for as long as the context lasts or the process lives.
 
     A job that was asked to stop may still be writing its last checkpoint when its successor starts, so a held folder is
-    waited for. Raises ConfigError, naming the holder, where it stays held, and Stopped when asked to stop meanwhile.
+    waited for. Raises RefusedError, naming the holder, where it stays held, and Stopped when asked to stop meanwhile.
     """
     # Beside the folder and not in it, so that setting the folder aside does not take the lock along.
     path = run_dir.with_name(f".{run_dir.name}.lock")
@@ -34,7 +34,7 @@ def exclusive(run_dir: Path, world: World, stop: StopRequest, wait_s: float = WA
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             refusal = _acquire(descriptor, run_dir, stop, wait_s)
         except OSError as error:
-            refusal = ConfigError(f"{run_dir} cannot be written ({error}); give another --runs_dir")
+            refusal = CannotWriteError(f"{run_dir} cannot be written ({error}); give another --runs_dir")
     refusal = broadcast(world, refusal)
     try:
         if refusal is not None:
@@ -57,7 +57,7 @@ def _acquire(descriptor: int, run_dir: Path, stop: StopRequest, wait_s: float) -
             if stop.requested:
                 return Stopped(0, stop.signum)
             if time.monotonic() > deadline:
-                return ConfigError(
+                return RefusedError(
                     f"{run_dir} is in use by process {holder}; wait for it, stop it, or give this run another --name"
                 )
             if not announced:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,12 +47,15 @@ class RunningMeans:
 
 
 class StepClock:
-    """Training throughput. The first steps of a process pay for compilation and warm-up and are not counted."""
+    """Training throughput. The first steps of a process pay for compilation and warm-up and are not counted.
+
+    steps: those of this process, all of them.
+    """
 
     WARMUP_STEPS = 5
 
     def __init__(self) -> None:
-        self._steps = 0
+        self.steps = 0
         self._counted_steps = 0
         self._counted_s = 0.0
         self._started: float | None = None
@@ -58,13 +64,16 @@ class StepClock:
         """Begin a step; time between ``stop`` and ``start`` (evaluation, checkpoints) is not training."""
         self._started = time.perf_counter()
 
-    def stop(self) -> None:
+    def stop(self) -> float:
+        """End a step. Returns its seconds."""
         assert self._started is not None
-        if self._steps >= self.WARMUP_STEPS:
+        step_s = time.perf_counter() - self._started
+        if self.steps >= self.WARMUP_STEPS:
             self._counted_steps += 1
-            self._counted_s += time.perf_counter() - self._started
-        self._steps += 1
+            self._counted_s += step_s
+        self.steps += 1
         self._started = None
+        return step_s
 
     def images_per_s(self, global_batch_size: int) -> float | None:
         """Of the whole job; None until there is a step after the warm-up."""
@@ -74,7 +83,10 @@ class StepClock:
 
 
 class RunLog:
-    """Rank 0 writes ``metrics.jsonl`` and TensorBoard events and shows progress; on other ranks nothing happens."""
+    """Rank 0 writes ``metrics.jsonl`` and TensorBoard events and shows progress; on other ranks nothing happens.
+
+    A file that cannot be written is no reason to stop training: it says so once, keeps the lines, and tries again.
+    """
 
     def __init__(self, run_dir: Path, world: World, *, title: str, step: int, total_steps: int) -> None:
         """step: where the run resumes; lines that a stopped process wrote past it are dropped: they come again."""
@@ -84,8 +96,13 @@ class RunLog:
         self._console = Console(highlight=False)
         self._title = title
         self._total_steps = total_steps
-        self._file = _reopen(run_dir / "metrics.jsonl", step)
-        self._curves = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._path = run_dir / "metrics.jsonl"
+        self._unwritten: list[str] = []
+        self._has_warned = False
+        self._try_to_write(lambda: _drop_lines_past(self._path, step))
+        self._curves_dir = str(run_dir / "tensorboard")
+        self._curves: SummaryWriter | None = None
+        self._purge_step = step + 1 if step else None
         self._progress: Progress | None = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -106,21 +123,25 @@ class RunLog:
             self._progress.update(self._task, completed=step)
 
     def record(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """One JSON line and one point on each curve."""
+        """One JSON line, one point on each curve, and what is shown."""
         if not self._is_main:
             return
-        # JSON has no NaN: a reader in another language must not stumble over the one line that matters most.
-        clean = {k: (v if v is None or math.isfinite(v) else str(v)) for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if value is not None:
-                self._curves.add_scalar(name, value, step)
+        self.note(step, values)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
         if self._progress:
             self._progress.update(self._task, latest=shown)
         else:
             self._console.print(f"{self._title}  step {step}/{self._total_steps}  {shown}", soft_wrap=True)
+
+    def note(self, step: int, values: Mapping[str, Any]) -> None:
+        """One JSON line, and a point on a curve for each number in it."""
+        if not self._is_main:
+            return
+        # JSON has no NaN: a reader in another language must not stumble over the one line that matters most.
+        clean = {k: (v if not isinstance(v, float) or math.isfinite(v) else str(v)) for k, v in values.items()}
+        self._unwritten.append(json.dumps({"step": step, **clean}) + "\n")
+        self._try_to_write(self._write_lines)
+        self._try_to_write(lambda: self._draw(step, values))
 
     def say(self, message: str) -> None:
         if self._is_main:
@@ -131,12 +152,45 @@ class RunLog:
             return
         if self._progress:
             self._progress.stop()
-        self._file.close()
-        self._curves.close()
+        self._try_to_write(self._write_lines)
+        if self._curves:
+            self._try_to_write(self._curves.close)
+
+    def _write_lines(self) -> None:
+        # Opened anew each time: a disk that was full or gone for a while is written to again when it is back.
+        text = "".join(self._unwritten)
+        before = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.write(text)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, before)  # no half line, which would come again whole
+            raise
+        self._unwritten = []
+
+    def _draw(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._curves is None:
+            self._curves = SummaryWriter(self._curves_dir, purge_step=self._purge_step)
+        try:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._curves.add_scalar(name, value, step)
+        except BaseException:
+            self._curves = None  # its thread has died of what it could not write
+            raise
+
+    def _try_to_write(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except OSError as error:
+            if not self._has_warned:
+                self.say(f"metrics cannot be written: {error}; training goes on, and the lines are tried again")
+            self._has_warned = True
 
 
-def _reopen(path: Path, step: int):
-    """metrics.jsonl with only the lines up to ``step``, open for appending. A half-written last line is dropped."""
+def _drop_lines_past(path: Path, step: int) -> None:
+    """Leave only the lines up to ``step`` in metrics.jsonl. A half-written last line is dropped."""
     kept = []
     if path.exists() and step:
         for line in path.read_text().splitlines():
@@ -146,4 +200,3 @@ def _reopen(path: Path, step: int):
             except json.JSONDecodeError:
                 continue
     write_text(path, "".join(kept))
-    return path.open("a")

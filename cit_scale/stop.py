@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -11,16 +13,19 @@ import psutil
 
 
 class StopRequest:
-    """Catches SIGINT and SIGTERM while used as a context manager.
+    """Catches what asks a job to stop while used as a context manager: Ctrl-C, kill, and the signals by which
+    schedulers announce the end of an allocation.
 
     The deepspeed launcher answers a Ctrl-C, which the terminal has sent to everybody, by a SIGTERM of its own; that is
-    the same request again. A second Ctrl-C is a person who will not wait: it interrupts at once.
+    the same request again. A second Ctrl-C is a person who will not wait, and interrupts at once, but not within
+    ``shielded``, where what was reached is being brought to safety.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._shielded = False
         self._previous: dict[int, Any] = {}
         self._launcher = Launcher.above()
 
@@ -29,6 +34,15 @@ class StopRequest:
         if self.signum is None and self._launcher is not None and self._launcher.is_gone():
             self.signum = signal.SIGTERM
         return self.signum is not None
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Let no signal interrupt what happens in here; it has to look at ``requested`` itself."""
+        self._shielded = True
+        try:
+            yield
+        finally:
+            self._shielded = False
 
     def __enter__(self) -> StopRequest:
         self._previous = {signum: signal.signal(signum, self._remember) for signum in self.SIGNALS}
@@ -39,7 +53,7 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum == signum == signal.SIGINT:
+        if self.signum == signum == signal.SIGINT and not self._shielded:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
 

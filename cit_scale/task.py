@@ -9,8 +9,10 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import yaml
 
 from cit_scale import cli
 from cit_scale.batch import Batch
@@ -21,7 +23,7 @@ from cit_scale.data.reader import Reader
 from cit_scale.data.sources import Source, open_sources
 from cit_scale.data.stream import eval_stream, read_policy, train_stream
 from cit_scale.engines.build import check_engine
-from cit_scale.errors import ConfigError
+from cit_scale.errors import ConfigError, RefusedError
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.teachers import Teacher, load_teacher
 from cit_scale.world import World, first_on_each_node, together
@@ -34,8 +36,9 @@ CONFIG = "config.yaml"
 MAY_CHANGE = (
     "name", "runs_dir", "data.train", "data.eval", "data.cache_dir", "data.decode_threads", "data.prefetch",
     "data.hw_decoder_load", "data.pinned_memory_mib", "data.max_bad_images",
-    "engine.name", "engine.ds_config", "train.micro_batch_size", "train.log_every_steps", "train.save_every_steps",
-    "train.keep_last", "train.eval_every_epochs",
+    "engine.name", "engine.ds_config", "engine.activation_checkpointing", "train.micro_batch_size",
+    "train.log_every_steps", "train.eval_every_epochs", "train.save_every_steps", "train.save_every_minutes",
+    "train.keep_last", "train.keep_every_steps", "train.keep_best", "train.max_bad_steps", "train.step_timeout_s",
 )  # fmt: skip
 
 
@@ -120,15 +123,18 @@ class Task:
         )
 
 
-def check(config: RunConfig, world: World, *, resume: bool) -> Task:
-    """Collective. Raise ConfigError for what is known to fail, before any training; in the teachers' runs too."""
-    together(world, lambda: check_settings(config, world, resume=resume))
+def check(config: RunConfig, world: World, *, same_run: bool) -> Task:
+    """Collective. Raise ConfigError for what is known to fail, before any training; in the teachers' runs too.
+
+    same_run: whether what stands in the run folder has to be of the same settings.
+    """
+    together(world, lambda: check_settings(config, world, same_run=same_run))
     task = Task(config, world, *map(Reader, first_on_each_node(world, lambda: open_data(config.data))))
     together(world, lambda: check_networks(task))
     return task
 
 
-def check_settings(config: RunConfig, world: World, *, resume: bool) -> None:
+def check_settings(config: RunConfig, world: World, *, same_run: bool) -> None:
     """What the configuration alone can get wrong."""
     check_ranges(config)
     plan_batches(config, world.world_size)
@@ -140,13 +146,13 @@ def check_settings(config: RunConfig, world: World, *, resume: bool) -> None:
             raise ConfigError(
                 f"torch.compile needs the C++ compiler {compiler}; install it, or set distill.compile=false"
             )
-    if resume:
+    if same_run:
         check_same_run(config)
     for name, teacher_config in teacher_runs(config).items():
         if teacher_config.teachers:
             raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
         with naming_teacher(name):
-            check_settings(teacher_config, world, resume=resume)
+            check_settings(teacher_config, world, same_run=same_run)
 
 
 def check_networks(task: Task) -> None:
@@ -175,7 +181,7 @@ def naming_teacher(name: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"teacher {name}: {error}") from error
+        raise type(error)(f"teacher {name}: {error}") from error
 
 
 def open_data(data: DataConfig) -> tuple[Source, Source]:
@@ -205,13 +211,19 @@ def check_same_run(config: RunConfig) -> None:
     path = config.run_dir / CONFIG
     if not path.exists():
         return
-    changed = [
-        change
-        for change in cli.differences(cli.load_recipe(str(path)), config)
-        if change.split(":")[0] not in MAY_CHANGE
-    ]
+    try:
+        started_with = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RefusedError(f"{path} cannot be read ({error}); mend it, or start over with --fresh") from error
+    changed = changed_settings(started_with, config)
     if changed:
-        raise ConfigError(
-            f"{config.run_dir} holds a run with other settings ({'; '.join(changed)}); "
-            f"give this one another --name, or set that one aside with --no-resume"
+        raise RefusedError(
+            f"{config.run_dir} holds a run with other settings ({'; '.join(changed)}); give this one another --name, "
+            "set that one aside with --fresh, or go on with it all the same with --override-resume"
         )
+
+
+def changed_settings(started_with: dict[str, Any], config: RunConfig) -> list[str]:
+    """``key: old -> new`` for what differs and changes what is learned."""
+    changes = cli.differences(started_with, cli.to_dict(config))
+    return [change for change in changes if change.split(":")[0] not in MAY_CHANGE]

@@ -18,23 +18,25 @@ import io
 import itertools
 import json
 import os
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from cit_scale import checkpoint, cli
-from cit_scale.bad_images import BadImages, TooManyBadImagesError
-from cit_scale.batch import Batch, LossTerms
+from cit_scale import checkpoint, cli, portable
+from cit_scale.bad_images import BadImages
+from cit_scale.bad_steps import BadSteps, find_culprits
+from cit_scale.batch import Batch, LossTerms, MixedBatch
 from cit_scale.config import RunConfig, TeacherConfig
 from cit_scale.data.encoded import BadImageError
 from cit_scale.data.mixing import mix
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
-from cit_scale.errors import ConfigError, Stopped
-from cit_scale.evaluate import evaluate
+from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, MissingInputError, RunError, Stopped
+from cit_scale.evaluate import AVERAGE, evaluate
 from cit_scale.files import write_text
 from cit_scale.lock import exclusive
 from cit_scale.losses import co_advise_loss
@@ -42,25 +44,23 @@ from cit_scale.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
 from cit_scale.results import describe_environment, print_table
+from cit_scale.run_state import Progress, describe, restore, seed_step
+from cit_scale.saver import Saver
 from cit_scale.stop import StopRequest
 from cit_scale.task import CONFIG, Task, check, check_same_run, teacher_runs
 from cit_scale.teachers import Teacher, run_teachers
+from cit_scale.watchdog import Watchdog
 from cit_scale.world import World, agree_any, barrier, broadcast, start, together
 
-WEIGHTS = "model.safetensors"
 RESULTS = "results.json"
 ENVIRONMENT = "env.json"
 
-# What a finished run leaves for use: where it lies in the engine's state, and the file it becomes.
-EXPORTS = {"student": ("weight/", WEIGHTS), "student ema": ("ema/", "model_ema.safetensors")}
+# What a finished run leaves for use, by name: the file of its last checkpoint that it is.
+EXPORTS = {"student": portable.STUDENT, "student ema": portable.AVERAGE}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run, report.
-
-    Returns the exit code: 0, 2 for a mistake of the user's, 1 for a file that cannot be read or written or too many bad
-    images, 128 + signal when asked to stop.
-    """
+    """Parse, run, report. Returns the exit code; ``errors`` has their list."""
     is_main = True
     try:
         world = join_world(os.environ)
@@ -73,27 +73,39 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--local_rank={arguments.local_rank}, but the environment says {world.local_rank}; "
                 "leave the flag to the launcher"
             )
-        start(world)
+        # Longer than the watchdog's, which leaves the stacks of all ranks, and long enough to open a large data set.
+        start(world, timeout_s=max(1800, arguments.config.train.step_timeout_s + 60))
         with StopRequest() as stop:
-            results = run(arguments.config, world, stop, resume=arguments.resume)
-    except ConfigError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except TooManyBadImagesError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except (BadImageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # on the rank that met it
-        return 1
+            results = run(arguments.config, world, stop, fresh=arguments.fresh, override=arguments.override_resume)
     except Stopped as stopped:
         if is_main:
             print(f"{stopped}; the same command continues there", flush=True)
-        return 128 + (stopped.signum or 0)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        if is_main:
+            print("interrupted before the first step; the same command starts again", flush=True)
+        return Stopped.exit_code
+    except RunError as error:  # raised on all ranks
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except (BadImageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)  # on the rank that met it
+        return exit_code_of(error)
     if is_main:
         print_table(arguments.config.run_dir, results)
     return 0
+
+
+def exit_code_of(error: BadImageError | OSError) -> int:
+    """What stands on a disk and cannot be used: images, a file that is not there, one that cannot be written."""
+    match error:
+        case BadImageError():
+            return BadDataError.exit_code
+        case FileNotFoundError():
+            return MissingInputError.exit_code
+        case _:
+            return CannotWriteError.exit_code
 
 
 def join_world(env: Mapping[str, str]) -> World:
@@ -110,23 +122,28 @@ def join_world(env: Mapping[str, str]) -> World:
     return world
 
 
-def run(config: RunConfig, world: World, stop: StopRequest, *, resume: bool = True) -> dict[str, Any]:
+def run(
+    config: RunConfig, world: World, stop: StopRequest, *, fresh: bool = False, override: bool = False
+) -> dict[str, Any]:
     """Collective. Train the teachers that have no weights yet, then the student. Returns the student's results.
 
-    resume: go on with what stands in the run folder; otherwise set it aside.
+    fresh: set aside what stands in the run folder. override: go on with it although other settings began it.
     """
-    task = check(config, world, resume=resume)
+    same_run = not fresh and not override
+    task = check(config, world, same_run=same_run)
     first = teacher_runs(config)
     with exclusive(config.run_dir, world, stop):
-        if not resume:
+        if fresh:
             set_aside(config.run_dir, world)
-        # Again, now that no other job can write there.
-        together(world, lambda: [check_same_run(each) for each in (config, *first.values())])
+        elif same_run:  # again, now that no other job can write there
+            together(world, lambda: [check_same_run(each) for each in (config, *first.values())])
         teachers = dict(config.teachers)
-        for name, teacher_config in first.items():
-            train(dataclasses.replace(task, config=teacher_config), {}, stop)
-            teachers[name] = dataclasses.replace(teachers[name], weights=str(teacher_config.run_dir / WEIGHTS))
-        return train(task, teachers, stop)
+        with stop.shielded():
+            for name, teacher_config in first.items():
+                train(dataclasses.replace(task, config=teacher_config), {}, stop, override=override)
+                weights = str(teacher_config.run_dir / portable.STUDENT)
+                teachers[name] = dataclasses.replace(teachers[name], weights=weights)
+            return train(task, teachers, stop, override=override)
 
 
 def set_aside(run_dir: Path, world: World) -> None:
@@ -140,160 +157,246 @@ def set_aside(run_dir: Path, world: World) -> None:
     barrier(world)
 
 
-def train(task: Task, teachers: Mapping[str, TeacherConfig], stop: StopRequest) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Session:
+    """One process's work at a run: what it trains, with what, and whom it tells."""
+
+    task: Task
+    engine: Engine
+    teachers: Sequence[Teacher]
+    inputs: Mapping[str, str]
+    """Fingerprints by name: what the numbers in a checkpoint depend on and the configuration does not show."""
+
+    bad_images: BadImages
+    log: RunLog
+    stop: StopRequest
+    watchdog: Watchdog
+    started_at: float
+    """When the run was first started, in seconds since 1970."""
+
+    def goodput(self, useful_s: float) -> float | None:
+        """The share of the time since the run's first start that went into steps that count, if clocks are right."""
+        wall_s = time.time() - self.started_at
+        return useful_s / wall_s if 0 < useful_s <= wall_s else None
+
+    def eval_batches(self, step: int) -> Iterator[Batch]:
+        """Collective. This rank's share of the evaluation set, once. Raises Stopped on all ranks if one is asked to."""
+        for batch in self.task.eval_batches():
+            self.watchdog.progress()
+            if any(agree_any(self.task.world, self.stop.requested)):
+                raise Stopped(step, self.stop.signum)
+            yield batch
+
+
+def train(
+    task: Task, teachers: Mapping[str, TeacherConfig], stop: StopRequest, *, override: bool = False
+) -> dict[str, Any]:
     """Collective. Train the student with frozen ``teachers``, which have weights, from where the run folder stands.
 
     A finished run is left as it is. Raises Stopped, with everything saved, when ``stop`` is requested on any rank.
     """
     config, world, run_dir = task.config, task.world, task.config.run_dir
+    now = time.time()
     results = run_dir / RESULTS
     finished = broadcast(world, json.loads(results.read_text()) if world.is_main and results.exists() else None)
-    if finished is not None:
+    if finished is not None and (finished["steps"] == task.total_steps or not override):
         return finished
     advisers = [task.load_teacher(name, teacher) for name, teacher in teachers.items()]
     engine = build_engine(task.build_student(), config, world, task.batch_plan.micro_steps)
 
-    # What the numbers in a checkpoint depend on and the configuration does not show.
     inputs = {"data": task.train_set.fingerprint, **{f"teacher {adviser.name}": adviser.sha256 for adviser in advisers}}
-    step = resume(engine, run_dir, inputs, world)
-    if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / CONFIG, cli.to_yaml(config))
-        add_start(run_dir / ENVIRONMENT, {"step": step, **describe_environment(world)})
-    log = RunLog(run_dir, world, title=config.name, step=step, total_steps=task.total_steps)
+    progress, overridden = Progress(), []
+    found = checkpoint.load_newest(run_dir, world)
+    if found is not None:
+        progress, overridden = restore(found.meta, task, inputs, override=override)
+        engine.load_state(found.state)
+    started_at = together(world, lambda: begin(task, progress, overridden, now) if world.is_main else 0.0)
+    log = RunLog(run_dir, world, title=config.name, step=progress.step, total_steps=task.total_steps)
+    stacks = run_dir / f"stacks_rank_{world.rank}.txt"
+    watchdog = Watchdog(config.train.step_timeout_s, stacks, hang_message(config) if world.is_main else None)
+    bad_images = BadImages(run_dir, (task.train_images, task.eval_images), config.data.max_bad_images, world)
+    session = Session(task, engine, advisers, inputs, bad_images, log, stop, watchdog, started_at)
     try:
         plan = task.batch_plan
-        start_of_run = f"continues after step {step}" if step else f"starts in {run_dir}"
+        start_of_run = f"continues after step {progress.step}" if progress.step else f"starts in {run_dir}"
         cut = f"{world.world_size} ranks x {plan.micro_steps} micro-steps x {plan.micro_batch_size} images"
         log.say(f"{start_of_run}; an update is {cut}")
-        bad = BadImages(run_dir, (task.train_images, task.eval_images), config.data.max_bad_images, world)
-        images_per_s = train_steps(task, engine, advisers, inputs, step, log, bad, stop)
-        results = finish(task, engine, advisers, teachers, images_per_s)
-        bad.collect(log.say)
-        return results
+        for change in overridden:
+            log.say(f"continues although this changed: {change}")
+        images_per_s = train_steps(session, progress)
+        return finish(session, teachers, progress, images_per_s)
     finally:
+        watchdog.close()
         log.close()
 
 
-def add_start(path: Path, start: Mapping[str, Any]) -> None:
-    """Add one start of the run to the list of them in a JSON file."""
+def begin(task: Task, progress: Progress, overridden: Sequence[str], now: float) -> float:
+    """On rank 0. Note this start in the run folder. Returns when the first one was, in seconds since 1970."""
+    run_dir = task.config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / CONFIG, cli.to_yaml(task.config))
+    path = run_dir / ENVIRONMENT
     starts = json.loads(path.read_text()) if path.exists() else []
-    write_text(path, json.dumps([*starts, start], indent=2) + "\n")
+    about = {"step": progress.step, "time": now, "overridden": overridden, **describe_environment(task.world)}
+    write_text(path, json.dumps([*starts, about], indent=2) + "\n")
+    return [*starts, about][0]["time"]
 
 
-def resume(engine: Engine, run_dir: Path, inputs: Mapping[str, str], world: World) -> int:
-    """Collective. Load the newest good checkpoint. Returns the step it was taken after, 0 where there is none."""
-    found = checkpoint.load_newest(run_dir, world)
-    if found is None:
-        return 0
-    changed = [name for name in inputs if found.meta.get(name) != inputs[name]]
-    if changed:
-        raise ConfigError(
-            f"the {' and the '.join(changed)} of {run_dir} changed since step {found.step}; "
-            f"bring back what it was trained with, or start anew with --no-resume"
-        )
-    engine.load_state(found.tensors)
-    return found.step
+def hang_message(config: RunConfig) -> str:
+    return (
+        f"nothing was achieved for train.step_timeout_s={config.train.step_timeout_s:g} seconds, the run hangs; "
+        f"where each rank stands is in {config.run_dir}/stacks_rank_*.txt; the same command continues from the last "
+        "checkpoint"
+    )
 
 
-def train_steps(
-    task: Task,
-    engine: Engine,
-    teachers: Sequence[Teacher],
-    inputs: Mapping[str, str],
-    step: int,
-    log: RunLog,
-    bad: BadImages,
-    stop: StopRequest,
-) -> float | None:
-    """Collective. From ``step`` to the last, with logs, evaluations, checkpoints. Returns images/s of the whole job."""
+def train_steps(session: Session, progress: Progress) -> float | None:
+    """Collective. From where ``progress`` stands to the last step. Returns images/s of the whole job.
+
+    Each turn begins between two updates with what is due there: logs, evaluation, checkpoint, leaving.
+    """
+    task, engine, log = session.task, session.engine, session.log
     config, world = task.config, task.world
-    batches = task.train_batches(step)
-    means, clock = RunningMeans(), StepClock()
+    saver = Saver(engine, config.run_dir, config.train, world, step=progress.step, say=log.say, report=log.note)
+    bad_images, bad_steps = session.bad_images, BadSteps(progress, config.run_dir, config.train.max_bad_steps, world)
+    batches = task.train_batches(progress.step)
+    means, clock, latest = RunningMeans(), StepClock(), {}
     engine.module.train()
-    while step < task.total_steps:
-        clock.start()
-        lr = learning_rate(step, config.optim, config.peak_lr, task.steps_per_epoch, config.train.epochs)
-        seed_step(config.seed, step, world.rank)
-        terms, result = train_step(engine, teachers, batches, task, step, lr)
-        step += 1
-        for term in terms:
-            means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.advice)})
-        clock.stop()
-
-        is_last = step == task.total_steps
-        stopping, bad_images_met = agree_any(world, stop.requested, bad.has_news)
-        log.advance(step)
+    while True:
+        stopping, bad_images_met, save_is_due, save_has_failed = agree_any(
+            world,
+            session.stop.requested,
+            bad_images.has_news,
+            world.is_main and saver.is_due(progress.step),
+            saver.has_failed,
+        )
+        session.watchdog.progress()
+        is_last = progress.step >= task.total_steps
         if bad_images_met:
-            bad.collect(log.say)
-        if result.skipped:
-            log.say(f"step {step} was skipped: the gradient is not finite")
-        if is_last or stopping or step % config.train.log_every_steps == 0:
+            bad_images.collect(log.say)
+        if save_has_failed:
+            saver.settle()
+        if clock.steps and (is_last or stopping or progress.step % config.train.log_every_steps == 0):
             speed = clock.images_per_s(config.train.global_batch_size)
-            log.record(step, {**means.drain(world), "lr": lr, "grad_norm": result.grad_norm, "images_per_s": speed})
-        if not is_last and step % (config.train.eval_every_epochs * task.steps_per_epoch) == 0:
-            engine.module.eval()
-            accuracy = evaluate(engine.forward, task.eval_batches(), world)
-            engine.module.train()
-            log.record(step, _named("top1_", accuracy.top1))
-        if is_last or stopping or bad.too_many or step % config.train.save_every_steps == 0:
-            checkpoint.save(config.run_dir, step, engine.state(), inputs, world, keep=config.train.keep_last)
-        bad.refuse_too_many()
+            pace = {"images_per_s": speed, "goodput": session.goodput(progress.useful_s)}
+            log.record(progress.step, {**means.drain(world), **latest, **pace})
+        eval_is_due = progress.step and progress.step % (config.train.eval_every_epochs * task.steps_per_epoch) == 0
+        if eval_is_due and not (is_last or stopping or progress.evaluated):
+            stopping = not evaluate_student(session, progress)
+
+        is_leaving = is_last or stopping or bad_images.too_many or bad_steps.too_many
+        if is_leaving or save_is_due or (progress.evaluated and config.train.keep_best):
+            saver.save(progress.step, describe(progress, task, session.inputs))
+        if is_leaving:
+            saver.settle(insist=True)
+        bad_images.refuse_too_many()
+        if bad_steps.too_many:
+            bad_steps.give_up(mixed_batches(task, progress.step - 1))
         if stopping:
-            raise Stopped(step, stop.signum)
-    return clock.images_per_s(config.train.global_batch_size)
+            raise Stopped(progress.step, session.stop.signum)
+        if is_last:
+            return clock.images_per_s(config.train.global_batch_size)
+
+        clock.start()
+        lr = learning_rate(progress.step, config.optim, config.peak_lr, task.steps_per_epoch, config.train.epochs)
+        seed_step(config.seed, progress.step, world.rank)
+        trained = train_step(engine, session.teachers, batches, task, progress.step, lr)
+        step_s = clock.stop()
+        latest = {"lr": lr, "grad_norm": trained.result.grad_norm}
+        progress.advance()
+        log.advance(progress.step)
+        if trained.result.skipped:
+            bad_steps.count(find_culprits(progress.step, trained.result, trained.terms, trained.samples, world), log)
+            continue
+        bad_steps.count_good()
+        progress.useful_s += step_s
+        for term in trained.terms:
+            means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.advice)})
+
+
+@dataclass(frozen=True)
+class TrainedStep:
+    """terms, samples: the loss and the images' indices of each micro-step of this rank."""
+
+    result: StepResult
+    terms: list[LossTerms]
+    samples: list[Tensor]
 
 
 def train_step(
     engine: Engine, teachers: Sequence[Teacher], batches: Iterator[Batch], task: Task, step: int, lr: float
-) -> tuple[list[LossTerms], StepResult]:
-    """Collective. One update from the next global batch. Returns the loss terms of each micro-step and the outcome."""
+) -> TrainedStep:
+    """Collective. One update from the next global batch."""
     config = task.config
     weights = {name: teacher.weight for name, teacher in config.teachers.items()}
-    terms = []
+    terms, samples = [], []
     for _ in range(engine.micro_steps):
-        mixed = mix(next(batches), config.mixing, task.num_classes, seed=config.seed, step=step)
+        batch = next(batches)
+        mixed = mix(batch, config.mixing, task.num_classes, seed=config.seed, step=step)
         advice = run_teachers(teachers, mixed.images)
         logits = engine.forward(mixed.images)
-        terms.append(
-            co_advise_loss(logits, advice, mixed.targets, temperature=config.distill.temperature, weights=weights)
-        )
-        engine.backward(terms[-1].total)
-    return terms, engine.step(lr)
+        loss = co_advise_loss(logits, advice, mixed.targets, temperature=config.distill.temperature, weights=weights)
+        engine.backward(loss.total)
+        terms.append(loss)
+        samples.append(batch.samples)
+    return TrainedStep(engine.step(lr), terms, samples)
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make drop path and dropout a function of the step, so that no generator's state has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+def mixed_batches(task: Task, step: int) -> Iterator[MixedBatch]:
+    """What this rank learns from in update ``step``, counted from 0, once more: the data stream is a pure function."""
+    for batch in itertools.islice(task.train_batches(step), task.batch_plan.micro_steps):
+        yield mix(batch, task.config.mixing, task.num_classes, seed=task.config.seed, step=step)
+
+
+def evaluate_student(session: Session, progress: Progress) -> bool:
+    """Collective. Log the accuracy of the student and of its moving average. False if asked to stop meanwhile."""
+    engine, world = session.engine, session.task.world
+    engine.module.eval()
+    try:
+        top1 = evaluate(engine.forward, session.eval_batches(progress.step), world).top1
+        numbers = _named("top1_", top1)
+        if session.task.config.optim.ema_decay is not None:
+            with engine.averaged():
+                averaged = evaluate(engine.forward, session.eval_batches(progress.step), world)
+            numbers |= _named("top1_ema_", averaged.top1)
+    except Stopped:
+        return False
+    finally:
+        engine.module.train()
+    progress.evaluated, progress.top1 = True, top1.get(AVERAGE, top1["cls"])
+    session.log.record(progress.step, numbers)
+    return True
 
 
 def finish(
-    task: Task,
-    engine: Engine,
-    advisers: Sequence[Teacher],
-    teachers: Mapping[str, TeacherConfig],
-    images_per_s: float | None,
+    session: Session, teachers: Mapping[str, TeacherConfig], progress: Progress, images_per_s: float | None
 ) -> dict[str, Any]:
-    """Collective. Write the weights, evaluate what was written and the teachers, close the run with its results."""
+    """Collective. Bring the weights out, evaluate what is in the files, and the teachers, and write the results.
+
+    Raises Stopped when asked to stop meanwhile; everything is saved.
+    """
+    task = session.task
     config, world, run_dir = task.config, task.world, task.config.run_dir
-    state = engine.state()
-    files = broadcast(world, export_weights(state, run_dir) if world.is_main else None)
+    files = together(world, lambda: export_weights(run_dir, progress.step) if world.is_main else {})
     accuracy = {}
-    for name, file in files.items():
+    for name, file in broadcast(world, files).items():
         network = task.build_student()
         load_weights(network, run_dir / file)
         network.eval().to(world.device)
-        accuracy[name] = evaluate(network, task.eval_batches(), world)
+        accuracy[name] = evaluate(network, session.eval_batches(progress.step), world)
     results = {
         "model": config.student.name,
-        "steps": task.total_steps,
+        "steps": progress.step,
+        "bad_steps": progress.bad_steps,
         "images_per_s": images_per_s,
+        "goodput": session.goodput(progress.useful_s),
         "eval_images": next(iter(accuracy.values())).images,
         "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
         "teachers": {},
     }
-    if advisers:
-        measured = evaluate(lambda images: run_teachers(advisers, images), task.eval_batches(), world)
+    if session.teachers:
+        batches = session.eval_batches(progress.step)
+        measured = evaluate(lambda images: run_teachers(session.teachers, images), batches, world)
         results["teachers"] = {
             adviser.name: {
                 "model": teachers[adviser.name].model,
@@ -301,33 +404,29 @@ def finish(
                 "top1": measured.top1[adviser.name],
                 "top5": measured.top5[adviser.name],
             }
-            for adviser in advisers
+            for adviser in session.teachers
         }
+    session.bad_images.collect(session.log.say)
     if world.is_main:
         write_text(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
     return results
 
 
-def export_weights(state: Mapping[str, Tensor], run_dir: Path) -> dict[str, str]:
-    """Write the student, and its moving average where there is one, as timm state dicts. Returns file names by kind."""
-    buffers = _without_prefix(state, "buffer/model.")
+def export_weights(run_dir: Path, step: int) -> dict[str, str]:
+    """On rank 0. Put the weights of a checkpoint beside it, under the same names. Returns the files by name."""
     files = {}
-    for kind, (prefix, file) in EXPORTS.items():
-        weights = _without_prefix(state, f"{prefix}model.")
-        if weights:
+    for name, file in EXPORTS.items():
+        saved = checkpoint.path(run_dir, step) / file
+        if saved.exists():
             partial = run_dir / f"{file}.partial"
-            checkpoint.write_tensors({**buffers, **weights}, partial)
+            shutil.copyfile(saved, partial)
             partial.replace(run_dir / file)
-            files[kind] = file
+            files[name] = file
     return files
 
 
 def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in values.items()}
-
-
-def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value.contiguous() for key, value in state.items() if key.startswith(prefix)}
 
 
 if __name__ == "__main__":

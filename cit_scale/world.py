@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+from cit_scale.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -24,12 +28,16 @@ SPELLINGS = {
 
 @dataclass(frozen=True)
 class World:
-    """rank in [0, world_size), local_rank in [0, local_world_size)."""
+    """rank in [0, world_size), local_rank in [0, local_world_size).
+
+    group: whom the collectives below go through; None is everybody, in the training's own turn.
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size):
@@ -65,9 +73,17 @@ class World:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
+    def beside(self) -> World:
+        """Collective. The same ranks, whose collectives do not mix with those of this one: for another thread."""
+        group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        return dataclasses.replace(self, group=group)
 
-def start(world: World) -> None:
-    """Collective. Join the process group: NCCL beside gloo where there is a GPU, gloo alone elsewhere."""
+
+def start(world: World, timeout_s: float = 1800) -> None:
+    """Collective. Join the process group: NCCL beside gloo where there is a GPU, gloo alone elsewhere.
+
+    timeout_s: how long a collective waits for the slowest rank. Raises ConfigError where the port is taken.
+    """
     if dist.is_initialized():
         return
     if "OMP_NUM_THREADS" not in os.environ:
@@ -80,13 +96,23 @@ def start(world: World) -> None:
         backend = "gloo"
     # A process alone needs no port, and DeepSpeed still finds the group it insists on.
     store = dist.HashStore() if world.world_size == 1 else None
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size)
+    try:
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s)
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}, where the ranks are to meet, is "
+            "in use by another program; choose another: deepspeed --master_port N, or MASTER_PORT=N"
+        ) from error
 
 
 def barrier(world: World) -> None:
     """Collective."""
     if world.world_size > 1:
-        dist.barrier()
+        dist.barrier(group=world.group)
 
 
 def broadcast(world: World, value: Any) -> Any:
@@ -94,7 +120,7 @@ def broadcast(world: World, value: Any) -> Any:
     if world.world_size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=world.group)
     return box[0]
 
 
@@ -103,7 +129,7 @@ def agree_any(world: World, *flags: bool) -> tuple[bool, ...]:
     if world.world_size == 1:
         return flags
     votes = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=world.group)
     return tuple(bool(vote) for vote in votes)
 
 
@@ -111,7 +137,7 @@ def gather(world: World, value: T) -> list[T]:
     """Collective. Every rank's value, in the order of the ranks, on every rank."""
     values = [value] * world.world_size
     if world.world_size > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=world.group)
     return values
 
 
@@ -119,7 +145,7 @@ def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
     """Collective. Elementwise sum, the same on every rank."""
     if world.world_size > 1:
         values = values.clone()
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=world.group)
     return values
 
 

@@ -3,7 +3,8 @@
 import pytest
 from ranks import run_on_ranks
 
-from cit_scale.bad_images import BadImages, TooManyBadImagesError
+from cit_scale.bad_images import BadImages
+from cit_scale.errors import BadDataError
 from cit_scale.world import World
 
 
@@ -35,7 +36,7 @@ def test_ranks_agree_on_what_they_met_together(tmp_path):
 def test_only_what_is_bad_since_this_start_counts_and_the_list_keeps_the_rest(tmp_path):
     before = BadImages(tmp_path, [Met(1, 2)], 1, World())
     before.collect(print)
-    with pytest.raises(TooManyBadImagesError, match="2 images cannot be used, more than data"):
+    with pytest.raises(BadDataError, match="2 images cannot be used, more than data"):
         before.refuse_too_many()
     repaired = BadImages(tmp_path, [Met(3)], 1, World())
     repaired.collect(print)

@@ -79,7 +79,8 @@ def test_deepspeed_users_own_flags_choose_the_sharding_file():
 
 def test_resume_is_the_default():
     assert cli.parse_arguments([]).resume is True
-    assert cli.parse_arguments(["--no-resume"]).resume is False
+    assert cli.parse_arguments(["--fresh"]).fresh is True
+    assert cli.parse_arguments(["--override-resume"]).override_resume is True
 
 
 def test_a_teachers_run_takes_the_students_data_seed_and_folder():

@@ -9,23 +9,26 @@ PACKAGE = REPOSITORY / "cit_scale"
 # A module imports only from strictly lower levels.
 LEVELS = {
     0: "errors",
-    1: "config files world batch stop data.order data.draws data.encoded data.progress models.released "
-    "models.involution_loop models.involution_triton",
+    1: "config files world batch stop watchdog data.order data.draws data.encoded data.progress portable "
+    "models.released models.involution_loop models.involution_triton",
     2: "cli lock data.dali data.idx data.index data.mixing models.involution_cpu models.fold losses optim metrics "
-    "results engines.base engines.state",
-    3: "data.folders data.shards models.involution engines.plain engines.zero checkpoint bench.measure",
-    4: "data.sources engines.build models.rednet",
-    5: "data.pack data.reader models.cit",
+    "results engines.base checkpoint",
+    3: "data.folders data.shards models.involution engines.batch_norm engines.hosted engines.loss_scale engines.state "
+    "bench.measure saver",
+    4: "data.sources engines.plain engines.zero engines.fsdp2 models.rednet",
+    5: "data.pack data.reader models.cit engines.build",
     6: "data.stream data.video bad_images models",
     7: "models.network bench.decode bench.involution",
-    8: "teachers evaluate bench.fidelity",
+    8: "teachers evaluate bench.fidelity bench.peers",
     9: "task bench.teachers",
-    10: "train",
+    10: "run_state",
+    11: "bad_steps",
+    12: "train",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 
 ONLY_IMPORTERS = {
-    "deepspeed": {"engines.zero"},
+    "deepspeed": {"engines.zero", "bench.peers"},  # the benchmark's own is a peer, measured under faults
     "nvidia": {"data.dali", "bench.decode"},  # the benchmark's own is the peer that ours is timed against
     "triton": {"models.involution_triton"},
     "submitit": set(),

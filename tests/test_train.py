@@ -112,7 +112,7 @@ def test_one_command_trains_teachers_and_student_and_leaves_a_run_that_describes
     assert main(tiny) == 0
     folder = run_dir(tiny)
     for run in (folder, folder / "teachers" / "conv", folder / "teachers" / "inv"):
-        for file in ("config.yaml", "env.json", "metrics.jsonl", "model.safetensors", "results.json", "tensorboard"):
+        for file in ("config.yaml", "env.json", "metrics.jsonl", "student.safetensors", "results.json", "tensorboard"):
             assert (run / file).exists(), f"{run / file} is missing"
         assert not list(run.rglob("*.partial"))
 
@@ -143,10 +143,10 @@ def test_one_command_trains_teachers_and_student_and_leaves_a_run_that_describes
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert "student, average" in capsys.readouterr().out
 
-    # Other settings in the same folder are refused; --no-resume keeps the old run beside the new one.
-    assert main([*tiny, "--optim.lr", "0.5"]) == 2
+    # Other settings in the same folder are refused; --fresh keeps the old run beside the new one.
+    assert main([*tiny, "--optim.lr", "0.5"]) == 7
     assert "optim.lr: 0.002 -> 0.5" in capsys.readouterr().err
-    assert main([*tiny, "--no-resume", "--train.epochs", "1"]) == 0
+    assert main([*tiny, "--fresh", "--train.epochs", "1"]) == 0
     assert (folder.parent / "tiny.1" / "results.json").exists()
     assert json.loads((folder / "results.json").read_text())["steps"] == STEPS_PER_EPOCH
 
@@ -252,7 +252,7 @@ def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(
     assert re.search(r"tiny +continues after step", output)
 
     for part in ("", "teachers/conv", "teachers/inv"):
-        expected, found = (load_file(run / part / "model.safetensors") for run in (calm, folder))
+        expected, found = (load_file(run / part / "student.safetensors") for run in (calm, folder))
         assert expected.keys() == found.keys()
         different = [name for name in expected if not torch.equal(expected[name], found[name])]
         assert not different, f"{part}: {different}"

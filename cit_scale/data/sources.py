@@ -24,7 +24,7 @@ from cit_scale.data.idx import labels_beside, read_idx
 from cit_scale.data.index import cache_path, printable, shorten
 from cit_scale.data.order import permutation
 from cit_scale.data.shards import INDEX, SETTINGS, TarShards, open_foreign_shards, tar_files, write_shards
-from cit_scale.errors import ConfigError
+from cit_scale.errors import ConfigError, MissingInputError
 
 HOLDOUT_TAG = 0x401D  # keeps the seed of the held-out part apart from every other
 
@@ -166,7 +166,8 @@ def open_source(where: str, cache_dir: Path, option: str) -> Source:
         return Manifest(path, cache_dir)
     if path.is_file() and (labels := labels_beside(path)):
         return idx_images(path, labels, cache_dir)
-    raise ConfigError(
+    kind = ConfigError if path.exists() else MissingInputError
+    raise kind(
         f"{option}={where!r} {'is no data set' if path.exists() else 'does not exist'}; give a folder with one "
         f"sub-folder of images per class, a folder of tar shards, a table of paths and labels (.csv or .tsv), the "
         f"images of a pair of idx files, or one of {', '.join(map(repr, BUILT_IN))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
-from cit_scale.errors import ConfigError
+from cit_scale.errors import ConfigError, MissingInputError, RefusedError
 from cit_scale.models.released import convert
 
 # Arguments of timm.create_model that follow from the rest of the run.
@@ -104,12 +105,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a safetensors file, or in a PyTorch file, which may hold nothing but weights."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ConfigError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
+        raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RefusedError(
+            f"weights {path} hold more than tensors, or are damaged, and what else a file holds could run: "
+            f"{_one_line(error)}; save a bare state dict, best as safetensors"
+        ) from error
     except Exception as error:  # each format has its own exceptions for a damaged file
         raise ConfigError(f"weights {path} cannot be read: {_one_line(error)}") from error
     for wrapper in ("model", "state_dict"):

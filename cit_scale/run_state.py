@@ -1,0 +1,91 @@
+"""Where a run stands between two updates, what of that a checkpoint keeps beside the tensors, and going on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cit_scale import cli
+from cit_scale.data.order import Cursor
+from cit_scale.errors import RefusedError
+from cit_scale.optim import learning_rate
+from cit_scale.task import Task, changed_settings
+
+
+@dataclass
+class Progress:
+    """step: updates done, skipped ones counted. evaluated: the evaluation that may be due after that step is done.
+    top1: its average, percent. bad_steps, bad_in_a_row: of those that were not finite. useful_s: seconds spent in steps
+    that count; what a killed process did after its last checkpoint does not."""
+
+    step: int = 0
+    evaluated: bool = False
+    top1: float | None = None
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    useful_s: float = 0.0
+
+    def advance(self) -> None:
+        """One more step is done; nothing is known of the student after it."""
+        self.step += 1
+        self.evaluated, self.top1 = False, None
+
+
+def describe(progress: Progress, task: Task, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """The meta.json of a checkpoint. inputs: fingerprints of what was learned from, by name."""
+    config, step = task.config, progress.step
+    return {
+        **dataclasses.asdict(progress),
+        "cursor": dataclasses.asdict(Cursor.at_step(step, len(task.train_set), config.train.global_batch_size)),
+        "lr": learning_rate(step, config.optim, config.peak_lr, task.steps_per_epoch, config.train.epochs),
+        "world_size": task.world.world_size,
+        # All a rank's generators are seeded at the beginning of each step, so this is the whole of their states.
+        "rng": [step_seed(config.seed, step, rank) for rank in range(task.world.world_size)],
+        "inputs": dict(inputs),
+        "config": cli.to_dict(config),
+    }
+
+
+def restore(
+    meta: Mapping[str, Any], task: Task, inputs: Mapping[str, str], *, override: bool
+) -> tuple[Progress, list[str]]:
+    """What ``describe`` wrote, and what has changed since, which is what the override allows.
+
+    Raises RefusedError, with the differences, if there are any that change what is learned and ``override`` is not set.
+    """
+    saved = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
+    now = describe(saved, task, inputs)
+    changed = [
+        f"{name}: {meta['inputs'].get(name)} -> {inputs.get(name)}"
+        for name in {**meta["inputs"], **inputs}
+        if meta["inputs"].get(name) != inputs.get(name)
+    ]
+    changed += changed_settings(meta["config"], task.config)
+    if meta["world_size"] == now["world_size"] and meta["rng"] != now["rng"] and not changed:
+        changed.append("the random numbers that follow from the seed: another version of NumPy draws them")
+    if meta["cursor"] != now["cursor"] and not changed:
+        changed.append(f"the place in the data: {meta['cursor']} -> {now['cursor']}")
+    if changed and not override:
+        raise RefusedError(
+            f"{task.config.run_dir} was trained up to step {saved.step} with something else ({'; '.join(changed)}); "
+            "bring that back, give this run another --name, start over with --fresh, or insist with --override-resume"
+        )
+    return saved, changed
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make drop path and whatever else a model draws a function of the step: no generator's state has to be saved."""
+    drawn = step_seed(seed, step, rank)
+    random.seed(drawn)
+    np.random.seed(drawn & 0xFFFFFFFF)
+    torch.manual_seed(drawn)
