@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -14,37 +15,59 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from cit_scale import checkpoint
-from cit_scale.checkpoint import load_newest, save
-from cit_scale.errors import ConfigError
+from cit_scale.checkpoint import Retention, load_newest, save
+from cit_scale.errors import RefusedError
+from cit_scale.portable import share_out
 from cit_scale.world import World
 
 ALONE = World()
 
+# A training state: its keys and shapes, and where two ranks, or one, write each tensor.
+SHAPES = {
+    "weight/model.head": (5, 3),
+    "buffer/model.seen": (),
+    "ema/model.head": (5, 3),
+    "exp_avg/model.head": (5, 3),
+    "exp_avg_sq/model.head": (5, 3),
+    "optimizer_step": (),
+}
+KEEP_TWO = Retention(last=2)
+
 
 def state_of(step: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return {
-        "weight/head": torch.randn(5, 3, generator=generator),
-        "buffer/seen": torch.tensor(step, dtype=torch.int64),
-        "weight/special": torch.tensor([-0.0, 1e-45, torch.pi]),
-    }
+    state = {key: torch.randn(*shape, generator=generator) for key, shape in SHAPES.items() if shape}
+    state["weight/model.head"][0] = torch.tensor([-0.0, 1e-45, torch.pi])
+    return state | {key: torch.tensor(step) for key, shape in SHAPES.items() if not shape}
+
+
+def meta_of(step: int) -> dict[str, Any]:
+    return {"cursor": [1, step], "top1": None}
+
+
+def save_step(
+    run_dir: Path, step: int, world: World = ALONE, *, retention: Retention = KEEP_TWO, top1: float | None = None
+) -> int:
+    shares = share_out({key: torch.Size(shape) for key, shape in SHAPES.items()}, world.world_size)
+    state = {key: tensor for key, tensor in state_of(step).items() if key in shares[world.rank]}
+    return save(run_dir, step, state, shares, meta_of(step) | {"top1": top1}, world, retention)
 
 
 def save_steps(run_dir: Path, *steps: int, keep: int = 2) -> None:
     for step in steps:
-        save(run_dir, step, state_of(step), {"cursor": [1, step]}, ALONE, keep=keep)
+        save_step(run_dir, step, retention=Retention(last=keep))
 
 
 def assert_is_step(found: checkpoint.Checkpoint | None, step: int) -> None:
     assert found is not None
     assert found.step == step
-    assert found.meta == {"cursor": [1, step]}
+    assert found.meta == meta_of(step)
     expected = state_of(step)
-    assert found.tensors.keys() == expected.keys()
+    assert found.state.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert found.tensors[key].dtype == tensor.dtype
-        assert found.tensors[key].shape == tensor.shape
-        assert found.tensors[key].numpy().tobytes() == tensor.numpy().tobytes()
+        assert found.state[key].dtype == tensor.dtype
+        assert found.state[key].shape == tensor.shape
+        assert found.state[key].numpy().tobytes() == tensor.numpy().tobytes()
 
 
 def names(run_dir: Path) -> list[str]:
@@ -83,7 +106,9 @@ def test_the_newest_are_kept_and_leftovers_go(tmp_path):
 
 def test_saving_a_step_again_leaves_it_as_it_was_committed(tmp_path):
     save_steps(tmp_path, 3)
-    save(tmp_path, 3, state_of(4), {}, ALONE)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert save_step(tmp_path, 3) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert_is_step(load_newest(tmp_path, ALONE), 3)
 
 
@@ -97,7 +122,7 @@ def test_saving_a_step_that_is_damaged_writes_it_anew(tmp_path):
 
 def test_a_folder_with_a_later_step_is_another_runs(tmp_path):
     save_steps(tmp_path, 5)
-    with pytest.raises(ConfigError, match="holds step 5, later than the step 4"):
+    with pytest.raises(RefusedError, match="holds step 5, later than the step 4"):
         save_steps(tmp_path, 4)
     assert names(tmp_path) == ["step_000005"]
 
@@ -115,21 +140,28 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def say_format(manifest: Path, number: int) -> None:
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": number}))
+
+
 def replace(folder: Path, other: Path) -> None:
     shutil.rmtree(folder)
     shutil.copytree(other, folder)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a flipped bit in the tensors": (lambda f: flip_bit(f / "state.safetensors", -2), "has another SHA-256"),
+    "a flipped bit in the tensors": (lambda f: flip_bit(f / "student.safetensors", -2), "has another SHA-256"),
     "a flipped bit in the meta data": (lambda f: flip_bit(f / "meta.json", 4), "meta.json has another SHA-256"),
     "a flipped bit in the manifest": (lambda f: flip_bit(f / "MANIFEST.json", -2, 3), "JSONDecodeError"),
-    "a cut tensor file": (lambda f: truncate(f / "state.safetensors"), "bytes instead of"),
+    "a cut tensor file": (lambda f: truncate(f / "student.safetensors"), "bytes instead of"),
     "a cut manifest": (lambda f: truncate(f / "MANIFEST.json"), "JSONDecodeError"),
     "a blank in the manifest": (lambda f: (f / "MANIFEST.json").open("a").write(" "), "MANIFEST.json is damaged"),
     "an empty manifest": (lambda f: (f / "MANIFEST.json").write_text(""), "JSONDecodeError"),
-    "no tensor file": (lambda f: (f / "state.safetensors").unlink(), "state.safetensors is missing"),
+    "no tensor file": (lambda f: (f / "student.safetensors").unlink(), "student.safetensors is missing"),
     "no meta data": (lambda f: (f / "meta.json").unlink(), "meta.json is missing"),
+    "a cut moment file": (lambda f: truncate(f / "optimizer_000.safetensors"), "bytes instead of"),
+    "no index": (lambda f: (f / "index.json").unlink(), "index.json is missing"),
+    "an earlier format": (lambda f: say_format(f / "MANIFEST.json", 1), "format 1, this version reads 2"),
     "no manifest": (lambda f: (f / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
     "another step's files": (lambda f: replace(f, f.with_name("step_000001")), "MANIFEST.json is damaged"),
 }  # fmt: skip
@@ -154,7 +186,7 @@ def test_any_flipped_bit_is_noticed(tmp_path):
         damaged = tmp_path / "damaged"
         shutil.copytree(tmp_path / "good", damaged)
         flip_bit(damaged / file.relative_to(tmp_path / "good"), position, bit)
-        with pytest.raises(ConfigError):
+        with pytest.raises(RefusedError):
             load_newest(damaged, ALONE)
         shutil.rmtree(damaged)
 
@@ -164,7 +196,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
     for step in (1, 2):
         (tmp_path / "ckpt" / f"step_00000{step}" / "MANIFEST.json").unlink()
     for _ in range(2):  # the second time all of them are set aside already
-        with pytest.raises(ConfigError, match="none verifies"):
+        with pytest.raises(RefusedError, match="none verifies"):
             load_newest(tmp_path, ALONE)
     assert names(tmp_path) == ["step_000001.broken", "step_000002.broken"]
 
@@ -201,7 +233,7 @@ def test_a_save_killed_at_any_point_loses_at_most_itself(tmp_path):
                 f"at {point} {moment}"
             )
         point += 1
-    assert point == 13  # 12 calls that touch the disk, and none
+    assert point == 19  # 18 calls that touch the disk, and none
     assert survivors == sorted(survivors), "once committed, always committed"
     assert {2, 3} == set(survivors)
 
@@ -276,7 +308,10 @@ def test_nothing_is_renamed_before_it_and_its_manifest_are_on_the_disk(tmp_path,
     monkeypatch.setattr(Path, "rename", recording_rename)
     save_steps(tmp_path, 1)
     assert events == [
-        ("sync", "state.safetensors"),
+        ("sync", "student.safetensors"),
+        ("sync", "student_ema.safetensors"),
+        ("sync", "optimizer_000.safetensors"),
+        ("sync", "index.json"),
         ("sync", "meta.json"),
         ("sync", "MANIFEST.json"),
         ("sync", "step_000001.partial"),
@@ -297,9 +332,10 @@ def test_two_ranks_save_together_and_agree_on_the_older_one_when_the_newest_is_d
 
 def save_damage_and_load(world: World, run_dir: Path) -> int:
     for step in (1, 2):
-        save(run_dir, step, state_of(step) if world.is_main else {}, {"cursor": [1, step]}, world)
+        save_step(run_dir, step, world)
+    assert len(list((run_dir / "ckpt" / "step_000002").glob("*.safetensors"))) == 4  # student, average, a file per rank
     if world.is_main:
-        flip_bit(run_dir / "ckpt" / "step_000002" / "state.safetensors", 100)
+        flip_bit(run_dir / "ckpt" / "step_000002" / "optimizer_001.safetensors", 100)
     found = load_newest(run_dir, world)
     assert_is_step(found, 1)
     return found.step
@@ -308,8 +344,25 @@ def save_damage_and_load(world: World, run_dir: Path) -> int:
 def test_a_rank_0_that_cannot_write_raises_on_every_rank(tmp_path):
     (tmp_path / "ckpt").write_text("a file where the folder should be")
     for kind, message in run_on_ranks(2, failing_save, tmp_path):
-        assert kind == "OSError"
+        assert kind == "CannotWriteError"
         assert "checkpoint of step 1" in message
+
+
+def test_a_rank_1_that_cannot_write_raises_on_every_rank_and_leaves_nothing(tmp_path):
+    save_steps(tmp_path, 1)
+    for kind, message in run_on_ranks(2, save_on_a_disk_that_is_full_for_rank_1, tmp_path):
+        assert kind == "CannotWriteError"
+        assert "checkpoint of step 2" in message
+        assert "No space left" in message
+    assert names(tmp_path) == ["step_000001"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_state_that_is_not_finite_on_one_rank_is_not_saved(rank, tmp_path):
+    for kind, message in run_on_ranks(2, save_not_a_number, tmp_path, rank):
+        assert kind == "DivergedError"
+        assert "no longer finite at step 1" in message
+    assert names(tmp_path) == []
 
 
 def test_a_rank_that_cannot_read_raises_on_every_rank(tmp_path):
@@ -319,35 +372,87 @@ def test_a_rank_that_cannot_read_raises_on_every_rank(tmp_path):
         assert "a file system that all nodes share" in message
 
 
-def failing_save(world: World, run_dir: Path) -> tuple[str, str]:
+def outcome(function: Callable[[], Any]) -> tuple[str, str]:
     try:
-        save(run_dir, 1, state_of(1), {}, world)
+        function()
     except Exception as error:
         return type(error).__name__, str(error)
     return "nothing", ""
+
+
+def failing_save(world: World, run_dir: Path) -> tuple[str, str]:
+    return outcome(lambda: save_step(run_dir, 1, world))
+
+
+def save_on_a_disk_that_is_full_for_rank_1(world: World, run_dir: Path) -> tuple[str, str]:
+    def fail(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if world.rank == 1:
+        safetensors.torch.save_file = fail
+    return outcome(lambda: save_step(run_dir, 2, world))
+
+
+def save_not_a_number(world: World, run_dir: Path, rank: int) -> tuple[str, str]:
+    shares = share_out({key: torch.Size(shape) for key, shape in SHAPES.items()}, world.world_size)
+    state = {key: tensor for key, tensor in state_of(1).items() if key in shares[world.rank]}
+    if world.rank == rank:
+        next(tensor for tensor in state.values() if tensor.is_floating_point()).view(-1)[1] = float("nan")
+    return outcome(lambda: save(run_dir, 1, state, shares, meta_of(1), world, KEEP_TWO))
 
 
 def load_with_one_blind_rank(world: World, run_dir: Path) -> tuple[str, str]:
-    try:
-        load_newest(run_dir if world.is_main else run_dir / "elsewhere", world)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "nothing", ""
+    return outcome(lambda: load_newest(run_dir if world.is_main else run_dir / "elsewhere", world))
 
 
 def test_what_json_cannot_hold_is_refused_before_a_checkpoint_is_committed(tmp_path):
     with pytest.raises(ValueError, match="Out of range float"):
-        save(tmp_path, 1, state_of(1), {"loss": float("nan")}, ALONE)
+        save_step(tmp_path, 1, top1=float("nan"))
     assert load_newest(tmp_path, ALONE) is None
 
 
 def test_a_checkpoint_can_be_read_with_nothing_but_safetensors_and_json(tmp_path):
     save_steps(tmp_path, 1)
     folder = tmp_path / "ckpt" / "step_000001"
-    assert safetensors.torch.load_file(folder / "state.safetensors").keys() == state_of(1).keys()
+    expected = state_of(1)
+    student = safetensors.torch.load_file(folder / "student.safetensors")
+    assert student.keys() == {"head", "seen"}
+    assert torch.equal(student["head"], expected["weight/model.head"])
+    assert torch.equal(
+        safetensors.torch.load_file(folder / "student_ema.safetensors")["head"], expected["ema/model.head"]
+    )
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     assert manifest["step"] == 1
     assert manifest["files"]["meta.json"]["bytes"] == (folder / "meta.json").stat().st_size
+
+
+# Retention.
+
+
+def test_the_best_and_every_so_many_are_kept_beside_the_newest(tmp_path):
+    retention = Retention(last=1, every=10, best=2)
+    for step, top1 in [(4, 50.0), (8, 70.0), (10, None), (12, 60.0), (16, 10.0), (20, None), (24, None)]:
+        save_step(tmp_path, step, retention=retention, top1=top1)
+    assert names(tmp_path) == [f"step_{step:06d}" for step in (8, 10, 12, 20, 24)]
+
+
+def test_of_two_equally_good_the_later_is_kept(tmp_path):
+    for step in (1, 2, 3):
+        save_step(tmp_path, step, retention=Retention(last=1, best=1), top1=50.0 if step < 3 else None)
+    assert names(tmp_path) == ["step_000002", "step_000003"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_tensor_is_written_by_one_rank_and_the_ranks_share_the_work(world_size):
+    names = [f"model.block{i}" for i in range(40)]
+    kinds = ("weight", "exp_avg", "exp_avg_sq", "ema")
+    shapes = {f"{kind}/{name}": torch.Size([7, 1 + i]) for kind in kinds for i, name in enumerate(names)}
+    shares = share_out(shapes, world_size)
+    assert sorted(key for share in shares for key in share) == sorted(shapes)
+    bytes_of = [sum(shapes[key].numel() for key in share) for share in shares]
+    # The student and its average are one file each, a quarter of all: more than four ranks cannot share evenly.
+    assert max(bytes_of) <= max(sum(bytes_of) / world_size * 1.05, sum(bytes_of) / 4)
 
 
 def test_written_tensors_are_as_readable_as_the_umask_allows(tmp_path):

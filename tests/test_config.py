@@ -77,8 +77,9 @@ def test_deepspeed_users_own_flags_choose_the_sharding_file():
     assert arguments.local_rank == 3
 
 
-def test_resume_is_the_default():
-    assert cli.parse_arguments([]).resume is True
+def test_going_on_with_the_same_settings_is_the_default():
+    default = cli.parse_arguments([])
+    assert (default.fresh, default.override_resume) == (False, False)
     assert cli.parse_arguments(["--fresh"]).fresh is True
     assert cli.parse_arguments(["--override-resume"]).override_resume is True
 
@@ -135,12 +136,12 @@ def test_a_recipe_does_not_execute_what_it_contains(tmp_path):
 
 
 def test_differences_name_key_and_both_values():
-    old = parse()
-    new = parse("--train.epochs", "3", "--teachers.conv.weight", "2")
+    old = cli.to_dict(parse())
+    new = cli.to_dict(parse("--train.epochs", "3", "--teachers.conv.weight", "2"))
     assert cli.differences(old, old) == []
     assert cli.differences(old, new) == [
         "teachers.conv.weight: 1.0 -> 2.0",
-        f"train.epochs: {old.train.epochs} -> 3",
+        f"train.epochs: {old['train']['epochs']} -> 3",
     ]
 
 

@@ -113,8 +113,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RefusedError(
-            f"weights {path} hold more than tensors, or are damaged, and what else a file holds could run: "
-            f"{_one_line(error)}; save a bare state dict, best as safetensors"
+            f"weights {path} hold more than tensors, or are damaged; what else is in a pickle could run, so it is not "
+            "opened; save a bare state dict, best as safetensors"
         ) from error
     except Exception as error:  # each format has its own exceptions for a damaged file
         raise ConfigError(f"weights {path} cannot be read: {_one_line(error)}") from error
