@@ -158,11 +158,9 @@ class RunLog:
 
     def _write_lines(self) -> None:
         # Opened anew each time: a disk that was full or gone for a while is written to again when it is back.
-        text = "".join(self._unwritten)
         before = self._path.stat().st_size if self._path.exists() else 0
         try:
-            with self._path.open("a") as file:
-                file.write(text)
+            append(self._path, "".join(self._unwritten))
         except OSError:
             with contextlib.suppress(OSError):
                 os.truncate(self._path, before)  # no half line, which would come again whole
@@ -187,6 +185,11 @@ class RunLog:
             if not self._has_warned:
                 self.say(f"metrics cannot be written: {error}; training goes on, and the lines are tried again")
             self._has_warned = True
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
 
 
 def _drop_lines_past(path: Path, step: int) -> None:

@@ -18,25 +18,28 @@ from typing import TextIO
 
 from cit_scale.errors import HUNG
 
+ANNOUNCE_S = 1
 GRACE_S = 3  # between stacks and exit: the first rank to leave must not break the others off before they have written
 
 
 class Watchdog:
     """``progress`` has to be called at least every ``timeout_s`` seconds, or the process writes its stacks and leaves.
 
-    stacks: the file that the stacks of all threads are written to. message: the line on stderr that says what happened;
-    None on all ranks but one. It needs the interpreter's lock, so it fails where that is what hangs; stacks and exit
-    code HUNG do not. timeout_s=0 switches all of it off. One at a time in a process; main thread only.
+    stacks: the file that the stacks of all threads are written to; none is left by a run that did not hang.
+    message: the line on stderr that says what happened; None on all ranks but one. It needs the interpreter's lock, so
+    it fails where that is what hangs; stacks and exit code HUNG do not.
+    timeout_s=0 switches all of it off. One at a time in a process; main thread only.
     """
 
     def __init__(self, timeout_s: float, stacks: Path, message: str | None) -> None:
         self._timeout_s = timeout_s
         self._message = message
+        self._path = stacks
         self._stacks: TextIO | None = None
         if not timeout_s:
             return
         stacks.parent.mkdir(parents=True, exist_ok=True)
-        self._stacks = stacks.open("w")
+        self._stacks = stacks.open("a")
         # The C library's own _exit is the handler: it takes the signal's number for the exit code, and SIGALRM's is 14.
         assert signal.SIGALRM == HUNG
         libc = ctypes.CDLL(None)
@@ -67,11 +70,13 @@ class Watchdog:
         self._closed.set()
         self._restore()
         self._stacks.close()
-        Path(self._stacks.name).unlink(missing_ok=True)
+        if not self._path.stat().st_size:
+            self._path.unlink()
         self._stacks = None
 
     def _announce(self) -> None:
-        while not self._closed.wait(max(0.0, self._deadline - time.monotonic())):
-            if time.monotonic() >= self._deadline:
+        # Later than the stacks: faulthandler walks the frames of all threads, and crashes over one that runs meanwhile.
+        while not self._closed.wait(max(0.1, self._deadline + ANNOUNCE_S - time.monotonic())):
+            if time.monotonic() >= self._deadline + ANNOUNCE_S:
                 print(f"error: {self._message}", file=sys.stderr, flush=True)
                 return

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 
@@ -67,6 +68,52 @@ def test_curves_reach_tensorboard(tmp_path):
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
+
+
+def test_lines_that_could_not_be_written_come_when_the_disk_is_back(tmp_path, capsys):
+    log = open_log(tmp_path)
+    log.record(1, {"loss": 1.0})
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "before")
+    (tmp_path / "metrics.jsonl").mkdir()  # nobody can write a line to a folder
+    log.record(2, {"loss": 2.0})
+    log.record(3, {"loss": 3.0})
+    assert capsys.readouterr().out.count("metrics cannot be written") == 1
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "before").rename(tmp_path / "metrics.jsonl")
+    log.record(4, {"loss": 4.0})
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_half_written_line_is_taken_back(tmp_path, monkeypatch):
+    log = open_log(tmp_path)
+    log.record(1, {"loss": 1.0})
+    monkeypatch.setattr("cit_scale.metrics.append", half_of_it)
+    log.record(2, {"loss": 2.0})
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    monkeypatch.undo()
+    log.record(3, {"loss": 3.0})
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def half_of_it(path, text):
+    with path.open("a") as file:
+        file.write(text[: len(text) // 2])
+        file.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_curves_that_cannot_be_written_do_not_stop_the_lines(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    log = open_log(tmp_path)
+    log.record(1, {"loss": 1.0})
+    (tmp_path / "tensorboard").unlink()
+    log.record(2, {"loss": 2.0})
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert capsys.readouterr().out.count("metrics cannot be written") == 1
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -8,7 +8,7 @@ from cit_scale.errors import Stopped
 from cit_scale.stop import StopRequest
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_is_remembered_and_nothing_is_interrupted(signum):
     with StopRequest() as stop:
         assert not stop.requested
@@ -27,6 +27,16 @@ def test_the_launchers_sigterm_after_a_ctrl_c_is_the_same_request():
 def test_a_second_ctrl_c_interrupts_at_once():
     with StopRequest():
         os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_is_shielded_is_not_interrupted_by_any_number_of_signals():
+    with StopRequest() as stop:
+        with stop.shielded():
+            for signum in [signal.SIGINT] * 3 + [signal.SIGTERM, signal.SIGUSR1]:
+                os.kill(os.getpid(), signum)
+        assert stop.signum == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
