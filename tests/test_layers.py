@@ -19,7 +19,7 @@ LEVELS = {
     5: "data.pack data.reader models.cit engines.build",
     6: "data.stream data.video bad_images models",
     7: "models.network bench.decode bench.involution",
-    8: "teachers evaluate bench.fidelity bench.peers",
+    8: "teachers evaluate bench.fidelity",
     9: "task bench.teachers",
     10: "run_state",
     11: "bad_steps",
@@ -28,7 +28,7 @@ LEVELS = {
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 
 ONLY_IMPORTERS = {
-    "deepspeed": {"engines.zero", "bench.peers"},  # the benchmark's own is a peer, measured under faults
+    "deepspeed": {"engines.zero"},
     "nvidia": {"data.dali", "bench.decode"},  # the benchmark's own is the peer that ours is timed against
     "triton": {"models.involution_triton"},
     "submitit": set(),
