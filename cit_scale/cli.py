@@ -70,8 +70,8 @@ def load_recipe(name: str) -> RunConfig:
 def teacher_run(config: RunConfig, name: str) -> RunConfig:
     """The run that trains one of ``config``'s teachers: its recipe, inside the student's folder.
 
-    What is of the data or of the machine comes from the student's run: images, augmentation, micro-batches, engine. The
-    teacher's model is the student of the new run.
+    What is of the data or of the machine comes from the student's run: images, augmentation, micro-batches, engine; not
+    the checkpointing of activations, which is of the student. The teacher's model is the student of the new run.
     """
     teacher = config.teachers[name]
     if teacher.recipe is None:
@@ -87,7 +87,7 @@ def teacher_run(config: RunConfig, name: str) -> RunConfig:
         seed=config.seed,
         data=config.data,
         augment=config.augment,
-        engine=config.engine,
+        engine=dataclasses.replace(config.engine, activation_checkpointing=False),
         train=dataclasses.replace(recipe.train, micro_batch_size=config.train.micro_batch_size),
         student=dataclasses.replace(recipe.student, name=teacher.model, kwargs=teacher.kwargs),
     )

@@ -43,3 +43,65 @@ def tiny_digits(tmp_path_factory):
     from cit_scale.data.sources import digits
 
     return digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tmp_path_factory):
+    """Recipe, data set and teacher of ``tiny_run.TinyRun``. Shared: a test that harms them copies them first."""
+    from tiny_run import make_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calm(tiny_inputs, tmp_path_factory):
+    """``calm(layout)``: the tiny run that nobody disturbed, once per session."""
+    from tiny_run import TinyRun
+
+    runs = {}
+
+    def run(layout="zero1"):
+        if layout not in runs:
+            runs[layout] = TinyRun(tiny_inputs, tmp_path_factory.mktemp("calm"), layout)
+            runs[layout].finish()
+        return runs[layout]
+
+    return run
+
+
+@pytest.fixture
+def tiny_run(tiny_inputs, tmp_path):
+    """A tiny run on two ranks under ZeRO-1, not yet started."""
+    from tiny_run import TinyRun
+
+    return TinyRun(tiny_inputs, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def halted_once(tiny_inputs, tmp_path_factory):
+    import sabotage
+    from tiny_run import TinyRun
+
+    run = TinyRun(tiny_inputs, tmp_path_factory.mktemp("halted"))
+    ended = run.run(sabotage=(sabotage.at, 0, "backward", 11, sabotage.die))
+    assert ended.code != 0, ended.output
+    assert run.checkpoints() == ["step_000004", "step_000008"]
+    return run
+
+
+@pytest.fixture
+def halted(halted_once, tmp_path):
+    """A tiny run that was killed in step 11, with checkpoints of steps 4 and 8; the test's own copy."""
+    return halted_once.copy(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def ds_configs(tmp_path_factory) -> str:
+    """Where the rows of engine_cases.SHARDINGS that are not shipped stand as files."""
+    from engine_cases import write_ds_configs
+
+    folder = tmp_path_factory.mktemp("ds_configs")
+    write_ds_configs(folder)
+    return str(folder)

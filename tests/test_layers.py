@@ -12,14 +12,13 @@ LEVELS = {
     1: "config files world batch stop watchdog data.order data.draws data.encoded data.progress portable "
     "models.released models.involution_loop models.involution_triton",
     2: "cli lock data.dali data.idx data.index data.mixing models.involution_cpu models.fold losses optim metrics "
-    "results engines.base checkpoint",
-    3: "data.folders data.shards models.involution engines.batch_norm engines.hosted engines.loss_scale engines.state "
-    "bench.measure saver",
-    4: "data.sources engines.plain engines.zero engines.fsdp2 models.rednet",
-    5: "data.pack data.reader models.cit engines.build",
-    6: "data.stream data.video bad_images models",
+    "results checkpoint engines.base engines.loss_scale engines.batch_norm",
+    3: "data.folders data.shards models.involution engines.state bench.measure saver",
+    4: "data.sources engines.hosted models.rednet",
+    5: "data.pack data.reader engines.plain engines.zero engines.fsdp2 models.cit",
+    6: "data.stream data.video bad_images engines.build models",
     7: "models.network bench.decode bench.involution",
-    8: "teachers evaluate bench.fidelity",
+    8: "teachers evaluate bench.fidelity bench.soak",
     9: "task bench.teachers",
     10: "run_state",
     11: "bad_steps",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -77,36 +76,3 @@ class Engine(Protocol):
     def averaged(self) -> AbstractContextManager[None]:
         """Collective, to enter and to leave. Within it ``forward`` computes with the moving average of weights and
         buffers, which there has to be; afterwards everything is as before, bit for bit."""
-
-
-class Hosted(nn.Module):
-    """A network with its precision: its forward pass under bf16 autocast where asked for, its logits in float32.
-
-    Autocast is entered in here, below whatever wraps this module: on a GPU DeepSpeed switches off, with one line in the
-    log, an autocast that it finds around its engine.
-    """
-
-    def __init__(self, network: nn.Module, precision: Literal["float32", "bf16"], device: torch.device) -> None:
-        super().__init__()
-        self.network = network.to(device)
-        self._bf16 = precision == "bf16"
-        self._device_type = device.type
-
-    def forward(self, images: Tensor) -> StudentLogits:
-        """images: (B, 3, H, W) in [0, 1]."""
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bf16):
-            logits = self.network(images)
-        return type(logits)(*(head.float() for head in logits))
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> float:
-    """Scale the gradients down to a global L2 norm of ``clip_norm``. Returns the norm before.
-
-    A clip_norm of 0 leaves them alone, and so does a norm that is not finite.
-    """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    total_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    grad_norm = total_norm.item()
-    if clip_norm > 0 and math.isfinite(grad_norm):
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, total_norm)
-    return grad_norm

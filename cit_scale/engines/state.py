@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from cit_scale.engines.loss_scale import LossScale
 from cit_scale.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,8 +28,10 @@ class Layout(Protocol):
     def assemble(self, pieces: Sequence[Tensor]) -> Iterable[tuple[str, Tensor]]:
         """Collective. From every rank's tensors, shaped like its ``pieces``, each parameter's whole tensor by name."""
 
-    def cut(self, whole: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """From whole tensors by name, this rank's part, shaped like its ``pieces``. The inverse of ``assemble``."""
+    def cut(self, whole: Callable[[str], Tensor]) -> Iterator[Tensor]:
+        """From whole tensors, looked up by name, this rank's part, shaped like its ``pieces``, one after the other.
+
+        The inverse of ``assemble``."""
 
     def publish(self) -> None:
         """Collective. ``pieces`` were written from outside; make the module compute with them."""
@@ -44,25 +48,31 @@ class WholeParameters:
     def assemble(self, pieces: Sequence[Tensor]) -> Iterable[tuple[str, Tensor]]:
         return zip(self.shapes, pieces, strict=True)
 
-    def cut(self, whole: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        return (whole[name] for name in self.shapes)
+    def cut(self, whole: Callable[[str], Tensor]) -> Iterator[Tensor]:
+        return (whole(name) for name in self.shapes)
 
     def publish(self) -> None:
         pass
 
 
 class TrainingState:
-    """Weights, AdamW's moments and step count, the moving average of the weights, buffers.
+    """Weights, AdamW's moments and step count, the moving average of the weights, buffers, the loss scale.
 
-    Moments and average stay in pieces, beside the weights they belong to; only ``whole`` puts them together.
+    Moments and average stay in pieces, beside the weights they belong to; only ``copies`` puts them together.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.AdamW, layout: Layout, ema_decay: float | None
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.AdamW,
+        layout: Layout,
+        ema_decay: float | None,
+        loss_scale: LossScale,
     ) -> None:
         self._optimizer = optimizer
         self._layout = layout
         self._ema_decay = ema_decay
+        self._loss_scale = loss_scale
         self._average = [piece.detach().clone() for piece in layout.pieces] if ema_decay is not None else None
         persistent = module.state_dict().keys()
         self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
@@ -75,9 +85,8 @@ class TrainingState:
 
     def _create_moments(self) -> None:
         """As AdamW does it at its first step, so that there is a place to load into."""
-        fused = self._optimizer.defaults["fused"]
         for piece in self._layout.pieces:
-            step = torch.zeros((), dtype=torch.float32, device=piece.device if fused else "cpu")
+            step = torch.zeros((), dtype=torch.float32, device=piece.device)
             moments = {key: torch.zeros_like(piece) for key in MOMENTS}
             self._optimizer.state[piece] = {"step": step, **moments}
 
@@ -100,32 +109,56 @@ class TrainingState:
         if self._buffers:
             torch._foreach_copy_(list(self._buffers.values()), self._buffers_before)
 
-    def whole(self, is_main: bool) -> dict[str, Tensor]:
-        """Collective. The state as ``Engine.state`` describes it, on the rank that is main; elsewhere empty."""
-        state = {
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Collective, to enter and to leave. Within it the module computes with the average."""
+        if self._average is None:
+            raise RuntimeError("there is no moving average of the weights; set optim.ema_decay")
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Collective. What is in the module goes to where its average lies, and the other way round, bit for bit."""
+        pairs = list(zip(self._layout.pieces, self._average, strict=True))
+        pairs += [(self._buffers[name], average) for name, average in self._averaged_buffers.items()]
+        for here, there in pairs:
+            kept = here.clone()
+            here.copy_(there)
+            there.copy_(kept)
+        self._layout.publish()
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """As ``Engine.state_shapes`` describes them."""
+        shapes = {f"{kind}/{name}": shape for kind in self._kinds() for name, shape in self._layout.shapes.items()}
+        return shapes | {key: tensor.shape for key, tensor in self._whole_tensors().items()}
+
+    def copies(self, keys: Container[str]) -> dict[str, Tensor]:
+        """Collective. The state as ``Engine.state`` describes it: every rank gathers everything, and keeps its keys."""
+        copies = {
             f"{kind}/{name}": _copy_to_cpu(tensor)
             for kind, pieces in self._kinds().items()
             for name, tensor in self._layout.assemble(pieces)
-            if is_main
+            if f"{kind}/{name}" in keys
         }
-        if is_main:
-            state |= {f"{kind}/{name}": _copy_to_cpu(buffer) for kind, name, buffer in self._whole_buffers()}
-            step = self._optimizer.state[self._layout.pieces[0]]["step"]  # the same for every piece
-            state["optimizer_step"] = torch.tensor(int(step))
-        return state
+        return copies | {key: _copy_to_cpu(tensor) for key, tensor in self._whole_tensors().items() if key in keys}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Collective. Take over what ``whole`` returned. If it does not fit, ConfigError, and nothing is changed."""
+        """Collective. Take over what ``copies`` returned. If it does not fit, ConfigError, and nothing is changed."""
         self._check(state)
         for kind, pieces in self._kinds().items():
-            whole = {name: state[f"{kind}/{name}"] for name in self._layout.shapes}
-            for piece, part in zip(pieces, self._layout.cut(whole), strict=True):
+            parts = self._layout.cut(lambda name, kind=kind: state[f"{kind}/{name}"])
+            for piece, part in zip(pieces, parts, strict=True):
                 piece.copy_(part)
         for piece in self._layout.pieces:
             self._optimizer.state[piece]["step"].copy_(state["optimizer_step"])
-        for kind, name, buffer in self._whole_buffers():
-            buffer.copy_(state[f"{kind}/{name}"])
+        self._loss_scale.load(state["loss_scale"])
+        for key, buffer in self._whole_buffers().items():
+            buffer.copy_(state[key])
         self._keep_buffers()
         self._layout.publish()
 
@@ -133,11 +166,19 @@ class TrainingState:
         if self._buffers:
             torch._foreach_copy_(self._buffers_before, list(self._buffers.values()))
 
-    def _whole_buffers(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Kind, name and tensor of what no engine cuts: the buffers, and their moving averages."""
-        for kind, buffers in {"buffer": self._buffers, "ema": self._averaged_buffers}.items():
-            for name, buffer in buffers.items():
-                yield kind, name, buffer
+    def _whole_buffers(self) -> dict[str, Tensor]:
+        """By key, what no engine cuts: the buffers, and their moving averages."""
+        kinds = {"buffer": self._buffers, "ema": self._averaged_buffers}
+        return {f"{kind}/{name}": buffer for kind, buffers in kinds.items() for name, buffer in buffers.items()}
+
+    def _whole_tensors(self) -> dict[str, Tensor]:
+        """By key, what every rank has whole: the buffers, and what is counted."""
+        step = self._optimizer.state[self._layout.pieces[0]]["step"]  # the same for every piece
+        return {
+            **self._whole_buffers(),
+            "optimizer_step": step.to("cpu", torch.int64),
+            "loss_scale": self._loss_scale.to_tensor(),
+        }
 
     def _kinds(self) -> dict[str, list[Tensor]]:
         """What there is of each parameter, in pieces."""
@@ -148,9 +189,7 @@ class TrainingState:
         return kinds
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
-        here = {f"{kind}/{name}": shape for kind in self._kinds() for name, shape in self._layout.shapes.items()}
-        here |= {f"{kind}/{name}": buffer.shape for kind, name, buffer in self._whole_buffers()}
-        here["optimizer_step"] = torch.Size()
+        here = self.shapes()
         problems = [f"{key} is missing" for key in here if key not in state]
         problems += [f"{key} is not known here" for key in state if key not in here]
         problems += [

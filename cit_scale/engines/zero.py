@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO, stages 0 to 3, on any number of ranks.
 
-DeepSpeed shards, reduces and updates. What it leaves undone, or does at some stages only, is done here: a step that is
-not finite is skipped at every stage and undone in the buffers, BatchNorm's statistics are the same on all ranks, and
-the state has the portable form of ``TrainingState`` instead of DeepSpeed's own checkpoints.
+DeepSpeed shards, reduces and updates. What it leaves undone, or does at some stages only, is done here and in
+``HostingEngine``: a step that is not finite is skipped at every stage, and the state has the portable form of
+``TrainingState`` instead of DeepSpeed's own checkpoints.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits
 from cit_scale.config import REPOSITORY, EngineConfig, OptimConfig, RunConfig
-from cit_scale.engines.base import Hosted, StepResult, clip_gradients
-from cit_scale.engines.state import Layout, TrainingState, WholeParameters
+from cit_scale.engines.hosted import Hosted, HostingEngine, clip_gradients
+from cit_scale.engines.state import Layout, WholeParameters
 from cit_scale.errors import ConfigError
 from cit_scale.optim import adamw, set_learning_rate
 from cit_scale.world import World
@@ -33,29 +33,55 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 DS_CONFIGS = REPOSITORY / "ds_configs"
 
-# What a ds_config may set: how to shard and communicate, and what DeepSpeed prints. Any other key is refused, because
-# DeepSpeed ignores a misspelt one without a word.
-SHARDING_KEYS = (
-    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "zero_allow_untested_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
-    "log_level", "comms_logger", "flops_profiler",
-)  # fmt: skip
 
-# Sections of zero_optimization whose checkpoints and parity are not tested here yet.
-UNTESTED_SECTIONS = ("offload_param", "offload_optimizer", "zenflow")
+class FlopsProfilerConfig(BaseModel):
+    """DeepSpeed's keys of flops_profiler, which it reads without a model of its own."""
 
-# Options that shard otherwise than over the whole world, or change the gradient: not tested here either.
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    enabled: bool = False
+    recompute_fwd_factor: float = 0.0
+    profile_step: int = 1
+    module_depth: int = -1
+    top_modules: int = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class ShardingConfig(BaseModel):
+    """What a ds_config may set: how to shard, and what DeepSpeed prints.
+
+    Any other key is refused, because DeepSpeed ignores a misspelt one without a word.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    zero_optimization: DeepSpeedZeroConfig = DeepSpeedZeroConfig()
+    steps_per_print: Annotated[int, Field(gt=0, strict=True)] | None = None
+    wall_clock_breakdown: StrictBool = False
+    comms_logger: CommsLoggerConfig = CommsLoggerConfig()
+    flops_profiler: FlopsProfilerConfig = FlopsProfilerConfig()
+
+
+# The stages at which a section of zero_optimization that sends something to the CPU's memory is tested here.
+OFFLOAD_STAGES = {"offload_optimizer": (2, 3), "offload_param": (3,)}
+
+# What such a section may set. The rest is of NVMe, or divides the update between the devices.
+OFFLOAD_KEYS = ("device", "pin_memory")
+
+# Options that shard otherwise than over the whole world, change the gradient or update on the side: not tested here.
 UNTESTED_OPTIONS = (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
+    "zero_quantized_gradients", "zenflow",
 )  # fmt: skip
 
 
-class ZeroEngine:
+class ZeroEngine(HostingEngine):
     """The ``Engine`` over ``deepspeed.initialize``. Collective to build.
 
     ds_config: what ``read_ds_config`` returned.
@@ -70,80 +96,44 @@ class ZeroEngine:
         world: World,
         ds_config: dict[str, Any],
     ) -> None:
-        self.module = module
-        self.micro_steps = micro_steps
+        super().__init__(module, optim, engine, micro_steps, world)
         self._stage = ds_config["zero_optimization"]["stage"]
-        self._clip_norm = optim.clip_norm
-        self._world = world
-        self._backwards = 0
         hosted = Hosted(module, engine.precision, world.device)
         if engine.compile:
             module.compile()
         self._optimizer = adamw(module, optim)
         self._deepspeed = _initialize(hosted, self._optimizer, ds_config, world)
-        layout = _layout(self._stage, module, self._deepspeed.optimizer, world)
-        self._state = TrainingState(module, self._optimizer, layout, optim.ema_decay)
-        self._statistics = [
-            statistic
-            for layer in module.modules()
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
-            for statistic in (layer.running_mean, layer.running_var)
-        ]
+        self._keep_state(self._optimizer, _layout(self._stage, module, self._deepspeed.optimizer, world))
 
     def forward(self, images: Tensor) -> StudentLogits:
         # The boundary has to be known in the forward already, and says whether the backward after it closes the update.
-        self._deepspeed.set_gradient_accumulation_boundary(self._backwards == self.micro_steps - 1)
+        self._deepspeed.set_gradient_accumulation_boundary(self._is_last)
         return self._deepspeed(images)
 
-    def backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor) -> None:
         self._deepspeed.backward(loss)  # divides by the micro-steps itself
-        self._backwards += 1
 
-    def step(self, lr: float) -> StepResult:
-        if self._backwards != self.micro_steps:
-            raise RuntimeError(f"step after {self._backwards} backward calls, an update takes {self.micro_steps}")
-        self._backwards = 0
+    def _update(self, lr: float, loss_scale: float) -> float:
         set_learning_rate(self._optimizer, lr)
-        if self._stage == 0:
-            # DeepSpeed would apply a step that is not finite, so the check and the clipping are ours.
-            grad_norm = clip_gradients(self.module.parameters(), self._clip_norm)
-            skipped = not math.isfinite(grad_norm)
-            if skipped:
-                self._deepspeed.zero_grad()
-            else:
-                self._deepspeed.step()
-        else:
+        return self._update_whole(loss_scale) if self._stage == 0 else self._update_partitions(loss_scale)
+
+    def _update_whole(self, loss_scale: float) -> float:
+        """Stage 0. DeepSpeed would apply a step that is not finite, so the check and the clipping are ours."""
+        grad_norm = clip_gradients(self.module.parameters(), self._clip_norm, loss_scale)
+        if math.isfinite(grad_norm):
             self._deepspeed.step()
-            skipped = self._deepspeed.optimizer.overflow
-            grad_norm = math.inf if skipped else float(self._deepspeed.get_global_grad_norm())
-        if skipped:
-            self._state.reject()
         else:
-            self._average_statistics()
-            self._state.accept()
-        return StepResult(grad_norm, lr, skipped)
+            self._deepspeed.zero_grad()
+        return grad_norm
 
-    def state(self) -> dict[str, Tensor]:
-        return self._state.whole(self._world.is_main)
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._state.load(state)
-
-    @torch.no_grad()
-    def _average_statistics(self) -> None:
-        """Collective. Replace BatchNorm's running statistics by their mean over ranks.
-
-        Each rank normalises with the statistics of its own images, as under DDP without SyncBatchNorm. Left alone, the
-        running ones would drift apart, and a checkpoint would hold those of whichever rank wrote it. They are a linear
-        average of what was seen, so the mean after every update is just the running average of the ranks' mean: one
-        state for every rank, evaluation and checkpoint, for one small message an update.
-        """
-        if self._world.world_size == 1 or not self._statistics:
-            return
-        flat = torch.cat([statistic.flatten() for statistic in self._statistics])
-        dist.all_reduce(flat)
-        means = (flat / self._world.world_size).split([statistic.numel() for statistic in self._statistics])
-        torch._foreach_copy_(self._statistics, list(means))
+    def _update_partitions(self, loss_scale: float) -> float:
+        """Stages 1 to 3. DeepSpeed's optimizer divides by its scale, checks and clips where it has the gradients."""
+        partitioned = self._deepspeed.optimizer
+        # Only for the step: in a backward pass it would scale the loss, which has been done.
+        partitioned.loss_scale = loss_scale
+        self._deepspeed.step()
+        partitioned.loss_scale = 1.0
+        return math.inf if partitioned.overflow else float(self._deepspeed.get_global_grad_norm())
 
 
 def _initialize(
@@ -198,12 +188,16 @@ class FlatPartitions:
                 shape = self.shapes[name]
                 yield name, flat[offset : offset + shape.numel()].view(shape)
 
-    def cut(self, whole: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    def cut(self, whole: Callable[[str], Tensor]) -> Iterator[Tensor]:
         for places, piece in zip(self._places, self.pieces, strict=True):
-            flat = torch.zeros(self._world.world_size, piece.numel())
+            part = torch.zeros(piece.numel())
+            start = self._world.rank * piece.numel()  # of this rank's part in the group
             for name, offset in places:
-                flat.view(-1)[offset : offset + whole[name].numel()] = whole[name].flatten()
-            yield flat[self._world.rank]
+                numel = self.shapes[name].numel()
+                first, last = max(offset, start), min(offset + numel, start + piece.numel())
+                if first < last:
+                    part[first - start : last - start] = whole(name).flatten()[first - offset : last - offset]
+            yield part
 
     def publish(self) -> None:
         self._optimizer.update_lp_params()
@@ -234,14 +228,13 @@ class ShardedParameters:
                 shape = self.shapes[name]
                 yield name, part.flatten()[: shape.numel()].view(shape)
 
-    def cut(self, whole: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        for places in self._places:
-            parts = []
-            for name, size in places:
-                padded = torch.zeros(self._world.world_size, size)
-                padded.view(-1)[: whole[name].numel()] = whole[name].flatten()
-                parts.append(padded[self._world.rank])
-            yield torch.cat(parts)
+    def cut(self, whole: Callable[[str], Tensor]) -> Iterator[Tensor]:
+        for places, piece in zip(self._places, self.pieces, strict=True):
+            part = torch.zeros(piece.numel())
+            for (name, size), here in zip(places, part.split([size for _, size in places]), strict=True):
+                mine = whole(name).flatten()[self._world.rank * size :][:size]
+                here[: mine.numel()] = mine
+            yield part
 
     def publish(self) -> None:
         # As the optimizer does around an update: drop gathered copies, put the pieces where the module gathers from.
@@ -265,7 +258,7 @@ def read_ds_config(config: RunConfig, world_size: int, micro_steps: int) -> dict
     """What DeepSpeed is told: how to shard, from the file that engine.ds_config names, and the recipe's numbers.
 
     What the recipe owns may stand in the file if it is equal, or "auto". Raises ConfigError, with both values and where
-    to change them, if it is not, and for a key that is unknown, at any depth of zero_optimization.
+    to change them, if it is not, and for a key that is unknown, at any depth.
     """
     path = _find(config.engine.ds_config)
     try:
@@ -276,34 +269,28 @@ def read_ds_config(config: RunConfig, world_size: int, micro_steps: int) -> dict
         raise ConfigError(f"engine.ds_config: {path} holds a {type(sharding).__name__}, not an object")
 
     recipe = _recipe_values(config, world_size, micro_steps)
-    recipe_sections = {key.split(".")[0] for key in recipe}
-    for key in sharding:
-        if key not in SHARDING_KEYS and key not in recipe_sections:
-            raise ConfigError(f"{path}: unknown key {_suggest(key, (*SHARDING_KEYS, *recipe_sections))}")
-    for key, value in _leaves(sharding):
-        section = key.split(".")[0]
-        if key in recipe:
-            wanted, home = recipe[key]
-            if value not in ("auto", wanted):
-                raise ConfigError(
-                    f"{path} sets {key}={json.dumps(value)}, the recipe says {json.dumps(wanted)}; "
-                    f'remove it from the file or write "auto"{f", or set {home}" if home else ""}'
-                )
-        elif section in recipe_sections and section not in SHARDING_KEYS and value != "auto":
-            raise ConfigError(f"{path} sets {key}={json.dumps(value)}, which the recipe does not have; remove it")
-
-    zero = _check_zero(path, sharding.get("zero_optimization", {}))
-    if zero["stage"] == 3 and config.engine.compile:
+    _check_recipe(path, sharding, recipe)
+    recipe_sections = {key.split(".")[0] for key in recipe} - ShardingConfig.model_fields.keys()
+    sharding = {key: value for key, value in sharding.items() if key not in recipe_sections and value != "auto"}
+    zero = _check_sharding(path, sharding, recipe_sections)
+    if zero.stage == 3 and config.engine.compile:
         # It gives the right numbers, after compiling DeepSpeed's hooks around every layer for minutes.
         raise ConfigError(f"engine.compile is of no use at ZeRO stage 3 ({path}); turn it off, or take stage 0, 1 or 2")
     return {
-        **{key: value for key, value in sharding.items() if key in SHARDING_KEYS and value != "auto"},
-        "zero_optimization": zero,
+        **sharding,
+        # memory_efficient_linear would replace torch.nn.functional.linear in the whole process, for the teachers too.
+        "zero_optimization": {
+            "memory_efficient_linear": False,
+            **sharding.get("zero_optimization", {}),
+            "stage": zero.stage,
+        },
+        # An offloaded update is that of torch's AdamW, fused on the CPU too. DeepSpeed's own would have to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.global_batch_size // (world_size * micro_steps),
         "gradient_accumulation_steps": micro_steps,
         # At stage 0 the engine clips, in the pass in which it checks.
-        "gradient_clipping": config.optim.clip_norm if zero["stage"] > 0 else 0.0,
+        "gradient_clipping": config.optim.clip_norm if zero.stage > 0 else 0.0,
     }
 
 
@@ -319,8 +306,8 @@ def _find(name: str) -> Path:
 def _recipe_values(config: RunConfig, world_size: int, micro_steps: int) -> dict[str, tuple[Any, str | None]]:
     """What the recipe owns, by DeepSpeed's key: the value, and the setting to change, if there is one."""
     optim, train = config.optim, config.train
-    # bf16 of this trainer is autocast over float32 weights, under DeepSpeed's three names for mixed precision.
-    is_bf16 = config.engine.precision == "bf16"
+    # Mixed precision is autocast over float32 weights, under DeepSpeed's three names for it.
+    precision = config.engine.precision
     return {
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
         "train_micro_batch_size_per_gpu": (
@@ -335,14 +322,29 @@ def _recipe_values(config: RunConfig, world_size: int, micro_steps: int) -> dict
         "optimizer.params.eps": (optim.eps, "optim.eps"),
         "optimizer.params.weight_decay": (optim.weight_decay, "optim.weight_decay"),
         "scheduler.type": ("warm-up and cosine", "optim.warmup_epochs and optim.min_lr"),
-        "fp16.enabled": (False, "engine.precision"),
-        "bf16.enabled": (is_bf16, "engine.precision"),
-        "torch_autocast.enabled": (is_bf16, "engine.precision"),
+        "fp16.enabled": (precision == "fp16", "engine.precision"),
+        "bf16.enabled": (precision == "bf16", "engine.precision"),
+        "torch_autocast.enabled": (precision != "float32", "engine.precision"),
         "data_types.grad_accum_dtype": ("fp32", "engine.precision"),
         "gradient_allreduce_op": ("mean", None),
         "managed_gradient_accumulation": (True, None),
         "zero_optimization.compute_grad_norm": (True, None),
     }
+
+
+def _check_recipe(path: Path, sharding: Mapping[str, Any], recipe: Mapping[str, tuple[Any, str | None]]) -> None:
+    """Raise ConfigError for the first value of the recipe's own that is neither the recipe's nor "auto"."""
+    sections = {key.split(".")[0] for key in recipe} - ShardingConfig.model_fields.keys()
+    for key, value in _leaves(sharding):
+        if key in recipe:
+            wanted, home = recipe[key]
+            if value not in ("auto", wanted):
+                raise ConfigError(
+                    f"{path} sets {key}={json.dumps(value)}, the recipe says {json.dumps(wanted)}; "
+                    f'remove it from the file or write "auto"{f", or set {home}" if home else ""}'
+                )
+        elif key.split(".")[0] in sections and value != "auto":
+            raise ConfigError(f"{path} sets {key}={json.dumps(value)}, which the recipe does not have; remove it")
 
 
 def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -354,42 +356,54 @@ def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _check_zero(path: Path, zero: Any) -> dict[str, Any]:
-    """The section zero_optimization with the defaults that this engine needs."""
-    if not isinstance(zero, dict):
-        raise ConfigError(f'{path}: zero_optimization={json.dumps(zero)} must be an object, such as {{"stage": 1}}')
+def _check_sharding(path: Path, sharding: dict[str, Any], others: Iterable[str]) -> DeepSpeedZeroConfig:
+    """Read every key at every depth; what is unknown, badly typed or not tested here is a ConfigError.
+
+    others: keys that may stand in the file beside these.
+    """
     try:
-        checked = DeepSpeedZeroConfig(**zero)
+        zero = ShardingConfig(**sharding).zero_optimization
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from error
-    for name in UNTESTED_SECTIONS:
-        section = getattr(checked, name)
-        if section is not None and getattr(section, "device", None) != "none":
-            raise ConfigError(f"{path}: zero_optimization.{name} is not supported yet; remove it")
+        raise ConfigError(f"{path}: {_explain(error, others)}") from error
+    for name, stages in OFFLOAD_STAGES.items():
+        section = getattr(zero, name)
+        if section is None or section.device == "none":
+            continue
+        place = f"{path}: zero_optimization.{name}"
+        if section.device != "cpu":
+            raise ConfigError(f"{place}.device={section.device} is not supported; the devices are cpu and none")
+        if zero.stage not in stages:
+            known = " and ".join(map(str, stages))
+            raise ConfigError(f"{place} is not supported at stage {zero.stage}; it is at {known}")
+        for key in section.model_fields_set - set(OFFLOAD_KEYS):
+            if getattr(section, key) != type(section).model_fields[key].default:
+                raise ConfigError(f"{place}.{key} is not supported; remove it")
     for option in UNTESTED_OPTIONS:
-        if getattr(checked, option) != DeepSpeedZeroConfig.model_fields[option].default:
-            raise ConfigError(f"{path}: zero_optimization.{option} is not supported yet; remove it")
-    # memory_efficient_linear would replace torch.nn.functional.linear in the whole process, for the teachers too.
-    return {"memory_efficient_linear": False, **zero, "stage": checked.stage}
+        if getattr(zero, option) != DeepSpeedZeroConfig.model_fields[option].default:
+            raise ConfigError(f"{path}: zero_optimization.{option} is not supported; remove it")
+    return zero
 
 
-def _explain(error: ValidationError) -> str:
-    """The first of DeepSpeed's complaints in one line; for a key it does not know, with the nearest that it does."""
+def _explain(error: ValidationError, others: Iterable[str]) -> str:
+    """The first of the complaints in one line; for a key that is unknown, with the nearest known ones."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]  # empty where several keys do not go together
+    place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         *section, key = place
-        return f"{'.'.join(['zero_optimization', *section])}: unknown key {_suggest(key, _known_keys(section))}"
-    value = f"={json.dumps(first['input'], default=str)}" if place else ""
-    return f"{'.'.join(['zero_optimization', *place])}{value}: {first['msg']}"
+        known = [*_known_keys(section), *(() if section else others)]
+        return f"{'.'.join(section)}{': ' if section else ''}unknown key {_suggest(key, known)}"
+    # Where several keys do not go together, the input is the whole section.
+    is_section = isinstance(first["input"], BaseModel | dict)
+    value = "" if is_section else f"={json.dumps(first['input'])}"
+    return f"{'.'.join(place)}{value}: {first['msg']}"
 
 
 def _known_keys(section: Sequence[str]) -> list[str]:
-    """What may stand in a section of zero_optimization, in both of DeepSpeed's spellings where there are two."""
-    model: type[BaseModel] = DeepSpeedZeroConfig
+    """What may stand in a section, in both of DeepSpeed's spellings where there are two."""
+    model: type[BaseModel] = ShardingConfig
     for key in section:
         kinds = get_args(model.model_fields[key].annotation) or (model.model_fields[key].annotation,)
-        model = next(kind for kind in kinds if issubclass(kind, BaseModel))
+        model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
     return [name for field, info in model.model_fields.items() for name in (field, info.alias) if name]
 
 
