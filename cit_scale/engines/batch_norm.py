@@ -15,12 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cit_scale.errors import ConfigError
 from cit_scale.world import World
 
-# Why engine.batch_norm is local by default. BatchNorm stands only in the student's stems, early, where each channel is
-# normalised over every position of every image: at 224 pixels and 64 images a rank, over 64 x 112 x 112 values, of
-# which more would change nothing that is measurable. The recipes that this one stands on were trained so, too: DDP
-# leaves BatchNorm local unless it is told otherwise. Synchronizing costs two small messages a layer in every forward
-# and two in every backward, each of which waits for the slowest rank. It is for micro-batches of a few images, and for
-# comparing runs on different numbers of ranks to the last digits.
+# Why engine.batch_norm is local by default. BatchNorm stands only in the student's stems, early, where a channel is
+# normalised over every position of every image: at 224 pixels and 64 images a rank over 64 x 112 x 112 values, ample
+# for a mean and a variance. It is what DDP does unless told otherwise. Synchronizing costs two small messages a layer
+# in every forward pass and two in every backward, each of which waits for the slowest rank. It is for micro-batches of
+# a few images, and for comparing runs on different numbers of ranks to the last digits.
 
 
 def prepare_batch_norm(module: nn.Module, batch_norm: Literal["local", "synchronized"], world: World) -> None:

@@ -63,9 +63,7 @@ class HostingEngine(ABC):
         self._clip_norm = optim.clip_norm
         self._ema_decay = optim.ema_decay
         self._loss_scale = LossScale(is_dynamic=engine.precision == "fp16")
-        if engine.activation_checkpointing:
-            checkpoint_activations(module)
-        prepare_batch_norm(module, engine.batch_norm, world)
+        prepare(module, engine, world)
         self._statistics = RunningStatistics(module, world)
 
     def _keep_state(self, optimizer: torch.optim.AdamW, layout: Layout) -> None:
@@ -117,6 +115,13 @@ class HostingEngine(ABC):
 
     def averaged(self) -> AbstractContextManager[None]:
         return self._state.averaged()
+
+
+def prepare(module: nn.Module, engine: EngineConfig, world: World) -> None:
+    """Make a network compute as ``engine`` says, in place, or ConfigError where it cannot."""
+    if engine.activation_checkpointing:
+        checkpoint_activations(module)
+    prepare_batch_norm(module, engine.batch_norm, world)
 
 
 def apply_update(

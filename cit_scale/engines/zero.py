@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -269,8 +269,8 @@ def read_ds_config(config: RunConfig, world_size: int, micro_steps: int) -> dict
         raise ConfigError(f"engine.ds_config: {path} holds a {type(sharding).__name__}, not an object")
 
     recipe = _recipe_values(config, world_size, micro_steps)
-    _check_recipe(path, sharding, recipe)
     recipe_sections = {key.split(".")[0] for key in recipe} - ShardingConfig.model_fields.keys()
+    _check_recipe(path, sharding, recipe, recipe_sections)
     sharding = {key: value for key, value in sharding.items() if key not in recipe_sections and value != "auto"}
     zero = _check_sharding(path, sharding, recipe_sections)
     if zero.stage == 3 and config.engine.compile:
@@ -332,9 +332,13 @@ def _recipe_values(config: RunConfig, world_size: int, micro_steps: int) -> dict
     }
 
 
-def _check_recipe(path: Path, sharding: Mapping[str, Any], recipe: Mapping[str, tuple[Any, str | None]]) -> None:
-    """Raise ConfigError for the first value of the recipe's own that is neither the recipe's nor "auto"."""
-    sections = {key.split(".")[0] for key in recipe} - ShardingConfig.model_fields.keys()
+def _check_recipe(
+    path: Path, sharding: Mapping[str, Any], recipe: Mapping[str, tuple[Any, str | None]], sections: Container[str]
+) -> None:
+    """Raise ConfigError for the first value of the recipe's that is neither equal to it nor "auto".
+
+    sections: the top-level keys that are wholly the recipe's.
+    """
     for key, value in _leaves(sharding):
         if key in recipe:
             wanted, home = recipe[key]
