@@ -78,8 +78,14 @@ class Launcher:
             return None
 
     def is_gone(self) -> bool:
-        """Whether the command has ended: its child then belongs to another process."""
+        """Whether the command has ended: its child then belongs to another process.
+
+        It may have ended before this process was ready to look. The child's new parent is of another session, unlike
+        the command, which is of the child's own unless the child leads one.
+        """
         try:
-            return self._node_launcher.ppid() != self._command_pid
-        except psutil.NoSuchProcess:
+            parent, session = self._node_launcher.ppid(), os.getsid(self._node_launcher.pid)
+            is_adopted = session != self._node_launcher.pid and (parent == 0 or os.getsid(parent) != session)
+            return parent != self._command_pid or is_adopted
+        except (psutil.NoSuchProcess, ProcessLookupError):
             return True

@@ -1,6 +1,9 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -51,3 +54,46 @@ def test_handlers_are_given_back():
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+COMMAND = """
+import subprocess, sys, time
+# Two generations below: what deepspeed's launcher starts, and a rank that looks at it only when it is told to.
+node = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', *sys.argv[2:0:-1]]); time.sleep(60)"
+subprocess.Popen([sys.executable, "-c", node, sys.argv[1], sys.argv[2], "deepspeed.launcher.launch"])
+time.sleep(60)
+"""
+RANK = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+(folder / "rank").write_text(str(os.getppid()))
+while not (folder / "look").exists():
+    time.sleep(0.01)
+from cit_scale.stop import Launcher
+launcher = Launcher.above()
+(folder / "seen.partial").write_text(str(launcher.is_gone()))
+(folder / "seen.partial").rename(folder / "seen")
+"""
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_launcher_that_was_killed_before_a_rank_was_ready_to_look_is_missed(is_killed, tmp_path):
+    command = subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path), RANK], start_new_session=True)
+    try:
+        wait_for(tmp_path / "rank")
+        if is_killed:
+            command.kill()
+            command.wait()
+        (tmp_path / "look").touch()
+        wait_for(tmp_path / "seen")
+        assert (tmp_path / "seen").read_text() == str(is_killed)
+    finally:
+        os.killpg(command.pid, signal.SIGKILL)
+        command.wait()
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 30
+    while not path.exists() or not path.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
