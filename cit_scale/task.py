@@ -23,6 +23,7 @@ from cit_scale.data.reader import Reader
 from cit_scale.data.sources import Source, open_sources
 from cit_scale.data.stream import eval_stream, read_policy, train_stream
 from cit_scale.engines.build import check_engine
+from cit_scale.engines.hosted import prepare
 from cit_scale.errors import ConfigError, RefusedError
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.teachers import Teacher, load_teacher
@@ -161,7 +162,7 @@ def check_networks(task: Task) -> None:
         _ = task.steps_per_epoch
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    task.build_student()
+    prepare(task.build_student(), task.config.engine, task.world)
     for name, teacher in task.config.teachers.items():
         if teacher.weights is not None:
             task.load_teacher(name, teacher)
@@ -213,6 +214,8 @@ def check_same_run(config: RunConfig) -> None:
         return
     try:
         started_with = yaml.safe_load(path.read_text())
+        if not isinstance(started_with, dict):
+            raise ValueError(f"it holds no settings, but {started_with!r}")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RefusedError(f"{path} cannot be read ({error}); mend it, or start over with --fresh") from error
     changed = changed_settings(started_with, config)

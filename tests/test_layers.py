@@ -18,7 +18,7 @@ LEVELS = {
     5: "data.pack data.reader engines.plain engines.zero engines.fsdp2 models.cit",
     6: "data.stream data.video bad_images engines.build models",
     7: "models.network bench.decode bench.involution",
-    8: "teachers evaluate bench.fidelity bench.soak",
+    8: "teachers evaluate bench.fidelity bench.soak bench.checkpoint",
     9: "task bench.teachers",
     10: "run_state",
     11: "bad_steps",

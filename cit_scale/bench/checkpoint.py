@@ -1,0 +1,106 @@
+"""How long training stands for a checkpoint, how long it takes to write and to read, against torch.save of the same.
+
+python -m cit_scale.bench.checkpoint
+python -m cit_scale.bench.checkpoint --model cit_tiny_patch16_224 --rounds 9 --folder /data/runs
+
+One process under the plain engine, with moments and a moving average. torch.save stands for a trainer that writes one
+file in its loop, neither synced nor checked nor renamed; the third way is the same with what ours does for safety.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cit_scale import checkpoint
+from cit_scale.bench.measure import describe, ratio, spread, table
+from cit_scale.checkpoint import load_newest
+from cit_scale.config import EngineConfig, OptimConfig, TrainConfig
+from cit_scale.engines.base import Engine
+from cit_scale.engines.plain import PlainEngine
+from cit_scale.files import file_sha256, sync
+from cit_scale.models.network import build_network
+from cit_scale.saver import Saver
+from cit_scale.world import World
+
+STALL, WRITE, READ = "ours: training stands", "ours: written", "ours: verified and loaded"
+SAVE, SAVE_SYNCED, LOAD = "torch.save", "torch.save, synced and summed", "torch.load and loaded"
+PEER_OF = {STALL: SAVE, WRITE: SAVE_SYNCED, READ: LOAD}
+
+
+def build_engine(model: str) -> Engine:
+    network = build_network(model, {}, num_classes=1000, image_size=224, teachers=("conv", "inv"))
+    return PlainEngine(network, OptimConfig(ema_decay=0.999), EngineConfig(name="plain"), 1, World())
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each way, in turns, and a checkpoint's bytes. The first round warms up and is left out."""
+    times: dict[str, list[float]] = {way: [] for way in (STALL, WRITE, READ, SAVE, SAVE_SYNCED, LOAD)}
+    costs: list[dict[str, float]] = []
+    saver = Saver(
+        engine, folder, TrainConfig(), World(), step=0, say=print, report=lambda _, cost: costs.append(dict(cost))
+    )
+    plain, synced = folder / "plain.pt", folder / "synced.pt"
+
+    def save(file: Path) -> None:
+        torch.save(engine.state(engine.state_shapes()), file)
+
+    def save_synced() -> None:
+        save(synced)
+        sync(synced)
+        file_sha256(synced)
+
+    for turn in range(1, rounds + 2):
+        saver.save(turn, {"top1": None})
+        saver.settle(insist=True)
+        taken = {
+            STALL: costs[-1]["save_stall_s"],
+            WRITE: costs[-1]["save_write_s"],
+            SAVE: seconds(lambda: save(plain)),
+            SAVE_SYNCED: seconds(save_synced),
+            READ: seconds(lambda: engine.load_state(load_newest(folder, World()).state)),
+            LOAD: seconds(lambda: engine.load_state(torch.load(plain, weights_only=True))),
+        }
+        os.sync()  # what one way left to the kernel must not be paid by the next
+        for way, taken_s in taken.items() if turn > 1 else ():
+            times[way].append(taken_s)
+    return times, sum(file.stat().st_size for file in checkpoint.path(folder, turn).iterdir())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="cit_base_patch16_224", help="a CiT (default: cit_base_patch16_224)")
+    parser.add_argument("--rounds", type=int, default=5, help="figures that a median is of (default: 5)")
+    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (default: a temporary one)")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint_", dir=arguments.folder))
+    try:
+        times, size = measure(build_engine(arguments.model), folder, arguments.rounds)
+    finally:
+        shutil.rmtree(folder)
+    print(
+        f"{describe(torch.device('cpu'))}; {arguments.model} with moments and average, {size / 1e6:.0f} MB; "
+        f"median (minimum to maximum) of {arguments.rounds} rounds in turns\n"
+    )
+    rows = [
+        [way, spread(taken), f"{ratio(taken, times[PEER_OF[way]]):.2f} x {PEER_OF[way]}" if way in PEER_OF else ""]
+        for way, taken in times.items()
+    ]
+    print(table(["way", "seconds", "against its peer"], rows))
+
+
+if __name__ == "__main__":
+    main()
