@@ -23,6 +23,7 @@ class BadImages:
         self._world = world
         self._counted = 0
         self._reasons: dict[str, str] = {}
+        self._unwritten = False
 
     @property
     def has_news(self) -> bool:
@@ -42,13 +43,18 @@ class BadImages:
         for lines in gather(self._world, mine):
             self._reasons = dict(line.split("\t", 1) for line in lines) | self._reasons
         if len(self._reasons) > before:
-            if self._world.is_main:
-                self._write()
+            self._unwritten = True
             name, reason = next(iter(self._reasons.items()))
             say(
                 f"{len(self._reasons)} images cannot be used and are replaced by others, {len(self._reasons) - before} "
                 f"of them new, such as {name} ({reason}); their list: {self._path}"
             )
+        if self._unwritten and self._world.is_main:
+            try:
+                self._write()
+                self._unwritten = False
+            except OSError as error:
+                say(f"the list of images that cannot be used was not written: {error}; it is tried again with the next")
 
     def _write(self) -> None:
         lines = self._path.read_text().split("\n")[:-1] if self._path.exists() else []

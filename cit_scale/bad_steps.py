@@ -23,7 +23,7 @@ FOLDER = "bad_steps"
 
 @dataclass(frozen=True)
 class Culprit:
-    """One micro-step of one rank. terms: the terms of its loss that are not finite. samples: its images' indices."""
+    """One micro-step of one rank. terms: of its loss, those that are not finite. samples: its images' indices."""
 
     rank: int
     micro_step: int
@@ -33,7 +33,11 @@ class Culprit:
 
 @dataclass(frozen=True)
 class BadStep:
-    """What is known of a skipped step. culprits: empty where every loss was finite and only the gradient was not."""
+    """What is known of a skipped step.
+
+    culprits: the micro-steps whose loss is not finite; where every loss is and only the gradient is not, all of them,
+    without terms: gradients are summed over ranks before anybody looks at them.
+    """
 
     step: int
     grad_norm: float
@@ -43,18 +47,21 @@ class BadStep:
     @property
     def is_scaling(self) -> bool:
         """Whether it is only how fp16 finds the scale of its loss: the gradient overflowed, the loss did not."""
-        return not self.culprits and self.loss_scale > 1
+        return not self._has_bad_loss and self.loss_scale > 1
+
+    @property
+    def _has_bad_loss(self) -> bool:
+        return any(culprit.terms for culprit in self.culprits)
 
     def __str__(self) -> str:
         if self.is_scaling:
             return f"fp16 gradients overflowed at a loss scale of {self.loss_scale:g}, which is halved"
-        if not self.culprits:
-            return "the gradient is not finite, though every term of the loss is"
         first = self.culprits[0]
+        terms = ", ".join(first.terms) if self._has_bad_loss else "the gradient, though not the loss, is"
         shown = ", ".join(map(str, first.samples[:8])) + (", ..." if len(first.samples) > 8 else "")
         ranks = sorted({culprit.rank for culprit in self.culprits})
         return (
-            f"{', '.join(first.terms)} not finite on rank{'s' if len(ranks) > 1 else ''} "
+            f"{terms} not finite on rank{'s' if len(ranks) > 1 else ''} "
             f"{', '.join(map(str, ranks))}; micro-step {first.micro_step} of rank {first.rank} has samples {shown}"
         )
 
@@ -75,9 +82,9 @@ def find_culprits(
     for micro_step, (loss, indices) in enumerate(zip(terms, samples, strict=True)):
         named = {"loss_label": loss.label, **{f"loss_{name}": term for name, term in loss.advice.items()}}
         bad = [name for name, term in {**named, "loss": loss.total}.items() if not term.isfinite()]
-        if bad:
-            mine.append(Culprit(world.rank, micro_step, bad, indices.tolist()))
-    culprits = [culprit for rank in gather(world, mine) for culprit in rank]
+        mine.append(Culprit(world.rank, micro_step, bad, indices.tolist()))
+    everyone = [culprit for rank in gather(world, mine) for culprit in rank]
+    culprits = [culprit for culprit in everyone if culprit.terms] or everyone
     return BadStep(step, result.grad_norm, result.loss_scale, culprits)
 
 

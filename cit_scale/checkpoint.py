@@ -6,8 +6,9 @@
                              MANIFEST.json   size and SHA-256 of all of them, written last
 
 No file says which one is the latest: a folder that bears its final name is complete, and the newest that verifies is
-it. Neither clocks nor file times are asked. Other names are not checkpoints: ``.partial`` is being written, or was when
-the run was killed, ``.deleted`` is on its way out, ``.broken`` did not verify and is kept for a person to look at.
+it. Neither clocks nor file times are asked. ``scores.json`` beside the folders says which are the best. Other names are
+not checkpoints: ``.partial`` is being written, or was when the run was killed, ``.deleted`` is on its way out,
+``.broken`` did not verify and is kept for a person to look at.
 Nothing in a checkpoint can be executed.
 """
 
@@ -16,10 +17,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,14 +27,15 @@ from typing import Any, TypeVar, cast
 import safetensors.torch
 from torch import Tensor
 
-from cit_scale.errors import CannotWriteError, ConfigError, DivergedError, RefusedError, RunError
-from cit_scale.files import file_sha256, sync
+from cit_scale.errors import CannotWriteError, ConfigError, DivergedError, MissingInputError, RefusedError, RunError
+from cit_scale.files import file_sha256, sync, write_text
 from cit_scale.portable import Place, SavedState, by_file
 from cit_scale.world import World, broadcast, gather, together
 
 META = "meta.json"
 INDEX = "index.json"
 MANIFEST = "MANIFEST.json"
+SCORES = "scores.json"
 FORMAT = 2
 
 Sums = dict[str, dict[str, Any]]
@@ -56,20 +57,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the ``last`` newest, multiples of ``every`` steps, the ``best`` by meta's "top1"."""
+    """Which checkpoints stay: the ``last`` newest, multiples of ``every`` steps, the ``best`` by ``add_score``."""
 
     last: int = 2
     every: int | None = None
     best: int = 0
 
-    def outdated(self, scores: Mapping[int, float | None]) -> list[int]:
-        """The steps to delete. scores: of each committed step; None where it was not evaluated."""
-        scored = {step: score for step, score in scores.items() if score is not None}
-        best = sorted(scored, key=lambda step: (scored[step], step))[-self.best :] if self.best else []
-        newest = sorted(scores)[-self.last :]
+    def outdated(self, steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
+        """Which of ``steps`` to delete. scores: of those that were evaluated."""
+        scored = sorted((scores[step], step) for step in steps if step in scores)
+        best = [step for _, step in scored[len(scored) - self.best :]]
+        newest = sorted(steps)[-self.last :]
         return [
             step
-            for step in sorted(scores)
+            for step in sorted(steps)
             if step not in newest and step not in best and not (self.every and step % self.every == 0)
         ]
 
@@ -133,7 +134,7 @@ def _agree(world: World, step: int, run_dir: Path, function: Callable[[], T]) ->
 def _prepare(folder: Path, final: Path, partial: Path, step: int) -> bool:
     """On rank 0. Make room to write in. Returns whether the step is committed already."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob("*.partial"), *folder.glob("*.deleted")]:
+    for leftover in folder.glob("*.partial"):
         shutil.rmtree(leftover)
     committed = _committed(folder)
     if committed and max(committed) > step:
@@ -198,20 +199,33 @@ def _commit(
         raise
     sync(final.parent)
     sync(final.parent.parent)
-    _retain(final.parent, retention)
+    try:
+        _retain(final.parent, retention)
+    except OSError as error:  # what was committed stands; the next save tries again
+        log.warning("outdated checkpoints in %s were not deleted: %s", final.parent, error)
     return sum(numbers["bytes"] for numbers in sums.values())
 
 
 def _retain(folder: Path, retention: Retention) -> None:
-    for step in retention.outdated({step: _score(_folder(folder, step)) for step in _committed(folder)}):
-        shutil.rmtree(_folder(folder, step).rename(folder / f"step_{step:06d}.deleted"))
+    for step in retention.outdated(_committed(folder), _scores(folder)):
+        _folder(folder, step).rename(folder / f"step_{step:06d}.deleted")
+    for deleted in folder.glob("*.deleted"):
+        shutil.rmtree(deleted)
 
 
-def _score(folder: Path) -> float | None:
+def add_score(run_dir: Path, step: int, top1: float) -> None:
+    """Remember how good the student is after ``step``, whether or not there is a checkpoint of it yet."""
+    folder = Path(run_dir) / "ckpt"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / SCORES, json.dumps({**_scores(folder), step: top1}))
+
+
+def _scores(folder: Path) -> dict[int, float]:
+    """By step; nothing where the file is damaged: then no checkpoint is among the best."""
     try:
-        return json.loads((folder / META).read_text())["top1"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {int(step): float(top1) for step, top1 in json.loads((folder / SCORES).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _sum(path: Path) -> dict[str, Any]:
@@ -222,10 +236,10 @@ def _sum(path: Path) -> dict[str, Any]:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """A safetensors file that others may read as far as the user's umask lets them; the library's own are private."""
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.torch.save_file(dict(tensors), path)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    path.chmod(mode)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,29 +249,36 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
     """Collective. The newest checkpoint that verifies, on every rank; None where there is none at all.
 
-    Each rank checks the sums of a share of the files, and all go by one verdict. A checkpoint that does not verify is
-    renamed aside, with the reason in the log, and the next older one is tried. Raises RefusedError if there are
-    checkpoints and none verifies: a run must not start over by accident.
+    Each rank checks the sums of a share of the files, and all go by one verdict. What does not verify is passed over
+    for the next older one, and renamed aside, with the reason in the log, when there is a good one. Raises RefusedError
+    if there are checkpoints and none verifies: a run must not start over by accident. Raises MissingInputError if one
+    cannot be read, which says nothing of what is in it.
     """
     folder = Path(run_dir) / "ckpt"
     steps = broadcast(world, sorted(_committed(folder), reverse=True) if world.is_main else None)
     _refuse_private_folder(folder, steps, world)
-    reasons = []
+    reasons: dict[int, str] = {}
     for step in steps:
-        reason = next((reason for reason in gather(world, _verify(_folder(folder, step), step, world)) if reason), None)
+        verdicts = gather(world, together(world, lambda step=step: _verify(_folder(folder, step), step, world)))
+        reason = next((verdict for verdict in verdicts if verdict), None)
         if reason is None:
-            return together(world, lambda found=step: _read(_folder(folder, found), found))
-        reasons.append(f"step {step}: {reason}")
-        if world.is_main:
-            aside = _set_aside(_folder(folder, step))
-            log.warning("checkpoint of step %d does not verify (%s); kept as %s", step, reason, aside)
-    broken = broadcast(world, not _committed(folder) and any(folder.glob("step_*.broken*")) if world.is_main else None)
-    if broken:
+            together(world, lambda: _set_all_aside(folder, reasons) if world.is_main else None)
+            return together(world, lambda step=step: _read(_folder(folder, step), step))
+        reasons[step] = reason
+    were_there = broadcast(world, any(folder.glob("step_*.broken*")) if world.is_main else None)
+    if reasons or were_there:
+        listed = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
         raise RefusedError(
-            f"{folder} holds checkpoints and none verifies ({'; '.join(reasons) or 'all were set aside before'}); "
+            f"{folder} holds checkpoints and none verifies ({listed or 'all were set aside before'}); "
             "bring a good one back, or set the run aside and start over with --fresh"
         )
     return None
+
+
+def _set_all_aside(folder: Path, reasons: Mapping[int, str]) -> None:
+    for step, reason in reasons.items():
+        aside = _set_aside(_folder(folder, step))
+        log.warning("checkpoint of step %d does not verify (%s); kept as %s", step, reason, aside)
 
 
 def _refuse_private_folder(folder: Path, steps: list[int], world: World) -> None:
@@ -280,7 +301,10 @@ def _read(folder: Path, step: int) -> Checkpoint:
 
 
 def _verify(folder: Path, step: int, world: World) -> str | None:
-    """None if every byte of this rank's share of the files is as it was written, otherwise what is wrong."""
+    """None if every byte of this rank's share of the files is as it was written, otherwise what is wrong.
+
+    Raises MissingInputError where the bytes cannot be read: a disk or a permission may come back.
+    """
     try:
         text = (folder / MANIFEST).read_text()
         manifest = json.loads(text)
@@ -299,7 +323,12 @@ def _verify(folder: Path, step: int, world: World) -> str | None:
                 return f"{name} has another SHA-256 than when it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise MissingInputError(
+            f"checkpoint of step {step} cannot be read ({error}); mend that, or move {folder} away to go on from an "
+            "older one"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

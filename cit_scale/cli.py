@@ -14,12 +14,15 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from cit_scale.config import RunConfig
-from cit_scale.errors import ConfigError
+from cit_scale.errors import ConfigError, MissingInputError
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+# A recipe holds values. Without "*" a class_path in it would have its module imported, and so run.
+set_parsing_settings(
+    docstring_parse_attribute_docstrings=True, import_path_denylist=["*"], import_path_allowlist=["cit_scale.config"]
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ def recipe_path(name: str) -> Path:
     for path in (named, given):
         if path.is_file():
             return path
-    raise ConfigError(f"no recipe is called {name!r} and no such file exists; recipes: {', '.join(recipe_names())}")
+    raise MissingInputError(
+        f"no recipe is called {name!r} and no such file exists; recipes: {', '.join(recipe_names())}"
+    )
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -70,8 +75,9 @@ def load_recipe(name: str) -> RunConfig:
 def teacher_run(config: RunConfig, name: str) -> RunConfig:
     """The run that trains one of ``config``'s teachers: its recipe, inside the student's folder.
 
-    What is of the data or of the machine comes from the student's run: images, augmentation, micro-batches, engine; not
-    the checkpointing of activations, which is of the student. The teacher's model is the student of the new run.
+    What is of the data or of the machine comes from the student's run: images, augmentation, micro-batches, patience,
+    engine; not the checkpointing of activations, which is of the student. The teacher's model is the student of the new
+    run.
     """
     teacher = config.teachers[name]
     if teacher.recipe is None:
@@ -88,7 +94,13 @@ def teacher_run(config: RunConfig, name: str) -> RunConfig:
         data=config.data,
         augment=config.augment,
         engine=dataclasses.replace(config.engine, activation_checkpointing=False),
-        train=dataclasses.replace(recipe.train, micro_batch_size=config.train.micro_batch_size),
+        train=dataclasses.replace(
+            recipe.train,
+            micro_batch_size=config.train.micro_batch_size,
+            save_every_minutes=config.train.save_every_minutes,
+            max_bad_steps=config.train.max_bad_steps,
+            step_timeout_s=config.train.step_timeout_s,
+        ),
         student=dataclasses.replace(recipe.student, name=teacher.model, kwargs=teacher.kwargs),
     )
 

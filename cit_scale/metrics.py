@@ -99,7 +99,9 @@ class RunLog:
         self._path = run_dir / "metrics.jsonl"
         self._unwritten: list[str] = []
         self._has_warned = False
-        self._try_to_write(lambda: _drop_lines_past(self._path, step))
+        self._step = step
+        self._are_lines_dropped = False
+        self._try_to_write(self._write_lines)
         self._curves_dir = str(run_dir / "tensorboard")
         self._curves: SummaryWriter | None = None
         self._purge_step = step + 1 if step else None
@@ -157,6 +159,9 @@ class RunLog:
             self._try_to_write(self._curves.close)
 
     def _write_lines(self) -> None:
+        if not self._are_lines_dropped:
+            _drop_lines_past(self._path, self._step)
+            self._are_lines_dropped = True
         # Opened anew each time: a disk that was full or gone for a while is written to again when it is back.
         before = self._path.stat().st_size if self._path.exists() else 0
         try:
@@ -193,13 +198,13 @@ def append(path: Path, text: str) -> None:
 
 
 def _drop_lines_past(path: Path, step: int) -> None:
-    """Leave only the lines up to ``step`` in metrics.jsonl. A half-written last line is dropped."""
+    """Leave only the lines up to ``step`` in metrics.jsonl, and nothing that is no line of ours, or half of one."""
     kept = []
     if path.exists() and step:
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except json.JSONDecodeError:
+            except (ValueError, KeyError, TypeError):
                 continue
     write_text(path, "".join(kept))

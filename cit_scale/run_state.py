@@ -21,12 +21,11 @@ from cit_scale.task import Task, changed_settings
 @dataclass
 class Progress:
     """step: updates done, skipped ones counted. evaluated: the evaluation that may be due after that step is done.
-    top1: its average, percent. bad_steps, bad_in_a_row: of those that were not finite. useful_s: seconds spent in steps
+    bad_steps, bad_in_a_row: of those that were not finite. useful_s: seconds spent in steps
     that count; what a killed process did after its last checkpoint does not."""
 
     step: int = 0
     evaluated: bool = False
-    top1: float | None = None
     bad_steps: int = 0
     bad_in_a_row: int = 0
     useful_s: float = 0.0
@@ -34,7 +33,7 @@ class Progress:
     def advance(self) -> None:
         """One more step is done; nothing is known of the student after it."""
         self.step += 1
-        self.evaluated, self.top1 = False, None
+        self.evaluated = False
 
 
 def describe(progress: Progress, task: Task, inputs: Mapping[str, str]) -> dict[str, Any]:

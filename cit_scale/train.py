@@ -14,6 +14,7 @@ if __name__ == "__main__" and not __package__:
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -35,9 +36,17 @@ from cit_scale.data.encoded import BadImageError
 from cit_scale.data.mixing import mix
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
-from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, MissingInputError, RunError, Stopped
+from cit_scale.errors import (
+    BadDataError,
+    CannotWriteError,
+    ConfigError,
+    MissingInputError,
+    RefusedError,
+    RunError,
+    Stopped,
+)
 from cit_scale.evaluate import AVERAGE, evaluate
-from cit_scale.files import write_text
+from cit_scale.files import sync, write_text
 from cit_scale.lock import exclusive
 from cit_scale.losses import co_advise_loss
 from cit_scale.metrics import RunLog, RunningMeans, StepClock
@@ -50,7 +59,7 @@ from cit_scale.stop import StopRequest
 from cit_scale.task import CONFIG, Task, check, check_same_run, teacher_runs
 from cit_scale.teachers import Teacher, run_teachers
 from cit_scale.watchdog import Watchdog
-from cit_scale.world import World, agree_any, barrier, broadcast, start, together
+from cit_scale.world import World, agree_any, broadcast, collective_patience_s, gather, start, together
 
 RESULTS = "results.json"
 ENVIRONMENT = "env.json"
@@ -73,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--local_rank={arguments.local_rank}, but the environment says {world.local_rank}; "
                 "leave the flag to the launcher"
             )
-        # Longer than the watchdog's, which leaves the stacks of all ranks, and long enough to open a large data set.
-        start(world, timeout_s=max(1800, arguments.config.train.step_timeout_s + 60))
+        start(world, collective_patience_s(arguments.config.train.step_timeout_s))
         with StopRequest() as stop:
             results = run(arguments.config, world, stop, fresh=arguments.fresh, override=arguments.override_resume)
     except Stopped as stopped:
         if is_main:
-            print(f"{stopped}; the same command continues there", flush=True)
+            command = "the same command without --fresh" if arguments.fresh else "the same command"
+            print(f"{stopped}; {command} continues there", flush=True)
         return stopped.exit_code
     except KeyboardInterrupt:
         if is_main:
@@ -98,14 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code_of(error: BadImageError | OSError) -> int:
-    """What stands on a disk and cannot be used: images, a file that is not there, one that cannot be written."""
-    match error:
-        case BadImageError():
-            return BadDataError.exit_code
-        case FileNotFoundError():
-            return MissingInputError.exit_code
-        case _:
-            return CannotWriteError.exit_code
+    """What stands on a disk and cannot be used: images, a disk that takes no more, a file that cannot be read."""
+    if isinstance(error, BadImageError):
+        return BadDataError.exit_code
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return CannotWriteError.exit_code if is_full else MissingInputError.exit_code
 
 
 def join_world(env: Mapping[str, str]) -> World:
@@ -148,13 +154,20 @@ def run(
 
 def set_aside(run_dir: Path, world: World) -> None:
     """Collective. Move what stands in the run folder to run_dir.1 (or .2, ...), so that nothing is lost."""
-    if world.is_main and run_dir.exists():
-        aside = next(
-            path for i in itertools.count(1) if not (path := run_dir.with_name(f"{run_dir.name}.{i}")).exists()
-        )
-        run_dir.rename(aside)
-        print(f"{run_dir} set aside as {aside}", flush=True)
-    barrier(world)
+
+    def move() -> None:
+        if world.is_main and run_dir.exists():
+            print(f"{run_dir} set aside as {rename_to_free(run_dir)}", flush=True)
+
+    with writing(run_dir):
+        together(world, move)
+
+
+def rename_to_free(path: Path) -> Path:
+    """Rename to path.1, or .2 and so on where that is taken."""
+    return path.rename(
+        next(free for i in itertools.count(1) if not (free := path.with_name(f"{path.name}.{i}")).exists())
+    )
 
 
 @dataclass(frozen=True)
@@ -197,26 +210,27 @@ def train(
     """
     config, world, run_dir = task.config, task.world, task.config.run_dir
     now = time.time()
-    results = run_dir / RESULTS
-    finished = broadcast(world, json.loads(results.read_text()) if world.is_main and results.exists() else None)
+    finished = broadcast(world, read_note(run_dir / RESULTS) if world.is_main else None)
     if finished is not None and (finished["steps"] == task.total_steps or not override):
         return finished
-    advisers = [task.load_teacher(name, teacher) for name, teacher in teachers.items()]
+    advisers = together(world, lambda: [task.load_teacher(name, teacher) for name, teacher in teachers.items()])
     engine = build_engine(task.build_student(), config, world, task.batch_plan.micro_steps)
 
-    inputs = {"data": task.train_set.fingerprint, **{f"teacher {adviser.name}": adviser.sha256 for adviser in advisers}}
+    inputs = fingerprints(task, advisers)
     progress, overridden = Progress(), []
     found = checkpoint.load_newest(run_dir, world)
     if found is not None:
-        progress, overridden = restore(found.meta, task, inputs, override=override)
+        meta = found.meta
+        progress, overridden = together(world, lambda: restore(meta, task, inputs, override=override))
         engine.load_state(found.state)
-    started_at = together(world, lambda: begin(task, progress, overridden, now) if world.is_main else 0.0)
-    log = RunLog(run_dir, world, title=config.name, step=progress.step, total_steps=task.total_steps)
-    stacks = run_dir / f"stacks_rank_{world.rank}.txt"
-    watchdog = Watchdog(config.train.step_timeout_s, stacks, hang_message(config) if world.is_main else None)
-    bad_images = BadImages(run_dir, (task.train_images, task.eval_images), config.data.max_bad_images, world)
-    session = Session(task, engine, advisers, inputs, bad_images, log, stop, watchdog, started_at)
-    try:
+        del found  # its files are open, and the checkpoint will be deleted some day
+    with writing(run_dir):
+        started_at = together(world, lambda: begin(task, progress, overridden, now) if world.is_main else 0.0)
+        stacks, message = run_dir / f"stacks_rank_{world.rank}.txt", hang_message(config) if world.is_main else None
+        watchdog = together(world, lambda: Watchdog(config.train.step_timeout_s, stacks, message))
+    with contextlib.closing(watchdog), contextlib.closing(open_log(task, progress)) as log:
+        bad_images = BadImages(run_dir, (task.train_images, task.eval_images), config.data.max_bad_images, world)
+        session = Session(task, engine, advisers, inputs, bad_images, log, stop, watchdog, started_at)
         plan = task.batch_plan
         start_of_run = f"continues after step {progress.step}" if progress.step else f"starts in {run_dir}"
         cut = f"{world.world_size} ranks x {plan.micro_steps} micro-steps x {plan.micro_batch_size} images"
@@ -225,9 +239,28 @@ def train(
             log.say(f"continues although this changed: {change}")
         images_per_s = train_steps(session, progress)
         return finish(session, teachers, progress, images_per_s)
-    finally:
-        watchdog.close()
-        log.close()
+
+
+def open_log(task: Task, progress: Progress) -> RunLog:
+    config = task.config
+    return RunLog(config.run_dir, task.world, title=config.name, step=progress.step, total_steps=task.total_steps)
+
+
+def fingerprints(task: Task, advisers: Sequence[Teacher]) -> dict[str, str]:
+    """Collective. Of what the run learns and is judged from, by name, the same on all ranks; RefusedError otherwise."""
+    inputs = {
+        "data": task.train_set.fingerprint,
+        "evaluation data": task.eval_set.fingerprint,
+        **{f"teacher {adviser.name}": adviser.sha256 for adviser in advisers},
+    }
+    for rank, theirs in enumerate(gather(task.world, inputs)):
+        different = [name for name in inputs if theirs[name] != inputs[name]]
+        if different:
+            raise RefusedError(
+                f"ranks {min(rank, task.world.rank)} and {max(rank, task.world.rank)} read different files as "
+                f"{', '.join(different)}; put one copy where all nodes see it"
+            )
+    return inputs
 
 
 def begin(task: Task, progress: Progress, overridden: Sequence[str], now: float) -> float:
@@ -235,11 +268,33 @@ def begin(task: Task, progress: Progress, overridden: Sequence[str], now: float)
     run_dir = task.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG, cli.to_yaml(task.config))
+    if (run_dir / RESULTS).exists():
+        rename_to_free(run_dir / RESULTS)  # the run goes on, and these are not its results any more
     path = run_dir / ENVIRONMENT
-    starts = json.loads(path.read_text()) if path.exists() else []
+    starts = read_note(path) or []
     about = {"step": progress.step, "time": now, "overridden": overridden, **describe_environment(task.world)}
     write_text(path, json.dumps([*starts, about], indent=2) + "\n")
     return [*starts, about][0]["time"]
+
+
+@contextlib.contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Make an OSError that all ranks raise a CannotWriteError, which one of them reports."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWriteError(f"{run_dir} cannot be written ({error}); the same command continues there") from error
+
+
+def read_note(path: Path) -> Any:
+    """What a JSON file of the run folder says, or None. One that is damaged is moved aside: nothing hangs on it."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        rename_to_free(path)
+        return None
 
 
 def hang_message(config: RunConfig) -> str:
@@ -287,8 +342,10 @@ def train_steps(session: Session, progress: Progress) -> float | None:
         is_leaving = is_last or stopping or bad_images.too_many or bad_steps.too_many
         if is_leaving or save_is_due or (progress.evaluated and config.train.keep_best):
             saver.save(progress.step, describe(progress, task, session.inputs))
+            session.watchdog.progress()
         if is_leaving:
             saver.settle(insist=True)
+            session.watchdog.progress()
         bad_images.refuse_too_many()
         if bad_steps.too_many:
             bad_steps.give_up(mixed_batches(task, progress.step - 1))
@@ -363,8 +420,11 @@ def evaluate_student(session: Session, progress: Progress) -> bool:
         return False
     finally:
         engine.module.train()
-    progress.evaluated, progress.top1 = True, top1.get(AVERAGE, top1["cls"])
+    progress.evaluated = True
     session.log.record(progress.step, numbers)
+    if world.is_main:
+        with contextlib.suppress(OSError):  # a full disk is told of by whoever has more to lose
+            checkpoint.add_score(session.task.config.run_dir, progress.step, top1.get(AVERAGE, top1["cls"]))
     return True
 
 
@@ -377,11 +437,12 @@ def finish(
     """
     task = session.task
     config, world, run_dir = task.config, task.world, task.config.run_dir
-    files = together(world, lambda: export_weights(run_dir, progress.step) if world.is_main else {})
+    with writing(run_dir):
+        files = together(world, lambda: export_weights(run_dir, progress.step) if world.is_main else {})
     accuracy = {}
     for name, file in broadcast(world, files).items():
         network = task.build_student()
-        load_weights(network, run_dir / file)
+        together(world, lambda network=network, file=file: load_weights(network, run_dir / file))
         network.eval().to(world.device)
         accuracy[name] = evaluate(network, session.eval_batches(progress.step), world)
     results = {
@@ -407,8 +468,9 @@ def finish(
             for adviser in session.teachers
         }
     session.bad_images.collect(session.log.say)
-    if world.is_main:
-        write_text(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
+    text = json.dumps(results, indent=2) + "\n"
+    with writing(run_dir):
+        together(world, lambda: write_text(run_dir / RESULTS, text) if world.is_main else None)
     return results
 
 
@@ -420,6 +482,7 @@ def export_weights(run_dir: Path, step: int) -> dict[str, str]:
         if saved.exists():
             partial = run_dir / f"{file}.partial"
             shutil.copyfile(saved, partial)
+            sync(partial)
             partial.replace(run_dir / file)
             files[name] = file
     return files

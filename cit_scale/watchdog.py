@@ -7,6 +7,7 @@ anew, which costs tens of microseconds.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import signal
@@ -70,8 +71,9 @@ class Watchdog:
         self._closed.set()
         self._restore()
         self._stacks.close()
-        if not self._path.stat().st_size:
-            self._path.unlink()
+        with contextlib.suppress(OSError):  # the folder may be gone, which others have said, and better
+            if not self._path.stat().st_size:
+                self._path.unlink()
         self._stacks = None
 
     def _announce(self) -> None:

@@ -17,6 +17,8 @@ from cit_scale.errors import ConfigError
 
 T = TypeVar("T")
 
+PATIENCE_S = 1800.0  # for the slowest rank: long enough to open a large data set
+
 # One row per launcher: rank, local rank, world size, ranks on this node. The first row whose rank is set wins, so a
 # torchrun or deepspeed started inside a Slurm allocation is believed before Slurm's own variables.
 SPELLINGS = {
@@ -73,13 +75,19 @@ class World:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    def beside(self) -> World:
+    def beside(self, timeout_s: float = PATIENCE_S) -> World:
         """Collective. The same ranks, whose collectives do not mix with those of this one: for another thread."""
-        group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        timeout = timedelta(seconds=timeout_s)
+        group = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
         return dataclasses.replace(self, group=group)
 
 
-def start(world: World, timeout_s: float = 1800) -> None:
+def collective_patience_s(step_timeout_s: float) -> float:
+    """How long a collective waits where the watchdog, which leaves the stacks of all ranks, ends what hangs before."""
+    return max(PATIENCE_S, step_timeout_s + 60) if step_timeout_s else 30 * 24 * 3600.0
+
+
+def start(world: World, timeout_s: float = PATIENCE_S) -> None:
     """Collective. Join the process group: NCCL beside gloo where there is a GPU, gloo alone elsewhere.
 
     timeout_s: how long a collective waits for the slowest rank. Raises ConfigError where the port is taken.

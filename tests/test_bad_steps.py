@@ -44,9 +44,20 @@ def find_nan_on_rank_1(world: World) -> BadStep:
     return find_culprits(12, SKIPPED, terms, indices, world)
 
 
-def test_a_gradient_that_is_not_finite_under_a_finite_loss_has_no_culprit():
-    found = find_culprits(3, SKIPPED, [loss()], [samples(1)], ALONE)
-    assert str(found) == "the gradient is not finite, though every term of the loss is"
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_comes_with_everybodys_samples():
+    for found in run_on_ranks(2, find_bad_gradient):
+        assert [(culprit.rank, culprit.terms, culprit.samples) for culprit in found.culprits] == [
+            (0, [], [1]),
+            (1, [], [2]),
+        ]
+        assert str(found) == (
+            "the gradient, though not the loss, is not finite on ranks 0, 1; micro-step 0 of rank 0 has samples 1"
+        )
+        assert not found.is_scaling
+
+
+def find_bad_gradient(world: World) -> BadStep:
+    return find_culprits(3, SKIPPED, [loss()], [samples(1 + world.rank)], world)
 
 
 def test_fp16_looking_for_its_scale_is_not_a_bad_step(tmp_path, capsys):

@@ -15,8 +15,8 @@ from ranks import run_on_ranks
 from torch import Tensor
 
 from cit_scale import checkpoint
-from cit_scale.checkpoint import Retention, load_newest, save
-from cit_scale.errors import RefusedError
+from cit_scale.checkpoint import Retention, add_score, load_newest, save
+from cit_scale.errors import MissingInputError, RefusedError
 from cit_scale.portable import share_out
 from cit_scale.world import World
 
@@ -42,15 +42,15 @@ def state_of(step: int) -> dict[str, Tensor]:
 
 
 def meta_of(step: int) -> dict[str, Any]:
-    return {"cursor": [1, step], "top1": None}
+    return {"cursor": [1, step]}
 
 
 def save_step(
-    run_dir: Path, step: int, world: World = ALONE, *, retention: Retention = KEEP_TWO, top1: float | None = None
+    run_dir: Path, step: int, world: World = ALONE, *, retention: Retention = KEEP_TWO, loss: float = 1.5
 ) -> int:
     shares = share_out({key: torch.Size(shape) for key, shape in SHAPES.items()}, world.world_size)
     state = {key: tensor for key, tensor in state_of(step).items() if key in shares[world.rank]}
-    return save(run_dir, step, state, shares, meta_of(step) | {"top1": top1}, world, retention)
+    return save(run_dir, step, state, shares, meta_of(step) | {"loss": loss}, world, retention)
 
 
 def save_steps(run_dir: Path, *steps: int, keep: int = 2) -> None:
@@ -61,7 +61,7 @@ def save_steps(run_dir: Path, *steps: int, keep: int = 2) -> None:
 def assert_is_step(found: checkpoint.Checkpoint | None, step: int) -> None:
     assert found is not None
     assert found.step == step
-    assert found.meta == meta_of(step)
+    assert found.meta == meta_of(step) | {"loss": 1.5}
     expected = state_of(step)
     assert found.state.keys() == expected.keys()
     for key, tensor in expected.items():
@@ -195,10 +195,26 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
     save_steps(tmp_path, 1, 2)
     for step in (1, 2):
         (tmp_path / "ckpt" / f"step_00000{step}" / "MANIFEST.json").unlink()
-    for _ in range(2):  # the second time all of them are set aside already
-        with pytest.raises(RefusedError, match="none verifies"):
+    for _ in range(2):
+        with pytest.raises(RefusedError, match=r"none verifies \(step 2: MANIFEST.json is missing; step 1: "):
             load_newest(tmp_path, ALONE)
-    assert names(tmp_path) == ["step_000001.broken", "step_000002.broken"]
+    assert names(tmp_path) == ["step_000001", "step_000002"], "there is nothing to make room for"
+
+
+def test_a_run_of_another_version_is_left_as_it_is(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    for step in (1, 2):
+        say_format(tmp_path / "ckpt" / f"step_00000{step}" / "MANIFEST.json", 3)
+    with pytest.raises(RefusedError, match="says format 3, this version reads 2"):
+        load_newest(tmp_path, ALONE)
+    assert names(tmp_path) == ["step_000001", "step_000002"]
+
+
+def test_checkpoints_that_a_person_set_aside_are_not_forgotten(tmp_path):
+    save_steps(tmp_path, 1)
+    (tmp_path / "ckpt" / "step_000001").rename(tmp_path / "ckpt" / "step_000001.broken")
+    with pytest.raises(RefusedError, match="all were set aside before"):
+        load_newest(tmp_path, ALONE)
 
 
 def test_a_checkpoint_that_breaks_twice_is_kept_twice(tmp_path):
@@ -408,7 +424,7 @@ def load_with_one_blind_rank(world: World, run_dir: Path) -> tuple[str, str]:
 
 def test_what_json_cannot_hold_is_refused_before_a_checkpoint_is_committed(tmp_path):
     with pytest.raises(ValueError, match="Out of range float"):
-        save_step(tmp_path, 1, top1=float("nan"))
+        save_step(tmp_path, 1, loss=float("nan"))
     assert load_newest(tmp_path, ALONE) is None
 
 
@@ -433,14 +449,66 @@ def test_a_checkpoint_can_be_read_with_nothing_but_safetensors_and_json(tmp_path
 def test_the_best_and_every_so_many_are_kept_beside_the_newest(tmp_path):
     retention = Retention(last=1, every=10, best=2)
     for step, top1 in [(4, 50.0), (8, 70.0), (10, None), (12, 60.0), (16, 10.0), (20, None), (24, None)]:
-        save_step(tmp_path, step, retention=retention, top1=top1)
-    assert names(tmp_path) == [f"step_{step:06d}" for step in (8, 10, 12, 20, 24)]
+        if top1 is not None:
+            add_score(tmp_path, step, top1)
+        save_step(tmp_path, step, retention=retention)
+    assert names(tmp_path) == ["scores.json", *(f"step_{step:06d}" for step in (8, 10, 12, 20, 24))]
 
 
 def test_of_two_equally_good_the_later_is_kept(tmp_path):
     for step in (1, 2, 3):
-        save_step(tmp_path, step, retention=Retention(last=1, best=1), top1=50.0 if step < 3 else None)
-    assert names(tmp_path) == ["step_000002", "step_000003"]
+        if step < 3:
+            add_score(tmp_path, step, 50.0)
+        save_step(tmp_path, step, retention=Retention(last=1, best=1))
+    assert names(tmp_path) == ["scores.json", "step_000002", "step_000003"]
+
+
+def test_a_score_may_come_after_its_checkpoint(tmp_path):
+    """A run that is stopped in an evaluation saves first, and evaluates when it goes on."""
+    save_step(tmp_path, 1)
+    add_score(tmp_path, 1, 50.0)
+    for step in (2, 3):
+        save_step(tmp_path, step, retention=Retention(last=1, best=1))
+    assert names(tmp_path) == ["scores.json", "step_000001", "step_000003"]
+
+
+def test_damaged_scores_keep_nothing_and_harm_nothing(tmp_path):
+    save_step(tmp_path, 1)
+    (tmp_path / "ckpt" / "scores.json").write_text('{"1": ')
+    save_step(tmp_path, 2, retention=Retention(last=1, best=1))
+    add_score(tmp_path, 2, 7.0)
+    assert names(tmp_path) == ["scores.json", "step_000002"]
+    assert_is_step(load_newest(tmp_path, ALONE), 2)
+
+
+def test_what_cannot_be_deleted_does_not_stop_the_saving(tmp_path, monkeypatch, caplog):
+    """Over NFS a file that somebody has open stays, and its folder with it."""
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save_steps(tmp_path, 1, 2, 3, 4, keep=1)
+    assert_is_step(load_newest(tmp_path, ALONE), 4)
+    assert "were not deleted" in caplog.text
+    monkeypatch.undo()
+    save_steps(tmp_path, 5, keep=1)
+    assert names(tmp_path) == ["step_000005"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ENOMEM, errno.EMFILE])
+def test_what_cannot_be_read_is_not_taken_for_damage(code, tmp_path, monkeypatch):
+    save_steps(tmp_path, 1, 2)
+
+    def failing(path: Path) -> str:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(checkpoint, "file_sha256", failing)
+    with pytest.raises(MissingInputError, match="step 2 cannot be read"):
+        load_newest(tmp_path, ALONE)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step_000001", "step_000002"]
+    assert_is_step(load_newest(tmp_path, ALONE), 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

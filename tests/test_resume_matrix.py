@@ -66,7 +66,7 @@ def load_and_save(world: World, shardings: list[str], folder: Path) -> None:
 
 def save_engine(engine, run_dir: Path, world: World) -> None:
     shares = share_out(engine.state_shapes(), world.world_size)
-    save(run_dir, STEPS, engine.state(shares[world.rank]), shares, {"top1": None}, world, Retention())
+    save(run_dir, STEPS, engine.state(shares[world.rank]), shares, {}, world, Retention())
 
 
 def saved(run_dir: Path) -> dict[str, bytes]:

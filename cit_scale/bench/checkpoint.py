@@ -64,7 +64,7 @@ def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[f
         file_sha256(synced)
 
     for turn in range(1, rounds + 2):
-        saver.save(turn, {"top1": None})
+        saver.save(turn, {})
         saver.settle(insist=True)
         taken = {
             STALL: costs[-1]["save_stall_s"],

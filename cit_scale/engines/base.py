@@ -75,4 +75,4 @@ class Engine(Protocol):
 
     def averaged(self) -> AbstractContextManager[None]:
         """Collective, to enter and to leave. Within it ``forward`` computes with the moving average of weights and
-        buffers, which there has to be; afterwards everything is as before, bit for bit."""
+        buffers, which there has to be; afterwards, also after Stopped, everything is as before, bit for bit."""

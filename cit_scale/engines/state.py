@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cit_scale.engines.loss_scale import LossScale
-from cit_scale.errors import ConfigError
+from cit_scale.errors import ConfigError, Stopped
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -117,8 +117,11 @@ class TrainingState:
         self._exchange()
         try:
             yield
-        finally:
+        except Stopped:  # on all ranks
             self._exchange()
+            raise
+        # After any other exception, which may be of this rank alone, the others would not join in, and all is over.
+        self._exchange()
 
     @torch.no_grad()
     def _exchange(self) -> None:
