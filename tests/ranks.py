@@ -15,6 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,23 @@ from cit_scale.world import World
 TIMEOUT_S = 120
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "torch._inductor.compile_fx",
-        "cit_scale.engines.zero",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-    ]
-)
+_context.set_forkserver_preload(["warm"])
+
+
+def start_process(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process of the warm server's that runs ``function(*args)``."""
+    # Before Python 3.13 the server does not look where the tests stand.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    try:
+        process = _context.Process(target=function, args=args, daemon=True)
+        process.start()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return process
 
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -47,10 +57,8 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> l
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
             world = World(rank, rank, world_size, world_size)
-            process = _context.Process(target=_run_rank, args=(world, folder, sender, function, args), daemon=True)
-            process.start()
+            processes.append(start_process(_run_rank, world, folder, sender, function, args))
             sender.close()
-            processes.append(process)
             pipes.append(receiver)
         try:
             return _results(pipes)

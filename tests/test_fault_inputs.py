@@ -1,0 +1,142 @@
+"""What a run learns from is missing, does not fit, or has changed since it began."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import sabotage
+from tiny_run import CLASSES, LAYOUTS, RECIPE, TinyRun, assert_same_end, assert_same_tensors, write_idx, write_teacher
+
+pytestmark = pytest.mark.fault
+
+TEACHER = RECIPE["teachers"]["conv"]
+STOPPED_AT = 6
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tiny_inputs, tmp_path_factory):
+    """A run with inputs of its own, stopped in the middle."""
+    inputs = tmp_path_factory.mktemp("own") / "inputs"
+    shutil.copytree(tiny_inputs, inputs)
+    recipe = inputs / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace(str(tiny_inputs), str(inputs)))
+    run = TinyRun(inputs, tmp_path_factory.mktemp("stopped"))
+    ended = run.run(sabotage=(sabotage.at, 1, "forward", STOPPED_AT, sabotage.send, 15))
+    assert ended.codes == [75, 75], ended.output
+    return run
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A copy of it. The inputs are in their place, and put back after the test."""
+    good = tmp_path / "good"
+    shutil.copytree(stopped_once.inputs, good)
+    yield stopped_once.copy(tmp_path / "runs")
+    shutil.rmtree(stopped_once.inputs)
+    shutil.copytree(good, stopped_once.inputs)
+
+
+def assert_refused(ended, code, *expected):
+    assert ended.codes == [code] * len(ended.codes), ended.output
+    assert ended.output.count("error:") == 1
+    line = next(line for line in ended.outputs[0].splitlines() if line.startswith("error:"))
+    for text in expected:
+        assert text in line
+    assert "Traceback" not in ended.output
+
+
+def damaged(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+TEACHERS = {
+    "missing": (lambda path: path.unlink(), 3, ["do not exist"]),
+    "of another architecture": (lambda path: write_teacher(path, "resnet10t", {"stem_width": 8}), 2, ["do not fit"]),
+    "of another class count": (
+        lambda path: write_teacher(path, TEACHER["model"], TEACHER["kwargs"], classes=7),
+        2,
+        ["answer 7 classes, the data set has 3"],
+    ),
+    "damaged": (damaged, 2, ["cannot be read"]),
+}
+
+
+@pytest.mark.parametrize("how", TEACHERS)
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_teacher_that_cannot_teach_is_one_line_and_nothing_is_written(how, is_begun, stopped, tmp_path, calm):
+    run = stopped if is_begun else dataclasses.replace(stopped, runs_dir=tmp_path / "new")
+    weights = run.inputs / "conv.safetensors"
+    good = weights.read_bytes()
+    harm, code, expected = TEACHERS[how]
+    harm(weights)
+    before = run.checkpoints()
+    assert_refused(run.run(), code, str(weights), *expected)
+    assert run.checkpoints() == before
+    assert run.run_dir.exists() == is_begun
+    weights.write_bytes(good)
+    if is_begun:
+        run.finish()
+        assert_same_end(run, calm())
+
+
+def retrain(run):
+    write_teacher(run.inputs / "conv.safetensors", TEACHER["model"], TEACHER["kwargs"], seed=2)
+
+
+def relabel(run):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 8, 8), np.uint8)
+    write_idx(run.inputs / "train", pixels, (np.arange(48) + 1) % CLASSES)
+
+
+def set_lr(run):
+    recipe = run.inputs / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("lr: 0.002", "lr: 0.003"))
+
+
+CHANGES = {
+    "teacher": (retrain, "teacher conv: "),
+    "data": (relabel, "data: "),
+    "settings": (set_lr, "optim.lr: 0.002 -> 0.003"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_changed_since_the_start_is_refused_with_the_difference_and_can_be_insisted_on(what, stopped):
+    change, expected = CHANGES[what]
+    change(stopped)
+    before = stopped.checkpoints()
+    assert_refused(stopped.run(), 7, expected, "--override-resume", "--fresh")
+    assert stopped.checkpoints() == before
+    again = stopped.finish("--override-resume")
+    assert f"continues after step {STOPPED_AT}" in again.outputs[0]
+    assert f"continues although this changed: {expected}" in again.outputs[0]
+
+
+def test_a_change_that_is_taken_back_leaves_no_trace(stopped, calm):
+    recipe = (stopped.inputs / "tiny.yaml").read_text()
+    set_lr(stopped)
+    assert_refused(stopped.run(), 7, "optim.lr")
+    (stopped.inputs / "tiny.yaml").write_text(recipe)
+    stopped.finish()
+    assert_same_end(stopped, calm())
+
+
+@pytest.mark.parametrize("layout", ["zero3", "fsdp2", "plain"])
+def test_another_layout_is_no_change_and_starts_from_the_same_state(layout, stopped):
+    """Bit for bit what was saved: saved again at once, it is the same."""
+    run = dataclasses.replace(stopped, layout=layout)
+    assert LAYOUTS[layout] != LAYOUTS[stopped.layout]
+    saved = run.copy(stopped.runs_dir.with_name("saved"))
+    ended = run.run(sabotage=(save_again, STOPPED_AT))
+    assert ended.codes == [75] * run.ranks, ended.output
+    assert f"continues after step {STOPPED_AT}" in ended.outputs[0]
+    assert_same_tensors(run.checkpoint(STOPPED_AT + 1), saved.checkpoint(STOPPED_AT))
+
+
+def save_again(world, step):
+    """One more step that changes nothing, and a stop."""
+    from test_fault_bad_steps import leave_out
+
+    leave_out(world, step + 1)
+    sabotage.at(world, 0, "batch", step + 1, sabotage.send, 15)

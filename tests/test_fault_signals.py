@@ -1,0 +1,127 @@
+"""Asked to stop, by any signal, on any one rank, at any time: what was reached is saved, and no step is lost."""
+
+import dataclasses
+import re
+from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2
+
+import pytest
+import sabotage
+from tiny_run import STEPS, STEPS_PER_EPOCH, assert_same_end
+
+from cit_scale import checkpoint
+from cit_scale.world import World
+
+pytestmark = pytest.mark.fault
+
+SIGNALS = (SIGTERM, SIGUSR1, SIGUSR2, SIGINT)
+
+# One after the other in one run, which goes on each time from where it was stopped: place, number there, and the update
+# after which it stops.
+PHASES = [
+    ("start", 0, 0),
+    ("batch", 1, 1),
+    ("forward", 3, 3),
+    ("save", 4, 5),  # at the step boundary after the one at which it was begun, or the next
+    ("evaluation", 1, STEPS_PER_EPOCH),
+    ("evaluation", 2, STEPS_PER_EPOCH),
+    ("backward", STEPS_PER_EPOCH + 2, STEPS_PER_EPOCH + 2),
+    ("save", STEPS, STEPS),
+    ("evaluation", 2, STEPS),  # the closing one, of the average: the mid-run ones are done
+    ("evaluation", 3, STEPS),  # of the teacher
+]
+
+
+def assert_stopped(run, ended, step):
+    """Returns the step after which it was stopped. step: that step, or None if it is not known."""
+    assert ended.codes == [75] * run.ranks, ended.output
+    stopped = re.search(r"stopped after step (\d+); the same command continues there", ended.outputs[0])
+    assert stopped, ended.output
+    reached = int(stopped[1])
+    assert step in (None, reached), ended.output
+    assert "Traceback" not in ended.output
+    assert not (run.run_dir / "results.json").exists()
+    if reached:
+        assert run.checkpoint(reached).exists(), run.checkpoints()
+        assert checkpoint._verify(run.checkpoint(reached), reached, World()) is None
+    return reached
+
+
+def assert_goes_on(ended, step):
+    expected = f"continues after step {step};" if step else "starts in"
+    assert expected in ended.outputs[0], ended.output
+
+
+@pytest.mark.parametrize(("rank", "first"), [(0, 0), (1, 1), (1, 2), (0, 3)])
+def test_any_signal_on_any_one_rank_in_any_phase_loses_no_step(rank, first, tiny_run, calm):
+    reached = 0
+    for turn, (place, number, step) in enumerate(PHASES):
+        signum = SIGNALS[(first + turn) % len(SIGNALS)]
+        ended = tiny_run.run(sabotage=(sabotage.at, rank, place, number, sabotage.send, signum))
+        in_background = place == "save" and step < STEPS
+        now = assert_stopped(tiny_run, ended, None if in_background else step)
+        assert not in_background or now in (number, number + 1, number + 2)
+        assert_goes_on(ended, reached)
+        reached = now
+    assert_goes_on(tiny_run.finish(), reached)
+    assert_same_end(tiny_run, calm())
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "first", "second"),
+    [
+        ("zero1", 0, SIGTERM, SIGTERM),
+        ("zero1", 1, SIGINT, SIGINT),
+        ("zero1", 1, SIGUSR1, SIGTERM),
+        ("plain", 0, SIGINT, SIGINT),
+    ],
+)
+def test_a_second_signal_during_the_save_changes_nothing(layout, rank, first, second, tiny_run, calm):
+    run = dataclasses.replace(tiny_run, layout=layout)
+    ended = run.run(
+        sabotage=(
+            sabotage.everything,
+            (sabotage.at, rank, "forward", 7, sabotage.send, first),
+            (sabotage.at, rank, "save", 7, sabotage.send, second, second),
+        )
+    )
+    assert_stopped(run, ended, 7)
+    assert_goes_on(run.finish(), 7)
+    assert_same_end(run, calm(layout))
+
+
+def test_a_signal_while_the_student_is_compiled_stops_after_the_first_step(tiny_run):
+    compiled = dataclasses.replace(tiny_run, more=("--engine.compile", "true"))
+    ended = compiled.run(sabotage=(sabotage.at, 1, "compile", 1, sabotage.send, SIGTERM))
+    assert_stopped(compiled, ended, 1)
+    stop_soon = ((sabotage.at, None, "compile", 1, str), (sabotage.at, 0, "batch", 2, sabotage.send, SIGTERM))
+    ended = compiled.run(sabotage=(sabotage.everything, *stop_soon))
+    assert_stopped(compiled, ended, 2)
+    assert_goes_on(ended, 1)
+
+
+def test_every_rank_signalled_at_once_is_one_stop(tiny_run, calm):
+    ended = tiny_run.run(sabotage=(sabotage.at, None, "forward", 6, sabotage.send, SIGUSR1, SIGTERM))
+    assert_stopped(tiny_run, ended, 6)
+    assert_goes_on(tiny_run.finish(), 6)
+    assert_same_end(tiny_run, calm())
+
+
+@pytest.mark.parametrize("layout", ["plain", "zero3", "fsdp2"])
+def test_a_stop_in_the_evaluation_of_the_average_leaves_the_weights_as_they_were(layout, tiny_run, calm):
+    run = dataclasses.replace(tiny_run, layout=layout)
+    ended = run.run(sabotage=(sabotage.at, run.ranks - 1, "evaluation", 2, sabotage.send, SIGTERM))
+    assert_stopped(run, ended, STEPS_PER_EPOCH)
+    assert_goes_on(run.finish(), STEPS_PER_EPOCH)
+    assert_same_end(run, calm(layout))
+
+
+def test_a_signal_before_the_trainer_listens_ends_it_and_nothing_is_lost(tiny_run, calm):
+    ended = tiny_run.run(sabotage=(early, SIGTERM))
+    assert ended.code == -SIGTERM
+    tiny_run.finish()
+    assert_same_end(tiny_run, calm())
+
+
+def early(world, signum):
+    if world.rank == 1:
+        sabotage.send(signum)
