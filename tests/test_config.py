@@ -8,6 +8,7 @@ import pytest
 from cit_scale import cli
 from cit_scale.config import RunConfig, check_ranges, plan_batches
 from cit_scale.errors import ConfigError
+from cit_scale.task import changed_settings
 
 
 def parse(*argv):
@@ -143,6 +144,14 @@ def test_differences_name_key_and_both_values():
         "teachers.conv.weight: 1.0 -> 2.0",
         f"train.epochs: {old['train']['epochs']} -> 3",
     ]
+
+
+def test_files_may_move_and_what_is_learned_may_not_change():
+    started_with = cli.to_dict(parse("--teachers.conv.weights", "a.pth"))
+    moved = parse("--teachers.conv.weights", "b.pth", "--data.train", "elsewhere", "--train.keep_last", "9")
+    assert changed_settings(started_with, moved) == []
+    other = parse("--teachers.conv.weights", "a.pth", "--teachers.conv.weight", "2", "--seed", "5")
+    assert changed_settings(started_with, other) == ["seed: 0 -> 5", "teachers.conv.weight: 1.0 -> 2.0"]
 
 
 @pytest.mark.parametrize(
