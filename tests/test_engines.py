@@ -33,7 +33,7 @@ from cit_scale.cli import teacher_run
 from cit_scale.config import EngineConfig, RunConfig, TeacherConfig
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import check_engine
-from cit_scale.errors import ConfigError
+from cit_scale.errors import ConfigError, Stopped
 from cit_scale.models.network import Network
 from cit_scale.world import World
 
@@ -574,14 +574,14 @@ def evaluations(world: World, shardings: list[str], ds_configs: str) -> dict[str
 
 
 def evaluate_both(engine: Engine) -> None:
-    """The weights, then their average, which an error leaves in order too."""
+    """The weights, then their average, which being asked to stop leaves in order too."""
     engine.module.eval()
     with torch.no_grad():
         for part in range(3):
             engine.forward(micro_batch(100, part, 4)[0])
-        with contextlib.suppress(KeyboardInterrupt), engine.averaged():
+        with contextlib.suppress(Stopped), engine.averaged():
             engine.forward(micro_batch(100, 3, 4)[0])
-            raise KeyboardInterrupt
+            raise Stopped(1, None)
     engine.module.train()
 
 
