@@ -2,7 +2,7 @@
 
     0   done
     2   bad usage: a setting, an argument or a file of settings is wrong
-    3   an input is missing: a data set, weights, a recipe
+    3   an input is missing or cannot be read: a data set, weights, a recipe, a checkpoint
     4   bad data: more images cannot be used than data.max_bad_images
     5   diverged: train.max_bad_steps steps in a row were not finite, or the weights no longer are
     6   cannot write: the run folder's disk is full, read-only or gone
