@@ -28,7 +28,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cit_scale.errors import CannotWriteError, ConfigError, DivergedError, MissingInputError, RefusedError, RunError
-from cit_scale.files import file_sha256, sync, write_text
+from cit_scale.files import file_sha256, rename_to_free, sync, write_text
 from cit_scale.portable import Place, SavedState, by_file
 from cit_scale.world import World, broadcast, gather, together
 
@@ -356,6 +356,4 @@ def _folder(folder: Path, step: int) -> Path:
 
 def _set_aside(path: Path) -> Path:
     """Rename to path.broken, or .broken2 and so on where that is taken."""
-    names = itertools.chain([".broken"], (f".broken{i}" for i in itertools.count(2)))
-    aside = next(new for name in names if not (new := path.with_name(path.name + name)).exists())
-    return path.rename(aside)
+    return rename_to_free(path, itertools.chain([".broken"], (f".broken{i}" for i in itertools.count(2))))

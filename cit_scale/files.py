@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -20,6 +21,11 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rename_to_free(path: Path, suffixes: Iterable[str]) -> Path:
+    """Add the first of ``suffixes`` that is free to a name, so that nothing is overwritten. Returns the new path."""
+    return path.rename(next(free for suffix in suffixes if not (free := path.with_name(path.name + suffix)).exists()))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -46,7 +46,7 @@ from cit_scale.errors import (
     Stopped,
 )
 from cit_scale.evaluate import AVERAGE, evaluate
-from cit_scale.files import sync, write_text
+from cit_scale.files import rename_to_free, sync, write_text
 from cit_scale.lock import exclusive
 from cit_scale.losses import co_advise_loss
 from cit_scale.metrics import RunLog, RunningMeans, StepClock
@@ -157,17 +157,15 @@ def set_aside(run_dir: Path, world: World) -> None:
 
     def move() -> None:
         if world.is_main and run_dir.exists():
-            print(f"{run_dir} set aside as {rename_to_free(run_dir)}", flush=True)
+            print(f"{run_dir} set aside as {number(run_dir)}", flush=True)
 
     with writing(run_dir):
         together(world, move)
 
 
-def rename_to_free(path: Path) -> Path:
+def number(path: Path) -> Path:
     """Rename to path.1, or .2 and so on where that is taken."""
-    return path.rename(
-        next(free for i in itertools.count(1) if not (free := path.with_name(f"{path.name}.{i}")).exists())
-    )
+    return rename_to_free(path, (f".{i}" for i in itertools.count(1)))
 
 
 @dataclass(frozen=True)
@@ -269,7 +267,7 @@ def begin(task: Task, progress: Progress, overridden: Sequence[str], now: float)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG, cli.to_yaml(task.config))
     if (run_dir / RESULTS).exists():
-        rename_to_free(run_dir / RESULTS)  # the run goes on, and these are not its results any more
+        number(run_dir / RESULTS)  # the run goes on, and these are not its results any more
     path = run_dir / ENVIRONMENT
     starts = read_note(path) or []
     about = {"step": progress.step, "time": now, "overridden": overridden, **describe_environment(task.world)}
@@ -293,7 +291,7 @@ def read_note(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError:
-        rename_to_free(path)
+        number(path)
         return None
 
 
