@@ -108,10 +108,10 @@ def test_nothing_is_written_where_nothing_can_be_at_the_start(tiny_run):
 def cannot_write_notes(world):
     write_text = Path.write_text
 
-    def failing(path, *args):
+    def failing(path, *args, **options):
         if path.name.startswith(("config.yaml", "env.json")):
             sabotage.fail(errno.EROFS, str(path))
-        return write_text(path, *args)
+        return write_text(path, *args, **options)
 
     Path.write_text = failing
 
