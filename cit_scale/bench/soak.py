@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -192,6 +193,9 @@ class Job:
         command = [*launcher, f"--master_port={port}", *trainer, *arguments]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         self.run_dir, self.log, self.started_s = run_dir, log, time.monotonic()
+        # A shell has what it starts in the background ignore Ctrl-C, which would then do nothing to the job either.
+        if signal.getsignal(SIGINT) is signal.SIG_IGN:
+            signal.signal(SIGINT, signal.default_int_handler)
         with log.open("w") as file:
             self._launcher = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
 
