@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor
 from cit_scale.errors import CannotWriteError, ConfigError, DivergedError, MissingInputError, RefusedError, RunError
 from cit_scale.files import file_sha256, rename_to_free, sync, write_text
 from cit_scale.portable import Place, SavedState, by_file
+from cit_scale.run_folder import CHECKPOINTS, saved_steps, step_path
 from cit_scale.world import World, broadcast, gather, together
 
 META = "meta.json"
@@ -97,8 +97,8 @@ def save(
     Raises, on every rank, CannotWriteError if any rank cannot write, DivergedError for a tensor that is not finite, and
     RefusedError if the folder holds a later step, which is another run's. Nothing is left of what was not committed.
     """
-    folder = Path(run_dir) / "ckpt"
-    final = _folder(folder, step)
+    folder = Path(run_dir) / CHECKPOINTS
+    final = step_path(folder, step)
     partial = final.with_name(f"{final.name}.partial")
     if _agree(world, step, run_dir, lambda: _prepare(folder, final, partial, step)):
         return 0
@@ -136,7 +136,7 @@ def _prepare(folder: Path, final: Path, partial: Path, step: int) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.partial"):
         shutil.rmtree(leftover)
-    committed = _committed(folder)
+    committed = saved_steps(folder)
     if committed and max(committed) > step:
         raise RefusedError(
             f"{folder} holds step {max(committed)}, later than the step {step} to be saved; "
@@ -207,15 +207,15 @@ def _commit(
 
 
 def _retain(folder: Path, retention: Retention) -> None:
-    for step in retention.outdated(_committed(folder), _scores(folder)):
-        _folder(folder, step).rename(folder / f"step_{step:06d}.deleted")
+    for step in retention.outdated(saved_steps(folder), _scores(folder)):
+        step_path(folder, step).rename(folder / f"step_{step:06d}.deleted")
     for deleted in folder.glob("*.deleted"):
         shutil.rmtree(deleted)
 
 
 def add_score(run_dir: Path, step: int, top1: float) -> None:
     """Remember how good the student is after ``step``, whether or not there is a checkpoint of it yet."""
-    folder = Path(run_dir) / "ckpt"
+    folder = Path(run_dir) / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SCORES, json.dumps({**_scores(folder), step: top1}))
 
@@ -254,16 +254,16 @@ def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
     if there are checkpoints and none verifies: a run must not start over by accident. Raises MissingInputError if one
     cannot be read, which says nothing of what is in it.
     """
-    folder = Path(run_dir) / "ckpt"
-    steps = broadcast(world, sorted(_committed(folder), reverse=True) if world.is_main else None)
+    folder = Path(run_dir) / CHECKPOINTS
+    steps = broadcast(world, sorted(saved_steps(folder), reverse=True) if world.is_main else None)
     _refuse_private_folder(folder, steps, world)
     reasons: dict[int, str] = {}
     for step in steps:
-        verdicts = gather(world, together(world, lambda step=step: _verify(_folder(folder, step), step, world)))
+        verdicts = gather(world, together(world, lambda step=step: _verify(step_path(folder, step), step, world)))
         reason = next((verdict for verdict in verdicts if verdict), None)
         if reason is None:
             together(world, lambda: _set_all_aside(folder, reasons) if world.is_main else None)
-            return together(world, lambda step=step: _read(_folder(folder, step), step))
+            return together(world, lambda step=step: _read(step_path(folder, step), step))
         reasons[step] = reason
     were_there = broadcast(world, any(folder.glob("step_*.broken*")) if world.is_main else None)
     if reasons or were_there:
@@ -277,7 +277,7 @@ def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
 
 def _set_all_aside(folder: Path, reasons: Mapping[int, str]) -> None:
     for step, reason in reasons.items():
-        aside = _set_aside(_folder(folder, step))
+        aside = _set_aside(step_path(folder, step))
         log.warning("checkpoint of step %d does not verify (%s); kept as %s", step, reason, aside)
 
 
@@ -337,21 +337,9 @@ def _manifest(step: int, sums: Sums) -> str:
     return json.dumps({"format": FORMAT, "step": step, "files": sums}, indent=1, sort_keys=True) + "\n"
 
 
-def _committed(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in no order."""
-    if not folder.is_dir():
-        return []
-    matches = (re.fullmatch(r"step_(\d{6,})", path.name) for path in folder.iterdir())
-    return [int(match[1]) for match in matches if match]
-
-
 def path(run_dir: Path, step: int) -> Path:
     """The folder of a committed checkpoint."""
-    return _folder(Path(run_dir) / "ckpt", step)
-
-
-def _folder(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:06d}"
+    return step_path(Path(run_dir) / CHECKPOINTS, step)
 
 
 def _set_aside(path: Path) -> Path:

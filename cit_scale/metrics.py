@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from cit_scale.files import write_text
+from cit_scale.run_folder import METRICS
 from cit_scale.world import World, sum_over_ranks
 
 
@@ -96,7 +97,7 @@ class RunLog:
         self._console = Console(highlight=False)
         self._title = title
         self._total_steps = total_steps
-        self._path = run_dir / "metrics.jsonl"
+        self._path = run_dir / METRICS
         self._unwritten: list[str] = []
         self._has_warned = False
         self._step = step

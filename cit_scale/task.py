@@ -26,10 +26,9 @@ from cit_scale.engines.build import check_engine
 from cit_scale.engines.hosted import prepare
 from cit_scale.errors import ConfigError, RefusedError
 from cit_scale.models.network import Network, build_network, load_weights
+from cit_scale.run_folder import CONFIG
 from cit_scale.teachers import Teacher, load_teacher
 from cit_scale.world import World, first_on_each_node, together
-
-CONFIG = "config.yaml"
 
 # What may differ when a run goes on. None of it changes which images make an update; how they are cut over ranks and
 # micro-steps does reach BatchNorm and drop path, so only the same cut continues bit for bit. Paths may change because
@@ -39,7 +38,8 @@ MAY_CHANGE = (
     "data.hw_decoder_load", "data.pinned_memory_mib", "data.max_bad_images",
     "engine.name", "engine.ds_config", "engine.activation_checkpointing", "train.micro_batch_size",
     "train.log_every_steps", "train.eval_every_epochs", "train.save_every_steps", "train.save_every_minutes",
-    "train.keep_last", "train.keep_every_steps", "train.keep_best", "train.max_bad_steps", "train.step_timeout_s",
+    "train.keep_last", "train.keep_every_steps", "train.keep_best", "train.max_bad_steps", "train.start_timeout_s",
+    "train.step_timeout_s",
 )  # fmt: skip
 
 
