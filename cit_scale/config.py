@@ -244,6 +244,9 @@ class TrainConfig:
     max_bad_steps: int = 10
     """After so many steps in a row that are not finite the run stops, with their batches beside the checkpoints."""
 
+    start_timeout_s: float = 600
+    """How long the ranks wait for one another at the start; then the nodes that did not arrive are named."""
+
     step_timeout_s: float = 1800
     """A step, evaluation batch or checkpoint that takes longer hangs: all ranks leave, with their stacks. 0: never."""
 
@@ -335,6 +338,7 @@ def check_ranges(config: RunConfig) -> None:
         "train.keep_every_steps": train.keep_every_steps if train.keep_every_steps is not None else 1,
         "train.max_bad_steps": train.max_bad_steps,
         "train.eval_every_epochs": train.eval_every_epochs,
+        "train.start_timeout_s": train.start_timeout_s,
     }
     not_negative = {
         "seed": config.seed,

@@ -7,6 +7,7 @@
     5   diverged: train.max_bad_steps steps in a row were not finite, or the weights no longer are
     6   cannot write: the run folder's disk is full, read-only or gone
     7   refused for safety: going on would mix two runs, start over by accident, or run what a file contains
+    8   a node is not fit to take part: it is named, and another try without it may go well
     14  hung: no step ended within train.step_timeout_s
     75  stopped on request, everything saved: the same command continues (EX_TEMPFAIL of sysexits.h)
 
@@ -58,6 +59,12 @@ class RefusedError(ConfigError):
     """It could be done, and something would be lost or run by it."""
 
     exit_code = 7
+
+
+class UnfitNodeError(RunError):
+    """A node failed the check at the start."""
+
+    exit_code = 8
 
 
 class Stopped(RunError):  # noqa: N818  an outcome, not an error

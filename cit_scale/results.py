@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cit_scale.config import REPOSITORY
+from cit_scale.slurm_job import describe_job
 from cit_scale.world import World
 
 PACKAGES = (
@@ -44,6 +45,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "world_size": world.world_size,
+        "slurm": describe_job(os.environ),
     }
 
 

@@ -25,9 +25,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from cit_scale import checkpoint, cli, portable
+from cit_scale import checkpoint, cli, portable, roll_call
 from cit_scale.bad_images import BadImages
 from cit_scale.bad_steps import BadSteps, find_culprits
 from cit_scale.batch import Batch, LossTerms, MixedBatch
@@ -53,23 +54,24 @@ from cit_scale.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
 from cit_scale.results import describe_environment, print_table
+from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.run_state import Progress, describe, restore, seed_step
 from cit_scale.saver import Saver
 from cit_scale.stop import StopRequest
-from cit_scale.task import CONFIG, Task, check, check_same_run, teacher_runs
+from cit_scale.task import Task, check, check_same_run, teacher_runs
 from cit_scale.teachers import Teacher, run_teachers
 from cit_scale.watchdog import Watchdog
 from cit_scale.world import World, agree_any, broadcast, collective_patience_s, gather, start, together
-
-RESULTS = "results.json"
-ENVIRONMENT = "env.json"
 
 # What a finished run leaves for use, by name: the file of its last checkpoint that it is.
 EXPORTS = {"student": portable.STUDENT, "student ema": portable.AVERAGE}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run, report. Returns the exit code; ``errors`` has their list."""
+def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Parse, run, report. Returns the exit code; ``errors`` has their list.
+
+    stop: of a caller that owns the signals already.
+    """
     is_main = True
     try:
         world = join_world(os.environ)
@@ -82,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--local_rank={arguments.local_rank}, but the environment says {world.local_rank}; "
                 "leave the flag to the launcher"
             )
-        start(world, collective_patience_s(arguments.config.train.step_timeout_s))
-        with StopRequest() as stop:
+        with StopRequest() if stop is None else contextlib.nullcontext(stop) as stop:
+            join(arguments.config, world, stop)
             results = run(arguments.config, world, stop, fresh=arguments.fresh, override=arguments.override_resume)
     except Stopped as stopped:
         if is_main:
@@ -126,6 +128,16 @@ def join_world(env: Mapping[str, str]) -> World:
             "start with deepspeed or torchrun, or set both"
         )
     return world
+
+
+def join(config: RunConfig, world: World, stop: StopRequest) -> None:
+    """Collective. Check that all nodes are there and fit, then let the ranks into one process group."""
+    if dist.is_initialized():
+        return
+    train = config.train
+    store = roll_call.meet(world, os.environ, config.run_dir, stop, train.start_timeout_s)
+    roll_call.try_to_reduce(world, os.environ, config.run_dir, stop, store)
+    start(world, collective_patience_s(train.step_timeout_s), store)
 
 
 def run(
@@ -270,7 +282,8 @@ def begin(task: Task, progress: Progress, overridden: Sequence[str], now: float)
         number(run_dir / RESULTS)  # the run goes on, and these are not its results any more
     path = run_dir / ENVIRONMENT
     starts = read_note(path) or []
-    about = {"step": progress.step, "time": now, "overridden": overridden, **describe_environment(task.world)}
+    place = {"step": progress.step, "total_steps": task.total_steps, "time": now, "overridden": overridden}
+    about = {**place, **describe_environment(task.world)}
     write_text(path, json.dumps([*starts, about], indent=2) + "\n")
     return [*starts, about][0]["time"]
 

@@ -13,8 +13,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from cit_scale.errors import ConfigError
-
 T = TypeVar("T")
 
 PATIENCE_S = 1800.0  # for the slowest rank: long enough to open a large data set
@@ -23,7 +21,7 @@ PATIENCE_S = 1800.0  # for the slowest rank: long enough to open a large data se
 # torchrun or deepspeed started inside a Slurm allocation is believed before Slurm's own variables.
 SPELLINGS = {
     "torchrun, deepspeed": ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
-    "submitit": ("SUBMITIT_LOCAL_GLOBALRANK", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS", ()),
+    "submitit": ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS", ()),
     "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", ("SLURM_NTASKS_PER_NODE",)),
 }
 
@@ -75,6 +73,15 @@ class World:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
+    @property
+    def backend(self) -> str:
+        """NCCL beside gloo where there is a GPU, gloo alone elsewhere."""
+        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+
+    @property
+    def num_nodes(self) -> int:
+        return self.world_size // self.local_world_size
+
     def beside(self, timeout_s: float = PATIENCE_S) -> World:
         """Collective. The same ranks, whose collectives do not mix with those of this one: for another thread."""
         timeout = timedelta(seconds=timeout_s)
@@ -87,10 +94,11 @@ def collective_patience_s(step_timeout_s: float) -> float:
     return max(PATIENCE_S, step_timeout_s + 60) if step_timeout_s else 30 * 24 * 3600.0
 
 
-def start(world: World, timeout_s: float = PATIENCE_S) -> None:
-    """Collective. Join the process group: NCCL beside gloo where there is a GPU, gloo alone elsewhere.
+def start(world: World, timeout_s: float = PATIENCE_S, store: dist.Store | None = None) -> None:
+    """Collective. Join the process group.
 
-    timeout_s: how long a collective waits for the slowest rank. Raises ConfigError where the port is taken.
+    timeout_s: how long a collective waits for the slowest rank. store: where the ranks meet; without it MASTER_ADDR and
+    MASTER_PORT say it.
     """
     if dist.is_initialized():
         return
@@ -99,22 +107,11 @@ def start(world: World, timeout_s: float = PATIENCE_S) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        backend = "gloo"
-    # A process alone needs no port, and DeepSpeed still finds the group it insists on.
-    store = dist.HashStore() if world.world_size == 1 else None
-    try:
-        dist.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s)
-        )
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ConfigError(
-            f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}, where the ranks are to meet, is "
-            "in use by another program; choose another: deepspeed --master_port N, or MASTER_PORT=N"
-        ) from error
+    if world.world_size == 1:
+        store = dist.HashStore()  # a process alone needs no port, and DeepSpeed still finds the group it insists on
+    dist.init_process_group(
+        world.backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s)
+    )
 
 
 def barrier(world: World) -> None:

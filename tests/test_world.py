@@ -29,7 +29,7 @@ def test_each_launcher_spelling_is_read(env):
 
 
 def test_submitit_tasks_on_one_machine_are_read():
-    env = {"SUBMITIT_LOCAL_GLOBALRANK": "1", "SUBMITIT_LOCAL_LOCALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"}
+    env = {"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"}
     assert World.from_env(env) == World(rank=1, local_rank=1, world_size=2, local_world_size=2)
 
 
