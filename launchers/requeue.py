@@ -1,0 +1,224 @@
+"""What becomes of a Slurm job when its ranks have ended: done, given up, or back in the queue to go on.
+
+slurm/env.sh runs this at the end of each batch script, on the job's first node:
+
+    python launchers/requeue.py --exit-code 75 --max-restarts 3 -- ARGUMENTS OF train.py
+
+- Stopped on request (a time limit ahead, a preemption): the job goes back to the queue, as often as that happens.
+- A real failure: it does too, at most ``--max-restarts`` times in a row without a new checkpoint in between. A node
+  that failed the check at the start is left out from then on.
+- What would fail again (a wrong setting, missing data, divergence, a full disk) does not, and a job that somebody
+  cancelled stays cancelled.
+
+Each end is a line of ``attempts.jsonl`` in the run folder, with the last lines of the log where it was a failure.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    # Run by path, Python looks for imports beside this file; the package stands one folder higher.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import glob
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+
+from cit_scale import cli, slurm_job
+from cit_scale.errors import (
+    BadDataError,
+    CannotWriteError,
+    ConfigError,
+    DivergedError,
+    MissingInputError,
+    RefusedError,
+    Stopped,
+)
+from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, read_lines, saved_steps
+
+LAST_LINES = 30
+
+DONE = 0
+# The same command would end the same way: somebody has to do something first.
+HOPELESS = {
+    error.exit_code
+    for error in (ConfigError, MissingInputError, BadDataError, DivergedError, CannotWriteError, RefusedError)
+}
+# The signals are those of ranks that were asked to stop before they could listen. Nothing was reached by then.
+STOPPED = {Stopped.exit_code, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How a job ended once: a line of attempts.jsonl.
+
+    steps: those in the newest checkpoints of the run and its teachers' runs, added up. unfit: reasons by node.
+    """
+
+    time: float
+    job_id: str
+    restart: int
+    exit_code: int
+    steps: int
+    nodes: list[str]
+    unfit: dict[str, str]
+    decision: str
+    last_lines: list[str] = field(default_factory=list)
+
+
+class Fate(Enum):
+    """What Slurm has in mind for the job whose script is about to end."""
+
+    LEAVES = "it ends with its script"
+    LIMIT = "its time is up"
+    REQUEUED = "it is in the queue again"
+    CANCELLED = "somebody has cancelled it"
+
+
+def read_fate(job: Mapping[str, str], restart: int) -> Fate:
+    """From what ``scontrol show job`` says while the script still runs. restart: of this start.
+
+    Whatever Slurm does to a job, its state is COMPLETING then, so it is known by other signs.
+    """
+    if int(job["Restarts"]) > restart:
+        return Fate.REQUEUED
+    if job["JobState"] == "RUNNING":
+        return Fate.LEAVES
+    limit = job["TimeLimit"]
+    return Fate.LIMIT if limit != "UNLIMITED" and seconds(job["RunTime"]) >= seconds(limit) else Fate.CANCELLED
+
+
+def seconds(text: str) -> int:
+    """Of Slurm's [days-]hours:minutes:seconds."""
+    days, _, clock = text.rpartition("-")
+    hours, minutes, rest = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def decide(exit_code: int, fate: Fate, steps: int, earlier: Sequence[Attempt], max_restarts: int) -> tuple[bool, str]:
+    """Whether the job goes back to the queue, and why.
+
+    steps: as in Attempt. earlier: how the same job ended before, in order.
+    """
+    if exit_code == DONE:
+        return False, "done"
+    if fate is Fate.CANCELLED:
+        return False, "cancelled; the same command continues"
+    if fate is Fate.REQUEUED:
+        return True, "requeued by Slurm"
+    if exit_code in STOPPED:
+        return True, "stopped on request, goes on as soon as Slurm has nodes for it"
+    if exit_code in HOPELESS:
+        return False, f"exit code {exit_code}: another try would end the same way"
+    failures = 1 + failures_without_progress(steps, earlier)
+    count = f"exit code {exit_code}, failure {failures} in a row without progress, of at most {max_restarts}"
+    if failures > max_restarts:
+        return False, f"{count}: given up; the same command tries again"
+    return True, f"{count}: tries again"
+
+
+def failures_without_progress(steps: int, earlier: Sequence[Attempt]) -> int:
+    """How often the job has failed with these ``steps`` saved. One that gains ground may fail as often as it likes."""
+    return sum(each.exit_code not in {DONE, *STOPPED} for each in earlier if each.steps == steps)
+
+
+def steps_saved(run_dir: Path) -> int:
+    """The steps in the newest checkpoints of a run and of its teachers' runs, added up."""
+    return sum(max(saved_steps(folder), default=0) for folder in run_dir.rglob(CHECKPOINTS))
+
+
+def read_attempts(run_dir: Path, job_id: str) -> list[Attempt]:
+    return [Attempt(**line) for line in read_lines(run_dir / ATTEMPTS) if line["job_id"] == job_id]
+
+
+def unfit_nodes(run_dir: Path, job_id: str) -> dict[str, str]:
+    """Those that failed the check at the start of this job, now or before, with the reasons."""
+    lines = read_lines(run_dir / UNFIT_NODES)
+    return {line["node"]: line["reason"] for line in lines if line["job_id"] == job_id}
+
+
+def last_lines(log: Path) -> list[str]:
+    """The end of a batch script's output, or, from submitit, of the file that each rank has for its own."""
+    logs = log.parent.glob(glob.escape(log.name).replace("_0_log", "_*_log"))
+    by_rank = sorted(logs, key=lambda path: (len(path.name), path.name))
+    return [line for path in by_rank for line in path.read_text(errors="replace").splitlines()[-LAST_LINES:]]
+
+
+def slurm(*command: str) -> str:
+    """What a Slurm command says; raises OSError with its complaint where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def describe_job(job_id: str) -> dict[str, str]:
+    """What ``scontrol show job`` says, by name."""
+    words = slurm("scontrol", "show", "job", "-o", job_id).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def requeue(job_id: str, fate: Fate, job: Mapping[str, str], exclude: Sequence[str]) -> None:
+    """See that the job is in the queue again, to be started without the nodes in ``exclude``. Raises OSError."""
+    if fate is not Fate.REQUEUED:
+        slurm("scontrol", "requeue", job_id)
+    if exclude:
+        before = [job["ExcNodeList"]] if job.get("ExcNodeList", "(null)") != "(null)" else []
+        slurm("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*before, *exclude])}")
+
+
+def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ) -> int:
+    """Record how the ranks ended, and requeue or not. Returns 0, or 1 where Slurm did not do as it was told."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--exit-code", type=int, required=True, help="of srun")
+    parser.add_argument("--max-restarts", type=int, default=3, help="failures in a row without progress")
+    parser.add_argument("train", nargs="*", metavar="ARGUMENT", help="the arguments of train.py, after --")
+    asked = parser.parse_args(argv)
+    job_id, restart = slurm_job.job_id(env), slurm_job.restart_count(env)
+    try:
+        run_dir = cli.parse_arguments(asked.train).config.run_dir
+    except (ConfigError, SystemExit):  # the ranks have said so; there is no run, then
+        return 0
+
+    try:
+        job = describe_job(job_id)
+        unfit, steps = unfit_nodes(run_dir, job_id), steps_saved(run_dir)
+        earlier = read_attempts(run_dir, job_id)
+        fate = read_fate(job, restart)
+        again, reason = decide(asked.exit_code, fate, steps, earlier, asked.max_restarts)
+        attempt = Attempt(
+            time=time.time(),
+            job_id=job_id,
+            restart=restart,
+            exit_code=asked.exit_code,
+            steps=steps,
+            nodes=env.get("CIT_HOSTS", "").split(),
+            unfit=unfit,
+            decision=reason,
+            last_lines=[] if asked.exit_code in {DONE, *STOPPED} else last_lines(Path(env["CIT_LOG"])),
+        )
+        print(f"job {job_id}: {reason}", flush=True)
+        for node, why in unfit.items():
+            print(f"job {job_id}: {node} is left out: {why}", flush=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / ATTEMPTS).open("a") as file:
+            file.write(json.dumps(asdict(attempt)) + "\n")
+        if again:
+            requeue(job_id, fate, job, list(unfit))  # last: Slurm ends this process with the job
+    except OSError as error:
+        print(f"error: job {job_id} ends here: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

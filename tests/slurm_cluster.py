@@ -1,0 +1,276 @@
+"""A real Slurm on this one machine: a controller and several slurmd, each a host of its own with its name and address.
+
+Every node lives in a network namespace behind one bridge, with its own host name, so ranks on two nodes meet across a
+network and not over loopback. Needs root, iproute2 and Debian's slurm-wlm and munge.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "nsenter", "unshare")
+NODE_PORT, FIRST_CONTROLLER_PORT = 16818, 16900
+PORTABLE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+CONFIG = """
+ClusterName=cit
+SlurmctldHost={host}({controller})
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job may not start before its old credentials have expired; the default is two minutes.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool_%n
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd_%n.log
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd_%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,preempt_reorder_count=1
+ReturnToService=2
+KillWait=20
+SlurmdTimeout=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+NodeName=node[1-{nodes}] NodeAddr={subnet}.[1-{nodes}] CPUs=64 RealMemory=8000 Weight=10
+PartitionName=main Nodes=node[1-{nodes}] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=short Nodes=node[1-2] MaxTime=30 PriorityTier=1 PreemptMode=OFF
+PartitionName=urgent Nodes=node[1-2] PriorityTier=10 PreemptMode=OFF
+PartitionName=pair Nodes=node[7-8] PriorityTier=1 PreemptMode=OFF
+# A remote node does not see the disk that the others share. Slurm prefers it, so every job there begins badly.
+NodeName=remote1 NodeAddr={subnet}.{remote} CPUs=64 RealMemory=8000 Weight=1
+PartitionName=sea Nodes=node[5-8],remote1 PriorityTier=1 PreemptMode=OFF
+# A node that claims GPUs it does not have: how one with a broken driver looks to a job.
+NodeName=broken1 NodeAddr={subnet}.{broken} CPUs=64 RealMemory=8000 Gres=gpu:2
+PartitionName=gpus Nodes=broken1 PriorityTier=1 PreemptMode=OFF
+"""
+
+
+def why_not() -> str | None:
+    """Why there can be no cluster here, or None."""
+    missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:{PORTABLE_PATH}") is None]
+    if missing:
+        return f"Slurm is not installed ({', '.join(missing)}): apt-get install slurm-wlm munge iproute2"
+    if os.geteuid() != 0:
+        return "a Slurm of one's own needs root"
+    if subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True).returncode:
+        return "network namespaces are not allowed here"
+    return None
+
+
+class Cluster:
+    """``nodes`` hosts called node1, node2, ..., and remote1 and broken1, which are what they are called.
+
+    Use as a context manager. shared: the folder that all hosts but remote1 see as it is.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 8) -> None:
+        self.folder = folder
+        self._number = _make_bridge()
+        subnet = f"10.213.{self._number}"
+        self._controller = f"{subnet}.254"
+        self._subnet, self._bridge = subnet, f"citbr{self._number}"
+        self.addresses = {f"node{i}": f"{subnet}.{i}" for i in range(1, nodes + 1)}
+        self.addresses |= {"remote1": f"{subnet}.{nodes + 1}", "broken1": f"{subnet}.{nodes + 2}"}
+        self.shared = folder / "shared"
+        self.env: dict[str, str] = {
+            **os.environ,
+            "PATH": f"{os.environ['PATH']}:{PORTABLE_PATH}",
+            "SLURM_CONF": str(folder / "slurm.conf"),
+        }
+        self._nodes = nodes
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def run(self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+        """A command on the login node. Returns what it printed; AssertionError where it fails."""
+        done = self.attempt(*command, env=env, cwd=cwd)
+        assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def attempt(
+        self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, env={**self.env, **(env or {})}, cwd=cwd, capture_output=True, text=True, timeout=120
+        )
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What ``scontrol show job`` says, by name."""
+        words = self.run("scontrol", "show", "job", "-o", job_id).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def state(self, job_id: str) -> str:
+        return self.job(job_id)["JobState"]
+
+    def kill_node(self, name: str) -> None:
+        """As if its power failed: slurmd and everything it started are gone at once."""
+        # Only those: the hosts share this machine's processes.
+        marked = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/environ")
+            if _is_of_node(path, name, str(self.folder))
+        ]
+        self._daemons.pop(name).kill()
+        for pid in marked:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def start_node(self, name: str) -> None:
+        """slurmd on a host of its own."""
+        steps = [f"mount --bind {self.folder}/hosts_{name} /etc/hosts", f"hostname {name}", f"exec slurmd -D -N {name}"]
+        if name.startswith("remote"):
+            steps.insert(0, f"mount -t tmpfs remote {self.shared}")
+        inner = " && ".join(steps)
+        # `ip netns exec` would mount a new /sys, without the control groups that slurmd looks for.
+        network = f"--net=/run/netns/{self._namespace(name)}"
+        command = ["nsenter", network, "unshare", "--uts", "--mount", "sh", "-c", inner]
+        self._daemons[name] = self._spawn(command, name)
+
+    def wait_for(self, what: str, holds: Callable[[], bool], timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not holds():
+            assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s\n{self._logs()}"
+            time.sleep(0.2)
+
+    def _namespace(self, name: str) -> str:
+        return f"cit{self._number}-{name}"
+
+    def _port(self, address: str) -> str:
+        return f"cit{self._number}p{address.rsplit('.', 1)[1]}"
+
+    def _start(self) -> None:
+        self._make_network()
+        folder = self.folder
+        for name in ("state", "shared", *(f"spool_{node}" for node in self.addresses)):
+            (folder / name).mkdir()
+        text = CONFIG.format(
+            host=os.uname().nodename,
+            folder=folder,
+            controller=self._controller,
+            controller_port=FIRST_CONTROLLER_PORT + self._number,
+            node_port=NODE_PORT,
+            subnet=self._subnet,
+            nodes=self._nodes,
+            remote=self._nodes + 1,
+            broken=self._nodes + 2,
+        )
+        (folder / "slurm.conf").write_text(text)
+        for name in ("gpu0", "gpu1"):
+            (folder / name).touch()
+        (folder / "gres.conf").write_text(f"NodeName=broken1 Name=gpu File={folder}/gpu[0-1]\n")
+        key = folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        files = {"socket": "munge.socket", "key-file": key.name, "pid-file": "munged.pid", "log-file": "munged.log"}
+        options = [f"--{option}={folder / file}" for option, file in files.items()]
+        self._daemons["munged"] = self._spawn(
+            ["munged", "--foreground", "--force", f"--seed-file={folder}/munge.seed", *options], "munged"
+        )
+        self.wait_for("munged's socket", (folder / "munge.socket").exists)
+        self._daemons["slurmctld"] = self._spawn(["slurmctld", "-D", "-c"], "slurmctld")
+        for name in self.addresses:
+            self.start_node(name)
+        self.wait_for("idle nodes", lambda: self._idle() == len(self.addresses))
+
+    def _idle(self) -> int:
+        listed = self.attempt("sinfo", "--noheader", "--Node", "--format=%N %t")
+        return len({line.split()[0] for line in listed.stdout.splitlines() if line.split()[-1] == "idle"})
+
+    def _spawn(self, command: Sequence[str], name: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.out").open("ab") as out:
+            return subprocess.Popen(command, env=self.env, stdout=out, stderr=out, start_new_session=True)
+
+    def _make_network(self) -> None:
+        _ip(f"addr add {self._controller}/24 dev {self._bridge}")
+        _ip(f"link set {self._bridge} up")
+        names = {"localhost": "127.0.0.1", os.uname().nodename: self._controller, **self.addresses}
+        for node in self.addresses:
+            # A host's own name is one of the loopback interface, as on Debian.
+            lines = {**names, node: "127.0.1.1"}.items()
+            (self.folder / f"hosts_{node}").write_text("".join(f"{address} {name}\n" for name, address in lines))
+        for name, address in self.addresses.items():
+            space, port = self._namespace(name), self._port(address)
+            _ip(f"netns add {space}")
+            _ip(f"link add {port} type veth peer name eth0 netns {space}")
+            _ip(f"link set {port} master {self._bridge} up")
+            for line in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
+                _ip(f"-n {space} {line}")
+
+    def _remove_network(self) -> None:
+        for name, address in self.addresses.items():
+            space = self._namespace(name)
+            _ip(f"link del {self._port(address)}", check=False)
+            _ip(f"netns del {space}", check=False)
+        _ip(f"link del {self._bridge}", check=False)
+
+    def _stop(self) -> None:
+        if "slurmctld" in self._daemons:
+            self.attempt("scancel", "--user=root", "--signal=KILL", "--full")
+        for name in reversed(list(self._daemons)):
+            if name in self.addresses:
+                self.kill_node(name)
+        for daemon in self._daemons.values():
+            daemon.kill()
+            daemon.wait()
+        self._remove_network()
+
+    def _logs(self) -> str:
+        tails = []
+        for path in sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")]):
+            tails.append(f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-8:]))
+        return "\n".join(tails)
+
+
+def _make_bridge() -> int:
+    """Make the first bridge that there is not, and return its number, which keeps two clusters apart."""
+    for number in range(1, 100):
+        if not _ip(f"link add citbr{number} type bridge", check=False).returncode:
+            return number
+    raise AssertionError("there are 99 bridges of clusters that never ended: ip link del citbr1, ...")
+
+
+def _is_of_node(environ: Path, name: str, folder: str) -> bool:
+    """Whether a process was started by this cluster's slurmd of that name."""
+    try:
+        values = environ.read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return f"SLURMD_NODENAME={name}".encode() in values and any(folder.encode() in value for value in values)
+
+
+def _ip(arguments: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(["ip", *arguments.split()], capture_output=True, text=True)
+    assert not check or done.returncode == 0, f"ip {arguments}: {done.stderr}"
+    return done

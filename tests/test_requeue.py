@@ -1,0 +1,176 @@
+"""What becomes of a Slurm job when its ranks have ended. Slurm is a recorder here; the real one is in test_slurm.py."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from launchers import requeue
+from launchers.requeue import Attempt, Fate, decide, read_fate
+
+
+def ended(exit_code, steps, job_id="7"):
+    return Attempt(0.0, job_id, 0, exit_code, steps, [], {}, "")
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "fate", "again", "reason"),
+    [
+        (0, Fate.LEAVES, False, "done"),
+        (0, Fate.REQUEUED, False, "done"),
+        (75, Fate.LEAVES, True, "stopped on request"),
+        (75, Fate.LIMIT, True, "stopped on request"),
+        (75, Fate.REQUEUED, True, "requeued by Slurm"),
+        (137, Fate.REQUEUED, True, "requeued by Slurm"),
+        (75, Fate.CANCELLED, False, "cancelled"),
+        (137, Fate.CANCELLED, False, "cancelled"),
+        (140, Fate.LEAVES, True, "stopped on request"),  # SIGUSR2, before the ranks could listen
+        (2, Fate.LEAVES, False, "another try would end the same way"),
+        (6, Fate.LEAVES, False, "another try would end the same way"),
+        (7, Fate.LEAVES, False, "another try would end the same way"),
+        (1, Fate.LEAVES, True, "failure 1 in a row without progress, of at most 3: tries again"),
+        (8, Fate.LEAVES, True, "failure 1"),
+        (14, Fate.LEAVES, True, "failure 1"),
+        (137, Fate.LEAVES, True, "failure 1"),
+    ],
+)
+def test_the_exit_code_and_what_slurm_does_decide(exit_code, fate, again, reason):
+    decided, why = decide(exit_code, fate, 10, [], 3)
+    assert decided is again
+    assert reason in why
+
+
+# From Slurm 22.05 at the end of a batch script: what differs in a job that was cancelled, requeued or left alone.
+JOB = {"JobState": "RUNNING", "Restarts": "2", "RunTime": "00:00:08", "TimeLimit": "00:30:00", "ExcNodeList": "(null)"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fate"),
+    [
+        ({}, Fate.LEAVES),
+        ({"JobState": "COMPLETING", "RunTime": "00:00:04"}, Fate.CANCELLED),
+        ({"JobState": "COMPLETING", "TimeLimit": "UNLIMITED"}, Fate.CANCELLED),
+        ({"JobState": "COMPLETING", "RunTime": "00:30:21"}, Fate.LIMIT),
+        ({"JobState": "COMPLETING", "RunTime": "1-00:00:00", "TimeLimit": "1-00:00:00"}, Fate.LIMIT),
+        ({"JobState": "COMPLETING", "RunTime": "23:59:59", "TimeLimit": "1-00:00:00"}, Fate.CANCELLED),
+        ({"JobState": "COMPLETING", "RunTime": "00:00:00", "Restarts": "3"}, Fate.REQUEUED),
+        ({"JobState": "PENDING", "RunTime": "00:00:00", "Restarts": "3"}, Fate.REQUEUED),
+    ],
+)
+def test_what_slurm_does_is_read_from_the_job(changes, fate):
+    assert read_fate({**JOB, **changes}, restart=2) is fate
+
+
+def test_failures_at_the_same_step_are_counted_and_bounded():
+    earlier = [ended(1, 10), ended(137, 10)]
+    assert decide(1, Fate.LEAVES, 10, earlier, 3)[0]
+    assert not decide(1, Fate.LEAVES, 10, [*earlier, ended(14, 10)], 3)[0]
+    assert not decide(1, Fate.LEAVES, 10, [], 0)[0]
+
+
+def test_a_checkpoint_in_between_starts_the_count_anew():
+    earlier = [ended(1, 0), ended(1, 0), ended(1, 0)]
+    assert not decide(1, Fate.LEAVES, 0, earlier, 3)[0]
+    assert "failure 1 " in decide(1, Fate.LEAVES, 5, earlier, 3)[1]
+
+
+def test_a_stop_on_request_is_no_failure_and_does_not_hide_one():
+    earlier = [ended(1, 10), ended(75, 10), ended(75, 10)]
+    assert "failure 2 " in decide(1, Fate.LEAVES, 10, earlier, 3)[1]
+
+
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    """Answers for Slurm: ``slurm.job`` is what it knows of the job, ``slurm.calls`` what it was told."""
+
+    recorder = SimpleNamespace(job=JOB, calls=[])
+
+    def answer(*command):
+        if command[1] == "show":
+            return " ".join(f"{name}={value}" for name, value in recorder.job.items())
+        recorder.calls.append(command[1:])
+        return ""
+
+    monkeypatch.setattr(requeue, "slurm", answer)
+    recorder.log = tmp_path / "job.log"
+    recorder.log.write_text("".join(f"line {i}\n" for i in range(100)))
+    recorder.env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "CIT_HOSTS": "a b", "CIT_LOG": str(recorder.log)}
+    recorder.run_dir = tmp_path / "run"
+    recorder.train = ["--", "--runs_dir", str(tmp_path), "--name", "run"]
+    return recorder
+
+
+def attempts(run_dir):
+    return [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
+
+
+def test_a_failure_is_recorded_with_its_last_lines_and_requeued(slurm):
+    for step in (10, 20):
+        (slurm.run_dir / "ckpt" / f"step_{step:06d}").mkdir(parents=True)
+    (slurm.run_dir / "teachers" / "conv" / "ckpt" / "step_000005").mkdir(parents=True)
+    assert requeue.main(["--exit-code", "137", *slurm.train], slurm.env) == 0
+    (attempt,) = attempts(slurm.run_dir)
+    assert attempt.pop("time") > 0
+    assert attempt.pop("last_lines") == [f"line {i}" for i in range(70, 100)]
+    assert attempt == {
+        "job_id": "7",
+        "restart": 2,
+        "exit_code": 137,
+        "steps": 25,
+        "nodes": ["a", "b"],
+        "unfit": {},
+        "decision": "exit code 137, failure 1 in a row without progress, of at most 3: tries again",
+    }
+    assert slurm.calls == [("requeue", "7")]
+
+
+def test_unfit_nodes_of_this_job_are_left_out_with_those_that_already_were(slurm):
+    slurm.run_dir.mkdir()
+    lines = [
+        {"time": 1.0, "job_id": "6", "node": "c", "reason": "another job's"},
+        {"time": 2.0, "job_id": "7", "node": "a", "reason": "no GPU"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (slurm.run_dir / "unfit_nodes.jsonl").write_text(text + '{"job_id": "7", "no')
+    slurm.job = {**JOB, "ExcNodeList": "x[1-2]"}
+    assert requeue.main(["--exit-code", "8", *slurm.train], slurm.env) == 0
+    assert slurm.calls == [("requeue", "7"), ("update", "JobId=7", "ExcNodeList=x[1-2],a")]
+    assert attempts(slurm.run_dir)[0]["unfit"] == {"a": "no GPU"}
+
+
+def test_a_job_that_slurm_has_requeued_itself_is_not_requeued_twice(slurm):
+    slurm.job = {**JOB, "JobState": "PENDING", "Restarts": "3"}
+    assert requeue.main(["--exit-code", "75", *slurm.train], slurm.env) == 0
+    assert slurm.calls == []
+    assert attempts(slurm.run_dir)[0]["last_lines"] == []
+
+
+@pytest.mark.parametrize("exit_code", ["0", "2"])
+def test_what_is_over_is_recorded_and_left_alone(slurm, exit_code):
+    assert requeue.main(["--exit-code", exit_code, *slurm.train], slurm.env) == 0
+    assert slurm.calls == []
+    assert len(attempts(slurm.run_dir)) == 1
+
+
+def test_arguments_that_train_py_refused_make_no_run_folder(slurm, tmp_path):
+    assert requeue.main(["--exit-code", "2", *slurm.train, "--train.epoks", "3"], slurm.env) == 0
+    assert slurm.calls == []
+    assert not slurm.run_dir.exists()
+
+
+def test_the_lines_of_submitits_other_ranks_are_kept_too(slurm, tmp_path):
+    for rank in (0, 1, 12):
+        (tmp_path / f"7_{rank}_log.out").write_text(f"rank {rank} was here\n")
+    (tmp_path / "8_1_log.out").write_text("another job\n")
+    env = {**slurm.env, "CIT_LOG": str(tmp_path / "7_0_log.out")}
+    requeue.main(["--exit-code", "1", *slurm.train], env)
+    assert attempts(slurm.run_dir)[0]["last_lines"] == ["rank 0 was here", "rank 1 was here", "rank 12 was here"]
+
+
+def test_slurms_refusal_is_an_error_line(slurm, monkeypatch, capsys):
+    def refuse(*command):
+        raise OSError("scontrol requeue 7: Job is not requeueable")
+
+    monkeypatch.setattr(requeue, "slurm", refuse)
+    assert requeue.main(["--exit-code", "75", *slurm.train], slurm.env) == 1
+    assert "error: job 7 ends here: scontrol requeue 7: Job is not requeueable" in capsys.readouterr().err

@@ -1,0 +1,308 @@
+"""The batch scripts and the launchers on a real Slurm, whose nodes are hosts of their own on a network of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from slurm_cluster import Cluster, why_not
+from tiny_run import STEPS, STEPS_PER_EPOCH, assert_same_tensors, learned
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+REPOSITORY = Path(__file__).parents[1]
+END_S = 240
+EPOCHS = 5
+LONG_STEPS = EPOCHS * STEPS_PER_EPOCH
+LONG = ["--train.epochs", str(EPOCHS)]
+ON_CPUS = ["--gpus-per-node=0"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job on the cluster and the run folder it works in."""
+
+    cluster: Cluster
+    job_id: str
+    run_dir: Path
+    log: Path
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def reaches(self, text: str, times: int = 1) -> None:
+        self.cluster.wait_for(f"{text!r} in {self.log.name}", lambda: self.text().count(text) >= times, END_S)
+
+    def ends(self) -> None:
+        """Wait until the job has completed, whatever Slurm had to do for it."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        self.cluster.wait_for("the job's end", lambda: self.cluster.state(self.job_id) in over, END_S)
+        assert self.cluster.state(self.job_id) == "COMPLETED", self.text()
+
+    def starts(self) -> list[dict]:
+        return json.loads((self.run_dir / "env.json").read_text())
+
+    def attempts(self) -> list[dict]:
+        return [json.loads(line) for line in (self.run_dir / "attempts.jsonl").read_text().splitlines()]
+
+    def nodes(self) -> list[list[str]]:
+        return [start["slurm"]["nodes"] for start in self.starts()]
+
+
+@pytest.fixture(scope="module")
+def python_folder(tmp_path_factory):
+    """``python_folder(slow)``: to stand first on PATH. Its ``python`` runs train.py with steps of so many seconds more,
+    or instead of it a command that fails.
+    """
+
+    def make(slow: float | str) -> Path:
+        folder = tmp_path_factory.mktemp("bin")
+        script = folder / "python"
+        train = f'shift; exec {sys.executable} {Path(__file__).parent}/slow_steps.py {slow} "$@"'
+        if slow == "fail":
+            train = "echo this fails; exit 1"
+        script.write_text(f'#!/bin/sh\ncase "$1" in */train.py) {train};; esac\nexec {sys.executable} "$@"\n')
+        script.chmod(0o755)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sbatch(cluster, tiny_inputs, python_folder):
+    """Queue one of the scripts as it stands, with the tiny recipe, in a run folder of the test's own."""
+
+    def queue(script: str, name: str, *options: str, train: list[str] = (), slow: float | str = 0) -> Run:
+        env = {"PATH": f"{python_folder(slow)}:{cluster.env['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+        env["OMP_NUM_THREADS"] = "1"  # the nodes claim 64 cores
+        log = cluster.shared / f"{name}.log"
+        arguments = ["--config", str(tiny_inputs / "tiny.yaml"), "--data.cache_dir", str(tiny_inputs / "cache")]
+        arguments += ["--runs_dir", str(cluster.shared), "--name", name, "--engine.name", "fsdp2", *train]
+        said = cluster.run(
+            "sbatch", f"--output={log}", *options, f"slurm/{script}.sh", *arguments, env=env, cwd=REPOSITORY
+        )
+        return Run(cluster, said.split()[-1], cluster.shared / name, log)
+
+    return queue
+
+
+@pytest.fixture(scope="module")
+def calm(sbatch):
+    """The long run on two nodes that nobody disturbed."""
+    run = sbatch("cit_base", "calm", *ON_CPUS, "--nodes=2", train=LONG)
+    run.ends()
+    assert [line[0] for line in learned(run.run_dir)] == list(range(1, LONG_STEPS + 1))
+    return run
+
+
+def assert_same_end(run: Run, calm: Run) -> None:
+    """The weights, bit for bit, and every step's loss: so no sample was lost or seen twice in an epoch."""
+    assert_same_tensors(run.run_dir, calm.run_dir)
+    assert learned(run.run_dir) == learned(calm.run_dir)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts
+
+
+@pytest.mark.parametrize("nodes", [2, 8])
+@pytest.mark.parametrize("script", ["cit_tiny", "cit_small", "cit_base"])
+def test_a_script_trains_on_all_its_nodes(script, nodes, sbatch):
+    batch = ["--train.global_batch_size", "16"]
+    run = sbatch(script, f"{script}_{nodes}", *ON_CPUS, f"--nodes={nodes}", train=[*batch, "--engine.name", "zero"])
+    run.ends()
+    assert run.nodes() == [[f"node{i}" for i in range(1, nodes + 1)]]
+    assert run.starts()[0]["world_size"] == nodes
+    assert (run.run_dir / "results.json").exists()
+    assert [line[0] for line in learned(run.run_dir)] == list(range(1, STEPS // 2 + 1))
+
+
+def test_ranks_are_as_many_as_ntasks_per_node_says(sbatch):
+    run = sbatch("cit_tiny", "four_ranks", *ON_CPUS, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=8")
+    run.ends()
+    assert run.starts()[0]["world_size"] == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupted
+
+
+@pytest.fixture
+def disturbed(sbatch, cluster):
+    """``disturbed(name)``: the long run on two nodes, some steps from its beginning, with time to act."""
+
+    def run(name: str, *options: str, slow: float = 0.2) -> Run:
+        run = sbatch("cit_base", name, *ON_CPUS, *(options or ("--nodes=2",)), train=LONG, slow=slow)
+        run.reaches("step 8/")
+        return run
+
+    return run
+
+
+def test_a_requeued_run_ends_as_if_nothing_had_been(disturbed, calm, cluster):
+    run = disturbed("requeued")
+    cluster.run("scontrol", "requeue", run.job_id)
+    run.ends()
+    assert len(run.starts()) == 2
+    assert run.starts()[1]["step"] >= 8  # what was reached was saved; no step was done twice
+    assert_same_end(run, calm)
+
+
+@pytest.mark.parametrize("signal_name", ["USR2", "TERM"])
+def test_a_signal_to_the_job_saves_requeues_and_goes_on(signal_name, disturbed, calm, cluster):
+    run = disturbed(f"signalled_{signal_name}")
+    cluster.run("scancel", f"--signal={signal_name}", run.job_id)
+    run.ends()
+    assert [attempt["exit_code"] for attempt in run.attempts()] == [75, 0]
+    assert run.starts()[1]["step"] == run.attempts()[0]["steps"] >= 8
+    assert_same_end(run, calm)
+
+
+def test_a_job_of_a_higher_partition_takes_the_nodes_and_the_run_comes_back(disturbed, calm, cluster):
+    run = disturbed("preempted")
+    urgent = cluster.run(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--cpus-per-task=64", "--output=/dev/null", "--wrap=sleep 2"
+    ).strip()
+    run.ends()
+    assert cluster.state(urgent) == "COMPLETED"
+    assert len(run.starts()) == 2
+    assert run.starts()[1]["step"] >= 8
+    assert_same_end(run, calm)
+
+
+def test_a_run_longer_than_its_time_limit_takes_several(sbatch, calm):
+    run = sbatch("cit_base", "limited", *ON_CPUS, "--nodes=2", "--time=1", "--signal=USR2@5", train=LONG, slow=1)
+    run.ends()
+    assert len(run.starts()) >= 2
+    assert {attempt["exit_code"] for attempt in run.attempts()[:-1]} == {75}
+    assert_same_end(run, calm)
+
+
+def test_a_node_that_loses_power_is_replaced(disturbed, calm, cluster):
+    run = disturbed("powerless")
+    cluster.kill_node("node2")
+    try:
+        run.ends()
+    finally:
+        cluster.start_node("node2")
+        cluster.wait_for("node2", lambda: "idle" in cluster.run("sinfo", "--noheader", "--nodes=node2", "-o", "%t"))
+    assert run.nodes()[0] == ["node1", "node2"]
+    assert "node2" not in run.nodes()[-1]
+    assert_same_end(run, calm)
+
+
+def test_a_node_drained_in_mid_run_is_left_at_the_next_start(disturbed, calm, cluster):
+    run = disturbed("drained")
+    cluster.run("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=test")
+    try:
+        cluster.run("scontrol", "requeue", run.job_id)
+        run.ends()
+    finally:
+        cluster.run("scontrol", "update", "NodeName=node1", "State=RESUME")
+    assert "node1" in run.nodes()[0]
+    assert "node1" not in run.nodes()[1]
+    assert_same_end(run, calm)
+
+
+def test_two_nodes_requeued_onto_one_continue(disturbed, cluster):
+    run = disturbed("fewer", "--partition=pair", "--nodes=1-2")
+    cluster.run("scontrol", "update", "NodeName=node8", "State=DRAIN", "Reason=test")
+    try:
+        cluster.run("scontrol", "requeue", run.job_id)
+        run.ends()
+    finally:
+        cluster.run("scontrol", "update", "NodeName=node8", "State=RESUME")
+    assert run.nodes() == [["node7", "node8"], ["node7"]]
+    assert [start["world_size"] for start in run.starts()] == [2, 1]
+    assert [line[0] for line in learned(run.run_dir)] == list(range(1, LONG_STEPS + 1))
+
+
+def test_a_cancelled_run_is_saved_and_stays_cancelled(disturbed, cluster):
+    run = disturbed("cancelled")
+    cluster.run("scancel", run.job_id)
+    cluster.wait_for("the attempt's record", (run.run_dir / "attempts.jsonl").exists)
+    (attempt,) = run.attempts()
+    assert attempt["steps"] >= 8
+    assert attempt["decision"].startswith("cancelled")
+    cluster.wait_for("its end", lambda: run.job_id not in cluster.run("squeue", "--noheader", "-o", "%i").split())
+    assert cluster.state(run.job_id) == "CANCELLED"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures
+
+
+def ranks_of(job_id: str, rank: int) -> list[int]:
+    """Process ids of a rank's trainer."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if any("slow_steps.py" in word for word in process.info["cmdline"] or []):
+                env = process.environ()
+                if (env.get("SLURM_JOB_ID"), env.get("SLURM_PROCID")) == (job_id, str(rank)):
+                    found.append(process.pid)
+    return found
+
+
+def test_a_killed_rank_costs_a_restart_and_its_last_lines_are_kept(disturbed, calm):
+    run = disturbed("killed")
+    (pid,) = ranks_of(run.job_id, 1)
+    os.kill(pid, signal.SIGKILL)
+    run.ends()
+    failed, done = run.attempts()
+    assert failed["exit_code"] not in (0, 75)
+    assert "failure 1 in a row without progress, of at most 3" in failed["decision"]
+    assert any("step 8/" in line for line in failed["last_lines"])
+    assert (done["exit_code"], done["last_lines"]) == (0, [])
+    assert_same_end(run, calm)
+
+
+def test_a_run_that_always_fails_is_given_up(sbatch, cluster, monkeypatch):
+    run = sbatch("cit_tiny", "hopeless", *ON_CPUS, "--export=ALL,CIT_MAX_RESTARTS=1", slow="fail")
+    cluster.wait_for("the job's end", lambda: cluster.state(run.job_id) == "FAILED", END_S)
+    first, second = run.attempts()
+    assert first["decision"].endswith("failure 1 in a row without progress, of at most 1: tries again")
+    assert "failure 2" in second["decision"]
+    assert "given up" in second["decision"]
+    assert first["last_lines"][-1] == "this fails"
+
+
+def test_a_wrong_setting_is_not_tried_again(sbatch, cluster):
+    run = sbatch("cit_tiny", "wrong", *ON_CPUS, train=["--train.epochs", "-1"])
+    cluster.wait_for("the job's end", lambda: cluster.state(run.job_id) == "FAILED", END_S)
+    (attempt,) = run.attempts()
+    assert attempt["exit_code"] == 2
+    assert any("train.epochs=-1 must be above 0" in line for line in attempt["last_lines"])
+
+
+def test_a_node_without_the_shared_disk_is_named_and_left_out(sbatch, calm):
+    run = sbatch("cit_base", "at_sea", *ON_CPUS, "--partition=sea", "--nodes=2", train=LONG)
+    run.ends()
+    failed, done = run.attempts()
+    assert failed["exit_code"] == 8
+    assert "remote1" in failed["nodes"]
+    assert list(failed["unfit"]) == ["remote1"]
+    assert "runs_dir has to be on a shared disk" in failed["unfit"]["remote1"]
+    assert "remote1" not in done["nodes"]
+    assert_same_end(run, calm)
+
+
+def test_a_node_without_its_gpus_is_named_and_left_out(sbatch, cluster):
+    run = sbatch("cit_base", "broken", "--partition=gpus", "--nodes=1", "--gpus-per-node=2")
+    cluster.wait_for("the exclusion", lambda: cluster.job(run.job_id)["ExcNodeList"] == "broken1", END_S)
+    cluster.run("scancel", run.job_id)
+    (attempt,) = run.attempts()
+    assert attempt["unfit"] == {"broken1": "Slurm promises 2 GPUs, PyTorch sees 0"}
