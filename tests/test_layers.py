@@ -8,11 +8,11 @@ PACKAGE = REPOSITORY / "cit_scale"
 
 # A module imports only from strictly lower levels.
 LEVELS = {
-    0: "errors",
+    0: "errors run_folder slurm_job",
     1: "config files world batch stop watchdog data.order data.draws data.encoded data.progress portable "
     "models.released models.involution_loop models.involution_triton",
-    2: "cli lock data.dali data.idx data.index data.mixing models.involution_cpu models.fold losses optim metrics "
-    "results checkpoint engines.base engines.loss_scale engines.batch_norm",
+    2: "cli lock roll_call data.dali data.idx data.index data.mixing models.involution_cpu models.fold losses optim "
+    "metrics results checkpoint engines.base engines.loss_scale engines.batch_norm",
     3: "data.folders data.shards models.involution engines.state bench.measure saver",
     4: "data.sources engines.hosted models.rednet",
     5: "data.pack data.reader engines.plain engines.zero engines.fsdp2 models.cit",
@@ -20,9 +20,10 @@ LEVELS = {
     7: "models.network bench.decode bench.involution",
     8: "teachers evaluate bench.fidelity bench.soak bench.checkpoint",
     9: "task bench.teachers",
-    10: "run_state",
+    10: "run_state run_plan",
     11: "bad_steps",
     12: "train",
+    13: "job",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 
@@ -30,7 +31,7 @@ ONLY_IMPORTERS = {
     "deepspeed": {"engines.zero"},
     "nvidia": {"data.dali", "bench.decode"},  # the benchmark's own is the peer that ours is timed against
     "triton": {"models.involution_triton"},
-    "submitit": set(),
+    "submitit": {"launchers.submit"},
     "ffmpeg": {"data.video"},
 }
 
@@ -42,6 +43,11 @@ def modules() -> dict[str, Path]:
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+def launchers() -> dict[str, Path]:
+    """The scripts above the package, which import what they like of it and of each other."""
+    return {f"launchers.{path.stem}": path for path in sorted((REPOSITORY / "launchers").glob("*.py"))}
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
@@ -81,11 +87,16 @@ def test_imports_point_down():
     assert not upward, "\n".join(upward)
 
 
+def test_the_package_knows_nothing_of_its_launchers():
+    knowing = [name for name, path in modules().items() for _, each in imports(path) if each.startswith("launchers")]
+    assert not knowing
+
+
 def test_each_large_library_has_one_door():
     strays = [
         f"{path.relative_to(REPOSITORY)}:{line}: only {', '.join(doors)} may import {library}"
         for library, doors in ONLY_IMPORTERS.items()
-        for name, path in modules().items()
+        for name, path in {**modules(), **launchers()}.items()
         for line, imported in imports(path)
         if imported.split(".")[0] == library and name not in doors
     ]
@@ -99,4 +110,4 @@ def test_package_init_files_are_empty_but_the_one_that_registers_models():
 
 def test_no_module_bears_a_library_name():
     libraries = {"torch", "deepspeed", "timm", "nvidia", "submitit", "ffmpeg", "pytest", "numpy", "safetensors", "yaml"}
-    assert not libraries & {path.stem for path in modules().values()}
+    assert not libraries & {path.stem for path in [*modules().values(), *launchers().values()]}

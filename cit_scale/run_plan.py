@@ -1,0 +1,282 @@
+"""What a checked run will do, before it does it: how it is cut, how long it is, what it keeps, what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from cit_scale.config import EngineConfig, RunConfig
+from cit_scale.engines.hosted import Hosted, blocks_of, checkpoint_activations
+from cit_scale.models.network import Network, build_network
+from cit_scale.task import Task, teacher_runs
+
+FLOAT32_BYTES = 4
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which parts of the training state the ranks hold in shares, and which lie in the CPU's memory.
+
+    copies_weights: ZeRO updates a copy of its share of the weights and leaves the module's own to the forward pass.
+    """
+
+    weights: bool = False
+    gradients: bool = False
+    optimizer: bool = False
+    copies_weights: bool = False
+    offloads_weights: bool = False
+    offloads_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, in float32: on its device by what they are, and on the host.
+
+    activations: what the forward pass of one micro-batch keeps for the backward pass. checkpoint: on the disk.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    average: int
+    teachers: int
+    activations: int
+    host: int
+    checkpoint: int
+
+    @property
+    def device(self) -> int:
+        return self.weights + self.gradients + self.moments + self.average + self.teachers + self.activations
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run in numbers. teachers: by name, the run that trains each that has no weights."""
+
+    config: RunConfig
+    world_size: int
+    micro_batch_size: int
+    micro_steps: int
+    train_images: int
+    steps_per_epoch: int
+    total_steps: int
+    memory: Memory
+    teachers: dict[str, RunPlan]
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """At the end; those of saved multiples and the best may be among the last."""
+        train = self.config.train
+        for_good = self.total_steps // train.keep_every_steps if train.keep_every_steps else 0
+        return train.keep_last + for_good + train.keep_best
+
+
+def plan_run(task: Task) -> RunPlan:
+    """Of a run that was checked."""
+    config, cut = task.config, task.batch_plan
+    memory = estimate_memory(task)
+    return RunPlan(
+        config=config,
+        world_size=task.world.world_size,
+        micro_batch_size=cut.micro_batch_size,
+        micro_steps=cut.micro_steps,
+        train_images=len(task.train_set),
+        steps_per_epoch=task.steps_per_epoch,
+        total_steps=task.total_steps,
+        memory=memory,
+        teachers={
+            name: plan_run(dataclasses.replace(task, config=teacher_config))
+            for name, teacher_config in teacher_runs(config).items()
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def estimate_memory(task: Task) -> Memory:
+    """Needs no GPU: activations are counted on tensors that have shapes and no memory."""
+    config, world_size, cut = task.config, task.world.world_size, task.batch_plan
+    image_size = config.data.image_size
+    network = task.build_student()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    sharding = read_sharding(config, world_size, cut.micro_steps)
+    advisers = [
+        build_network(teacher.model, teacher.kwargs, num_classes=task.num_classes, image_size=image_size)
+        for teacher in config.teachers.values()
+    ]
+    return dataclasses.replace(
+        state_memory(parameters, sharding, world_size, has_average=config.optim.ema_decay is not None),
+        teachers=sum(tensor.nbytes for adviser in advisers for tensor in _state(adviser).values()),
+        activations=activation_bytes(network, config.engine, (cut.micro_batch_size, 3, image_size, image_size)),
+    )
+
+
+def read_sharding(config: RunConfig, world_size: int, micro_steps: int) -> Sharding:
+    match config.engine.name:
+        case "fsdp2":
+            # Gradients are reduced once an update; over several micro-steps each rank adds them up whole.
+            return Sharding(weights=True, gradients=micro_steps == 1, optimizer=True)
+        case "zero":
+            from cit_scale.engines.zero import read_ds_config  # DeepSpeed's, which other engines do without
+
+            zero = read_ds_config(config, world_size, micro_steps)["zero_optimization"]
+            stage = zero["stage"]
+            offloads_optimizer = _is_offloaded(zero, "offload_optimizer")
+            return Sharding(
+                weights=stage == 3,
+                gradients=stage >= 2,
+                optimizer=stage >= 1,
+                # At stage 3 the shares are what is updated, unless that happens elsewhere.
+                copies_weights=stage in (1, 2) or (stage == 3 and offloads_optimizer),
+                offloads_weights=_is_offloaded(zero, "offload_param"),
+                offloads_optimizer=offloads_optimizer,
+            )
+        case _:
+            return Sharding()
+
+
+def _is_offloaded(zero: dict, section: str) -> bool:
+    return (zero.get(section) or {}).get("device") == "cpu"
+
+
+def state_memory(parameters: int, sharding: Sharding, world_size: int, has_average: bool) -> Memory:
+    """The training state alone."""
+    whole = parameters * FLOAT32_BYTES
+    share = -(-parameters // world_size) * FLOAT32_BYTES
+    weights = share if sharding.weights else whole
+    gradients = share if sharding.gradients else whole
+    updated = share if sharding.optimizer else whole  # the part of the weights that this rank updates
+    copy = updated if sharding.copies_weights else 0
+    moments, average = 2 * updated, updated if has_average else 0
+    host = 0
+    if sharding.offloads_optimizer:
+        host += gradients + moments + average + copy
+        gradients = moments = average = copy = 0
+    if sharding.offloads_weights:
+        host += weights
+        weights = 0
+    return Memory(
+        weights=weights + copy,
+        gradients=gradients,
+        moments=moments,
+        average=average,
+        teachers=0,
+        activations=0,
+        host=host,
+        checkpoint=whole * (4 if has_average else 3),  # weights, two moments, the average
+    )
+
+
+def activation_bytes(network: Network, engine: EngineConfig, images_shape: tuple[int, ...]) -> int:
+    """What a forward pass keeps for the backward pass, beside the weights. Leaves ``network`` as ``engine`` wants it.
+
+    The copies of the weights in bf16 or fp16 that autocast makes are kept as well, and counted.
+    """
+    hosted = Hosted(network.train(), engine.precision, torch.device("cpu"))
+    kept = _fake_forward_bytes(hosted, images_shape)
+    if engine.activation_checkpointing:
+        checkpoint_activations(network)
+        without, kept = kept, _fake_forward_bytes(hosted, images_shape)
+        kept += (without - kept) // max(1, len(blocks_of(network)))  # one block at a time is computed again
+    return kept
+
+
+def _fake_forward_bytes(hosted: Hosted, images_shape: tuple[int, ...]) -> int:
+    with FakeTensorMode() as fake:
+        state = {name: fake.from_tensor(tensor) for name, tensor in _state(hosted).items()}
+        return kept_for_backward(
+            lambda images: torch.func.functional_call(hosted, state, (images,)),
+            torch.empty(images_shape),
+            state.values(),
+        )
+
+
+def kept_for_backward(forward: Callable[[Tensor], object], images: Tensor, state: Iterable[Tensor]) -> int:
+    """Bytes of the different storages that autograd holds after ``forward``; those of ``state`` are there anyway."""
+    known = {tensor.untyped_storage()._cdata for tensor in state}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage  # held, so that its address is not another's meanwhile
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward(images)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def describe_plan(plan: RunPlan, device: str) -> list[str]:
+    """The plan as lines of text. device: what a rank computes on, "GPU" or "rank"."""
+    config, train = plan.config, plan.config.train
+    share = plan.micro_batch_size * plan.micro_steps
+    minutes = f" or {train.save_every_minutes:g} minutes" if train.save_every_minutes else ""
+    lines = [
+        ("run", f"{config.name} in {config.run_dir}"),
+        (
+            "update",
+            f"{train.global_batch_size} images = {counted(plan.world_size, 'rank')} x "
+            f"{counted(plan.micro_steps, 'micro-step')} x {counted(plan.micro_batch_size, 'image')}",
+        ),
+        (
+            "epoch",
+            f"{counted(plan.train_images, 'image')}, {counted(plan.steps_per_epoch, 'step')}; "
+            f"a rank sees {share} images a step, {share * plan.steps_per_epoch} an epoch",
+        ),
+        ("training", f"{counted(train.epochs, 'epoch')}, {counted(plan.total_steps, 'step')}"),
+        (
+            "checkpoints",
+            f"every {counted(train.save_every_steps, 'step')}{minutes}, about {plan.checkpoints_kept} kept, "
+            f"{_size(plan.memory.checkpoint)} each",
+        ),
+        (f"memory per {device}", describe_memory(plan.memory)),
+    ]
+    for name, teacher in config.teachers.items():
+        if name in plan.teachers:
+            run = plan.teachers[name]
+            lines.append(
+                (
+                    f"teacher {name}",
+                    f"{teacher.model} is trained first: {counted(run.total_steps, 'step')}, memory "
+                    f"{describe_memory(run.memory)}",
+                )
+            )
+        else:
+            lines.append((f"teacher {name}", f"{teacher.model} with weights {teacher.weights}"))
+    return [row(what, text) for what, text in lines]
+
+
+def row(what: str, text: str) -> str:
+    return f"{what:<16} {text}"
+
+
+def describe_memory(memory: Memory) -> str:
+    parts = ("weights", "gradients", "moments", "average", "teachers", "activations")
+    listed = ", ".join(f"{part} {_size(getattr(memory, part))}" for part in parts if getattr(memory, part))
+    host = f", and {_size(memory.host)} of the CPU's" if memory.host else ""
+    return f"{_size(memory.device)}{host}, without workspace and fragmentation: {listed}"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

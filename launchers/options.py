@@ -1,0 +1,190 @@
+"""The options of launchers/submit.py: what they are, what a file beside it says of them, what is left for train.py."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from cit_scale.config import RunConfig
+from cit_scale.errors import ConfigError
+
+CLUSTER_FILE = Path(__file__).with_name("cluster.yaml")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What this script is asked for, as parsed from cluster.yaml and the command line; the help says what each is."""
+
+    nodes: int = 1
+    min_nodes: int | None = None
+    gpus_per_node: int | None = None
+    ntasks_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem: str | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    dependency: str | None = None
+    setup: Sequence[str] = ()
+    container: str | None = None
+    max_restarts: int = 3
+    signal_delay: int = 300
+    sweep: Sequence[str] = ()
+    array: int | None = None
+    cluster: str = "slurm"
+    dry_run: bool = False
+
+
+# What a command that submits one of the runs again leaves out: it is one run, and comes after nobody.
+NOT_AGAIN = {"sweep", "array", "dependency", "dry_run"}
+NOT_IN_FILE = {"sweep", "dry_run"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parser(description: str | None = None) -> OneLineParser:
+    """Holds only what was given: the defaults are those of Options."""
+    parser = OneLineParser(
+        prog="submit.py",
+        usage="submit.py [OPTION ...] [ARGUMENT OF train.py ...]",
+        description=description,
+        epilog="The arguments of train.py are listed by: python cit_scale/train.py --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--nodes", type=positive, metavar="N", help="nodes of each run; 1 without it")
+    add("--min-nodes", type=positive, metavar="N", help="start on so many where --nodes are not free")
+    add("--gpus-per-node", type=not_negative, metavar="N", help="all that a node of the partition has, without it")
+    add("--ntasks-per-node", type=positive, metavar="N", help="ranks on a node without GPUs; 1 without it")
+    add(
+        "--cpus-per-task",
+        type=positive,
+        metavar="N",
+        help="cores of each rank; without it those of its GPU, or its share of all",
+    )
+    add("--mem", help="memory of each node, as Slurm writes it: 64G")
+    add("--time", help="minutes, HH:MM:SS or D-HH:MM:SS; the partition's own limit without it")
+    add("--partition", help="the cluster's default one without it")
+    add("--account", help="whom the hours are charged to")
+    add("--qos", help="quality of service")
+    add("--constraint", help="features that nodes must have")
+    add("--exclude", metavar="NAMES", help="nodes to leave out")
+    add("--dependency", help="as Slurm writes it: afterok:123")
+    add("--setup", action="append", metavar="LINE", help="of shell, run before all: 'module load cuda'; repeatable")
+    add(
+        "--container",
+        metavar="IMAGE",
+        help="run the ranks in it, by pyxis; this project's dependencies have to be in it, and its Python is called "
+        "python3. Checkout, working folder, run folders, data and weights are mounted where they are",
+    )
+    add(
+        "--max-restarts",
+        type=not_negative,
+        metavar="N",
+        help="failures in a row without progress that it takes to give up; 3",
+    )
+    add(
+        "--signal-delay",
+        type=positive,
+        metavar="N",
+        help="seconds before the time limit at which a run saves; 300",
+    )
+    add(
+        "--sweep", action="append", metavar="SETTING=V1,V2", help="one run for each value; repeatable, all combinations"
+    )
+    add("--array", type=positive, metavar="N", help="how many runs of a sweep at once; all without it")
+    add(
+        "--cluster",
+        choices=("slurm", "local", "debug"),
+        help="slurm, without it; local: in the background on this machine; debug: one rank, in this process",
+    )
+    add("--dry-run", action="store_true", help="check, show plan and batch script, queue nothing")
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def parse(argv: Sequence[str], description: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The options given in cluster.yaml or on the command line, and the arguments of train.py.
+
+    description: of --help.
+    """
+    options, train_argv = parser(description).parse_known_args(argv)
+    refuse_misspelt(train_argv)
+    return {**read_cluster_file(CLUSTER_FILE), **vars(options)}, train_argv
+
+
+def refuse_misspelt(train_argv: Sequence[str]) -> None:
+    """A name that is no setting of train.py and nearly one of the options here."""
+    here = [spelled(field.name) for field in dataclasses.fields(Options)]
+    trains = {"config", "fresh", "override-resume", "deepspeed_config", "deepspeed", "local_rank", "print_config"}
+    trains |= {field.name for field in dataclasses.fields(RunConfig)}
+    for argument in train_argv:
+        name = argument.removeprefix("--").split("=")[0]
+        if argument.startswith("--") and "." not in name and name not in trains:
+            near = difflib.get_close_matches(f"--{name}", here, n=1)
+            if near:
+                raise ConfigError(f"unknown option --{name}; did you mean {near[0]}?")
+
+
+def read_cluster_file(path: Path) -> dict[str, Any]:
+    """The options that stand in it. Raises ConfigError."""
+    if not path.exists():
+        return {}
+    try:
+        # Everything is read as text, and then as if it had been typed: YAML would take 24:00:00 for a number.
+        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no options; write one to a line, as in 'partition: gpu'")
+    known = [spelled(field.name)[2:] for field in dataclasses.fields(Options) if field.name not in NOT_IN_FILE]
+    argv = []
+    for key, value in content.items():
+        option = str(key).replace("_", "-")
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)
+            raise ConfigError(f"{path}: unknown option {key!r}; did you mean {near[0]}?")
+        if isinstance(value, dict) or (isinstance(value, list) and option != "setup"):
+            raise ConfigError(f"{path}: {key} takes one value")
+        argv += [f"--{option}={each}" for each in (value if isinstance(value, list) else [value])]
+    try:
+        return vars(parser().parse_args(argv))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def spelled(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def option_argv(given: Mapping[str, Any]) -> list[str]:
+    """The options that submit one run again, also when cluster.yaml has changed."""
+    argv = []
+    for name, value in given.items():
+        if name not in NOT_AGAIN:
+            argv += [f"{spelled(name)}={each}" for each in (value if isinstance(value, list) else [value])]
+    return argv

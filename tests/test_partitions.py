@@ -1,0 +1,134 @@
+"""What is read out of Slurm's answers, and which jobs would never start."""
+
+import pytest
+
+from cit_scale.errors import ConfigError
+from launchers.partitions import (
+    NoSlurmError,
+    Partition,
+    ask_partitions,
+    choose,
+    format_minutes,
+    parse_minutes,
+    parse_nodes,
+    parse_partitions,
+    share_of_cores,
+    why_not,
+)
+
+# As Slurm 22.05 prints them, but for three numbers in the last line.
+SCONTROL = """\
+PartitionName=main AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=YES QoS=N/A DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO GraceTime=30 Hidden=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED Nodes=node[1-8] PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=NO OverTimeLimit=NONE PreemptMode=REQUEUE State=UP TotalCPUs=32 TotalNodes=8 SelectTypeParameters=NONE JobDefaults=(null) DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED TRES=cpu=32,mem=62.50G,node=8,billing=32
+PartitionName=short AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=NO QoS=N/A DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO GraceTime=0 Hidden=NO MaxNodes=UNLIMITED MaxTime=00:30:00 MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED Nodes=node[1-2] PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=NO OverTimeLimit=NONE PreemptMode=OFF State=UP TotalCPUs=8 TotalNodes=2 SelectTypeParameters=NONE JobDefaults=(null) DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED TRES=cpu=8,mem=16000M,node=2,billing=8
+PartitionName=gpus AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=NO QoS=N/A DefaultTime=01:00:00 DisableRootJobs=NO ExclusiveUser=NO GraceTime=0 Hidden=NO MaxNodes=3 MaxTime=2-00:00:00 MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED Nodes=broken[1-4] PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=NO OverTimeLimit=NONE PreemptMode=OFF State=UP TotalCPUs=8 TotalNodes=4 SelectTypeParameters=NONE JobDefaults=(null) DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED TRES=cpu=8,mem=16000M,node=2,billing=8
+"""  # noqa: E501
+
+SINFO = """\
+gpus|64|gpu:8
+gpus|96|gpu:h100:8(S:0-1)
+gpus|48|gpu:a100:2,gpu:h100:2,shard:h100:16
+gpus|48|gpu:4(S:0),craynetwork:6
+short|4|(null)
+main|4|(null)
+short|4|(null)
+main|4|(null)
+"""
+
+NODES = parse_nodes(SINFO)
+MAIN, SHORT, ON_GPUS = parse_partitions(SCONTROL, NODES)
+
+
+def test_partitions_are_read_with_their_limits():
+    assert Partition("main", True, 8, gpus=(0, 0), cores=(4, 4)) == MAIN
+    assert Partition("short", False, 2, max_minutes=30, gpus=(0, 0), cores=(4, 4)) == SHORT
+    assert (
+        Partition("gpus", False, 4, 3, default_minutes=60, max_minutes=2880, gpus=(8, 8, 4, 4), cores=(64, 96, 48, 48))
+        == ON_GPUS
+    )
+
+
+@pytest.mark.parametrize(
+    ("partitions", "gpus", "ranks", "cores"),
+    [
+        ([ON_GPUS], 8, 8, 8),
+        ([ON_GPUS], 4, 4, 8),  # 48 cores for 4 GPUs are 12 each, and 64 for 8 are fewer
+        ([ON_GPUS], 2, 2, 8),
+        ([MAIN], 0, 1, 4),
+        ([MAIN], 0, 3, 1),
+        ([MAIN], 0, 9, 1),
+        ([], 0, 1, None),
+    ],
+)
+def test_a_rank_gets_its_gpus_share_of_the_cores(partitions, gpus, ranks, cores):
+    assert share_of_cores(partitions, gpus, ranks) == cores
+
+
+def test_without_a_time_the_limit_is_the_partitions():
+    assert [each.limit_minutes for each in (MAIN, SHORT, ON_GPUS)] == [None, 30, 60]
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90), ("90:00", 90), ("90:01", 91), ("12:30:00", 750), ("00:00:30", 1), ("2-0", 2880), ("1-12:30", 2190),
+        ("1-00:00:01", 1441), ("UNLIMITED", None), ("NONE", None), ("infinite", None),
+    ],
+)  # fmt: skip
+def test_times_are_read_in_all_of_slurms_spellings(text, minutes):
+    assert parse_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "1:2:3:4", "2h", "-5", "1.5", "1-"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ValueError, match=r"is no time; write minutes, HH:MM:SS"):
+        parse_minutes(text)
+
+
+@pytest.mark.parametrize("minutes", [1, 59, 60, 1439, 1440, 10_000, None])
+def test_a_time_is_written_as_slurm_reads_it(minutes):
+    assert parse_minutes(format_minutes(minutes)) == minutes
+
+
+def test_a_partition_is_found_by_name_or_as_the_default():
+    known = [MAIN, SHORT, ON_GPUS]
+    assert choose(known, None) == [MAIN]
+    assert choose(known, "gpus,short") == [ON_GPUS, SHORT]
+    with pytest.raises(ConfigError, match=r"no partition is called 'gpu'; those there are: main \(the default\), "):
+        choose(known, "short,gpu")
+    with pytest.raises(ConfigError, match=r"no default partition; choose one with --partition: short, gpus"):
+        choose(known[1:], None)
+
+
+@pytest.mark.parametrize(
+    ("partition", "nodes", "gpus", "minutes", "expected"),
+    [
+        (MAIN, 9, 0, None, "--nodes=9, but partition main has 8"),
+        (ON_GPUS, 4, 1, None, "--nodes=4, but partition gpus gives a job at most 3"),
+        (ON_GPUS, 3, 8, None, "of the nodes of partition gpus 2 have so many GPUs; the most that one has: 8"),
+        (ON_GPUS, 1, 9, None, "of the nodes of partition gpus 0 have so many GPUs; the most that one has: 8"),
+        (SHORT, 1, 0, 31, "--time=00:31:00, but partition short allows 00:30:00"),
+    ],
+)
+def test_what_would_never_start_is_told_why(partition, nodes, gpus, minutes, expected):
+    assert expected in why_not(partition, nodes, gpus, minutes)
+
+
+def test_what_fits_is_not_turned_down():
+    assert why_not(ON_GPUS, 3, 4, 2880) is None
+    assert why_not(SHORT, 2, 0, 30) is None
+    assert why_not(Partition("unknown", True, 2), 2, 8, None) is None  # where sinfo says nothing of GPUs
+
+
+def test_where_there_is_no_slurm_the_other_ways_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NoSlurmError, match=r"no sbatch on the PATH.*--cluster local.*deepspeed cit_scale/train\.py"):
+        ask_partitions()
+
+
+def test_a_slurm_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'Unable to contact\nslurm controller' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(NoSlurmError, match=r"Slurm does not answer, scontrol .*: Unable to contact slurm controller$"):
+        ask_partitions()

@@ -1,0 +1,142 @@
+"""What a run is said to need, against numbers worked by hand and what a real forward pass keeps."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from cit_scale import cli
+from cit_scale.config import EngineConfig
+from cit_scale.data.reader import Reader
+from cit_scale.engines.hosted import Hosted, checkpoint_activations
+from cit_scale.engines.plain import PlainEngine
+from cit_scale.models.network import build_network
+from cit_scale.run_plan import (
+    Sharding,
+    activation_bytes,
+    describe_plan,
+    kept_for_backward,
+    plan_run,
+    read_sharding,
+    state_memory,
+)
+from cit_scale.task import Task
+from cit_scale.world import World
+
+
+def parse(*argv):
+    return cli.parse_arguments(argv).config
+
+
+def tiny_student(depth=2):
+    kwargs = {"patch_size": 8, "depth": depth, "embed_dim": 32, "num_heads": 2}
+    return build_network("cit_tiny_patch16_224", kwargs, num_classes=3, image_size=32, teachers=("conv",))
+
+
+# 1000 parameters are 4000 bytes; a quarter of them, on four ranks, 1000. By row: weights, gradients, moments, host.
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        (["--engine.name", "plain"], (4000, 4000, 8000, 0)),
+        (["--engine.ds_config", "zero0"], (4000, 4000, 8000, 0)),
+        (["--engine.ds_config", "zero1"], (5000, 4000, 2000, 0)),  # with the updated share's copy
+        (["--engine.ds_config", "zero2"], (5000, 1000, 2000, 0)),
+        (["--engine.ds_config", "zero2_offload"], (4000, 0, 0, 4000)),
+        (["--engine.ds_config", "zero3"], (1000, 1000, 2000, 0)),
+        (["--engine.ds_config", "zero3_offload"], (0, 0, 0, 5000)),
+        (["--engine.name", "fsdp2"], (1000, 1000, 2000, 0)),
+    ],
+)
+def test_the_state_is_shared_out_as_the_engine_does_it(engine, expected):
+    world_size = 1 if "plain" in engine else 4
+    memory = state_memory(1000, read_sharding(parse(*engine), world_size, 1), world_size, has_average=False)
+    assert (memory.weights, memory.gradients, memory.moments, memory.host) == expected
+    assert memory.average == 0
+    assert memory.checkpoint == 12000
+
+
+def test_the_moving_average_lies_where_the_moments_lie():
+    shared = state_memory(1001, Sharding(optimizer=True), 4, has_average=True)
+    assert (shared.moments, shared.average, shared.checkpoint) == (2 * 4 * 251, 4 * 251, 16 * 1001)  # rounded up
+    offloaded = state_memory(1000, Sharding(optimizer=True, offloads_optimizer=True), 4, has_average=True)
+    assert (offloaded.average, offloaded.host) == (0, 4000 + 2000 + 1000)
+
+
+def test_fsdp2_adds_gradients_up_whole_over_several_micro_steps():
+    assert read_sharding(parse("--engine.name", "fsdp2"), 4, 1).gradients
+    assert not read_sharding(parse("--engine.name", "fsdp2"), 4, 2).gradients
+
+
+def test_a_checkpoint_is_as_large_as_the_state_that_an_engine_saves():
+    config = parse("--optim.ema_decay", "0.9")
+    network = nn.Linear(10, 7)
+    engine = PlainEngine(network, config.optim, config.engine, 1, World())
+    saved = sum(shape.numel() for key, shape in engine.state_shapes().items() if "/" in key)  # counters have none
+    assert state_memory(77, Sharding(), 1, has_average=True).checkpoint == 4 * saved
+
+
+def test_what_two_layers_keep_is_counted_by_hand():
+    network = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    images = torch.rand(2, 5)
+    # Both layers keep their input, the rectifier its output, which is the second layer's input; no weights.
+    assert kept_for_backward(network, images, network.parameters()) == 4 * (2 * 5 + 2 * 4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fake_tensors_keep_what_real_ones_keep(precision, checkpointing):
+    network = tiny_student()
+    if checkpointing:
+        checkpoint_activations(network)
+    engine = EngineConfig(precision=precision)
+    hosted = Hosted(network.train(), engine.precision, torch.device("cpu"))
+    real = kept_for_backward(hosted, torch.rand(4, 3, 32, 32), [*network.parameters(), *network.buffers()])
+    fake = activation_bytes(network, engine, (4, 3, 32, 32))
+    if precision == "float32":
+        assert fake == real
+    else:  # of BatchNorm's two numbers a channel fake tensors say that they are in bf16, and they are in float32
+        assert 0 <= real - fake < real / 1000
+
+
+def test_checkpointing_counts_the_inputs_of_all_blocks_and_one_block_more():
+    by_depth = {}
+    for depth in (2, 4):
+        for checkpointing in (False, True):
+            engine = EngineConfig(activation_checkpointing=checkpointing)
+            by_depth[depth, checkpointing] = activation_bytes(tiny_student(depth), engine, (4, 3, 32, 32))
+    block = (by_depth[4, False] - by_depth[2, False]) // 2
+    block_input = (by_depth[4, True] - by_depth[2, True]) // 2
+    assert block_input == 4 * (4 * (16 + 2) * 32)  # float32, images x tokens x channels
+    assert by_depth[4, False] - by_depth[4, True] == pytest.approx(3 * (block - block_input), abs=block_input)
+
+
+@pytest.fixture
+def plan(tiny_digits):
+    config = parse("--train.micro_batch_size", "8", "--teachers.conv.weights", "conv.pth")
+    return plan_run(Task(config, World(world_size=4), Reader(tiny_digits), Reader(tiny_digits)))
+
+
+def test_a_plan_says_how_long_the_run_is_and_what_comes_first(plan):
+    assert (plan.micro_batch_size, plan.micro_steps) == (8, 2)
+    assert (plan.train_images, plan.steps_per_epoch, plan.total_steps) == (1797, 28, 15 * 28)
+    assert plan.checkpoints_kept == 2
+    assert list(plan.teachers) == ["inv"]
+    assert plan.teachers["inv"].total_steps == plan.teachers["inv"].config.train.epochs * 28
+    assert plan.teachers["inv"].memory.teachers == 0 < plan.memory.teachers
+
+
+def test_a_plan_in_words_says_what_the_estimate_leaves_out(plan):
+    lines = describe_plan(plan, "GPU")
+    assert "update           64 images = 4 ranks x 2 micro-steps x 8 images" in lines
+    assert "epoch            1797 images, 28 steps; a rank sees 16 images a step, 448 an epoch" in lines
+    (memory,) = (line for line in lines if line.startswith("memory per GPU"))
+    assert "without workspace and fragmentation" in memory
+    assert "teacher conv     regnety_002 with weights conv.pth" in lines
+    assert any(line.startswith("teacher inv      rednet26 is trained first") for line in lines)
+
+
+def test_checkpoints_kept_for_good_are_counted(plan):
+    train = dataclasses.replace(plan.config.train, keep_every_steps=100, keep_best=1)
+    longer = dataclasses.replace(plan, config=dataclasses.replace(plan.config, train=train))
+    assert longer.checkpoints_kept == 2 + 4 + 1
