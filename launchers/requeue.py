@@ -45,7 +45,7 @@ from cit_scale.errors import (
 )
 from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, read_lines, saved_steps
 
-LAST_LINES = 30
+LAST_LINES = 100  # a traceback through torch takes forty
 
 DONE = 0
 # The same command would end the same way: somebody has to do something first.

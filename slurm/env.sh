@@ -11,9 +11,9 @@ for count in ${CIT_NODE_COUNTS:-$nodes}; do
     break
   fi
 done
-# One rank per GPU; where there are none, one on each node, or as many as --ntasks-per-node says.
+# One rank per GPU; where there are none, as many as --ntasks-per-node or --ntasks says, or one on each node.
 gpus=${SLURM_GPUS_ON_NODE:-0}
-ranks=${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+ranks=${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : ${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES} / SLURM_JOB_NUM_NODES))}
 cpus=$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))
 export SLURM_NNODES=$nodes SLURM_NTASKS_PER_NODE=$ranks SLURM_NTASKS=$((nodes * ranks))
 

@@ -149,14 +149,16 @@ class Cluster:
 
     def start_node(self, name: str) -> None:
         """slurmd on a host of its own."""
-        steps = [f"mount --bind {self.folder}/hosts_{name} /etc/hosts", f"hostname {name}", f"exec slurmd -D -N {name}"]
+        self._daemons[name] = self._spawn(self.on_node(name, f"exec slurmd -D -N {name}"), name)
+
+    def on_node(self, name: str, script: str) -> list[str]:
+        """The command that runs a shell script on a host: in its network, under its name."""
+        steps = [f"mount --bind {self.folder}/hosts_{name} /etc/hosts", f"hostname {name}", script]
         if name.startswith("remote"):
             steps.insert(0, f"mount -t tmpfs remote {self.shared}")
-        inner = " && ".join(steps)
         # `ip netns exec` would mount a new /sys, without the control groups that slurmd looks for.
         network = f"--net=/run/netns/{self._namespace(name)}"
-        command = ["nsenter", network, "unshare", "--uts", "--mount", "sh", "-c", inner]
-        self._daemons[name] = self._spawn(command, name)
+        return ["nsenter", network, "unshare", "--uts", "--mount", "sh", "-c", " && ".join(steps)]
 
     def wait_for(self, what: str, holds: Callable[[], bool], timeout_s: float = 60) -> None:
         deadline = time.monotonic() + timeout_s

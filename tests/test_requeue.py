@@ -93,7 +93,7 @@ def slurm(monkeypatch, tmp_path):
 
     monkeypatch.setattr(requeue, "slurm", answer)
     recorder.log = tmp_path / "job.log"
-    recorder.log.write_text("".join(f"line {i}\n" for i in range(100)))
+    recorder.log.write_text("".join(f"line {i}\n" for i in range(300)))
     recorder.env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "CIT_HOSTS": "a b", "CIT_LOG": str(recorder.log)}
     recorder.run_dir = tmp_path / "run"
     recorder.train = ["--", "--runs_dir", str(tmp_path), "--name", "run"]
@@ -111,7 +111,7 @@ def test_a_failure_is_recorded_with_its_last_lines_and_requeued(slurm):
     assert requeue.main(["--exit-code", "137", *slurm.train], slurm.env) == 0
     (attempt,) = attempts(slurm.run_dir)
     assert attempt.pop("time") > 0
-    assert attempt.pop("last_lines") == [f"line {i}" for i in range(70, 100)]
+    assert attempt.pop("last_lines") == [f"line {i}" for i in range(200, 300)]
     assert attempt == {
         "job_id": "7",
         "restart": 2,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,17 +66,19 @@ class Run:
 
 @pytest.fixture(scope="module")
 def python_folder(tmp_path_factory):
-    """``python_folder(slow)``: to stand first on PATH. Its ``python`` runs train.py with steps of so many seconds more,
-    or instead of it a command that fails.
+    """``python_folder(slow)``: to stand first on PATH. With its ``python`` each step of training takes so many seconds
+    more, also in a job of submitit's, or a command that fails stands in for train.py.
     """
 
     def make(slow: float | str) -> Path:
         folder = tmp_path_factory.mktemp("bin")
         script = folder / "python"
-        train = f'shift; exec {sys.executable} {Path(__file__).parent}/slow_steps.py {slow} "$@"'
-        if slow == "fail":
-            train = "echo this fails; exit 1"
-        script.write_text(f'#!/bin/sh\ncase "$1" in */train.py) {train};; esac\nexec {sys.executable} "$@"\n')
+        steps = f"exec {sys.executable} {Path(__file__).parent}/slow_steps.py {slow}"
+        train = "echo this fails; exit 1" if slow == "fail" else f'shift; {steps} train "$@"'
+        script.write_text(
+            f'#!/bin/sh\ncase "$*" in\n*/train.py*) {train};;\n'
+            f'*submitit.core._submit*) shift 3; {steps} submitit "$@";;\nesac\nexec {sys.executable} "$@"\n'
+        )
         script.chmod(0o755)
         return folder
 
@@ -82,21 +86,68 @@ def python_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sbatch(cluster, tiny_inputs, python_folder):
+def login(cluster, python_folder):
+    """``login(*command, slow=...)``: a command on the login node, in the checkout."""
+
+    def run(*command: str, slow: float | str = 0) -> str:
+        path = f"{python_folder(slow)}:{Path(sys.executable).parent}:{cluster.env['PATH']}"
+        # The nodes claim 64 cores.
+        env = {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        return cluster.run(*command, env=env, cwd=REPOSITORY)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tiny(cluster, tiny_inputs):
+    """``tiny(name, *more)``: arguments of train.py for a run of the tiny recipe on the disk that the nodes share."""
+
+    def arguments(name: str, *more: str) -> list[str]:
+        places = ["--data.cache_dir", str(tiny_inputs / "cache"), "--runs_dir", str(cluster.shared), "--name", name]
+        return ["--config", str(tiny_inputs / "tiny.yaml"), *places, "--engine.name", "fsdp2", *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def sbatch(cluster, login, tiny):
     """Queue one of the scripts as it stands, with the tiny recipe, in a run folder of the test's own."""
 
     def queue(script: str, name: str, *options: str, train: list[str] = (), slow: float | str = 0) -> Run:
-        env = {"PATH": f"{python_folder(slow)}:{cluster.env['PATH']}", "PYTHONPATH": str(REPOSITORY)}
-        env["OMP_NUM_THREADS"] = "1"  # the nodes claim 64 cores
         log = cluster.shared / f"{name}.log"
-        arguments = ["--config", str(tiny_inputs / "tiny.yaml"), "--data.cache_dir", str(tiny_inputs / "cache")]
-        arguments += ["--runs_dir", str(cluster.shared), "--name", name, "--engine.name", "fsdp2", *train]
-        said = cluster.run(
-            "sbatch", f"--output={log}", *options, f"slurm/{script}.sh", *arguments, env=env, cwd=REPOSITORY
-        )
+        said = login("sbatch", f"--output={log}", *options, f"slurm/{script}.sh", *tiny(name, *train), slow=slow)
         return Run(cluster, said.split()[-1], cluster.shared / name, log)
 
     return queue
+
+
+@pytest.fixture(scope="module")
+def submit(cluster, login, tiny):
+    """Queue a run with launchers/submit.py."""
+
+    def queue(name: str, *options: str, train: list[str] = (), slow: float = 0) -> Run:
+        # What Python says it is called stands in the batch script.
+        call = "import os, sys; sys.executable = os.popen('command -v python').read().strip(); "
+        call += "from launchers import submit; sys.exit(submit.main())"
+        login(
+            sys.executable,
+            "-c",
+            call,
+            "--gpus-per-node=0",
+            "--cpus-per-task=2",
+            *options,
+            *tiny(name, *train),
+            slow=slow,
+        )
+        return submitted(cluster, name)
+
+    return queue
+
+
+def submitted(cluster: Cluster, name: str) -> Run:
+    """The newest job of a run that submit.py has queued."""
+    note = json.loads((cluster.shared / name / "job.json").read_text())[-1]
+    return Run(cluster, note["job_id"], cluster.shared / name, Path(note["log"]))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +225,13 @@ def test_a_signal_to_the_job_saves_requeues_and_goes_on(signal_name, disturbed, 
 def test_a_job_of_a_higher_partition_takes_the_nodes_and_the_run_comes_back(disturbed, calm, cluster):
     run = disturbed("preempted")
     urgent = cluster.run(
-        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--cpus-per-task=64", "--output=/dev/null", "--wrap=sleep 2"
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--nodes=2",
+        "--cpus-per-task=64",
+        "--output=/dev/null",
+        "--wrap=sleep 2",
     ).strip()
     run.ends()
     assert cluster.state(urgent) == "COMPLETED"
@@ -306,3 +363,110 @@ def test_a_node_without_its_gpus_is_named_and_left_out(sbatch, cluster):
     cluster.run("scancel", run.job_id)
     (attempt,) = run.attempts()
     assert attempt["unfit"] == {"broken1": "Slurm promises 2 GPUs, PyTorch sees 0"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# submit.py and runs.py
+
+
+def test_submit_trains_on_eight_nodes(submit):
+    run = submit("submitted", "--nodes=8", train=["--train.global_batch_size", "16"])
+    run.ends()
+    assert run.nodes() == [[f"node{i}" for i in range(1, 9)]]
+    assert [line[0] for line in learned(run.run_dir)] == list(range(1, STEPS // 2 + 1))
+
+
+def test_submitits_signal_is_the_trainers(submit, calm, cluster):
+    run = submit("submitted_disturbed", "--nodes=2", train=LONG, slow=0.2)
+    run.reaches("step 8/")
+    cluster.run("scancel", "--signal=USR2", run.job_id)
+    run.ends()
+    assert [attempt["exit_code"] for attempt in run.attempts()] == [75, 0]
+    assert run.starts()[1]["step"] == run.attempts()[0]["steps"] >= 8
+    assert_same_end(run, calm)
+
+
+def test_a_task_of_a_sweep_is_requeued_alone(submit, cluster):
+    names = [f"swept-seed={seed}" for seed in (0, 1)]
+    with pytest.raises(FileNotFoundError):  # the sweep's own name has no run folder
+        submit("swept", "--sweep=seed=0,1", train=["--engine.name", "plain", "--train.epochs", "3"], slow=0.2)
+    runs = [submitted(cluster, name) for name in names]
+    array = runs[0].job_id.split("_")[0]
+    assert [run.job_id for run in runs] == [f"{array}_0", f"{array}_1"]
+    runs[1].reaches("step 8/")
+    cluster.run("scancel", "--signal=USR2", runs[1].job_id)
+    for run in runs:
+        run.ends()
+    assert [attempt["exit_code"] for attempt in runs[0].attempts()] == [0]
+    assert [attempt["exit_code"] for attempt in runs[1].attempts()] == [75, 0]
+    for run in runs:
+        assert [line[0] for line in learned(run.run_dir)] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
+    assert learned(runs[0].run_dir) != learned(runs[1].run_dir)
+
+
+def test_a_run_is_listed_cancelled_and_resumed(submit, calm, cluster, login):
+    def runs(*command: str) -> str:
+        return login(sys.executable, "launchers/runs.py", *command, "--runs-dir", str(cluster.shared))
+
+    def listed() -> dict:
+        return next(each for each in json.loads(runs("list", "--json")) if each["name"] == "listed")
+
+    run = submit("listed", "--nodes=2", train=LONG, slow=0.2)
+    run.reaches("step 8/")
+    assert listed()["state"] == "running"
+    assert 8 <= listed()["step"] <= listed()["total_steps"] == LONG_STEPS
+    runs("cancel", "listed")
+    cluster.wait_for("its end", lambda: cluster.state(run.job_id) == "CANCELLED")
+    assert run.attempts()[0]["decision"].startswith("cancelled")
+    runs("resume", "listed")
+    again = submitted(cluster, "listed")
+    assert again.job_id != run.job_id
+    again.ends()
+    assert listed()["state"] == "finished"
+    assert_same_end(again, calm)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--partition=gpuu"], "no partition is called 'gpuu'; those there are: "),
+        (["--nodes=3", "--partition=short"], "--nodes=3, but partition short has 2"),
+        (["--partition=short", "--time=60"], "--time=01:00:00, but partition short allows 00:30:00"),
+        (["--nodes=3"], "train.global_batch_size=8 does not give each of 3 ranks"),
+    ],
+)
+def test_what_slurm_would_never_start_is_refused_in_one_line(options, reason, login, tiny, cluster):
+    path = {"PATH": f"{Path(sys.executable).parent}:{cluster.env['PATH']}"}
+    command = [sys.executable, "launchers/submit.py", "--gpus-per-node=0", *options, *tiny("refused")]
+    done = cluster.attempt(*command, env=path, cwd=REPOSITORY)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert reason in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several hosts without Slurm
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_other_launchers_meet_across_hosts(launcher, cluster, tiny, tmp_path):
+    name = f"by_{launcher}"
+    (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    start = {
+        "torchrun": "torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint node1:29400",
+        "deepspeed": f"deepspeed --hostfile {tmp_path}/hosts --no_ssh --master_addr node1 --node_rank {{rank}}",
+    }[launcher]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank, node in enumerate(("node1", "node2")):
+        command = f"exec {start.format(rank=rank)} cit_scale/train.py {shlex.join(tiny(name))}"
+        with (tmp_path / f"{node}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(cluster.on_node(node, command), env=env, cwd=REPOSITORY, stdout=log, stderr=log)
+            )
+    codes = [process.wait(END_S) for process in processes]
+    assert codes == [0, 0], "\n".join((tmp_path / f"node{i}.log").read_text() for i in (1, 2))
+    (start,) = json.loads((cluster.shared / name / "env.json").read_text())
+    assert start["world_size"] == 2
+    assert [line[0] for line in learned(cluster.shared / name)] == list(range(1, STEPS + 1))
