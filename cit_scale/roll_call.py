@@ -102,9 +102,11 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
 
 def find_problem(world: World, env: Mapping[str, str], shared: Path) -> str | None:
     """What keeps this node from taking part, as far as it can tell alone. shared: a file that rank 0 has written."""
-    promised = int(env.get("SLURM_GPUS_ON_NODE") or 0)
-    if promised and torch.cuda.device_count() < promised:
-        return f"Slurm promises {promised} GPUs, PyTorch sees {torch.cuda.device_count()}"
+    if env.get("SLURM_GPUS_ON_NODE", "0") != "0":
+        visible = env.get("CUDA_VISIBLE_DEVICES")  # what Slurm has left of them for this rank
+        promised = len(visible.split(",")) if visible else int(env["SLURM_GPUS_ON_NODE"])
+        if torch.cuda.device_count() < promised:
+            return f"Slurm promises {promised} GPUs, PyTorch sees {torch.cuda.device_count()}"
     try:
         torch.ones(1, device=world.device).add_(1).item()
     except RuntimeError as error:  # a device that is there and does not work, or fewer than there are ranks

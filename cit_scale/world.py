@@ -71,7 +71,10 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # Some clusters show each rank one GPU only, its own.
+        return torch.device("cuda", self.local_rank if torch.cuda.device_count() > 1 else 0)
 
     @property
     def backend(self) -> str:

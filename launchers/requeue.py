@@ -104,10 +104,12 @@ def seconds(text: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def decide(exit_code: int, fate: Fate, steps: int, earlier: Sequence[Attempt], max_restarts: int) -> tuple[bool, str]:
+def decide(
+    exit_code: int, fate: Fate, steps: int, earlier: Sequence[tuple[int, int]], max_restarts: int
+) -> tuple[bool, str]:
     """Whether the job goes back to the queue, and why.
 
-    steps: as in Attempt. earlier: how the same job ended before, in order.
+    steps: as in Attempt. earlier: as ``earlier_ends`` reads them.
     """
     if exit_code == DONE:
         return False, "done"
@@ -126,9 +128,13 @@ def decide(exit_code: int, fate: Fate, steps: int, earlier: Sequence[Attempt], m
     return True, f"{count}: tries again"
 
 
-def failures_without_progress(steps: int, earlier: Sequence[Attempt]) -> int:
+def failures_without_progress(steps: int, earlier: Sequence[tuple[int, int]]) -> int:
     """How often the job has failed with these ``steps`` saved. One that gains ground may fail as often as it likes."""
-    return sum(each.exit_code not in {DONE, *STOPPED} for each in earlier if each.steps == steps)
+    return sum(has_failed(exit_code) for exit_code, steps_then in earlier if steps_then == steps)
+
+
+def has_failed(exit_code: int) -> bool:
+    return exit_code != DONE and exit_code not in STOPPED
 
 
 def steps_saved(run_dir: Path) -> int:
@@ -136,14 +142,16 @@ def steps_saved(run_dir: Path) -> int:
     return sum(max(saved_steps(folder), default=0) for folder in run_dir.rglob(CHECKPOINTS))
 
 
-def read_attempts(run_dir: Path, job_id: str) -> list[Attempt]:
-    return [Attempt(**line) for line in read_lines(run_dir / ATTEMPTS) if line["job_id"] == job_id]
+def earlier_ends(run_dir: Path, job_id: str) -> list[tuple[int, int]]:
+    """How the job ended before, in order: exit code and steps, as in Attempt."""
+    lines = [line for line in read_lines(run_dir / ATTEMPTS) if line.get("job_id") == job_id]
+    return [(line.get("exit_code", DONE), line.get("steps", 0)) for line in lines]
 
 
 def unfit_nodes(run_dir: Path, job_id: str) -> dict[str, str]:
     """Those that failed the check at the start of this job, now or before, with the reasons."""
     lines = read_lines(run_dir / UNFIT_NODES)
-    return {line["node"]: line["reason"] for line in lines if line["job_id"] == job_id}
+    return {line["node"]: line["reason"] for line in lines if line.get("job_id") == job_id}
 
 
 def last_lines(log: Path) -> list[str]:
@@ -192,7 +200,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
     try:
         job = describe_job(job_id)
         unfit, steps = unfit_nodes(run_dir, job_id), steps_saved(run_dir)
-        earlier = read_attempts(run_dir, job_id)
+        earlier = earlier_ends(run_dir, job_id)
         fate = read_fate(job, restart)
         again, reason = decide(asked.exit_code, fate, steps, earlier, asked.max_restarts)
         attempt = Attempt(
@@ -204,7 +212,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
             nodes=env.get("CIT_HOSTS", "").split(),
             unfit=unfit,
             decision=reason,
-            last_lines=[] if asked.exit_code in {DONE, *STOPPED} else last_lines(Path(env["CIT_LOG"])),
+            last_lines=last_lines(Path(env["CIT_LOG"])) if has_failed(asked.exit_code) else [],
         )
         print(f"job {job_id}: {reason}", flush=True)
         for node, why in unfit.items():

@@ -6,11 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from launchers import requeue
-from launchers.requeue import Attempt, Fate, decide, read_fate
-
-
-def ended(exit_code, steps, job_id="7"):
-    return Attempt(0.0, job_id, 0, exit_code, steps, [], {}, "")
+from launchers.requeue import Fate, decide, read_fate
 
 
 @pytest.mark.parametrize(
@@ -62,20 +58,20 @@ def test_what_slurm_does_is_read_from_the_job(changes, fate):
 
 
 def test_failures_at_the_same_step_are_counted_and_bounded():
-    earlier = [ended(1, 10), ended(137, 10)]
+    earlier = [(1, 10), (137, 10)]
     assert decide(1, Fate.LEAVES, 10, earlier, 3)[0]
-    assert not decide(1, Fate.LEAVES, 10, [*earlier, ended(14, 10)], 3)[0]
+    assert not decide(1, Fate.LEAVES, 10, [*earlier, (14, 10)], 3)[0]
     assert not decide(1, Fate.LEAVES, 10, [], 0)[0]
 
 
 def test_a_checkpoint_in_between_starts_the_count_anew():
-    earlier = [ended(1, 0), ended(1, 0), ended(1, 0)]
+    earlier = [(1, 0), (1, 0), (1, 0)]
     assert not decide(1, Fate.LEAVES, 0, earlier, 3)[0]
     assert "failure 1 " in decide(1, Fate.LEAVES, 5, earlier, 3)[1]
 
 
 def test_a_stop_on_request_is_no_failure_and_does_not_hide_one():
-    earlier = [ended(1, 10), ended(75, 10), ended(75, 10)]
+    earlier = [(1, 10), (75, 10), (75, 10)]
     assert "failure 2 " in decide(1, Fate.LEAVES, 10, earlier, 3)[1]
 
 
@@ -132,10 +128,12 @@ def test_unfit_nodes_of_this_job_are_left_out_with_those_that_already_were(slurm
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (slurm.run_dir / "unfit_nodes.jsonl").write_text(text + '{"job_id": "7", "no')
+    (slurm.run_dir / "attempts.jsonl").write_text('[]\n{"odd": 1}\nnot json\n')
     slurm.job = {**JOB, "ExcNodeList": "x[1-2]"}
     assert requeue.main(["--exit-code", "8", *slurm.train], slurm.env) == 0
     assert slurm.calls == [("requeue", "7"), ("update", "JobId=7", "ExcNodeList=x[1-2],a")]
-    assert attempts(slurm.run_dir)[0]["unfit"] == {"a": "no GPU"}
+    last = (slurm.run_dir / "attempts.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["unfit"] == {"a": "no GPU"}
 
 
 def test_a_job_that_slurm_has_requeued_itself_is_not_requeued_twice(slurm):

@@ -69,6 +69,14 @@ def test_a_node_without_its_gpus_is_refused_on_every_rank(tmp_path, monkeypatch)
     assert [str(failure) for failure in failures] == [reason] * 4
 
 
+def test_a_rank_that_is_shown_its_own_gpu_only_is_content_with_it(tmp_path, monkeypatch):
+    env = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}
+    monkeypatch.setattr(roll_call.torch.cuda, "device_count", lambda: 1)
+    assert find_problem(World(), env, tmp_path) is None
+    monkeypatch.setattr(roll_call.torch.cuda, "device_count", lambda: 0)
+    assert find_problem(World(), env, tmp_path) == "Slurm promises 1 GPUs, PyTorch sees 0"
+
+
 def test_a_request_to_stop_ends_the_wait_on_all_ranks(tmp_path):
     stop = StopRequest()
     stop.signum = 15

@@ -17,7 +17,11 @@ import pytest
 from slurm_cluster import Cluster, why_not
 from tiny_run import STEPS, STEPS_PER_EPOCH, assert_same_tensors, learned
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
 
 REPOSITORY = Path(__file__).parents[1]
 END_S = 240
@@ -185,6 +189,13 @@ def test_ranks_are_as_many_as_ntasks_per_node_says(sbatch):
     run = sbatch("cit_tiny", "four_ranks", *ON_CPUS, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=8")
     run.ends()
     assert run.starts()[0]["world_size"] == 4
+
+
+def test_of_three_nodes_two_train_where_three_cannot_share_the_batch(sbatch):
+    run = sbatch("cit_tiny", "two_of_three", *ON_CPUS, "--nodes=3", "--export=ALL,CIT_NODE_COUNTS=4 2 1")
+    run.ends()
+    assert run.nodes() == [["node1", "node2"]]
+    assert run.starts()[0]["world_size"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,13 @@ def test_submitit_tasks_on_one_machine_are_read():
     assert World.from_env(env) == World(rank=1, local_rank=1, world_size=2, local_world_size=2)
 
 
+@pytest.mark.parametrize(("visible", "index"), [(8, 3), (1, 0)])
+def test_a_rank_computes_on_its_own_gpu_whether_it_is_shown_all_or_one(visible, index, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert World(3, 3, 8, 8).device == torch.device("cuda", index)
+
+
 def test_torchrun_inside_a_slurm_step_wins_over_slurm():
     slurm = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}
     torchrun = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
