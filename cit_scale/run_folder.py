@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"  # a list: one entry per start
@@ -28,15 +26,3 @@ def saved_steps(checkpoints: Path) -> list[int]:
         return []
     matches = (re.fullmatch(r"step_(\d{6,})", path.name) for path in checkpoints.iterdir())
     return [int(match[1]) for match in matches if match]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What stands in a file of JSON lines, without half a line that is being written, or a damaged one."""
-    lines = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
-    return [line for line in lines if isinstance(line, dict)]

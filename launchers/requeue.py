@@ -43,7 +43,8 @@ from cit_scale.errors import (
     RefusedError,
     Stopped,
 )
-from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, read_lines, saved_steps
+from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, saved_steps
+from launchers.folders import parse_lines, read_text
 
 LAST_LINES = 100  # a traceback through torch takes forty
 
@@ -144,13 +145,13 @@ def steps_saved(run_dir: Path) -> int:
 
 def earlier_ends(run_dir: Path, job_id: str) -> list[tuple[int, int]]:
     """How the job ended before, in order: exit code and steps, as in Attempt."""
-    lines = [line for line in read_lines(run_dir / ATTEMPTS) if line.get("job_id") == job_id]
+    lines = [line for line in parse_lines(read_text(run_dir / ATTEMPTS)) if line.get("job_id") == job_id]
     return [(line.get("exit_code", DONE), line.get("steps", 0)) for line in lines]
 
 
 def unfit_nodes(run_dir: Path, job_id: str) -> dict[str, str]:
     """Those that failed the check at the start of this job, now or before, with the reasons."""
-    lines = read_lines(run_dir / UNFIT_NODES)
+    lines = parse_lines(read_text(run_dir / UNFIT_NODES))
     return {line["node"]: line["reason"] for line in lines if line.get("job_id") == job_id}
 
 
