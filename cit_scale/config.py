@@ -244,7 +244,7 @@ class TrainConfig:
     max_bad_steps: int = 10
     """After so many steps in a row that are not finite the run stops, with their batches beside the checkpoints."""
 
-    start_timeout_s: float = 600
+    start_timeout_s: float = 300
     """How long the ranks wait for one another at the start; then the nodes that did not arrive are named."""
 
     step_timeout_s: float = 1800

@@ -54,14 +54,16 @@ def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest,
     timeout_s: how long the slowest rank may take to arrive. Raises UnfitNodeError on all ranks, which names the nodes
     and is noted in the run folder for the next try; ConfigError where the port is taken; Stopped when asked to stop.
     """
-    store = _open_store(world, env, timeout_s)
+    store, opened = _open_store(world, env, timeout_s), time.time()
     shared = _shared_file(world, store, run_dir, timeout_s)
     try:
-        report = Report(socket.gethostname(), time.time(), world.device.type, find_problem(world, env, shared))
-        _post(store, f"report/{world.rank}", asdict(report))
-        verdict = _agree(world, store, "report", stop, timeout_s, lambda posts: judge(posts, world, env, timeout_s))
+        problem = find_problem(world, env, shared)
+        _post(store, f"report/{world.rank}", asdict(Report(node_name(env), time.time(), world.device.type, problem)))
+        verdict = _agree(
+            world, store, "report", stop, timeout_s, lambda posts: judge(posts, world, env, timeout_s, opened)
+        )
     finally:
-        if world.is_main and shared != run_dir.parent:
+        if world.is_main and shared is not None:
             shared.unlink(missing_ok=True)
     _refuse(verdict, world, env, run_dir)
     return store
@@ -81,27 +83,40 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     problem = None
     try:
+        # Without this NCCL ends the process when its patience does, before anything could be said.
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
         trial, patience = dist.PrefixStore("trial", store), timedelta(seconds=TRIAL_S)
         dist.init_process_group(
             world.backend, store=trial, rank=world.rank, world_size=world.world_size, timeout=patience
         )
-        ones = torch.ones(1, device=world.device)
-        dist.all_reduce(ones)
-        if ones.item() != world.world_size:
-            problem = f"a sum of ones over {world.world_size} ranks came out as {ones.item():g}"
+        for device in dict.fromkeys(
+            [torch.device("cpu"), world.device]
+        ):  # over gloo, and over NCCL where there is a GPU
+            ones = torch.ones(1, device=device)
+            dist.all_reduce(ones)
+            if ones.item() != world.world_size:
+                problem = f"a sum of ones over {world.world_size} ranks on {device} came out as {ones.item():g}"
     except RuntimeError as error:
         problem = f"a sum over the ranks failed: {' '.join(str(error).split())[:200]}"
     finally:
+        del os.environ["TORCH_NCCL_BLOCKING_WAIT"]
         if dist.is_initialized():
             dist.destroy_process_group()
-    report = Report(socket.gethostname(), time.time(), world.device.type, problem)
-    _post(store, f"trial/{world.rank}", asdict(report))
-    verdict = _agree(world, store, "trial", stop, 2 * TRIAL_S, lambda posts: judge(posts, world, env, 2 * TRIAL_S))
+    _post(store, f"trial/{world.rank}", asdict(Report(node_name(env), time.time(), world.device.type, problem)))
+    verdict = _agree(world, store, "trial", stop, 2 * TRIAL_S, lambda posts: judge(posts, world, env, 2 * TRIAL_S, 0.0))
     _refuse(verdict, world, env, run_dir if 2 * len(verdict) < world.num_nodes else None)
 
 
-def find_problem(world: World, env: Mapping[str, str], shared: Path) -> str | None:
-    """What keeps this node from taking part, as far as it can tell alone. shared: a file that rank 0 has written."""
+def node_name(env: Mapping[str, str]) -> str:
+    """As Slurm calls it, which is what it has to be excluded by; the host's name elsewhere."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> str | None:
+    """What keeps this node from taking part, as far as it can tell alone.
+
+    shared: a file that rank 0 has written; None where it could not, which is no node's fault here.
+    """
     if env.get("SLURM_GPUS_ON_NODE", "0") != "0":
         visible = env.get("CUDA_VISIBLE_DEVICES")  # what Slurm has left of them for this rank
         promised = len(visible.split(",")) if visible else int(env["SLURM_GPUS_ON_NODE"])
@@ -118,15 +133,23 @@ def find_problem(world: World, env: Mapping[str, str], shared: Path) -> str | No
     except OSError as error:
         return f"no temporary file can be written: {error}"
     deadline = time.monotonic() + SHARED_S
-    while not shared.exists():
-        if time.monotonic() > deadline:
-            return f"{shared.parent} is not the folder that rank 0 sees there; runs_dir has to be on a shared disk"
-        time.sleep(POLL_S)
+    try:
+        while shared is not None and not shared.exists():
+            if time.monotonic() > deadline:
+                return f"{shared.parent} is not the folder that rank 0 sees there; runs_dir has to be on a shared disk"
+            time.sleep(POLL_S)
+    except OSError as error:
+        return f"the folder of runs cannot be read: {error}"
     return None
 
 
-def judge(posts: Mapping[int, tuple[Report, float]], world: World, env: Mapping[str, str], timeout_s: float) -> Verdict:
-    """On rank 0. posts: by rank, its report and when it was seen, by rank 0's clock. Ranks may be missing."""
+def judge(
+    posts: Mapping[int, tuple[Report, float]], world: World, env: Mapping[str, str], timeout_s: float, opened: float
+) -> Verdict:
+    """On rank 0. posts: by rank, its report and when it was seen. Ranks may be missing.
+
+    opened: when the first of them can have been written. Both times are by rank 0's clock, in seconds since 1970.
+    """
     verdict: Verdict = {}
     mine = posts[0][0]
     for rank in range(world.world_size):
@@ -134,7 +157,7 @@ def judge(posts: Mapping[int, tuple[Report, float]], world: World, env: Mapping[
             verdict.setdefault(_host(rank, world, env), f"rank {rank} did not arrive within {timeout_s:g} s")
             continue
         report, seen = posts[rank]
-        skew_s = report.time - seen
+        skew_s = report.time - min(max(report.time, opened), seen)  # how far it is outside of what can be
         if report.problem is not None:
             verdict.setdefault(report.host, report.problem)
         elif report.device != mine.device:
@@ -186,29 +209,37 @@ def _open_store(world: World, env: Mapping[str, str], timeout_s: float) -> dist.
             host, port, world.world_size, world.is_main and not is_agents, patience, wait_for_workers=False
         )
     except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) and "SLURM_JOB_ID" in env:
+            raise UnfitNodeError(
+                f"port {port} of {host} is in use by another program; the next start takes another"
+            ) from error
         if "EADDRINUSE" in str(error):
             raise ConfigError(
                 f"port {port} of {host}, where the ranks are to meet, is in use by another program; choose another: "
                 "deepspeed --master_port N, or MASTER_PORT=N"
             ) from error
         raise UnfitNodeError(
-            f"{socket.gethostname()} cannot reach rank 0 at {host}:{port} ({' '.join(str(error).split())[:200]})"
+            f"{node_name(env)} cannot reach rank 0 at {host}:{port} ({' '.join(str(error).split())[:200]})"
         ) from error
     return dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _shared_file(world: World, store: dist.Store, run_dir: Path, timeout_s: float) -> Path:
-    """Collective. A file beside the run folder, written by rank 0 and under a name that no node can have cached."""
+def _shared_file(world: World, store: dist.Store, run_dir: Path, timeout_s: float) -> Path | None:
+    """Collective. A file beside the run folder, written by rank 0 and under a name that no node can have cached.
+
+    None where rank 0 cannot write there.
+    """
     folder = run_dir.parent
     if world.is_main:
         name = f".roll_call_{secrets.token_hex(8)}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-        except OSError:  # no node's fault; the run says so when it wants to write
+        except OSError:  # the run says so when it wants to write
             name = ""
         store.set("shared", name)
-    return folder / _get(store, "shared", timeout_s)
+    name = _get(store, "shared", timeout_s)
+    return folder / name if name else None
 
 
 def _agree(

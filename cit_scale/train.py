@@ -57,6 +57,7 @@ from cit_scale.results import describe_environment, print_table
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.run_state import Progress, describe, restore, seed_step
 from cit_scale.saver import Saver
+from cit_scale.slurm_job import restart_count
 from cit_scale.stop import StopRequest
 from cit_scale.task import Task, check, check_same_run, teacher_runs
 from cit_scale.teachers import Teacher, run_teachers
@@ -86,7 +87,9 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
             )
         with StopRequest() if stop is None else contextlib.nullcontext(stop) as stop:
             join(arguments.config, world, stop)
-            results = run(arguments.config, world, stop, fresh=arguments.fresh, override=arguments.override_resume)
+            # A job that Slurm starts again goes on with what it has begun afresh.
+            fresh = arguments.fresh and not restart_count(os.environ)
+            results = run(arguments.config, world, stop, fresh=fresh, override=arguments.override_resume)
     except Stopped as stopped:
         if is_main:
             command = "the same command without --fresh" if arguments.fresh else "the same command"
@@ -112,8 +115,11 @@ def exit_code_of(error: BadImageError | OSError) -> int:
     """What stands on a disk and cannot be used: images, a disk that takes no more, a file that cannot be read."""
     if isinstance(error, BadImageError):
         return BadDataError.exit_code
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return CannotWriteError.exit_code if is_full else MissingInputError.exit_code
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return CannotWriteError.exit_code
+    if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET):
+        return 1  # a network disk that fails for a moment: the same command may well go on
+    return MissingInputError.exit_code
 
 
 def join_world(env: Mapping[str, str]) -> World:

@@ -4,7 +4,8 @@ slurm/env.sh runs this at the end of each batch script, on the job's first node:
 
     python launchers/requeue.py --exit-code 75 --max-restarts 3 -- ARGUMENTS OF train.py
 
-- Stopped on request (a time limit ahead, a preemption): the job goes back to the queue, as often as that happens.
+- Stopped on request (a time limit ahead, a preemption): the job goes back to the queue, as often as that happens, but
+  not ten times without one more step.
 - A real failure: it does too, at most ``--max-restarts`` times in a row without a new checkpoint in between. A node
   that failed the check at the start is left out from then on.
 - What would fail again (a wrong setting, missing data, divergence, a full disk) does not, and a job that somebody
@@ -26,6 +27,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -46,6 +48,8 @@ from cit_scale.errors import (
 from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, saved_steps
 from launchers.folders import parse_lines, read_text
 
+MAX_STOPS = 10
+PAUSES_S = (2, 5, 10, 20, 20)
 LAST_LINES = 100  # a traceback through torch takes forty
 
 DONE = 0
@@ -62,7 +66,8 @@ STOPPED = {Stopped.exit_code, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2}
 class Attempt:
     """How a job ended once: a line of attempts.jsonl.
 
-    steps: those in the newest checkpoints of the run and its teachers' runs, added up. unfit: reasons by node.
+    steps: those in the newest checkpoints of the run and its teachers' runs, added up. fate: what Slurm had in mind.
+    unfit: reasons by node.
     """
 
     time: float
@@ -70,6 +75,7 @@ class Attempt:
     restart: int
     exit_code: int
     steps: int
+    fate: str
     nodes: list[str]
     unfit: dict[str, str]
     decision: str
@@ -83,6 +89,7 @@ class Fate(Enum):
     LIMIT = "its time is up"
     REQUEUED = "it is in the queue again"
     CANCELLED = "somebody has cancelled it"
+    UNKNOWN = "Slurm does not answer"
 
 
 def read_fate(job: Mapping[str, str], restart: int) -> Fate:
@@ -118,20 +125,23 @@ def decide(
         return False, "cancelled; the same command continues"
     if fate is Fate.REQUEUED:
         return True, "requeued by Slurm"
+    here = [code for code, steps_then in earlier if steps_then == steps]
     if exit_code in STOPPED:
+        stops = 1 + sum(code in STOPPED for code in here)
+        if stops >= MAX_STOPS:
+            return (
+                False,
+                f"stopped {stops} times without one more step: given up; is the signal earlier than the start?",
+            )
         return True, "stopped on request, goes on as soon as Slurm has nodes for it"
     if exit_code in HOPELESS:
         return False, f"exit code {exit_code}: another try would end the same way"
-    failures = 1 + failures_without_progress(steps, earlier)
+    # One that gains ground may fail as often as it likes.
+    failures = 1 + sum(has_failed(code) for code in here)
     count = f"exit code {exit_code}, failure {failures} in a row without progress, of at most {max_restarts}"
     if failures > max_restarts:
         return False, f"{count}: given up; the same command tries again"
     return True, f"{count}: tries again"
-
-
-def failures_without_progress(steps: int, earlier: Sequence[tuple[int, int]]) -> int:
-    """How often the job has failed with these ``steps`` saved. One that gains ground may fail as often as it likes."""
-    return sum(has_failed(exit_code) for exit_code, steps_then in earlier if steps_then == steps)
 
 
 def has_failed(exit_code: int) -> bool:
@@ -144,15 +154,17 @@ def steps_saved(run_dir: Path) -> int:
 
 
 def earlier_ends(run_dir: Path, job_id: str) -> list[tuple[int, int]]:
-    """How the job ended before, in order: exit code and steps, as in Attempt."""
+    """How the job ended before by itself, in order: exit code and steps, as in Attempt."""
     lines = [line for line in parse_lines(read_text(run_dir / ATTEMPTS)) if line.get("job_id") == job_id]
-    return [(line.get("exit_code", DONE), line.get("steps", 0)) for line in lines]
+    # Ranks that Slurm has killed to have their nodes have not failed.
+    own = [line for line in lines if line.get("fate") != Fate.REQUEUED.name]
+    return [(line.get("exit_code", DONE), line.get("steps", 0)) for line in own]
 
 
 def unfit_nodes(run_dir: Path, job_id: str) -> dict[str, str]:
     """Those that failed the check at the start of this job, now or before, with the reasons."""
-    lines = parse_lines(read_text(run_dir / UNFIT_NODES))
-    return {line["node"]: line["reason"] for line in lines if line.get("job_id") == job_id}
+    lines = [line for line in parse_lines(read_text(run_dir / UNFIT_NODES)) if line.get("job_id") == job_id]
+    return {str(line["node"]): str(line.get("reason")) for line in lines if "node" in line}
 
 
 def last_lines(log: Path) -> list[str]:
@@ -163,11 +175,18 @@ def last_lines(log: Path) -> list[str]:
 
 
 def slurm(*command: str) -> str:
-    """What a Slurm command says; raises OSError with its complaint where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
-    return done.stdout
+    """What a Slurm command says. A controller that is busy or restarts is asked again for a minute.
+
+    Raises OSError with its last complaint.
+    """
+    for pause_s in (*PAUSES_S, None):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if not done.returncode:
+            return done.stdout
+        if pause_s is None or not re.search("timed out|Unable to contact|try again|Connection refused", done.stderr):
+            break
+        time.sleep(pause_s)
+    raise OSError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
 
 
 def describe_job(job_id: str) -> dict[str, str]:
@@ -176,13 +195,14 @@ def describe_job(job_id: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def requeue(job_id: str, fate: Fate, job: Mapping[str, str], exclude: Sequence[str]) -> None:
-    """See that the job is in the queue again, to be started without the nodes in ``exclude``. Raises OSError."""
-    if fate is not Fate.REQUEUED:
-        slurm("scontrol", "requeue", job_id)
-    if exclude:
-        before = [job["ExcNodeList"]] if job.get("ExcNodeList", "(null)") != "(null)" else []
-        slurm("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*before, *exclude])}")
+def exclude(job_id: str, job: Mapping[str, str], nodes: Sequence[str]) -> None:
+    """Have the job started without these nodes from now on. Raises OSError."""
+    before = [job["ExcNodeList"]] if job.get("ExcNodeList", "(null)") != "(null)" else []
+    slurm("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*before, *nodes])}")
+
+
+def say(job_id: str, message: str) -> None:
+    print(f"job {job_id}: {message}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ) -> int:
@@ -200,31 +220,45 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
 
     try:
         job = describe_job(job_id)
-        unfit, steps = unfit_nodes(run_dir, job_id), steps_saved(run_dir)
-        earlier = earlier_ends(run_dir, job_id)
         fate = read_fate(job, restart)
-        again, reason = decide(asked.exit_code, fate, steps, earlier, asked.max_restarts)
-        attempt = Attempt(
-            time=time.time(),
-            job_id=job_id,
-            restart=restart,
-            exit_code=asked.exit_code,
-            steps=steps,
-            nodes=env.get("CIT_HOSTS", "").split(),
-            unfit=unfit,
-            decision=reason,
-            last_lines=last_lines(Path(env["CIT_LOG"])) if has_failed(asked.exit_code) else [],
-        )
-        print(f"job {job_id}: {reason}", flush=True)
-        for node, why in unfit.items():
-            print(f"job {job_id}: {node} is left out: {why}", flush=True)
+    except OSError as error:
+        say(job_id, str(error))
+        job, fate = {}, Fate.UNKNOWN
+    unfit, steps = unfit_nodes(run_dir, job_id), steps_saved(run_dir)
+    again, reason = decide(asked.exit_code, fate, steps, earlier_ends(run_dir, job_id), asked.max_restarts)
+    attempt = Attempt(
+        time=time.time(),
+        job_id=job_id,
+        restart=restart,
+        exit_code=asked.exit_code,
+        steps=steps,
+        fate=fate.name,
+        nodes=env.get("CIT_HOSTS", "").split(),
+        unfit=unfit,
+        decision=reason,
+        last_lines=last_lines(Path(env["CIT_LOG"])) if has_failed(asked.exit_code) else [],
+    )
+    say(job_id, reason)
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / ATTEMPTS).open("a") as file:
             file.write(json.dumps(asdict(attempt)) + "\n")
-        if again:
-            requeue(job_id, fate, job, list(unfit))  # last: Slurm ends this process with the job
     except OSError as error:
-        print(f"error: job {job_id} ends here: {error}", file=sys.stderr, flush=True)
+        say(job_id, f"{run_dir / ATTEMPTS} cannot be written: {error}")
+    if not again:
+        return 0
+    try:
+        if fate is not Fate.REQUEUED:
+            slurm("scontrol", "requeue", job_id)  # from here on Slurm may end this process with the job
+    except OSError as error:
+        say(job_id, f"it ends here, and the same command continues: {error}")
+        return 1
+    try:
+        if unfit:
+            exclude(job_id, job, list(unfit))
+            say(job_id, f"left out from now on: {', '.join(unfit)}")
+    except OSError as error:
+        say(job_id, f"unfit nodes are not left out: {error}")
         return 1
     return 0
 

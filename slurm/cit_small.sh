@@ -22,4 +22,4 @@
 export CIT_SCALE=${CIT_SCALE:-$SLURM_SUBMIT_DIR}
 set -- --config cit_small "$@"
 source "$CIT_SCALE/slurm/env.sh" || { echo "error: run sbatch in the checkout, or set CIT_SCALE to it" >&2; exit 2; }
-srun python "$CIT_SCALE/cit_scale/train.py" "$@"
+srun "${CIT_PYTHON:-python}" "$CIT_SCALE/cit_scale/train.py" "$@"

@@ -15,25 +15,29 @@ done
 gpus=${SLURM_GPUS_ON_NODE:-0}
 ranks=${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : ${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES} / SLURM_JOB_NUM_NODES))}
 cpus=$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))
-export SLURM_NNODES=$nodes SLURM_NTASKS_PER_NODE=$ranks SLURM_NTASKS=$((nodes * ranks))
+export SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes SLURM_NTASKS_PER_NODE=$ranks SLURM_NTASKS=$((nodes * ranks))
 
 # Each rank keeps to its own share of the cores. Without that its threads, those of DALI among them, wander between
 # sockets; without the second line PyTorch would start a thread for each core of the node in every rank.
-export SLURM_CPU_BIND=cores SRUN_CPUS_PER_TASK=$cpus
+export SLURM_CPU_BIND=cores SRUN_CPUS_PER_TASK=$cpus SLURM_CPUS_PER_TASK=$cpus
+unset SLURM_TRES_PER_TASK # newer Slurms say there what a task of the batch script has, and srun refuses two answers
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 
-# When a rank dies, the others get a minute to say why they cannot go on before they are ended. Ending them at once, as
-# --kill-on-bad-exit would, takes the ranks that have not left yet for failed whenever a run is asked to stop.
-export SLURM_WAIT=60 SLURM_KILL_BAD_EXIT=0
+# When a rank dies, the others notice and leave; those that do not are ended six minutes later. Not before: rank 0 waits
+# for train.start_timeout_s, five minutes, before it names the node of a rank that did not arrive. Ending them at once,
+# as --kill-on-bad-exit would, takes ranks that have not left yet for failed whenever a run is asked to stop.
+export SLURM_WAIT=360 SLURM_KILL_BAD_EXIT=0
 
-# The ranks meet on the first node, at a port that two jobs on one node do not share; the range is below the one from
-# which Linux gives ports to programs that do not care.
+# The ranks meet on the first node, at a port that two jobs on one node do not share, nor two starts of one job; the
+# range is below the one from which Linux gives ports to programs that do not care.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines="$nodes")
 MASTER_ADDR=$(head --lines=1 <<< "$hosts")
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:-0}) % 12000))}
+export MASTER_ADDR MASTER_PORT
 CIT_HOSTS=$(echo $hosts)
 CIT_LOG=$(readlink "/proc/$$/fd/1")
 export CIT_HOSTS CIT_LOG
+export SLURM_EXPORT_ENV=ALL # to the ranks, also where sbatch was told to export nothing
 
 # No NCCL_* here: its choice of interfaces and algorithms is right on most clusters, and what is wrong with it on yours
 # cannot be known. Set it before sbatch, which passes the environment on.

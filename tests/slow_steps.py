@@ -1,7 +1,7 @@
 """train.py, or submitit's job, with steps that take a while and no processor: to act in the middle of a run.
 
-    python slow_steps.py SECONDS train ARGUMENTS OF train.py
-    python slow_steps.py SECONDS submitit ARGUMENTS OF submitit.core._submit
+python slow_steps.py SECONDS train ARGUMENTS OF train.py
+python slow_steps.py SECONDS submitit ARGUMENTS OF submitit.core._submit
 """
 
 import runpy

@@ -6,6 +6,7 @@ network and not over loopback. Needs root, iproute2 and Debian's slurm-wlm and m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -135,17 +136,16 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """As if its power failed: slurmd and everything it started are gone at once."""
         # Only those: the hosts share this machine's processes.
-        marked = [
-            int(path.parent.name)
-            for path in Path("/proc").glob("[0-9]*/environ")
-            if _is_of_node(path, name, str(self.folder))
-        ]
-        self._daemons.pop(name).kill()
-        for pid in marked:
-            try:
+        environments = Path("/proc").glob("[0-9]*/environ")
+        started = [int(path.parent.name) for path in environments if _is_of_node(path, name, str(self.folder))]
+        self.kill_slurmd(name)
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+
+    def kill_slurmd(self, name: str) -> None:
+        """The daemon alone; what it started goes on."""
+        self._daemons.pop(name).kill()
 
     def start_node(self, name: str) -> None:
         """slurmd on a host of its own."""

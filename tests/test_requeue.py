@@ -113,6 +113,7 @@ def test_a_failure_is_recorded_with_its_last_lines_and_requeued(slurm):
         "restart": 2,
         "exit_code": 137,
         "steps": 25,
+        "fate": "LEAVES",
         "nodes": ["a", "b"],
         "unfit": {},
         "decision": "exit code 137, failure 1 in a row without progress, of at most 3: tries again",
@@ -165,10 +166,56 @@ def test_the_lines_of_submitits_other_ranks_are_kept_too(slurm, tmp_path):
     assert attempts(slurm.run_dir)[0]["last_lines"] == ["rank 0 was here", "rank 1 was here", "rank 12 was here"]
 
 
-def test_slurms_refusal_is_an_error_line(slurm, monkeypatch, capsys):
+def test_slurms_refusal_is_said(slurm, monkeypatch, capsys):
     def refuse(*command):
-        raise OSError("scontrol requeue 7: Job is not requeueable")
+        raise OSError(f"{' '.join(command)}: Job is not requeueable")
 
     monkeypatch.setattr(requeue, "slurm", refuse)
     assert requeue.main(["--exit-code", "75", *slurm.train], slurm.env) == 1
-    assert "error: job 7 ends here: scontrol requeue 7: Job is not requeueable" in capsys.readouterr().err
+    assert "it ends here, and the same command continues: scontrol requeue 7: Job is" in capsys.readouterr().out
+    assert attempts(slurm.run_dir)[0]["fate"] == "UNKNOWN"  # the end is on record all the same
+
+
+def test_a_job_is_requeued_although_a_node_cannot_be_left_out(slurm, monkeypatch, capsys):
+    slurm.run_dir.mkdir()
+    (slurm.run_dir / "unfit_nodes.jsonl").write_text('{"job_id": "7", "node": "a.b"}\n{"job_id": "7"}\n')
+    answer = requeue.slurm
+
+    def refuse_update(*command):
+        if command[1] == "update":
+            raise OSError("scontrol update: Invalid node name specified")
+        return answer(*command)
+
+    monkeypatch.setattr(requeue, "slurm", refuse_update)
+    assert requeue.main(["--exit-code", "8", *slurm.train], slurm.env) == 1
+    assert slurm.calls == [("requeue", "7")]
+    assert "unfit nodes are not left out: scontrol update: Invalid node name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("complaint", "calls"), [("Socket timed out on send/recv operation", 3), ("Invalid job id specified", 1)]
+)
+def test_a_busy_controller_is_asked_again_and_a_clear_no_is_not(complaint, calls, tmp_path, monkeypatch):
+    script = tmp_path / "scontrol"
+    script.write_text(f"#!/bin/sh\necho x >> {tmp_path}/calls\necho '{complaint}' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(requeue, "PAUSES_S", (0, 0))
+    with pytest.raises(OSError, match=complaint):
+        requeue.slurm(str(script), "show")
+    assert (tmp_path / "calls").read_text().count("x") == calls
+
+
+def test_stops_without_one_more_step_are_bounded():
+    assert decide(75, Fate.LEAVES, 0, [(75, 0)] * 8, 3)[0]
+    again, reason = decide(75, Fate.LEAVES, 0, [(75, 0)] * 9, 3)
+    assert not again
+    assert "stopped 10 times without one more step" in reason
+    assert decide(75, Fate.LEAVES, 1, [(75, 0)] * 9, 3)[0]
+
+
+def test_ranks_that_slurm_killed_for_their_nodes_have_not_failed(slurm):
+    slurm.run_dir.mkdir()
+    lines = [{"job_id": "7", "exit_code": 137, "steps": 0, "fate": "REQUEUED"}] * 5
+    (slurm.run_dir / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    requeue.main(["--exit-code", "1", *slurm.train], slurm.env)
+    assert "failure 1 in a row" in attempts(slurm.run_dir)[-1]["decision"]

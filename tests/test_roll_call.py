@@ -1,11 +1,13 @@
 """The check at the start, with one thread for each rank: the store does not mind."""
 
+import functools
 import json
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from ranks import start_process
 
 from cit_scale import roll_call
@@ -83,18 +85,25 @@ def test_a_request_to_stop_ends_the_wait_on_all_ranks(tmp_path):
     assert [type(failure) for failure in meet_all(tmp_path / "mine", (0, 1, 2), stop=stop)] == [Stopped] * 3
 
 
-def test_a_taken_port_is_named_with_the_way_out(tmp_path):
+@pytest.mark.parametrize(
+    ("more", "error", "reason"),
+    [({}, ConfigError, "MASTER_PORT=N"), ({"SLURM_JOB_ID": "7"}, UnfitNodeError, "the next start takes another")],
+)
+def test_a_taken_port_is_named_with_the_way_out(more, error, reason, tmp_path):
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"port {port} of 127\.0\.0\.1.* in use .*MASTER_PORT=N"):
-            meet(World(0, 0, 2, 2), env_of(port), tmp_path / "mine", StopRequest(), 5.0)
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
+        with pytest.raises(error, match=rf"port {port} of 127\.0\.0\.1.* in use .*{reason}"):
+            meet(World(0, 0, 2, 2), env, tmp_path / "mine", StopRequest(), 5.0)
 
 
 def test_a_folder_that_rank_0_cannot_write_is_nobodys_fault_here(tmp_path):
     (tmp_path / "file").touch()
-    assert not any(isinstance(answer, Exception) for answer in meet_all(tmp_path / "file" / "mine"))
+    started = time.monotonic()
+    assert not any(isinstance(answer, Exception) for answer in meet_all(tmp_path / "file" / "runs" / "mine"))
+    assert time.monotonic() - started < roll_call.SHARED_S
 
 
 def test_a_node_that_does_not_see_the_shared_file_is_unfit(tmp_path, monkeypatch):
@@ -120,24 +129,39 @@ SIX = World(0, 0, 6, 2)
 
 
 def test_a_clock_that_is_off_is_named_with_how_much():
-    off = report("b", clock=1000.0 - MAX_SKEW_S - 5)
-    found = judge(posts(*[report("a")] * 2, off, off, *[report("c")] * 2), SIX, {}, 60)
+    off = report("b", clock=990.0 - MAX_SKEW_S - 5)
+    found = judge(posts(*[report("a")] * 2, off, off, *[report("c")] * 2), SIX, {}, 60, 990.0)
     assert found == {"b": "its clock is -65 s off that of a"}
+
+
+def test_a_report_that_waited_for_a_slow_rank_0_is_not_taken_for_a_slow_clock():
+    waited = report("b", clock=995.0)
+    assert judge(posts(*[report("a")] * 2, *[waited] * 4, seen=1000.0 + 2 * MAX_SKEW_S), SIX, {}, 60, 990.0) == {}
+
+
+def test_a_node_goes_by_the_name_that_slurm_excludes_it_by():
+    assert roll_call.node_name({"SLURMD_NODENAME": "gpu-17"}) == "gpu-17"
+    assert roll_call.node_name({}) == socket.gethostname()
+
+
+def test_a_disk_that_fails_is_the_nodes_problem(tmp_path, monkeypatch):
+    monkeypatch.setattr(roll_call.Path, "exists", lambda self: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+    assert "the folder of runs cannot be read: " in find_problem(World(), {}, tmp_path / "shared")
 
 
 def test_a_node_of_another_kind_is_named():
     gpu, cpu = report("a", device="cuda"), report("c", device="cpu")
-    found = judge(posts(*[gpu] * 4, cpu, cpu), SIX, {}, 60)
+    found = judge(posts(*[gpu] * 4, cpu, cpu), SIX, {}, 60, 990.0)
     assert found == {"c": "rank 4 has a cpu and rank 0 a cuda"}
 
 
 def test_where_nobody_else_arrives_rank_0s_own_node_is_suspected():
-    found = judge(posts(report("a"), report("a"), None, None, None, None), SIX, {}, 60)
+    found = judge(posts(report("a"), report("a"), None, None, None, None), SIX, {}, 60, 990.0)
     assert found == {"a": "none of the other 2 nodes reached it within 60 s"}
 
 
 def test_a_missing_node_without_slurm_goes_by_its_rank():
-    assert judge(posts(report("a"), None), World(0, 0, 2, 1), {}, 60) == {
+    assert judge(posts(report("a"), None), World(0, 0, 2, 1), {}, 60, 990.0) == {
         "the node of rank 1": "rank 1 did not arrive within 60 s"
     }
 
@@ -147,12 +171,14 @@ def test_gloos_own_choice_of_interface_is_left_alone_where_it_works(monkeypatch)
     assert roll_call.find_interface(["10.1.2.4"]) is None
 
 
-def reduce_on(world, port, path, result):
-    stop, env = StopRequest(), env_of(port)
+def reduce_on(world, port, path, result, wrong=None):
+    """wrong: the rank that gets another sum than the others."""
+    stop, env = StopRequest(), env_of(port, SLURMD_NODENAME=f"n{world.rank}")
     store = meet(world, env, path, stop, 30.0)
+    if world.rank == wrong:
+        all_reduce = dist.all_reduce
+        dist.all_reduce = lambda tensor: (all_reduce(tensor), tensor.mul_(2))
     try:
-        if world.rank == 1:
-            time.sleep(0.1)
         roll_call.try_to_reduce(world, env, path, stop, store)
         start(world, store=store)
         outcome = "joined"
@@ -161,12 +187,28 @@ def reduce_on(world, port, path, result):
     (result / str(world.rank)).write_text(outcome)
 
 
-def test_ranks_that_can_sum_join_through_the_same_store(tmp_path):
+def outcomes(tmp_path, worlds, **more):
+    """What ``reduce_on`` came to on each rank, each a process of its own."""
     port, result = free_port(), tmp_path / "result"
     result.mkdir()
-    processes = [
-        start_process(reduce_on, World(rank, rank, 2, 2), port, tmp_path / "runs" / "mine", result) for rank in (0, 1)
-    ]
+    path = tmp_path / "runs" / "mine"
+    processes = [start_process(functools.partial(reduce_on, **more), world, port, path, result) for world in worlds]
     for process in processes:
         process.join(60)
-    assert [(result / str(rank)).read_text() for rank in (0, 1)] == ["joined", "joined"]
+    return [(result / str(world.rank)).read_text() for world in worlds]
+
+
+def test_ranks_that_can_sum_join_through_the_same_store(tmp_path):
+    assert outcomes(tmp_path, [World(rank, rank, 2, 2) for rank in (0, 1)]) == ["joined", "joined"]
+
+
+def test_the_one_node_of_three_whose_sum_is_wrong_is_named_and_noted(tmp_path):
+    found = outcomes(tmp_path, [World(rank, 0, 3, 1) for rank in (0, 1, 2)], wrong=2)
+    assert found == ["n2 cannot take part: a sum of ones over 3 ranks on cpu came out as 6"] * 3
+    assert json.loads((tmp_path / "runs" / "mine" / "unfit_nodes.jsonl").read_text())["node"] == "n2"
+
+
+def test_one_of_two_whose_sum_is_wrong_is_named_and_not_held_against_it(tmp_path):
+    found = outcomes(tmp_path, [World(rank, 0, 2, 1) for rank in (0, 1)], wrong=1)
+    assert found == ["n1 cannot take part: a sum of ones over 2 ranks on cpu came out as 4"] * 2
+    assert not (tmp_path / "runs" / "mine").exists()

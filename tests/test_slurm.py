@@ -71,14 +71,17 @@ class Run:
 @pytest.fixture(scope="module")
 def python_folder(tmp_path_factory):
     """``python_folder(slow)``: to stand first on PATH. With its ``python`` each step of training takes so many seconds
-    more, also in a job of submitit's, or a command that fails stands in for train.py.
+    more, also in a job of submitit's. "fail": train.py fails; "absent": it is not there on remote1.
     """
 
     def make(slow: float | str) -> Path:
         folder = tmp_path_factory.mktemp("bin")
         script = folder / "python"
         steps = f"exec {sys.executable} {Path(__file__).parent}/slow_steps.py {slow}"
-        train = "echo this fails; exit 1" if slow == "fail" else f'shift; {steps} train "$@"'
+        train = {
+            "fail": "echo this fails; exit 1",
+            "absent": f'shift; [ "$SLURMD_NODENAME" = remote1 ] && exit 127; {steps.replace("absent", "0")} train "$@"',
+        }.get(slow, f'shift; {steps} train "$@"')
         script.write_text(
             f'#!/bin/sh\ncase "$*" in\n*/train.py*) {train};;\n'
             f'*submitit.core._submit*) shift 3; {steps} submitit "$@";;\nesac\nexec {sys.executable} "$@"\n'
@@ -192,10 +195,11 @@ def test_ranks_are_as_many_as_ntasks_per_node_says(sbatch):
 
 
 def test_of_three_nodes_two_train_where_three_cannot_share_the_batch(sbatch):
-    run = sbatch("cit_tiny", "two_of_three", *ON_CPUS, "--nodes=3", "--export=ALL,CIT_NODE_COUNTS=4 2 1")
+    options = ["--nodes=3", "--ntasks-per-node=2", "--cpus-per-task=8", "--export=ALL,CIT_NODE_COUNTS=4 2 1"]
+    run = sbatch("cit_tiny", "two_of_three", *ON_CPUS, *options)
     run.ends()
     assert run.nodes() == [["node1", "node2"]]
-    assert run.starts()[0]["world_size"] == 2
+    assert run.starts()[0]["world_size"] == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,8 +210,8 @@ def test_of_three_nodes_two_train_where_three_cannot_share_the_batch(sbatch):
 def disturbed(sbatch, cluster):
     """``disturbed(name)``: the long run on two nodes, some steps from its beginning, with time to act."""
 
-    def run(name: str, *options: str, slow: float = 0.2) -> Run:
-        run = sbatch("cit_base", name, *ON_CPUS, *(options or ("--nodes=2",)), train=LONG, slow=slow)
+    def run(name: str, *options: str, slow: float = 0.2, train: list[str] = ()) -> Run:
+        run = sbatch("cit_base", name, *ON_CPUS, *(options or ("--nodes=2",)), train=[*LONG, *train], slow=slow)
         run.reaches("step 8/")
         return run
 
@@ -215,7 +219,7 @@ def disturbed(sbatch, cluster):
 
 
 def test_a_requeued_run_ends_as_if_nothing_had_been(disturbed, calm, cluster):
-    run = disturbed("requeued")
+    run = disturbed("requeued", train=["--fresh"])  # which is for the first start
     cluster.run("scontrol", "requeue", run.job_id)
     run.ends()
     assert len(run.starts()) == 2
@@ -259,16 +263,18 @@ def test_a_run_longer_than_its_time_limit_takes_several(sbatch, calm):
     assert_same_end(run, calm)
 
 
-def test_a_node_that_loses_power_is_replaced(disturbed, calm, cluster):
-    run = disturbed("powerless")
-    cluster.kill_node("node2")
+@pytest.mark.parametrize("harm", ["kill_node", "kill_slurmd"])
+def test_a_lost_node_does_not_change_what_is_learned(harm, disturbed, calm, cluster):
+    run = disturbed(harm)
+    getattr(cluster, harm)("node2")
     try:
         run.ends()
     finally:
         cluster.start_node("node2")
         cluster.wait_for("node2", lambda: "idle" in cluster.run("sinfo", "--noheader", "--nodes=node2", "-o", "%t"))
     assert run.nodes()[0] == ["node1", "node2"]
-    assert "node2" not in run.nodes()[-1]
+    if harm == "kill_node":  # the ranks of a node without its slurmd finish before Slurm misses it
+        assert "node2" not in run.nodes()[-1]
     assert_same_end(run, calm)
 
 
@@ -354,6 +360,17 @@ def test_a_wrong_setting_is_not_tried_again(sbatch, cluster):
     (attempt,) = run.attempts()
     assert attempt["exit_code"] == 2
     assert any("train.epochs=-1 must be above 0" in line for line in attempt["last_lines"])
+
+
+def test_a_node_whose_rank_does_not_start_is_named_and_left_out(sbatch, calm):
+    options = [*ON_CPUS, "--partition=sea", "--nodes=2"]
+    run = sbatch("cit_base", "absent", *options, train=[*LONG, "--train.start_timeout_s", "30"], slow="absent")
+    run.ends()
+    failed, done = run.attempts()
+    assert failed["exit_code"] == 127  # the highest of 8 and that of a program that is not there
+    assert failed["unfit"] == {"remote1": "rank 1 did not arrive within 30 s"}
+    assert "remote1" not in done["nodes"]
+    assert_same_end(run, calm)
 
 
 def test_a_node_without_the_shared_disk_is_named_and_left_out(sbatch, calm):
