@@ -53,7 +53,7 @@ def recipe_path(name: str) -> Path:
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parse what the user typed. ``--help`` and ``--print_config`` print and leave with 0. Raises ConfigError."""
-    argv = _with_recipe_paths(argv)
+    argv = _files_first(_with_recipe_paths(argv))
     if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
         argv = ["--config", str(recipe_path(DEFAULT_RECIPE)), *argv]
     # `deepspeed train.py` users put a bare --deepspeed there; it chooses what is chosen anyway.
@@ -143,9 +143,11 @@ def _parser() -> ArgumentParser:
         prog="train.py",
         usage="train.py [--config RECIPE ...] [--SETTING VALUE ...]",
         exit_on_error=False,
+        allow_abbrev=False,
         description="Train a co-advised vision transformer, or any timm model alone. "
         f"Recipes: {', '.join(recipe_names())}; without --config: {DEFAULT_RECIPE}.",
-        epilog="Later files and options override earlier ones: --config cit_base --config deit --train.epochs 100",
+        epilog="Later files override earlier ones, and options the files, wherever they stand: "
+        "--config cit_base --config deit --train.epochs 100",
     )
     parser.add_argument(
         "--config", action="config", metavar="RECIPE", help="a recipe by name or a YAML file; repeatable"
@@ -171,6 +173,17 @@ def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
         elif place and resolved[place - 1] == "--config":
             resolved[place] = str(recipe_path(argument))
     return resolved
+
+
+def _files_first(argv: Sequence[str]) -> list[str]:
+    """A recipe has a name, too: --name mine --config digits means mine."""
+    files, options = [], []
+    for place, argument in enumerate(argv):
+        is_file = (
+            argument == "--config" or argument.startswith("--config=") or (place and argv[place - 1] == "--config")
+        )
+        (files if is_file else options).append(argument)
+    return [*files, *options]
 
 
 def _parse(argv: Sequence[str]) -> Namespace:

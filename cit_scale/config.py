@@ -301,10 +301,11 @@ def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
     """
     total, group = config.train.global_batch_size, config.mixing.group_size or 1
     if total % (world_size * group):
-        next_total = -(-total // (world_size * group)) * world_size * group
+        part = world_size * group
+        near = [str(each) for each in (total // part * part, -(-total // part) * part) if each]
         raise ConfigError(
             f"train.global_batch_size={total} does not give each of {world_size} ranks whole mixing groups of "
-            f"mixing.group_size={group}; the next one that does: {next_total}"
+            f"mixing.group_size={group}; the nearest that do: {', '.join(near)}"
         )
     share = total // world_size
     most = min(config.train.micro_batch_size or share, share)

@@ -32,6 +32,7 @@ MAX_SKEW_S = 60.0
 SHARED_S = 10.0  # how long a file that another node has written may take to be seen
 TRIAL_S = 120.0  # for connections between all nodes and a sum over them
 FAREWELL_S = 10.0
+ANNOUNCE_S = 30.0
 POLL_S = 0.05
 
 Verdict = dict[str, str]
@@ -271,13 +272,18 @@ def _collect(
 ) -> dict[int, tuple[Report, float]] | None:
     """On rank 0. The reports of those that arrive in time, by rank; None when asked to stop."""
     posts: dict[int, tuple[Report, float]] = {}
-    deadline = time.monotonic() + timeout_s
+    started = time.monotonic()
+    deadline, announce_at = started + timeout_s, started + ANNOUNCE_S
     while len(posts) < world.world_size and time.monotonic() < deadline:
         if stop.requested:
             return None
         for rank in range(world.world_size):
             if rank not in posts and store.check([f"{what}/{rank}"]):
                 posts[rank] = (Report(**json.loads(store.get(f"{what}/{rank}"))), time.time())
+        if time.monotonic() > announce_at and len(posts) < world.world_size:
+            missing = ", ".join(str(rank) for rank in range(world.world_size) if rank not in posts)
+            print(f"waiting for ranks {missing}, at most {timeout_s:g} s from their start", flush=True)
+            announce_at = deadline
         time.sleep(POLL_S if len(posts) < world.world_size else 0)
     return posts
 

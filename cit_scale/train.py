@@ -131,7 +131,7 @@ def join_world(env: Mapping[str, str]) -> World:
     if world.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
         raise ConfigError(
             f"there are {world.world_size} ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
-            "start with deepspeed or torchrun, or set both"
+            "start with deepspeed or torchrun, source slurm/env.sh in a batch script of Slurm's, or set both"
         )
     return world
 

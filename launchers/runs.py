@@ -41,6 +41,7 @@ from launchers.jobs import FAILED_STATES, SlurmJob, ask_slurm, cancel_local_job,
 SUBMIT = Path(__file__).resolve().with_name("submit.py")
 
 ASK_SLURM_EVERY_S = 15
+SAVING_S = 120
 LAST_LOOK_S = 2  # tail looks every second, where the file system does not tell it
 
 # The settings that tell one run from another.
@@ -257,7 +258,10 @@ def cancel(run: Run, *, now: bool) -> int:
 
 
 def resume(run: Run) -> int:
-    state = state_now(run)
+    state, deadline = state_now(run), time.monotonic() + SAVING_S
+    while state.word == "completing" and time.monotonic() < deadline:  # cancelled a moment ago, and still saving
+        time.sleep(1)
+        state = state_now(Run(run.name, run.folder))
     if state.is_active:
         raise RefusedError(f"{run.name} is {state}: it goes on as it is")
     if run.is_finished:
@@ -404,7 +408,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="runs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where the run folders stand; runs")
+    shared.add_argument(
+        "--runs-dir", "--runs_dir", type=Path, default=Path("runs"), help="where the run folders stand; runs"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     added = {
         name: commands.add_parser(name, help=text, description=text, parents=[shared], allow_abbrev=False)

@@ -57,7 +57,7 @@ from cit_scale.config import REPOSITORY, DataConfig, RunConfig, plan_batches
 from cit_scale.data.encoded import BadImageError
 from cit_scale.data.reader import Reader
 from cit_scale.engines.build import check_engine
-from cit_scale.errors import ConfigError, RunError
+from cit_scale.errors import ConfigError, RefusedError, RunError
 from cit_scale.files import write_text
 from cit_scale.job import TrainJob
 from cit_scale.lock import exclusive
@@ -66,6 +66,7 @@ from cit_scale.run_plan import counted, describe_memory, describe_plan, estimate
 from cit_scale.stop import StopRequest
 from cit_scale.task import Task, check_networks, check_settings, open_data, teacher_runs
 from cit_scale.world import World
+from launchers.folders import Run as Folder
 from launchers.options import Options, option_argv, parse
 from launchers.partitions import (
     NoSlurmError,
@@ -78,6 +79,7 @@ from launchers.partitions import (
     share_of_cores,
     why_not,
 )
+from launchers.runs import state_now
 from launchers.sweep import sweep
 
 A_YEAR_MIN = 365 * 24 * 60  # submitit's local jobs want a limit
@@ -135,6 +137,9 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
     resources = allot(options, partitions, runs)
     same_run = not arguments.fresh and not arguments.override_resume
     task = check_runs(runs, resources.world_on(resources.nodes), same_run=same_run)
+    if options.dependency is None:  # one that comes after the other may work in the same folder
+        for run in runs:
+            refuse_running(run)
     for line in describe(options, resources, partitions, task, runs):
         print(line, flush=True)
     folder = submission_folder(arguments.config, is_sweep=len(runs) > 1)
@@ -303,6 +308,21 @@ def check_runs(runs: Sequence[Run], world: World, *, same_run: bool) -> Task:
     return tasks[0]
 
 
+def refuse_running(run: Run) -> None:
+    """Raise RefusedError where a job of the same run waits or trains already; "%" in a name is Slurm's."""
+    run_dir = run.config.run_dir
+    if "%" in run.config.name:
+        raise ConfigError(
+            f"--name={run.config.name!r}: Slurm takes % and what follows for something else in a log's name"
+        )
+    state = state_now(Folder(run.config.name, run_dir))
+    if state.is_active:
+        raise RefusedError(
+            f"{run_dir} is {state} already; cancel that first (python launchers/runs.py cancel), have this one wait for "
+            "it with --dependency, or give it another --name"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is shown
 
@@ -315,6 +335,8 @@ def describe(
     if options.cluster == "slurm":
         lines.append(row("job", describe_resources(options, resources, partitions)))
     lines += describe_plan(plan_run(task), device="GPU" if resources.gpus_per_node else "rank")
+    so_far = [(Folder(run.config.name, run.config.run_dir), run) for run in runs]
+    lines += [row("so far", f"{run.config.run_dir} is {state_now(folder)}") for folder, run in so_far if folder.starts]
     if resources.min_nodes < resources.nodes:
         fewest = dataclasses.replace(task, world=resources.world_on(resources.min_nodes))
         lines.append(
@@ -330,8 +352,8 @@ def describe(
 def describe_resources(options: Options, resources: Resources, partitions: Sequence[Partition] | None) -> str:
     fewest = f", {resources.min_nodes} at least" if resources.min_nodes < resources.nodes else ""
     kind = counted(resources.gpus_per_node, "GPU") if resources.gpus_per_node else "no GPU"
-    cores = counted(resources.cores_per_rank, "core") if resources.cores_per_rank else "the cluster's default of cores"
-    ranks = f"{counted(resources.ranks_per_node, 'rank')} with {cores} each"
+    cores = f" with {counted(resources.cores_per_rank, 'core')} each" if resources.cores_per_rank else ""
+    ranks = f"{counted(resources.ranks_per_node, 'rank')}{cores}"
     if partitions is None:
         limit = format_minutes(resources.minutes) if resources.minutes else "the partition's"
         where = "not compared with partitions, as no Slurm answers here"
@@ -488,8 +510,25 @@ def submit_local(options: Options, resources: Resources, run: Run, folder: Path)
         setup=list(options.setup),
     )
     path = ":".join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with own_environment(), environment_variables(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), PYTHONPATH=path):
+    here = environment_variables(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), PYTHONPATH=path)
+    with own_environment(), here, silenced():
         return executor.submit(TrainJob(run.argv))
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """What is started within it does not hold on to this process's output: whoever reads that need not wait for it."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
 
 
 def visible_gpus(env: Mapping[str, str]) -> tuple[int, ...]:

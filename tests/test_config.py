@@ -65,6 +65,20 @@ def test_the_learning_rate_scales_with_the_global_batch():
     assert parse("--config", "cit_tiny", "--train.global_batch_size", "4096").peak_lr == pytest.approx(4e-3)
 
 
+@pytest.mark.parametrize("argv", [["--name", "mine", "--config", "digits"], ["--name=mine", "--config=digits"]])
+def test_an_option_overrides_a_recipe_also_where_it_stands_before_it(argv):
+    assert cli.parse_arguments(argv).config.name == "mine"
+
+
+def test_of_two_recipes_the_later_one_wins():
+    assert cli.parse_arguments(["--config", "cit_base", "--seed", "3", "--config", "digits"]).config.name == "digits"
+
+
+def test_a_shortened_setting_is_refused():
+    with pytest.raises(ConfigError, match="did you mean train.epochs"):
+        cli.parse_arguments(["--train.epoch", "3"])
+
+
 def test_dotted_overrides_reach_inside_teachers():
     config = parse("--config", "cit_base", "--teachers.conv.weight", "2", "--train.epochs=3")
     assert config.teachers["conv"].weight == 2.0
@@ -166,8 +180,8 @@ def test_micro_steps_follow_from_the_global_batch(world_size, micro_batch_size, 
 @pytest.mark.parametrize(
     ("total", "world_size", "micro", "expected"),
     [
-        (1024, 3, None, "does not give each of 3 ranks whole mixing groups .*; the next one that does: 1032"),
-        (1024, 256, None, "does not give each of 256 ranks whole mixing groups .*; the next one that does: 2048"),
+        (1024, 3, None, "does not give each of 3 ranks whole mixing groups .*; the nearest that do: 1008, 1032"),
+        (1024, 256, None, "does not give each of 256 ranks whole mixing groups .*; the nearest that do: 2048"),
         (1024, 2, 4, "micro_batch_size=4 is less than one mixing group"),
     ],
 )

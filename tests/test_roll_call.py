@@ -66,6 +66,7 @@ def test_a_rank_that_cannot_reach_rank_0_says_where_it_looked(tmp_path):
 
 def test_a_node_without_its_gpus_is_refused_on_every_rank(tmp_path, monkeypatch):
     monkeypatch.setattr(roll_call.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(roll_call.torch.cuda, "is_available", lambda: False)  # which asks it
     failures = meet_all(tmp_path / "mine", SLURM_GPUS_ON_NODE="2")
     reason = f"{socket.gethostname()} cannot take part: Slurm promises 2 GPUs, PyTorch sees 1"
     assert [str(failure) for failure in failures] == [reason] * 4
@@ -74,6 +75,7 @@ def test_a_node_without_its_gpus_is_refused_on_every_rank(tmp_path, monkeypatch)
 def test_a_rank_that_is_shown_its_own_gpu_only_is_content_with_it(tmp_path, monkeypatch):
     env = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}
     monkeypatch.setattr(roll_call.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(roll_call.torch.cuda, "is_available", lambda: False)  # which asks it
     assert find_problem(World(), env, tmp_path) is None
     monkeypatch.setattr(roll_call.torch.cuda, "device_count", lambda: 0)
     assert find_problem(World(), env, tmp_path) == "Slurm promises 1 GPUs, PyTorch sees 0"

@@ -444,9 +444,9 @@ def test_a_run_is_listed_cancelled_and_resumed(submit, calm, cluster, login):
     assert listed()["state"] == "running"
     assert 8 <= listed()["step"] <= listed()["total_steps"] == LONG_STEPS
     runs("cancel", "listed")
-    cluster.wait_for("its end", lambda: cluster.state(run.job_id) == "CANCELLED")
+    runs("resume", "listed")  # which waits until it is saved
+    assert cluster.state(run.job_id) == "CANCELLED"
     assert run.attempts()[0]["decision"].startswith("cancelled")
-    runs("resume", "listed")
     again = submitted(cluster, "listed")
     assert again.job_id != run.job_id
     again.ends()

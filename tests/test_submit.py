@@ -25,6 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # Stands in for each Slurm program; sbatch keeps what it was given.
 PROGRAMS = {
+    "squeue": "cat {folder}/queue.txt",
     "sbatch": 'cp "$1" {folder}/queued.sh && echo "Submitted batch job 12"',
     "scontrol": "cat {folder}/partitions.txt",
     "sinfo": "cat {folder}/gpus.txt",
@@ -54,6 +55,7 @@ def slurm(monkeypatch, tmp_path):
     folder.mkdir()
     (folder / "partitions.txt").write_text(SCONTROL)
     (folder / "gpus.txt").write_text(SINFO)
+    (folder / "queue.txt").touch()
     for name, script in PROGRAMS.items():
         (folder / name).write_text(f"#!/bin/sh\n{script.format(folder=folder)}\n")
         (folder / name).chmod(0o755)
@@ -244,7 +246,7 @@ def test_the_script_runs_by_its_path(tmp_path):
         (["--partition", "short", "--signal-delay", 1800], r"but that is 00:30:00"),
         (["--nodes", 2, "--min-nodes", 3], r"--min-nodes=3 is more than --nodes=2"),
         (["--nodes", 4, "--min-nodes", 3], r"--min-nodes=3, but below --nodes=4, .* evenly are 2, 1$"),
-        (["--nodes", 3], r"global_batch_size=8 does not give each of 3 ranks .*; the next one that does: 12"),
+        (["--nodes", 3], r"global_batch_size=8 does not give each of 3 ranks .*; the nearest that do: 6, 12"),
         (["--gpus-per-node", 2, "--ntasks-per-node", 4, "--partition", "gpus"], r"a rank computes on one GPU"),
         (["--sweep", "lrr=1"], r"--sweep lrr: there is no such setting; near it: optim.lr"),
         (["--sweep", "epochs=3,0"], r"train.epochs=0 must be above 0"),
@@ -302,13 +304,28 @@ def test_a_run_folder_with_other_settings_is_refused_and_fresh_sets_it_aside(cal
     assert "--fresh" not in (slurm / "queued.sh").read_text()
 
 
+def test_a_run_that_waits_or_trains_is_not_queued_twice_but_behind_itself(call, tiny, slurm):
+    assert call(*tiny)[0] == 0
+    (slurm / "queue.txt").write_text("12|12|PENDING||Resources\n")
+    code, _, error = call(*tiny)
+    assert code == 7
+    assert "is pending (Resources) already; cancel that first" in error
+    assert call("--dependency", "afterany:12", *tiny)[0] == 0
+
+
+def test_a_name_that_slurm_would_read_otherwise_is_refused(call, tiny, slurm):
+    code, _, error = call(*tiny, "--name", "q%j")
+    assert code == 2
+    assert "--name='q%j': Slurm takes % and what follows for something else" in error
+
+
 def test_fresh_does_not_take_the_folder_from_under_a_job_that_works_there(call, tiny, slurm, tmp_path):
     run_dir = tmp_path / "runs" / "tiny"
     run_dir.mkdir(parents=True)
     with StopRequest() as stop, exclusive(run_dir, World(), stop):
         code, _, error = call("--fresh", *tiny)
     assert code == 7
-    assert f"{run_dir} is in use by process {os.getpid()}" in error
+    assert f"{run_dir} is running (process {os.getpid()} on " in error
     assert run_dir.exists()
     assert not (slurm / "queued.sh").exists()
 

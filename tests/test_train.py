@@ -162,7 +162,7 @@ def test_a_run_without_teachers_is_plain_supervised_training(tiny):
     ("arguments", "code", "expected"),
     [
         (["--train.epohcs", "3"], 2, "did you mean train.epochs?"),
-        (["--train.global_batch_size", "100"], 2, "next one that does: 104"),
+        (["--train.global_batch_size", "100"], 2, "the nearest that do: 96, 104"),
         (["--student.kwargs.num_classes", "7"], 2, "it follows from the data set"),
         (["--augment.policy", "rand-m9-x3"], 2, "rand-m9-x3"),
         (["--data.cache_dir", "/proc/none"], 2, "cannot be opened"),
