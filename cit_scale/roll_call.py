@@ -82,17 +82,16 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
         interface = find_interface([*env.get("CIT_HOSTS", "").split(), env["MASTER_ADDR"]])
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+    # Without this NCCL ends the process when its patience does, before anything could be said.
+    before, os.environ["TORCH_NCCL_BLOCKING_WAIT"] = os.environ.get("TORCH_NCCL_BLOCKING_WAIT"), "1"
+    devices = dict.fromkeys([torch.device("cpu"), world.device])  # over gloo, then over NCCL where there is a GPU
     problem = None
     try:
-        # Without this NCCL ends the process when its patience does, before anything could be said.
-        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
         trial, patience = dist.PrefixStore("trial", store), timedelta(seconds=TRIAL_S)
         dist.init_process_group(
             world.backend, store=trial, rank=world.rank, world_size=world.world_size, timeout=patience
         )
-        for device in dict.fromkeys(
-            [torch.device("cpu"), world.device]
-        ):  # over gloo, and over NCCL where there is a GPU
+        for device in devices:
             ones = torch.ones(1, device=device)
             dist.all_reduce(ones)
             if ones.item() != world.world_size:
@@ -101,6 +100,8 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
         problem = f"a sum over the ranks failed: {' '.join(str(error).split())[:200]}"
     finally:
         del os.environ["TORCH_NCCL_BLOCKING_WAIT"]
+        if before is not None:
+            os.environ["TORCH_NCCL_BLOCKING_WAIT"] = before
         if dist.is_initialized():
             dist.destroy_process_group()
     _post(store, f"trial/{world.rank}", asdict(Report(node_name(env), time.time(), world.device.type, problem)))

@@ -318,8 +318,8 @@ def refuse_running(run: Run) -> None:
     state = state_now(Folder(run.config.name, run_dir))
     if state.is_active:
         raise RefusedError(
-            f"{run_dir} is {state} already; cancel that first (python launchers/runs.py cancel), have this one wait for "
-            "it with --dependency, or give it another --name"
+            f"{run_dir} is {state} already; cancel that first (python launchers/runs.py cancel), "
+            "have this one wait for it with --dependency, or give it another --name"
         )
 
 

@@ -18,7 +18,7 @@ cpus=$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))
 export SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes SLURM_NTASKS_PER_NODE=$ranks SLURM_NTASKS=$((nodes * ranks))
 
 # Each rank keeps to its own share of the cores. Without that its threads, those of DALI among them, wander between
-# sockets; without the second line PyTorch would start a thread for each core of the node in every rank.
+# sockets; without OMP_NUM_THREADS every rank would start a thread for each core that it may use or not.
 export SLURM_CPU_BIND=cores SRUN_CPUS_PER_TASK=$cpus SLURM_CPUS_PER_TASK=$cpus
 unset SLURM_TRES_PER_TASK # newer Slurms say there what a task of the batch script has, and srun refuses two answers
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
@@ -34,7 +34,7 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines="$nodes")
 MASTER_ADDR=$(head --lines=1 <<< "$hosts")
 MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:-0}) % 12000))}
 export MASTER_ADDR MASTER_PORT
-CIT_HOSTS=$(echo $hosts)
+CIT_HOSTS=${hosts//$'\n'/ }
 CIT_LOG=$(readlink "/proc/$$/fd/1")
 export CIT_HOSTS CIT_LOG
 export SLURM_EXPORT_ENV=ALL # to the ranks, also where sbatch was told to export nothing

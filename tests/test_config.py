@@ -75,7 +75,7 @@ def test_of_two_recipes_the_later_one_wins():
 
 
 def test_a_shortened_setting_is_refused():
-    with pytest.raises(ConfigError, match="did you mean train.epochs"):
+    with pytest.raises(ConfigError, match=r"did you mean train\.epochs"):
         cli.parse_arguments(["--train.epoch", "3"])
 
 
