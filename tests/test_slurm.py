@@ -291,8 +291,13 @@ def test_a_node_drained_in_mid_run_is_left_at_the_next_start(disturbed, calm, cl
     assert_same_end(run, calm)
 
 
-def test_two_nodes_requeued_onto_one_continue(disturbed, cluster):
-    run = disturbed("fewer", "--partition=pair", "--nodes=1-2")
+@pytest.mark.parametrize("by", ["script", "submit"])
+def test_two_nodes_requeued_onto_one_continue(by, disturbed, submit, cluster):
+    if by == "script":
+        run = disturbed("fewer", "--partition=pair", "--nodes=1-2")
+    else:
+        run = submit("fewer_submitted", "--partition=pair", "--nodes=2", "--min-nodes=1", train=LONG, slow=0.2)
+        run.reaches("step 8/")
     cluster.run("scontrol", "update", "NodeName=node8", "State=DRAIN", "Reason=test")
     try:
         cluster.run("scontrol", "requeue", run.job_id)
