@@ -156,7 +156,7 @@ def read_cluster_file(path: Path) -> dict[str, Any]:
         return {}
     try:
         # Everything is read as text, and then as if it had been typed: YAML would take 24:00:00 for a number.
-        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
+        content = yaml.BaseLoader(path.read_text()).get_single_data() or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
