@@ -256,7 +256,8 @@ def test_a_job_of_a_higher_partition_takes_the_nodes_and_the_run_comes_back(dist
 
 
 def test_a_run_longer_than_its_time_limit_takes_several(sbatch, calm):
-    run = sbatch("cit_base", "limited", *ON_CPUS, "--nodes=2", "--time=1", "--signal=USR2@5", train=LONG, slow=1)
+    # Its steps alone take a minute. Slurm looks every half a minute whose time is nearly up.
+    run = sbatch("cit_base", "limited", *ON_CPUS, "--nodes=2", "--time=1", "--signal=USR2@5", train=LONG, slow=2)
     run.ends()
     assert len(run.starts()) >= 2
     assert {attempt["exit_code"] for attempt in run.attempts()[:-1]} == {75}
