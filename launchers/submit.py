@@ -397,12 +397,17 @@ def slurm_executor(options: Options, resources: Resources, runs: Sequence[Run], 
         additional["mem"] = options.mem  # submitit's own takes gigabytes only
     if resources.min_nodes < resources.nodes:
         additional["nodes"] = f"{resources.min_nodes}-{resources.nodes}"
+        # Told how many tasks a node has, Slurm gives the fewest nodes although more are free. setup_lines says it to
+        # env.sh, and the cores are those of a node.
+        cores = resources.cores_per_rank and resources.cores_per_rank * resources.ranks_per_node
+        tasks = {"cpus_per_task": cores}
+    else:
+        tasks = {"ntasks_per_node": resources.ranks_per_node, "cpus_per_task": resources.cores_per_rank}
     parameters: dict[str, Any] = {
         "job_name": runs[0].config.name if len(runs) == 1 else folder.parent.name,
         "nodes": resources.nodes,
-        "ntasks_per_node": resources.ranks_per_node,
+        **tasks,
         "gpus_per_node": resources.gpus_per_node or None,
-        "cpus_per_task": resources.cores_per_rank,
         # Left out, they are the cluster's: submitit would write five minutes, and its name as the workload's.
         "time": resources.minutes,
         "wckey": None,
@@ -432,6 +437,7 @@ def setup_lines(options: Options, resources: Resources, runs: Sequence[Run]) -> 
         'export PYTHONPATH="$CIT_SCALE${PYTHONPATH:+:$PYTHONPATH}"',
     ]
     if len(resources.node_counts) > 1:
+        lines.append(f"export SLURM_NTASKS_PER_NODE={resources.ranks_per_node}")
         lines.append(f'export CIT_NODE_COUNTS="{" ".join(map(str, resources.node_counts))}"')
     if len(runs) == 1:
         lines.append(f"set -- {shlex.join(runs[0].argv)}".rstrip())

@@ -294,6 +294,10 @@ def test_a_node_drained_in_mid_run_is_left_at_the_next_start(disturbed, calm, cl
 
 @pytest.mark.parametrize("by", ["script", "submit"])
 def test_two_nodes_requeued_onto_one_continue(by, disturbed, submit, cluster):
+    def states() -> set[str]:
+        return set(cluster.run("sinfo", "--noheader", "--Node", "--partition=pair", "--format=%t").split())
+
+    cluster.wait_for("two idle nodes", lambda: states() == {"idle"})  # or it would begin on one
     if by == "script":
         run = disturbed("fewer", "--partition=pair", "--nodes=1-2")
     else:
