@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "nsenter", "unshare")
@@ -132,6 +132,15 @@ class Cluster:
 
     def state(self, job_id: str) -> str:
         return self.job(job_id)["JobState"]
+
+    @contextlib.contextmanager
+    def drained(self, name: str) -> Iterator[None]:
+        """Meanwhile no job starts on the node; what runs there goes on."""
+        self.run("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
+        try:
+            yield
+        finally:
+            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
 
     def kill_node(self, name: str) -> None:
         """As if its power failed: slurmd and everything it started are gone at once."""

@@ -281,12 +281,9 @@ def test_a_lost_node_does_not_change_what_is_learned(harm, disturbed, calm, clus
 
 def test_a_node_drained_in_mid_run_is_left_at_the_next_start(disturbed, calm, cluster):
     run = disturbed("drained")
-    cluster.run("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=test")
-    try:
+    with cluster.drained("node1"):
         cluster.run("scontrol", "requeue", run.job_id)
         run.ends()
-    finally:
-        cluster.run("scontrol", "update", "NodeName=node1", "State=RESUME")
     assert "node1" in run.nodes()[0]
     assert "node1" not in run.nodes()[1]
     assert_same_end(run, calm)
@@ -303,12 +300,9 @@ def test_two_nodes_requeued_onto_one_continue(by, disturbed, submit, cluster):
     else:
         run = submit("fewer_submitted", "--partition=pair", "--nodes=2", "--min-nodes=1", train=LONG, slow=0.2)
         run.reaches("step 8/")
-    cluster.run("scontrol", "update", "NodeName=node8", "State=DRAIN", "Reason=test")
-    try:
+    with cluster.drained("node8"):
         cluster.run("scontrol", "requeue", run.job_id)
         run.ends()
-    finally:
-        cluster.run("scontrol", "update", "NodeName=node8", "State=RESUME")
     assert run.nodes() == [["node7", "node8"], ["node7"]]
     assert [start["world_size"] for start in run.starts()] == [2, 1]
     assert [line[0] for line in learned(run.run_dir)] == list(range(1, LONG_STEPS + 1))

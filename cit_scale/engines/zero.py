@@ -139,9 +139,8 @@ class ZeroEngine(HostingEngine):
 def _initialize(
     hosted: Hosted, optimizer: torch.optim.AdamW, ds_config: dict[str, Any], world: World
 ) -> deepspeed.DeepSpeedEngine:
-    os.environ["LOCAL_RANK"] = str(
-        world.device.index or 0
-    )  # DeepSpeed reads its device from here; srun does not set it
+    # DeepSpeed reads its device from here, and srun does not set it.
+    os.environ["LOCAL_RANK"] = str(world.device.index or 0)
     if world.device.type == "cpu":
         # Without a GPU DeepSpeed would compile a C++ collective at its start, for inference only: a minute of compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
