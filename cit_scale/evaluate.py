@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cit_scale.batch import Batch, NamedLogits
-from cit_scale.world import World, sum_over_ranks
+from cit_scale.distributed.world import World, sum_over_ranks
 
 AVERAGE = "average"
 

@@ -7,8 +7,8 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cit_scale.distributed.stop import StopRequest
 from cit_scale.errors import Stopped
-from cit_scale.stop import StopRequest
 
 # By which a rank of submitit's local executor asks to be started again; there it is a constant of a private module.
 LOCAL_REQUEUE = 144

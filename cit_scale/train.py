@@ -28,13 +28,20 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from cit_scale import checkpoint, cli, portable, roll_call
-from cit_scale.bad_images import BadImages
-from cit_scale.bad_steps import BadSteps, find_culprits
+from cit_scale import cli
 from cit_scale.batch import Batch, LossTerms, MixedBatch
+from cit_scale.checkpoint import layout
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.checkpoint.async_save import Saver
 from cit_scale.config import RunConfig, TeacherConfig
-from cit_scale.data.encoded import BadImageError
 from cit_scale.data.mixing import mix
+from cit_scale.datasets.encoded import BadImageError
+from cit_scale.distributed import preflight
+from cit_scale.distributed.lock import exclusive
+from cit_scale.distributed.slurm_job import restart_count
+from cit_scale.distributed.stop import StopRequest
+from cit_scale.distributed.watchdog import Watchdog
+from cit_scale.distributed.world import World, agree_any, broadcast, collective_patience_s, gather, start, together
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import (
@@ -48,24 +55,20 @@ from cit_scale.errors import (
 )
 from cit_scale.evaluate import AVERAGE, evaluate
 from cit_scale.files import rename_to_free, sync, write_text
-from cit_scale.lock import exclusive
 from cit_scale.losses import co_advise_loss
-from cit_scale.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
-from cit_scale.results import describe_environment, print_table
+from cit_scale.run.bad_images import BadImages
+from cit_scale.run.bad_steps import BadSteps, find_culprits
+from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
+from cit_scale.run.progress import Progress, describe, restore, seed_step
+from cit_scale.run.results import describe_environment, print_table
+from cit_scale.run.setup import Task, check, check_same_run, teacher_runs
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
-from cit_scale.run_state import Progress, describe, restore, seed_step
-from cit_scale.saver import Saver
-from cit_scale.slurm_job import restart_count
-from cit_scale.stop import StopRequest
-from cit_scale.task import Task, check, check_same_run, teacher_runs
 from cit_scale.teachers import Teacher, run_teachers
-from cit_scale.watchdog import Watchdog
-from cit_scale.world import World, agree_any, broadcast, collective_patience_s, gather, start, together
 
 # What a finished run leaves for use, by name: the file of its last checkpoint that it is.
-EXPORTS = {"student": portable.STUDENT, "student ema": portable.AVERAGE}
+EXPORTS = {"student": layout.STUDENT, "student ema": layout.AVERAGE}
 
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
@@ -141,8 +144,8 @@ def join(config: RunConfig, world: World, stop: StopRequest) -> None:
     if dist.is_initialized():
         return
     train = config.train
-    store = roll_call.meet(world, os.environ, config.run_dir, stop, train.start_timeout_s)
-    roll_call.try_to_reduce(world, os.environ, config.run_dir, stop, store)
+    store = preflight.meet(world, os.environ, config.run_dir, stop, train.start_timeout_s)
+    preflight.try_to_reduce(world, os.environ, config.run_dir, stop, store)
     start(world, collective_patience_s(train.step_timeout_s), store)
 
 
@@ -165,7 +168,7 @@ def run(
         with stop.shielded():
             for name, teacher_config in first.items():
                 train(dataclasses.replace(task, config=teacher_config), {}, stop, override=override)
-                weights = str(teacher_config.run_dir / portable.STUDENT)
+                weights = str(teacher_config.run_dir / layout.STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
             return train(task, teachers, stop, override=override)
 

@@ -35,7 +35,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 
-from cit_scale import cli, slurm_job
+from cit_scale import cli
+from cit_scale.distributed import slurm_job
 from cit_scale.errors import (
     BadDataError,
     CannotWriteError,

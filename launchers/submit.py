@@ -54,18 +54,18 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, environme
 
 from cit_scale import cli, train
 from cit_scale.config import REPOSITORY, DataConfig, RunConfig, plan_batches
-from cit_scale.data.encoded import BadImageError
 from cit_scale.data.reader import Reader
+from cit_scale.datasets.encoded import BadImageError
+from cit_scale.distributed.lock import exclusive
+from cit_scale.distributed.stop import StopRequest
+from cit_scale.distributed.world import World
 from cit_scale.engines.build import check_engine
 from cit_scale.errors import ConfigError, RefusedError, RunError
 from cit_scale.files import write_text
 from cit_scale.job import TrainJob
-from cit_scale.lock import exclusive
+from cit_scale.run.plan import counted, describe_memory, describe_plan, estimate_memory, plan_run, row
+from cit_scale.run.setup import Task, check_networks, check_settings, open_data, teacher_runs
 from cit_scale.run_folder import SUBMISSIONS
-from cit_scale.run_plan import counted, describe_memory, describe_plan, estimate_memory, plan_run, row
-from cit_scale.stop import StopRequest
-from cit_scale.task import Task, check_networks, check_settings, open_data, teacher_runs
-from cit_scale.world import World
 from launchers.folders import Run as Folder
 from launchers.options import Options, option_argv, parse
 from launchers.partitions import (

@@ -16,7 +16,7 @@ def photos(tmp_path_factory):
     """40 images in two classes, of several sizes, file formats and colour modes, some turned by EXIF."""
     from stream_cases import photo
 
-    from cit_scale.data.sources import ImageFolder
+    from cit_scale.datasets.sources import ImageFolder
 
     folder = tmp_path_factory.mktemp("photos")
     turned = Image.Exif()
@@ -40,7 +40,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_digits(tmp_path_factory):
-    from cit_scale.data.sources import digits
+    from cit_scale.datasets.sources import digits
 
     return digits(tmp_path_factory.mktemp("digits"))
 

@@ -17,10 +17,10 @@ from torch.nn.functional import cross_entropy
 
 from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.config import EngineConfig, MixingConfig, OptimConfig, RunConfig, TrainConfig
+from cit_scale.distributed.world import World
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.models.network import Network, build_network
-from cit_scale.world import World
 
 GLOBAL_BATCH_SIZE = 16
 LR = 1e-2

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from ranks import start_process
 
-from cit_scale.world import World
+from cit_scale.distributed.world import World
 
 TIMEOUT_S = 90
 GRACE_S = 1.0

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cit_scale.world import World
+from cit_scale.distributed.world import World
 
 TIMEOUT_S = 120
 

@@ -21,8 +21,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cit_scale import checkpoint, saver, train
-from cit_scale.world import World
+from cit_scale import train
+from cit_scale.checkpoint import async_save
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.distributed.world import World
 
 Action = tuple[Any, ...]
 """A function and its arguments."""
@@ -41,7 +43,7 @@ def replace(world: World, module: Any, name: str, value: Any) -> None:
 
 def retry_at_once(world: World) -> None:
     """A checkpoint that could not be written is due again right away instead of in a minute."""
-    saver.RETRY_S = 0.0
+    async_save.RETRY_S = 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

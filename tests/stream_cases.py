@@ -13,7 +13,7 @@ from cit_scale.data import draws
 from cit_scale.data.order import Cursor
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import train_stream
-from cit_scale.world import World
+from cit_scale.distributed.world import World
 
 CPU = torch.device("cpu")
 RECIPE = AugmentConfig()

@@ -3,9 +3,9 @@
 import pytest
 from ranks import run_on_ranks
 
-from cit_scale.bad_images import BadImages
+from cit_scale.distributed.world import World
 from cit_scale.errors import BadDataError
-from cit_scale.world import World
+from cit_scale.run.bad_images import BadImages
 
 
 class Met:

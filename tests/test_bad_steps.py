@@ -8,13 +8,13 @@ import torch
 from ranks import run_on_ranks
 from torch import Tensor
 
-from cit_scale.bad_steps import BadStep, BadSteps, find_culprits
 from cit_scale.batch import LossTerms, MixedBatch
+from cit_scale.distributed.world import World
 from cit_scale.engines.base import StepResult
 from cit_scale.errors import DivergedError
-from cit_scale.metrics import RunLog
-from cit_scale.run_state import Progress
-from cit_scale.world import World
+from cit_scale.run.bad_steps import BadStep, BadSteps, find_culprits
+from cit_scale.run.metrics import RunLog
+from cit_scale.run.progress import Progress
 
 ALONE = World()
 SKIPPED = StepResult(grad_norm=math.inf, lr=0.1, skipped=True)

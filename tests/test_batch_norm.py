@@ -18,9 +18,9 @@ from ranks import run_on_ranks
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from cit_scale.distributed.world import World
 from cit_scale.engines.batch_norm import prepare_batch_norm
 from cit_scale.errors import ConfigError
-from cit_scale.world import World
 
 
 def test_running_statistics_are_the_mean_over_ranks_and_the_same_everywhere(ds_configs):

@@ -27,7 +27,7 @@ def tiny_engine() -> Engine:
     from engine_cases import tiny_cit
 
     from cit_scale.config import EngineConfig, OptimConfig
+    from cit_scale.distributed.world import World
     from cit_scale.engines.plain import PlainEngine
-    from cit_scale.world import World
 
     return PlainEngine(tiny_cit(), OptimConfig(ema_decay=0.9), EngineConfig(name="plain"), 1, World())

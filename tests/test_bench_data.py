@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 from cit_scale.bench import decode, fidelity
 from cit_scale.data import dali
-from cit_scale.data.pack import pack
-from cit_scale.data.sources import ImageFolder, TarShards
+from cit_scale.datasets.pack import pack
+from cit_scale.datasets.sources import ImageFolder, TarShards
 from cit_scale.errors import ConfigError
 
 

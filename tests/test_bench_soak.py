@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cit_scale import checkpoint
 from cit_scale.bench.soak import (
     DAMAGES,
     HARMLESS,
@@ -27,9 +26,10 @@ from cit_scale.bench.soak import (
     learned,
     plan,
 )
-from cit_scale.checkpoint import Retention
-from cit_scale.portable import share_out
-from cit_scale.world import World
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.checkpoint.layout import share_out
+from cit_scale.checkpoint.store import Retention
+from cit_scale.distributed.world import World
 
 STATE = {
     "weight/model.a": torch.linspace(-1, 1, 64).view(8, 8),

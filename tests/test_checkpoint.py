@@ -14,11 +14,11 @@ import torch
 from ranks import run_on_ranks
 from torch import Tensor
 
-from cit_scale import checkpoint
-from cit_scale.checkpoint import Retention, add_score, load_newest, save
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.checkpoint.layout import share_out
+from cit_scale.checkpoint.store import Retention, add_score, load_newest, save
+from cit_scale.distributed.world import World
 from cit_scale.errors import MissingInputError, RefusedError
-from cit_scale.portable import share_out
-from cit_scale.world import World
 
 ALONE = World()
 

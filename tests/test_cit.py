@@ -15,7 +15,7 @@ from cit_scale.config import OptimConfig
 from cit_scale.engines.hosted import clip_gradients
 from cit_scale.losses import co_advise_loss
 from cit_scale.models.cit import CiT
-from cit_scale.models.released import convert
+from cit_scale.models.convert_checkpoint import convert
 from cit_scale.optim import adamw, set_learning_rate
 
 PARAMETERS = {

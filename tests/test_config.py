@@ -8,7 +8,7 @@ import pytest
 from cit_scale import cli
 from cit_scale.config import RunConfig, check_ranges, plan_batches
 from cit_scale.errors import ConfigError
-from cit_scale.task import changed_settings
+from cit_scale.run.setup import changed_settings
 
 
 def parse(*argv):

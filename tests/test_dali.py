@@ -27,7 +27,7 @@ from torchvision import transforms
 from cit_scale.data import dali, draws
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, train_stream
-from cit_scale.world import World
+from cit_scale.distributed.world import World
 
 # --- Pictures ---
 

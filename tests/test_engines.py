@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from cit_scale.cli import teacher_run
 from cit_scale.config import EngineConfig, RunConfig, TeacherConfig
+from cit_scale.distributed.world import World
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import check_engine
 from cit_scale.errors import ConfigError, Stopped
 from cit_scale.models.network import Network
-from cit_scale.world import World
 
 PRECISIONS = ("float32", "bf16", "fp16")
 

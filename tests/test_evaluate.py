@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from cit_scale.batch import Batch, student_logits_type
+from cit_scale.distributed.world import World
 from cit_scale.evaluate import evaluate
-from cit_scale.world import World
 
 
 def batch(labels, positions):

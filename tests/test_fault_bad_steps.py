@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import STEPS, assert_same_end, assert_same_tensors, learned, metrics, tensors
 
-from cit_scale import checkpoint, train
+from cit_scale import train
 from cit_scale.batch import LossTerms
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.distributed.world import World
 from cit_scale.engines.base import StepResult
-from cit_scale.world import World
 
 pytestmark = pytest.mark.fault
 

@@ -12,10 +12,10 @@ import pytest
 import sabotage
 from tiny_run import assert_same_end, assert_same_tensors
 
-from cit_scale import checkpoint
-from cit_scale.checkpoint import load_newest
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.checkpoint.store import load_newest
+from cit_scale.distributed.world import World
 from cit_scale.errors import RefusedError
-from cit_scale.world import World
 
 pytestmark = pytest.mark.fault
 

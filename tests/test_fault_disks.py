@@ -13,8 +13,8 @@ import pytest
 import sabotage
 from tiny_run import STEPS, assert_same_end, metrics
 
-from cit_scale import checkpoint
-from cit_scale.world import World
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.distributed.world import World
 
 pytestmark = pytest.mark.fault
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from ranks import start_process
 from tiny_run import SAVE_EVERY, assert_same_end
 
-from cit_scale import checkpoint
-from cit_scale.checkpoint import Retention, load_newest
-from cit_scale.portable import share_out
-from cit_scale.world import World
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.checkpoint.layout import share_out
+from cit_scale.checkpoint.store import Retention, load_newest
+from cit_scale.distributed.world import World
 
 pytestmark = pytest.mark.fault
 

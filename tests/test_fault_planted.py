@@ -19,7 +19,7 @@ from PIL import Image
 from tiny_run import CLASSES
 
 from cit_scale import cli
-from cit_scale.checkpoint import FORMAT, _manifest
+from cit_scale.checkpoint.store import FORMAT, _manifest
 from cit_scale.errors import ConfigError
 
 pytestmark = pytest.mark.fault

@@ -9,7 +9,7 @@ sys.modules["deepspeed"] = None  # as if it were not installed: importing it rai
 
 from engine_cases import make_engine, numpy_state, update
 
-from cit_scale.world import World, start
+from cit_scale.distributed.world import World, start
 
 start(World())
 engine = make_engine(World(), "fsdp2", 2, "")

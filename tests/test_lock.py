@@ -4,10 +4,10 @@ import signal
 
 import pytest
 
+from cit_scale.distributed.lock import exclusive
+from cit_scale.distributed.stop import StopRequest
+from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, Stopped
-from cit_scale.lock import exclusive
-from cit_scale.stop import StopRequest
-from cit_scale.world import World
 
 
 def hold(run_dir, ready, release):

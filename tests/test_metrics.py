@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from cit_scale.metrics import RunLog, RunningMeans, StepClock
-from cit_scale.world import World
+from cit_scale.distributed.world import World
+from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 
 
 def lines(folder):
@@ -88,7 +88,7 @@ def test_lines_that_could_not_be_written_come_when_the_disk_is_back(tmp_path, ca
 def test_a_half_written_line_is_taken_back(tmp_path, monkeypatch):
     log = open_log(tmp_path)
     log.record(1, {"loss": 1.0})
-    monkeypatch.setattr("cit_scale.metrics.append", half_of_it)
+    monkeypatch.setattr("cit_scale.run.metrics.append", half_of_it)
     log.record(2, {"loss": 2.0})
     assert [line["step"] for line in lines(tmp_path)] == [1]
     monkeypatch.undo()

@@ -8,8 +8,8 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import cit_scale.models  # noqa: F401
+from cit_scale.models.convert_checkpoint import convert
 from cit_scale.models.rednet import InvolutionStem, RedNet
-from cit_scale.models.released import convert
 
 PARAMETERS = {
     "rednet26": 9_233_166,

@@ -2,8 +2,8 @@ import subprocess
 
 import pytest
 
-from cit_scale.results import describe_environment, print_table
-from cit_scale.world import World
+from cit_scale.distributed.world import World
+from cit_scale.run.results import describe_environment, print_table
 
 
 def test_the_environment_names_versions_and_commit():

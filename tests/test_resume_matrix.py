@@ -10,10 +10,10 @@ from engine_cases import make_engine, update
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 
-from cit_scale import checkpoint
-from cit_scale.checkpoint import Retention, load_newest, save
-from cit_scale.portable import share_out
-from cit_scale.world import World
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.checkpoint.layout import share_out
+from cit_scale.checkpoint.store import Retention, load_newest, save
+from cit_scale.distributed.world import World
 
 # Rows and columns: an engine, and its number of ranks. plain is for one process.
 LAYOUTS = [("plain", 1), *((sharding, ranks) for sharding in ("zero1", "zero2", "zero3", "fsdp2") for ranks in (1, 2))]

@@ -18,11 +18,11 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from cit_scale.config import DataConfig
-from cit_scale.data import folders, index, progress, shards, sources
-from cit_scale.data.encoded import decode, read_size
-from cit_scale.data.index import printable
-from cit_scale.data.shards import open_foreign_shards, write_shards
-from cit_scale.data.sources import ImageFolder, Manifest, Subset, TarShards, digits, open_source, open_sources
+from cit_scale.datasets import folders, index, progress, shards, sources
+from cit_scale.datasets.encoded import decode, read_size
+from cit_scale.datasets.index import printable
+from cit_scale.datasets.shards import open_foreign_shards, write_shards
+from cit_scale.datasets.sources import ImageFolder, Manifest, Subset, TarShards, digits, open_source, open_sources
 from cit_scale.errors import ConfigError
 
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from cit_scale.distributed.stop import StopRequest
 from cit_scale.errors import Stopped
-from cit_scale.stop import StopRequest
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
@@ -69,7 +69,7 @@ folder = pathlib.Path(sys.argv[1])
 (folder / "rank").write_text(str(os.getppid()))
 while not (folder / "look").exists():
     time.sleep(0.01)
-from cit_scale.stop import Launcher
+from cit_scale.distributed.stop import Launcher
 launcher = Launcher.above()
 (folder / "seen.partial").write_text(str(launcher.is_gone()))
 (folder / "seen.partial").rename(folder / "seen")

@@ -28,16 +28,16 @@ from torchvision import transforms
 
 from cit_scale.config import MixingConfig
 from cit_scale.data import dali, draws, stream
-from cit_scale.data.encoded import BadImageError
 from cit_scale.data.mixing import mix
 from cit_scale.data.order import Cursor
-from cit_scale.data.pack import pack
 from cit_scale.data.reader import Reader
-from cit_scale.data.shards import TarShards
-from cit_scale.data.sources import ImageFolder
 from cit_scale.data.stream import erase, eval_stream
+from cit_scale.datasets.encoded import BadImageError
+from cit_scale.datasets.pack import pack
+from cit_scale.datasets.shards import TarShards
+from cit_scale.datasets.sources import ImageFolder
+from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError
-from cit_scale.world import World
 
 # --- Purity ---
 

@@ -15,9 +15,9 @@ from test_partitions import SCONTROL, SINFO
 
 from cit_scale import cli
 from cit_scale.config import REPOSITORY
-from cit_scale.lock import exclusive
-from cit_scale.stop import StopRequest
-from cit_scale.world import World
+from cit_scale.distributed.lock import exclusive
+from cit_scale.distributed.stop import StopRequest
+from cit_scale.distributed.world import World
 from launchers import options, submit
 from launchers.partitions import NoSlurmError
 

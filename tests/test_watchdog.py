@@ -21,7 +21,7 @@ def run(body: str, tmp_path) -> tuple[int, str, str, float]:
     program = f"""
 import sys
 from pathlib import Path
-from cit_scale.watchdog import Watchdog
+from cit_scale.distributed.watchdog import Watchdog
 watchdog = Watchdog(1.0, Path(sys.argv[1]), "it hangs")
 {body}
 """
@@ -58,7 +58,7 @@ def test_stacks_that_were_written_outlive_a_close(tmp_path):
 
 
 def test_without_a_timeout_nothing_is_armed(tmp_path):
-    from cit_scale.watchdog import Watchdog
+    from cit_scale.distributed.watchdog import Watchdog
 
     watchdog = Watchdog(0, tmp_path / "stacks.txt", "it hangs")
     watchdog.progress()
@@ -68,7 +68,7 @@ def test_without_a_timeout_nothing_is_armed(tmp_path):
 
 
 def test_handlers_of_others_are_given_back(tmp_path):
-    from cit_scale.watchdog import Watchdog
+    from cit_scale.distributed.watchdog import Watchdog
 
     seen = []
     before = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
@@ -81,7 +81,7 @@ def test_handlers_of_others_are_given_back(tmp_path):
 
 
 def test_progress_is_cheap(tmp_path):
-    from cit_scale.watchdog import Watchdog
+    from cit_scale.distributed.watchdog import Watchdog
 
     watchdog = Watchdog(30, tmp_path / "stacks.txt", "it hangs")
     started = time.perf_counter()

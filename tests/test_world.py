@@ -2,7 +2,14 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from cit_scale.world import World, agree_any, broadcast, first_on_each_node, sum_over_ranks, warn_once_per_job
+from cit_scale.distributed.world import (
+    World,
+    agree_any,
+    broadcast,
+    first_on_each_node,
+    sum_over_ranks,
+    warn_once_per_job,
+)
 
 
 def test_a_process_without_a_launcher_is_alone():

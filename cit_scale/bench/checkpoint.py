@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 
-from cit_scale import checkpoint
 from cit_scale.bench.measure import describe, ratio, spread, table
-from cit_scale.checkpoint import load_newest
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.checkpoint.async_save import Saver
+from cit_scale.checkpoint.store import load_newest
 from cit_scale.config import EngineConfig, OptimConfig, TrainConfig
+from cit_scale.distributed.world import World
 from cit_scale.engines.base import Engine
 from cit_scale.engines.plain import PlainEngine
 from cit_scale.files import file_sha256, sync
 from cit_scale.models.network import build_network
-from cit_scale.saver import Saver
-from cit_scale.world import World
 
 STALL, WRITE, READ = "ours: training stands", "ours: written", "ours: verified and loaded"
 SAVE, SAVE_SYNCED, LOAD = "torch.save", "torch.save, synced and summed", "torch.load and loaded"

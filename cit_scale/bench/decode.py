@@ -37,16 +37,16 @@ from torch import Tensor
 
 from cit_scale.bench.measure import describe, ratio, seconds, spread, table
 from cit_scale.config import AugmentConfig, DataConfig
-from cit_scale.data.folders import ImageFolder, Manifest
 from cit_scale.data.order import Cursor, permutation
-from cit_scale.data.pack import pack
 from cit_scale.data.reader import Reader
-from cit_scale.data.shards import TarShards
-from cit_scale.data.sources import Source, Subset, open_source
 from cit_scale.data.stream import train_stream
+from cit_scale.datasets.folders import ImageFolder, Manifest
+from cit_scale.datasets.pack import pack
+from cit_scale.datasets.shards import TarShards
+from cit_scale.datasets.sources import Source, Subset, open_source
+from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError
-from cit_scale.results import describe_environment
-from cit_scale.world import World
+from cit_scale.run.results import describe_environment
 
 CPU = torch.device("cpu")
 

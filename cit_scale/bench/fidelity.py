@@ -31,13 +31,13 @@ from cit_scale.bench.measure import table
 from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
-from cit_scale.data.encoded import to_ppm
-from cit_scale.data.folders import ImageFolder
 from cit_scale.data.order import Cursor
 from cit_scale.data.reader import Reader
-from cit_scale.data.sources import Source
 from cit_scale.data.stream import draw_samples, eval_stream, train_stream
-from cit_scale.world import World
+from cit_scale.datasets.encoded import to_ppm
+from cit_scale.datasets.folders import ImageFolder
+from cit_scale.datasets.sources import Source
+from cit_scale.distributed.world import World
 
 EPOCHS = 4  # of the photographs, in what is drawn
 THREADS = 2

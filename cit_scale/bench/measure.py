@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from cit_scale.results import describe_environment
-from cit_scale.world import World
+from cit_scale.distributed.world import World
+from cit_scale.run.results import describe_environment
 
 PAGE_KIB = 4
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from cit_scale.data.encoded import BadImageError, decode, is_usual, to_ppm
-from cit_scale.data.index import UNUSABLE, describe
-from cit_scale.data.sources import Source
+from cit_scale.datasets.encoded import BadImageError, decode, is_usual, to_ppm
+from cit_scale.datasets.index import UNUSABLE, describe
+from cit_scale.datasets.sources import Source
 
 
 class Reader:

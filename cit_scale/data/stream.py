@@ -29,9 +29,9 @@ from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
 from cit_scale.data.order import Cursor, epoch_order, rank_slice, steps_per_epoch
 from cit_scale.data.reader import Reader
-from cit_scale.data.sources import Source
+from cit_scale.datasets.sources import Source
+from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError
-from cit_scale.world import World
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce  # differentiable, and torch.compile traces it
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError
-from cit_scale.world import World
 
 # Why engine.batch_norm is local by default. BatchNorm stands only in the student's stems, early, where a channel is
 # normalised over every position of every image: at 224 pixels and 64 images a rank over 64 x 112 x 112 values, ample

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from cit_scale.config import RunConfig, plan_batches
+from cit_scale.distributed.world import World
 from cit_scale.engines.base import Engine
 from cit_scale.errors import ConfigError
-from cit_scale.world import World
 
 
 def check_engine(config: RunConfig, world: World) -> None:

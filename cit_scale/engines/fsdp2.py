@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cit_scale.batch import StudentLogits
 from cit_scale.config import EngineConfig, OptimConfig
+from cit_scale.distributed.world import World
 from cit_scale.engines.hosted import AUTOCAST, Hosted, HostingEngine, apply_update, blocks_of
 from cit_scale.optim import adamw
-from cit_scale.world import World
 
 
 class Fsdp2Engine(HostingEngine):

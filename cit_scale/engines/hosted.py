@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from cit_scale.batch import StudentLogits
 from cit_scale.config import EngineConfig, OptimConfig
+from cit_scale.distributed.world import World
 from cit_scale.engines.base import StepResult
 from cit_scale.engines.batch_norm import RunningStatistics, prepare_batch_norm
 from cit_scale.engines.loss_scale import LossScale
 from cit_scale.engines.state import Layout, TrainingState
 from cit_scale.errors import ConfigError
 from cit_scale.optim import set_learning_rate
-from cit_scale.world import World
 
 Precision = Literal["float32", "bf16", "fp16"]
 

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits
 from cit_scale.config import EngineConfig, OptimConfig
+from cit_scale.distributed.world import World
 from cit_scale.engines.hosted import Hosted, HostingEngine, apply_update
 from cit_scale.engines.state import WholeParameters
 from cit_scale.optim import adamw
-from cit_scale.world import World
 
 
 class PlainEngine(HostingEngine):

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits
 from cit_scale.config import REPOSITORY, EngineConfig, OptimConfig, RunConfig
+from cit_scale.distributed.world import World
 from cit_scale.engines.hosted import Hosted, HostingEngine, clip_gradients
 from cit_scale.engines.state import Layout, WholeParameters
 from cit_scale.errors import ConfigError
 from cit_scale.optim import adamw, set_learning_rate
-from cit_scale.world import World
 
 if not torch.cuda.is_available():
     # DeepSpeed looks for an accelerator while it is imported, and each rank would warn that there is none.

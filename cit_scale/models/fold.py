@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-from cit_scale.world import warn_once_per_job
+from cit_scale.distributed.world import warn_once_per_job
 
 # Largest difference of the outputs, relative to the largest output. Float32 makes 1e-6, a wrong pair 1e-1.
 TOLERANCE = 1e-3

@@ -18,8 +18,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cit_scale.distributed.world import warn_once_per_job
 from cit_scale.models import involution_cpu, involution_loop
-from cit_scale.world import warn_once_per_job
 
 GROUP_CHANNELS = 16
 """Channels that share one kernel, in every published network."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError
-from cit_scale.models.released import convert
+from cit_scale.models.convert_checkpoint import convert
 
 # Arguments of timm.create_model that follow from the rest of the run.
 RUN_OWNS = {

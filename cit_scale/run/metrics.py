@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from cit_scale.distributed.world import World, sum_over_ranks
 from cit_scale.files import write_text
 from cit_scale.run_folder import METRICS
-from cit_scale.world import World, sum_over_ranks
 
 
 class RunningMeans:

@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from cit_scale.config import DataConfig
-from cit_scale.data.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
-from cit_scale.data.idx import labels_beside, read_idx
-from cit_scale.data.index import cache_path, printable, shorten
 from cit_scale.data.order import permutation
-from cit_scale.data.shards import INDEX, SETTINGS, TarShards, open_foreign_shards, tar_files, write_shards
+from cit_scale.datasets.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
+from cit_scale.datasets.idx import labels_beside, read_idx
+from cit_scale.datasets.index import cache_path, printable, shorten
+from cit_scale.datasets.shards import INDEX, SETTINGS, TarShards, open_foreign_shards, tar_files, write_shards
 from cit_scale.errors import ConfigError, MissingInputError
 
 HOLDOUT_TAG = 0x401D  # keeps the seed of the held-out part apart from every other

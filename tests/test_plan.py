@@ -9,10 +9,11 @@ from torch import nn
 from cit_scale import cli
 from cit_scale.config import EngineConfig
 from cit_scale.data.reader import Reader
+from cit_scale.distributed.world import World
 from cit_scale.engines.hosted import Hosted, checkpoint_activations
 from cit_scale.engines.plain import PlainEngine
 from cit_scale.models.network import build_network
-from cit_scale.run_plan import (
+from cit_scale.run.plan import (
     Sharding,
     activation_bytes,
     describe_plan,
@@ -21,8 +22,7 @@ from cit_scale.run_plan import (
     read_sharding,
     state_memory,
 )
-from cit_scale.task import Task
-from cit_scale.world import World
+from cit_scale.run.setup import Task
 
 
 def parse(*argv):

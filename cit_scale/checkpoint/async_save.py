@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cit_scale import checkpoint
-from cit_scale.checkpoint import Retention
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.checkpoint.layout import share_out
+from cit_scale.checkpoint.store import Retention
 from cit_scale.config import TrainConfig
+from cit_scale.distributed.world import World, collective_patience_s
 from cit_scale.engines.base import Engine
 from cit_scale.errors import CannotWriteError
-from cit_scale.portable import share_out
-from cit_scale.world import World, collective_patience_s
 
 RETRY_S = 60.0
 

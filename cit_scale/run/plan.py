@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from cit_scale.config import EngineConfig, RunConfig
 from cit_scale.engines.hosted import Hosted, blocks_of, checkpoint_activations
 from cit_scale.models.network import Network, build_network
-from cit_scale.task import Task, teacher_runs
+from cit_scale.run.setup import Task, teacher_runs
 
 FLOAT32_BYTES = 4
 GIB = 2**30

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cit_scale.data.reader import Reader
+from cit_scale.distributed.world import World, gather
 from cit_scale.errors import BadDataError
 from cit_scale.files import write_text
-from cit_scale.world import World, gather
 
 FILE = "bad_images.tsv"
 

@@ -10,11 +10,11 @@ import pytest
 import torch.distributed as dist
 from ranks import start_process
 
-from cit_scale import roll_call
+from cit_scale.distributed import preflight
+from cit_scale.distributed.preflight import MAX_SKEW_S, Report, find_problem, judge, meet
+from cit_scale.distributed.stop import StopRequest
+from cit_scale.distributed.world import World, start
 from cit_scale.errors import ConfigError, Stopped, UnfitNodeError
-from cit_scale.roll_call import MAX_SKEW_S, Report, find_problem, judge, meet
-from cit_scale.stop import StopRequest
-from cit_scale.world import World, start
 
 
 def free_port():
@@ -65,8 +65,8 @@ def test_a_rank_that_cannot_reach_rank_0_says_where_it_looked(tmp_path):
 
 
 def test_a_node_without_its_gpus_is_refused_on_every_rank(tmp_path, monkeypatch):
-    monkeypatch.setattr(roll_call.torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(roll_call.torch.cuda, "is_available", lambda: False)  # which asks it
+    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(preflight.torch.cuda, "is_available", lambda: False)  # which asks it
     failures = meet_all(tmp_path / "mine", SLURM_GPUS_ON_NODE="2")
     reason = f"{socket.gethostname()} cannot take part: Slurm promises 2 GPUs, PyTorch sees 1"
     assert [str(failure) for failure in failures] == [reason] * 4
@@ -74,10 +74,10 @@ def test_a_node_without_its_gpus_is_refused_on_every_rank(tmp_path, monkeypatch)
 
 def test_a_rank_that_is_shown_its_own_gpu_only_is_content_with_it(tmp_path, monkeypatch):
     env = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}
-    monkeypatch.setattr(roll_call.torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(roll_call.torch.cuda, "is_available", lambda: False)  # which asks it
+    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(preflight.torch.cuda, "is_available", lambda: False)  # which asks it
     assert find_problem(World(), env, tmp_path) is None
-    monkeypatch.setattr(roll_call.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 0)
     assert find_problem(World(), env, tmp_path) == "Slurm promises 1 GPUs, PyTorch sees 0"
 
 
@@ -105,17 +105,17 @@ def test_a_folder_that_rank_0_cannot_write_is_nobodys_fault_here(tmp_path):
     (tmp_path / "file").touch()
     started = time.monotonic()
     assert not any(isinstance(answer, Exception) for answer in meet_all(tmp_path / "file" / "runs" / "mine"))
-    assert time.monotonic() - started < roll_call.SHARED_S
+    assert time.monotonic() - started < preflight.SHARED_S
 
 
 def test_a_node_that_does_not_see_the_shared_file_is_unfit(tmp_path, monkeypatch):
-    monkeypatch.setattr(roll_call, "SHARED_S", 0.0)
+    monkeypatch.setattr(preflight, "SHARED_S", 0.0)
     problem = find_problem(World(), {}, tmp_path / "absent")
     assert problem == f"{tmp_path} is not the folder that rank 0 sees there; runs_dir has to be on a shared disk"
 
 
 def test_a_node_without_a_place_for_temporary_files_is_unfit(tmp_path, monkeypatch):
-    monkeypatch.setattr(roll_call.tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setattr(preflight.tempfile, "tempdir", str(tmp_path / "gone"))
     assert "no temporary file can be written" in find_problem(World(), {}, tmp_path)
 
 
@@ -142,12 +142,12 @@ def test_a_report_that_waited_for_a_slow_rank_0_is_not_taken_for_a_slow_clock():
 
 
 def test_a_node_goes_by_the_name_that_slurm_excludes_it_by():
-    assert roll_call.node_name({"SLURMD_NODENAME": "gpu-17"}) == "gpu-17"
-    assert roll_call.node_name({}) == socket.gethostname()
+    assert preflight.node_name({"SLURMD_NODENAME": "gpu-17"}) == "gpu-17"
+    assert preflight.node_name({}) == socket.gethostname()
 
 
 def test_a_disk_that_fails_is_the_nodes_problem(tmp_path, monkeypatch):
-    monkeypatch.setattr(roll_call.Path, "exists", lambda self: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+    monkeypatch.setattr(preflight.Path, "exists", lambda self: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
     assert "the folder of runs cannot be read: " in find_problem(World(), {}, tmp_path / "shared")
 
 
@@ -169,8 +169,8 @@ def test_a_missing_node_without_slurm_goes_by_its_rank():
 
 
 def test_gloos_own_choice_of_interface_is_left_alone_where_it_works(monkeypatch):
-    monkeypatch.setattr(roll_call.socket, "gethostbyname", lambda name: "10.1.2.3")
-    assert roll_call.find_interface(["10.1.2.4"]) is None
+    monkeypatch.setattr(preflight.socket, "gethostbyname", lambda name: "10.1.2.3")
+    assert preflight.find_interface(["10.1.2.4"]) is None
 
 
 def reduce_on(world, port, path, result, wrong=None):
@@ -181,7 +181,7 @@ def reduce_on(world, port, path, result, wrong=None):
         all_reduce = dist.all_reduce
         dist.all_reduce = lambda tensor: (all_reduce(tensor), tensor.mul_(2))
     try:
-        roll_call.try_to_reduce(world, env, path, stop, store)
+        preflight.try_to_reduce(world, env, path, stop, store)
         start(world, store=store)
         outcome = "joined"
     except UnfitNodeError as error:

@@ -8,7 +8,7 @@ import torch
 from golden_fill import GOLDEN
 
 import cit_scale.models  # noqa: F401
-from cit_scale.models.released import convert
+from cit_scale.models.convert_checkpoint import convert
 
 MODELS = {"cit_small": "cit_small_patch16_224", "rednet26": "rednet26"}
 

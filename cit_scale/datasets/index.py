@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cit_scale.data.encoded import BadImageError, read_size
-from cit_scale.data.progress import Progress
+from cit_scale.datasets.encoded import BadImageError, read_size
+from cit_scale.datasets.progress import Progress
 from cit_scale.errors import ConfigError
 from cit_scale.files import sync
 

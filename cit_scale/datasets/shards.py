@@ -24,8 +24,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from cit_scale.data.encoded import EXTENSIONS, read_size
-from cit_scale.data.index import (
+from cit_scale.datasets.encoded import EXTENSIONS, read_size
+from cit_scale.datasets.index import (
     THREADS,
     Columns,
     Indexed,
@@ -41,7 +41,7 @@ from cit_scale.data.index import (
     save,
     shorten,
 )
-from cit_scale.data.progress import Progress
+from cit_scale.datasets.progress import Progress
 from cit_scale.errors import ConfigError
 from cit_scale.files import sync
 

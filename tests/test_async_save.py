@@ -7,12 +7,13 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from cit_scale import checkpoint, saver
-from cit_scale.checkpoint import load_newest
+from cit_scale.checkpoint import async_save
+from cit_scale.checkpoint import store as checkpoint
+from cit_scale.checkpoint.async_save import Saver
+from cit_scale.checkpoint.store import load_newest
 from cit_scale.config import TrainConfig
+from cit_scale.distributed.world import World
 from cit_scale.errors import CannotWriteError, DivergedError
-from cit_scale.saver import Saver
-from cit_scale.world import World
 
 
 class CountingEngine:
@@ -57,7 +58,7 @@ def meta(step: int) -> dict[str, Any]:
 def clock(monkeypatch):
     """Seconds that pass only when the test says so."""
     now = [1000.0]
-    monkeypatch.setattr(saver.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(async_save.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -151,7 +152,7 @@ def test_a_disk_that_is_full_is_announced_and_tried_again(tmp_path, monkeypatch,
     assert told.lines == ["no space left; training goes on, and tries again in 60 s at the latest"]
     assert not made.has_failed
     assert not made.is_due(6)
-    clock[0] += saver.RETRY_S
+    clock[0] += async_save.RETRY_S
     assert made.is_due(5), "the very step may be saved again"
     monkeypatch.setattr(checkpoint, "save", real)
     made.save(6, meta(6))

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cit_scale.config import REPOSITORY
-from cit_scale.slurm_job import describe_job
-from cit_scale.world import World
+from cit_scale.distributed.slurm_job import describe_job
+from cit_scale.distributed.world import World
 
 PACKAGES = (
     "torch",

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from cit_scale.batch import LossTerms, MixedBatch
-from cit_scale.checkpoint import write_tensors
+from cit_scale.checkpoint.store import write_tensors
+from cit_scale.distributed.world import World, gather
 from cit_scale.engines.base import StepResult
 from cit_scale.errors import DivergedError
-from cit_scale.metrics import RunLog
-from cit_scale.run_state import Progress
-from cit_scale.world import World, gather
+from cit_scale.run.metrics import RunLog
+from cit_scale.run.progress import Progress
 
 FOLDER = "bad_steps"
 

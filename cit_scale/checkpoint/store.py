@@ -26,11 +26,11 @@ from typing import Any, TypeVar, cast
 import safetensors.torch
 from torch import Tensor
 
+from cit_scale.checkpoint.layout import Place, SavedState, by_file
+from cit_scale.distributed.world import World, broadcast, gather, together
 from cit_scale.errors import CannotWriteError, ConfigError, DivergedError, MissingInputError, RefusedError, RunError
 from cit_scale.files import file_sha256, rename_to_free, sync, write_text
-from cit_scale.portable import Place, SavedState, by_file
 from cit_scale.run_folder import CHECKPOINTS, saved_steps, step_path
-from cit_scale.world import World, broadcast, gather, together
 
 META = "meta.json"
 INDEX = "index.json"

@@ -22,11 +22,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from cit_scale.distributed.slurm_job import job_id
+from cit_scale.distributed.stop import StopRequest
+from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, Stopped, UnfitNodeError
 from cit_scale.run_folder import UNFIT_NODES
-from cit_scale.slurm_job import job_id
-from cit_scale.stop import StopRequest
-from cit_scale.world import World
 
 MAX_SKEW_S = 60.0
 SHARED_S = 10.0  # how long a file that another node has written may take to be seen
@@ -233,7 +233,7 @@ def _shared_file(world: World, store: dist.Store, run_dir: Path, timeout_s: floa
     """
     folder = run_dir.parent
     if world.is_main:
-        name = f".roll_call_{secrets.token_hex(8)}"
+        name = f".preflight_{secrets.token_hex(8)}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()

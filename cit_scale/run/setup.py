@@ -17,18 +17,18 @@ import yaml
 from cit_scale import cli
 from cit_scale.batch import Batch
 from cit_scale.config import BatchPlan, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
-from cit_scale.data.index import shorten
 from cit_scale.data.order import Cursor, steps_per_epoch
 from cit_scale.data.reader import Reader
-from cit_scale.data.sources import Source, open_sources
 from cit_scale.data.stream import eval_stream, read_policy, train_stream
+from cit_scale.datasets.index import shorten
+from cit_scale.datasets.sources import Source, open_sources
+from cit_scale.distributed.world import World, first_on_each_node, together
 from cit_scale.engines.build import check_engine
 from cit_scale.engines.hosted import prepare
 from cit_scale.errors import ConfigError, RefusedError
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.run_folder import CONFIG
 from cit_scale.teachers import Teacher, load_teacher
-from cit_scale.world import World, first_on_each_node, together
 
 # What may differ when a run goes on. None of it changes which images make an update; how they are cut over ranks and
 # micro-steps does reach BatchNorm and drop path, so only the same cut continues bit for bit. Paths may change because

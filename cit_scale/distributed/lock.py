@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cit_scale.distributed.stop import StopRequest
+from cit_scale.distributed.world import World, broadcast
 from cit_scale.errors import CannotWriteError, RefusedError, Stopped
-from cit_scale.stop import StopRequest
-from cit_scale.world import World, broadcast
 
 WAIT_S = 90
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cit_scale.data.encoded import EXTENSIONS, BadImageError
-from cit_scale.data.index import (
+from cit_scale.datasets.encoded import EXTENSIONS, BadImageError
+from cit_scale.datasets.index import (
     THREADS,
     UNUSABLE,
     Columns,

@@ -15,7 +15,7 @@ from cit_scale import cli
 from cit_scale.data.order import Cursor
 from cit_scale.errors import RefusedError
 from cit_scale.optim import learning_rate
-from cit_scale.task import Task, changed_settings
+from cit_scale.run.setup import Task, changed_settings
 
 
 @dataclass
