@@ -46,8 +46,8 @@ from cit_scale.errors import (
     RefusedError,
     Stopped,
 )
+from cit_scale.run.folders import parse_lines, read_text
 from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, saved_steps
-from launchers.folders import parse_lines, read_text
 
 MAX_STOPS = 10
 PAUSES_S = (2, 5, 10, 20, 20)

@@ -63,10 +63,10 @@ from cit_scale.engines.build import check_engine
 from cit_scale.errors import ConfigError, RefusedError, RunError
 from cit_scale.files import write_text
 from cit_scale.job import TrainJob
+from cit_scale.run.folders import Run as Folder
 from cit_scale.run.plan import counted, describe_memory, describe_plan, estimate_memory, plan_run, row
 from cit_scale.run.setup import Task, check_networks, check_settings, open_data, teacher_runs
 from cit_scale.run_folder import SUBMISSIONS
-from launchers.folders import Run as Folder
 from launchers.options import Options, option_argv, parse
 from launchers.partitions import (
     NoSlurmError,
@@ -79,7 +79,7 @@ from launchers.partitions import (
     share_of_cores,
     why_not,
 )
-from launchers.runs import state_now
+from launchers.state import state_now
 from launchers.sweep import sweep
 
 A_YEAR_MIN = 365 * 24 * 60  # submitit's local jobs want a limit

@@ -14,9 +14,10 @@ import submitit
 import yaml
 
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError
+from cit_scale.run.folders import Job, Phase, Run, find_run
+from cit_scale.run.show import State
 from launchers import runs
-from launchers.folders import Phase, Run, find_run
-from launchers.jobs import Job, SlurmJob, ask_slurm, find_controller, parse_jobs
+from launchers.slurm import SlurmJob, ask_slurm, find_controller, parse_jobs
 
 SCRIPT = Path(runs.__file__)
 
@@ -145,7 +146,7 @@ def rows(tmp_path, capsys):
 
 
 def say_state(row):
-    return str(runs.State(row["state"], row["detail"]))
+    return str(State(row["state"], row["detail"]))
 
 
 def wait_until(holds):
@@ -204,7 +205,7 @@ def test_what_is_no_id_does_not_cost_the_others_their_answer(slurm):
 
 def test_a_command_that_hangs_is_no_answer(slurm, monkeypatch):
     (slurm.folder / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr("launchers.jobs.SLURM_PATIENCE_S", 0.2)
+    monkeypatch.setattr("launchers.slurm.SLURM_PATIENCE_S", 0.2)
     assert ask_slurm(["7"]) is None
 
 
@@ -522,7 +523,7 @@ def test_following_ends_with_the_job_and_asks_slurm_seldom(tmp_path, slurm, monk
         slurm.answers("12|12|COMPLETED|node1|None\n")
         return jobs
 
-    monkeypatch.setattr(runs, "ask_slurm", ask)
+    monkeypatch.setattr("launchers.state.ask_slurm", ask)
     assert runs.main(["logs", "mine", "-f", "--runs-dir", str(tmp_path / "runs")]) == 0
     assert capfd.readouterr().out == "a line\n"
     assert len(slurm.calls) == 2
@@ -599,7 +600,7 @@ def test_a_local_job_is_ended_through_submitits_process(tmp_path, no_slurm, opti
         rank.wait(30)
         assert (job._process.wait(30) == -signal.SIGKILL) == ("--now" in options)
         assert noted.read_text() == left
-        assert runs.state_of(Run("mine", tmp_path / "runs/mine"), {}) == runs.State("not started")
+        assert runs.state_of(Run("mine", tmp_path / "runs/mine"), {}) == State("not started")
     finally:
         job._process.kill()
         if rank and rank.is_running():

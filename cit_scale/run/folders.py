@@ -32,7 +32,6 @@ from cit_scale.run_folder import (
     saved_steps,
     step_path,
 )
-from launchers.jobs import Job
 
 TEACHERS = "teachers"
 # Folders of a run in which no other runs are to be found.
@@ -43,6 +42,21 @@ METRICS_BYTES = 64 * 1024  # enough to meet a loss and a speed among what is not
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run was submitted as, or found itself in. submitted: in seconds since 1970. command: of submit.py.
+
+    cwd: where that was given.
+    """
+
+    job_id: str
+    cluster: str
+    submitted: float
+    log: Path | None
+    command: list[str] | None = None
+    cwd: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -8,31 +8,16 @@ import shutil
 import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
 from cit_scale.errors import ConfigError
+from cit_scale.run.folders import Job
 
 STOPPED_STATES = {"CANCELLED", "COMPLETED", "PREEMPTED", "REVOKED", "TIMEOUT"}
 FAILED_STATES = {"BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 SLURM_PATIENCE_S = 30
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run was submitted as, or found itself in. submitted: in seconds since 1970. command: of submit.py.
-
-    cwd: where that was given.
-    """
-
-    job_id: str
-    cluster: str
-    submitted: float
-    log: Path | None
-    command: list[str] | None = None
-    cwd: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""How a run is, by what Slurm and submitit say of its newest job and what stands in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cit_scale.errors import ConfigError
+from cit_scale.run.folders import Run
+from cit_scale.run.show import State, say, state_in_folder
+from launchers.slurm import FAILED_STATES, SlurmJob, ask_slurm, find_controller
+
+
+def state_of(run: Run, slurm: Mapping[str, SlurmJob]) -> State:
+    """From its newest job, while that waits or is at work, otherwise from what stands in its folder."""
+    job = run.job
+    known = slurm.get(job.job_id) if job and job.cluster == "slurm" else None
+    if known and known.is_active:
+        return State(known.state.lower(), known.nodes or known.reason, "slurm")
+    if job and job.cluster == "local" and find_controller(job):
+        return State("running", f"process {job.job_id}", "submitit")
+    state = state_in_folder(run)
+    if known and state.word in ("not started", "stopped"):
+        if known.state in FAILED_STATES:
+            return State("failed", known.state.lower())
+        if state.word == "not started":
+            return State("not started", known.state.lower())
+    return state
+
+
+def state_now(run: Run) -> State:
+    """For those who act on it. Raises ConfigError if Slurm has to be asked and does not answer."""
+    slurm = answer_for([run])
+    if slurm is None:
+        raise ConfigError(f"whether {run.name} runs cannot be told before Slurm answers; try again")
+    return state_of(run, slurm)
+
+
+def states_of(runs: Sequence[Run]) -> list[State]:
+    """For those who look. Where Slurm does not answer, a line says so."""
+    slurm = answer_for(runs)
+    if slurm is None:
+        say("Slurm does not answer: what is known is what stands in the run folders")
+    return [state_of(run, slurm or {}) for run in runs]
+
+
+def answer_for(runs: Sequence[Run]) -> dict[str, SlurmJob] | None:
+    """What Slurm says of the runs' newest jobs, in one question; None if it does not answer."""
+    return ask_slurm(sorted({run.job.job_id for run in runs if run.job and run.job.cluster == "slurm"}))
