@@ -41,10 +41,14 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe by name or by path; ConfigError with the known names where there is none."""
+    """A recipe by name or by path; MissingInputError with the known names where there is none, OSError for one that
+    cannot be opened."""
     named, given = RECIPES / f"{name}.yaml", Path(name).expanduser()
     for path in (named, given):
         if path.is_file():
+            path.open(
+                "rb"
+            ).close()  # the parser would make of a file that cannot be read just now a mistake of the user's
             return path
     raise MissingInputError(
         f"no recipe is called {name!r} and no such file exists; recipes: {', '.join(recipe_names())}"

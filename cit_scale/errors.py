@@ -11,12 +11,29 @@
     14  hung: no step ended within train.step_timeout_s
     75  stopped on request, everything saved: the same command continues (EX_TEMPFAIL of sysexits.h)
 
-1, Python's own, is left to what nobody foresaw.
+1, Python's own, is left to what nobody foresaw, and to the machine, its network and its disks failing for a moment: the
+same command may well go on, so a queued job is queued again.
 """
 
 from __future__ import annotations
 
+import errno
+import re
+
 HUNG = 14
+
+# What is wrong with a path, and stays wrong until somebody does something about it.
+WRONG_PATH = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+# A disk that takes no more.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 class RunError(Exception):
@@ -55,10 +72,22 @@ class CannotWriteError(RunError, OSError):
     exit_code = 6
 
 
+class TransientError(RunError, OSError):
+    """The machine, its network or a network disk failed for a moment; another try may go well."""
+
+    exit_code = 1
+
+
 class RefusedError(ConfigError):
-    """It could be done, and something would be lost or run by it."""
+    """Refused: would lose data or execute code."""
 
     exit_code = 7
+
+
+class BadImageError(ValueError):
+    """An image that nothing can be learned from. The message is the reason, in one line and without the name."""
+
+    exit_code = BadDataError.exit_code
 
 
 class UnfitNodeError(RunError):
@@ -79,3 +108,32 @@ class Stopped(RunError):  # noqa: N818  an outcome, not an error
 
     def __str__(self) -> str:
         return f"stopped after step {self.step}"
+
+
+def exit_code_of(error: RunError | BadImageError | OSError) -> int:
+    """The exit code of a process that ends with ``error``.
+
+    An OSError without a number is a file that a library cannot make sense of, such as PIL's UnidentifiedImageError.
+    """
+    if isinstance(error, (RunError, BadImageError)):
+        return error.exit_code
+    if error.errno in NO_ROOM:
+        return CannotWriteError.exit_code
+    if error.errno is None or error.errno in WRONG_PATH:
+        return MissingInputError.exit_code
+    return TransientError.exit_code
+
+
+def os_error(error: Exception, message: str, lasting: type[RunError]) -> RunError:
+    """What to raise, saying ``message``, for an OSError, or for what Rust or C++ made of one.
+
+    lasting: for what another try would meet again. A disk that takes no more is a CannotWriteError, anything else a
+    TransientError.
+    """
+    written = re.search(r"os error (\d+)", str(error))  # as Rust spells it, in which safetensors is written
+    code = error.errno if isinstance(error, OSError) else int(written[1]) if written else None
+    if code in NO_ROOM:
+        return CannotWriteError(message)
+    # A name that is taken by a file of another kind stays taken, and a limit to the size of files stays set.
+    is_lasting = code is None or code in WRONG_PATH | {errno.EEXIST, errno.EFBIG}
+    return lasting(message) if is_lasting else TransientError(message)

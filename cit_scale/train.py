@@ -14,7 +14,6 @@ if __name__ == "__main__" and not __package__:
 
 import contextlib
 import dataclasses
-import errno
 import io
 import itertools
 import json
@@ -35,7 +34,6 @@ from cit_scale.checkpoint import store as checkpoint
 from cit_scale.checkpoint.async_save import Saver
 from cit_scale.config import RunConfig, TeacherConfig
 from cit_scale.data.mixing import mix
-from cit_scale.datasets.encoded import BadImageError
 from cit_scale.distributed import preflight
 from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.slurm_job import restart_count
@@ -45,13 +43,14 @@ from cit_scale.distributed.world import World, agree_any, broadcast, collective_
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import (
-    BadDataError,
+    BadImageError,
     CannotWriteError,
     ConfigError,
-    MissingInputError,
     RefusedError,
     RunError,
     Stopped,
+    exit_code_of,
+    os_error,
 )
 from cit_scale.evaluate import AVERAGE, evaluate
 from cit_scale.files import rename_to_free, sync, write_text
@@ -112,17 +111,6 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     if is_main:
         print_table(arguments.config.run_dir, results)
     return 0
-
-
-def exit_code_of(error: BadImageError | OSError) -> int:
-    """What stands on a disk and cannot be used: images, a disk that takes no more, a file that cannot be read."""
-    if isinstance(error, BadImageError):
-        return BadDataError.exit_code
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return CannotWriteError.exit_code
-    if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET):
-        return 1  # a network disk that fails for a moment: the same command may well go on
-    return MissingInputError.exit_code
 
 
 def join_world(env: Mapping[str, str]) -> World:
@@ -299,11 +287,12 @@ def begin(task: Task, progress: Progress, overridden: Sequence[str], now: float)
 
 @contextlib.contextmanager
 def writing(run_dir: Path) -> Iterator[None]:
-    """Make an OSError that all ranks raise a CannotWriteError, which one of them reports."""
+    """Make an OSError that all ranks raise one of ours, which one of them reports."""
     try:
         yield
     except OSError as error:
-        raise CannotWriteError(f"{run_dir} cannot be written ({error}); the same command continues there") from error
+        message = f"{run_dir} cannot be written ({error}); the same command continues there"
+        raise os_error(error, message, lasting=CannotWriteError) from error
 
 
 def read_note(path: Path) -> Any:

@@ -55,12 +55,11 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, environme
 from cit_scale import cli, train
 from cit_scale.config import REPOSITORY, DataConfig, RunConfig, plan_batches
 from cit_scale.data.reader import Reader
-from cit_scale.datasets.encoded import BadImageError
 from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
 from cit_scale.engines.build import check_engine
-from cit_scale.errors import ConfigError, RefusedError, RunError
+from cit_scale.errors import BadImageError, ConfigError, RefusedError, RunError, exit_code_of
 from cit_scale.files import write_text
 from cit_scale.job import TrainJob
 from cit_scale.run.folders import Run as Folder
@@ -126,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (BadImageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return train.exit_code_of(error)
+        return exit_code_of(error)
 
 
 def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]) -> int:

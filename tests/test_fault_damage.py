@@ -71,14 +71,15 @@ def test_any_damage_to_any_file_is_noticed_and_the_older_checkpoint_taken(damage
         shutil.rmtree(run.runs_dir)
 
 
-def break_the_disk(world):
-    checkpoint.file_sha256 = functools.partial(sabotage.fail, errno.EIO)
+def break_the_disk(world, code):
+    checkpoint.file_sha256 = functools.partial(sabotage.fail, code)
 
 
-def test_a_file_that_cannot_be_read_is_no_damage_and_nothing_is_set_aside(halted, calm):
-    """A disk or a permission may come back."""
-    ended = halted.run(sabotage=(break_the_disk,))
-    assert ended.codes == [3, 3], ended.output
+@pytest.mark.parametrize(("code", "exit_code"), [(errno.EACCES, 3), (errno.EIO, 1), (errno.ENOTCONN, 1)])
+def test_a_file_that_cannot_be_read_is_no_damage_and_nothing_is_set_aside(code, exit_code, halted, calm):
+    """A disk or a permission may come back; a disk by itself, so that a job is queued again."""
+    ended = halted.run(sabotage=(break_the_disk, code))
+    assert ended.codes == [exit_code, exit_code], ended.output
     assert ended.output.count("error: checkpoint of step 8 cannot be read") == 1
     assert halted.checkpoints() == ["step_000004", "step_000008"]
     assert "continues after step 8" in halted.finish().outputs[0]

@@ -84,6 +84,15 @@ def test_a_disk_that_is_full_at_the_last_checkpoint_is_exit_code_6_and_the_older
     assert_same_end(tiny_run, calm())
 
 
+def test_a_network_disk_that_fails_at_the_last_checkpoint_is_exit_code_1_and_a_queued_job_goes_on(tiny_run, calm):
+    ended = tiny_run.run(sabotage=(sabotage.on_disk_calls, 1, STEPS, sabotage.fail_at, "fsync", errno.EREMOTEIO, 99))
+    assert ended.codes == [1, 1], ended.output
+    assert ended.output.count("error: checkpoint of step 12") == 1
+    assert "Traceback" not in ended.output
+    tiny_run.finish()
+    assert_same_end(tiny_run, calm())
+
+
 def test_a_disk_that_is_full_when_the_run_is_asked_to_stop_is_exit_code_6(tiny_run, calm):
     ended = tiny_run.run(
         sabotage=(
@@ -98,19 +107,20 @@ def test_a_disk_that_is_full_when_the_run_is_asked_to_stop_is_exit_code_6(tiny_r
     assert_same_end(tiny_run, calm())
 
 
-def test_nothing_is_written_where_nothing_can_be_at_the_start(tiny_run):
-    ended = tiny_run.run(sabotage=(cannot_write_notes,))
-    assert ended.codes == [6, 6], ended.output
+@pytest.mark.parametrize(("code", "exit_code"), [(errno.EROFS, 6), (errno.ESTALE, 1)])
+def test_nothing_is_written_where_nothing_can_be_at_the_start(code, exit_code, tiny_run):
+    ended = tiny_run.run(sabotage=(cannot_write_notes, code))
+    assert ended.codes == [exit_code, exit_code], ended.output
     assert ended.output.count("error:") == 1
     assert "Traceback" not in ended.output
 
 
-def cannot_write_notes(world):
+def cannot_write_notes(world, code):
     write_text = Path.write_text
 
     def failing(path, *args, **options):
         if path.name.startswith(("config.yaml", "env.json")):
-            sabotage.fail(errno.EROFS, str(path))
+            sabotage.fail(code, str(path))
         return write_text(path, *args, **options)
 
     Path.write_text = failing

@@ -32,12 +32,11 @@ from cit_scale.data.mixing import mix
 from cit_scale.data.order import Cursor
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import erase, eval_stream
-from cit_scale.datasets.encoded import BadImageError
 from cit_scale.datasets.pack import pack
 from cit_scale.datasets.shards import TarShards
 from cit_scale.datasets.sources import ImageFolder
 from cit_scale.distributed.world import World
-from cit_scale.errors import ConfigError
+from cit_scale.errors import BadImageError, ConfigError
 
 # --- Purity ---
 

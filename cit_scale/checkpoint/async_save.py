@@ -16,7 +16,7 @@ from cit_scale.checkpoint.store import Retention
 from cit_scale.config import TrainConfig
 from cit_scale.distributed.world import World, collective_patience_s
 from cit_scale.engines.base import Engine
-from cit_scale.errors import CannotWriteError
+from cit_scale.errors import CannotWriteError, TransientError
 
 RETRY_S = 60.0
 
@@ -108,7 +108,7 @@ class Saver:
     def settle(self, *, insist: bool = False) -> None:
         """Collective. Wait until what was begun is committed, and report what it cost.
 
-        A checkpoint that could not be written is announced and due again; with ``insist`` CannotWriteError is raised.
+        A checkpoint that could not be written is announced and due again; with ``insist`` the error is raised.
         Raises DivergedError for a state that is not finite, and RefusedError where another run writes to the folder.
         """
         pending, self._pending = self._pending, None
@@ -116,7 +116,7 @@ class Saver:
             return
         try:
             written_bytes, write_s = pending.written.result()
-        except CannotWriteError as error:
+        except (CannotWriteError, TransientError) as error:
             if insist:
                 raise
             self._saved_step = None

@@ -28,7 +28,15 @@ from torch import Tensor
 
 from cit_scale.checkpoint.layout import Place, SavedState, by_file
 from cit_scale.distributed.world import World, broadcast, gather, together
-from cit_scale.errors import CannotWriteError, ConfigError, DivergedError, MissingInputError, RefusedError, RunError
+from cit_scale.errors import (
+    CannotWriteError,
+    ConfigError,
+    DivergedError,
+    MissingInputError,
+    RefusedError,
+    RunError,
+    os_error,
+)
 from cit_scale.files import file_sha256, rename_to_free, sync, write_text
 from cit_scale.run_folder import CHECKPOINTS, saved_steps, step_path
 
@@ -94,8 +102,9 @@ def save(
     is committed already is left as it is. Touches no tensor of the module: it may run while training goes on, in a
     thread, if ``world`` has a process group of its own.
 
-    Raises, on every rank, CannotWriteError if any rank cannot write, DivergedError for a tensor that is not finite, and
-    RefusedError if the folder holds a later step, which is another run's. Nothing is left of what was not committed.
+    Raises, on every rank, CannotWriteError or TransientError if any rank cannot write, DivergedError for a tensor that
+    is not finite, and RefusedError if the folder holds a later step, which is another run's. Nothing is left of what
+    was not committed.
     """
     folder = Path(run_dir) / CHECKPOINTS
     final = step_path(folder, step)
@@ -122,7 +131,8 @@ def _agree(world: World, step: int, run_dir: Path, function: Callable[[], T]) ->
         except RunError as error:
             failure = error
         except (OSError, safetensors.SafetensorError) as error:
-            failure = CannotWriteError(f"checkpoint of step {step} in {run_dir} was not written: {error}")
+            message = f"checkpoint of step {step} in {run_dir} was not written: {error}"
+            failure = os_error(error, message, lasting=CannotWriteError)
         except Exception as error:  # raised again below, on every rank
             failure = error
     result, failure = broadcast(world, (result, failure))
@@ -251,8 +261,8 @@ def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
 
     Each rank checks the sums of a share of the files, and all go by one verdict. What does not verify is passed over
     for the next older one, and renamed aside, with the reason in the log, when there is a good one. Raises RefusedError
-    if there are checkpoints and none verifies: a run must not start over by accident. Raises MissingInputError if one
-    cannot be read, which says nothing of what is in it.
+    if there are checkpoints and none verifies: a run must not start over by accident. Raises MissingInputError, or
+    TransientError, if one cannot be read, which says nothing of what is in it.
     """
     folder = Path(run_dir) / CHECKPOINTS
     steps = broadcast(world, sorted(saved_steps(folder), reverse=True) if world.is_main else None)
@@ -297,13 +307,13 @@ def _read(folder: Path, step: int) -> Checkpoint:
         places = {key: (file, inner) for key, (file, inner) in json.loads((folder / INDEX).read_text()).items()}
         return Checkpoint(step, SavedState(folder, places), json.loads((folder / META).read_text()))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"{folder} verifies and cannot be read: {error}") from error
+        raise os_error(error, f"{folder} verifies and cannot be read: {error}", lasting=MissingInputError) from error
 
 
 def _verify(folder: Path, step: int, world: World) -> str | None:
     """None if every byte of this rank's share of the files is as it was written, otherwise what is wrong.
 
-    Raises MissingInputError where the bytes cannot be read: a disk or a permission may come back.
+    Raises MissingInputError or TransientError where the bytes cannot be read: a disk or a permission may come back.
     """
     try:
         text = (folder / MANIFEST).read_text()
@@ -324,10 +334,8 @@ def _verify(folder: Path, step: int, world: World) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        raise MissingInputError(
-            f"checkpoint of step {step} cannot be read ({error}); mend that, or move {folder} away to go on from an "
-            "older one"
-        ) from error
+        message = f"checkpoint of step {step} cannot be read ({error}); mend that, or move {folder} away to go on from "
+        raise os_error(error, f"{message}an older one", lasting=MissingInputError) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None

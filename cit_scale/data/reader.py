@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from cit_scale.datasets.encoded import BadImageError, decode, is_usual, to_ppm
+from cit_scale.datasets.encoded import decode, is_usual, to_ppm
 from cit_scale.datasets.index import UNUSABLE, describe
 from cit_scale.datasets.sources import Source
+from cit_scale.errors import BadImageError
 
 
 class Reader:

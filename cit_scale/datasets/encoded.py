@@ -14,6 +14,8 @@ from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
+from cit_scale.errors import BadImageError
+
 # In a folder, these are images. What DALI cannot decode of them, PIL does.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".gif", ".avif"}
 MAX_PIXELS = 178_956_970  # from here on PIL takes a file for a decompression bomb: 512 MiB as RGB
@@ -29,10 +31,6 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # what undoes each of its values
 LYING = (5, 6, 7, 8)  # of an image that lies on its side
-
-
-class BadImageError(ValueError):
-    """An image that nothing can be learned from. The message is the reason, in one line and without the name."""
 
 
 def read_size(file: Path | IO[bytes]) -> tuple[int, int]:

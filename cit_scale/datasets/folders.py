@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cit_scale.datasets.encoded import EXTENSIONS, BadImageError
+from cit_scale.datasets.encoded import EXTENSIONS
 from cit_scale.datasets.index import (
     THREADS,
     UNUSABLE,
@@ -28,7 +28,7 @@ from cit_scale.datasets.index import (
     printable,
     shorten,
 )
-from cit_scale.errors import ConfigError
+from cit_scale.errors import BadImageError, ConfigError
 
 CLOCK_TICK_S = 0.02  # two changes of a folder closer than this may bear the same time
 DELIMITERS = {".csv": ",", ".tsv": "\t"}

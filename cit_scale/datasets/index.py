@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cit_scale.datasets.encoded import BadImageError, read_size
+from cit_scale.datasets.encoded import read_size
 from cit_scale.datasets.progress import Progress
-from cit_scale.errors import ConfigError
+from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import sync
 
 FORMAT = 2

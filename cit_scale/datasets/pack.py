@@ -30,12 +30,12 @@ import numpy as np
 from PIL import Image
 
 from cit_scale.config import DataConfig
-from cit_scale.datasets.encoded import EXTENSIONS, BadImageError, decode
+from cit_scale.datasets.encoded import EXTENSIONS, decode
 from cit_scale.datasets.index import Columns, Texts, concatenate, load, printable, save, shorten
 from cit_scale.datasets.progress import Progress
 from cit_scale.datasets.shards import INDEX, SETTINGS, Row, ShardWriter, shard_name, write_index
 from cit_scale.datasets.sources import BUILT_IN, Source, open_source
-from cit_scale.errors import ConfigError
+from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import sync, write_text
 
 REJECTED = "rejected.tsv"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World, broadcast
-from cit_scale.errors import CannotWriteError, RefusedError, Stopped
+from cit_scale.errors import CannotWriteError, RefusedError, Stopped, os_error
 
 WAIT_S = 90
 
@@ -34,7 +34,8 @@ def exclusive(run_dir: Path, world: World, stop: StopRequest, wait_s: float = WA
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             refusal = _acquire(descriptor, run_dir, stop, wait_s)
         except OSError as error:
-            refusal = CannotWriteError(f"{run_dir} cannot be written ({error}); give another --runs_dir")
+            message = f"{run_dir} cannot be written ({error}); give another --runs_dir"
+            refusal = os_error(error, message, lasting=CannotWriteError)
     refusal = broadcast(world, refusal)
     try:
         if refusal is not None:

@@ -25,7 +25,7 @@ from cit_scale.config import REPOSITORY, EngineConfig, OptimConfig, RunConfig
 from cit_scale.distributed.world import World
 from cit_scale.engines.hosted import Hosted, HostingEngine, clip_gradients
 from cit_scale.engines.state import Layout, WholeParameters
-from cit_scale.errors import ConfigError
+from cit_scale.errors import ConfigError, os_error
 from cit_scale.optim import adamw, set_learning_rate
 
 if not torch.cuda.is_available():
@@ -265,7 +265,8 @@ def read_ds_config(config: RunConfig, world_size: int, micro_steps: int) -> dict
     try:
         sharding = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"engine.ds_config: {path} cannot be read as JSON: {error}") from error
+        message = f"engine.ds_config: {path} cannot be read as JSON: {error}"
+        raise os_error(error, message, lasting=ConfigError) from error
     if not isinstance(sharding, dict):
         raise ConfigError(f"engine.ds_config: {path} holds a {type(sharding).__name__}, not an object")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
-from cit_scale.errors import ConfigError, MissingInputError, RefusedError
+from cit_scale.errors import ConfigError, MissingInputError, RefusedError, os_error
 from cit_scale.models.convert_checkpoint import convert
 
 # Arguments of timm.create_model that follow from the rest of the run.
@@ -117,7 +117,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             "opened; save a bare state dict, best as safetensors"
         ) from error
     except Exception as error:  # each format has its own exceptions for a damaged file
-        raise ConfigError(f"weights {path} cannot be read: {_one_line(error)}") from error
+        raise os_error(error, f"weights {path} cannot be read: {_one_line(error)}", lasting=ConfigError) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -25,7 +25,7 @@ from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World, first_on_each_node, together
 from cit_scale.engines.build import check_engine
 from cit_scale.engines.hosted import prepare
-from cit_scale.errors import ConfigError, RefusedError
+from cit_scale.errors import ConfigError, RefusedError, os_error
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.run_folder import CONFIG
 from cit_scale.teachers import Teacher, load_teacher
@@ -194,7 +194,8 @@ def open_data(data: DataConfig) -> tuple[Source, Source]:
     except ConfigError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"data.train={data.train!r}, data.eval={data.eval!r} cannot be opened: {error}") from error
+        message = f"data.train={data.train!r}, data.eval={data.eval!r} cannot be opened: {error}"
+        raise os_error(error, message, lasting=ConfigError) from error
 
 
 def refuse_bad_index(sources: Sequence[Source], most: int) -> None:
@@ -217,7 +218,8 @@ def check_same_run(config: RunConfig) -> None:
         if not isinstance(started_with, dict):
             raise ValueError(f"it holds no settings, but {started_with!r}")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RefusedError(f"{path} cannot be read ({error}); mend it, or start over with --fresh") from error
+        message = f"{path} cannot be read ({error}); mend it, or start over with --fresh"
+        raise os_error(error, message, lasting=RefusedError) from error
     changed = changed_settings(started_with, config)
     if changed:
         raise RefusedError(
