@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from cit_scale.config import RunConfig
+from cit_scale.config import RunConfig, check_names
 from cit_scale.errors import ConfigError, MissingInputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -68,6 +68,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         config = dataclasses.replace(
             config, engine=dataclasses.replace(config.engine, ds_config=parsed.deepspeed_config)
         )
+    check_names(config)
     return Arguments(config, parsed.fresh, parsed.override_resume, parsed.local_rank)
 
 

@@ -6,7 +6,8 @@ Each number has one home. Whatever follows from the numbers is a property or a f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -316,6 +317,43 @@ def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
         )
     micro = next(size for size in range(most - most % group, 0, -group) if share % size == 0)
     return BatchPlan(micro_batch_size=micro, micro_steps=share // micro)
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise ConfigError for the first setting that no run can have, whatever its data and its networks."""
+    check_names(config)
+    check_ranges(config)
+
+
+def check_names(config: RunConfig) -> None:
+    """Raise ConfigError for a name that leads out of the folder of runs, or a text that was left empty.
+
+    A shell makes an empty text of a variable that is not set: with --fresh, an empty name would set aside all runs.
+    """
+    names = {f"name={config.name!r}": config.name, **{f"teachers: {name!r}": name for name in config.teachers}}
+    for setting, name in names.items():
+        # As typed: pathlib would drop a ".".
+        if not name or name.startswith("/") or {".", ".."} & set(name.split("/")) or "\0" in name:
+            raise ConfigError(
+                f"{setting} does not name a folder inside another: it must not be empty or begin with /, nor have . "
+                "or .. between its slashes; give one such as 'pets' or 'pets/large'"
+            )
+    for setting, text in _texts(config):
+        if not text:
+            raise ConfigError(f"{setting} is an empty text; leave it out, or give null where it may be none")
+
+
+def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each setting that is a text, by its dotted name. Arguments of timm.create_model may be empty."""
+    for each in fields(section):
+        value = getattr(section, each.name)
+        if isinstance(value, str):
+            yield f"{prefix}{each.name}", value
+        elif is_dataclass(value):
+            yield from _texts(value, f"{prefix}{each.name}.")
+        elif each.name == "teachers":
+            for name, teacher in value.items():
+                yield from _texts(teacher, f"{prefix}teachers.{name}.")
 
 
 def check_ranges(config: RunConfig) -> None:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
+import yaml
 
 from cit_scale import cli
 from cit_scale.config import RunConfig, check_ranges, plan_batches
@@ -206,3 +208,34 @@ def test_impossible_batches_are_refused_with_the_way_out(total, world_size, micr
 def test_numbers_outside_their_range_are_refused(argv, expected):
     with pytest.raises(ConfigError, match=expected):
         check_ranges(parse(*argv))
+
+
+@pytest.mark.parametrize("name", ["", "/", "/pets", ".", "..", "../pets", "pets/../..", "./pets", "pets/.", "a\0b"])
+def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name, tmp_path):
+    with pytest.raises(ConfigError, match="does not name a folder inside another"):
+        parse(f"--name={name}", "--fresh")
+    (tmp_path / "advised.yaml").write_text(yaml.safe_dump({"teachers": {name: {"model": "resnet10t"}}}))
+    with pytest.raises(ConfigError, match="does not name a folder inside another"):
+        parse("--config", str(tmp_path / "advised.yaml"))
+
+
+@pytest.mark.parametrize("name", ["pets", "pets/large", "a.b", "..a", "pets-lr=0.1", "my run"])
+def test_other_names_are_names(name):
+    assert parse("--name", name).run_dir == Path("runs") / name
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("runs_dir", "data.train", "data.eval", "data.cache_dir", "augment.policy", "student.name", "student.weights"),
+        *("engine.ds_config", "teachers.conv.weights", "teachers.conv.recipe"),
+    ],
+)
+def test_a_text_that_was_left_empty_is_refused(setting):
+    """As "$UNSET" leaves it."""
+    with pytest.raises(ConfigError, match=f"{setting} is an empty text"):
+        parse(f"--{setting}=")
+
+
+def test_an_argument_of_timms_may_be_empty():
+    assert parse("--student.kwargs.global_pool=").student.kwargs["global_pool"] == ""

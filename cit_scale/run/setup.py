@@ -16,7 +16,7 @@ import yaml
 
 from cit_scale import cli
 from cit_scale.batch import Batch
-from cit_scale.config import BatchPlan, DataConfig, RunConfig, TeacherConfig, check_ranges, plan_batches
+from cit_scale.config import BatchPlan, DataConfig, RunConfig, TeacherConfig, check_config, plan_batches
 from cit_scale.data.order import Cursor, steps_per_epoch
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, read_policy, train_stream
@@ -137,7 +137,7 @@ def check(config: RunConfig, world: World, *, same_run: bool) -> Task:
 
 def check_settings(config: RunConfig, world: World, *, same_run: bool) -> None:
     """What the configuration alone can get wrong."""
-    check_ranges(config)
+    check_config(config)
     plan_batches(config, world.world_size)
     check_engine(config, world)
     read_policy(config.augment.policy)
