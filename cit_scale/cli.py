@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from cit_scale.config import RunConfig, check_names
+from cit_scale.config import RunConfig, TeacherConfig, check_names
 from cit_scale.errors import ConfigError, MissingInputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -118,6 +118,24 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration as a recipe file that ``--config`` reads back to an equal one."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as an earlier version wrote it, with the settings that it did not know at their defaults."""
+    filled = _fill(saved, to_dict(RunConfig()))
+    teachers = filled["teachers"] if isinstance(filled["teachers"], dict) else {}
+    for name, teacher in teachers.items():
+        if isinstance(teacher, dict):
+            teachers[name] = _fill(teacher, _plain(dataclasses.asdict(TeacherConfig(model=""))))
+    return filled
+
+
+def _fill(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    filled = {**defaults, **saved}
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(filled[key], dict):
+            filled[key] = _fill(filled[key], default)
+    return filled
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def sync(path: Path) -> None:
@@ -26,6 +27,15 @@ def file_sha256(path: Path) -> str:
 def rename_to_free(path: Path, suffixes: Iterable[str]) -> Path:
     """Add the first of ``suffixes`` that is free to a name, so that nothing is overwritten. Returns the new path."""
     return path.rename(next(free for suffix in suffixes if not (free := path.with_name(path.name + suffix)).exists()))
+
+
+def changed(begun: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """``key: old -> new`` for each of ``settings`` that differs from those that something was begun with.
+
+    begun: as it was written then. What that version did not know was at its default.
+    """
+    before = {**defaults, **begun}
+    return [f"{key}: {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
 
 
 def write_text(path: Path, text: str) -> None:

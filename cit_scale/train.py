@@ -282,7 +282,7 @@ def begin(task: Task, progress: Progress, overridden: Sequence[str], now: float)
     place = {"step": progress.step, "total_steps": task.total_steps, "time": now, "overridden": overridden}
     about = {**place, **describe_environment(task.world)}
     write_text(path, json.dumps([*starts, about], indent=2) + "\n")
-    return [*starts, about][0]["time"]
+    return [*starts, about][0].get("time", now)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cit_scale import cli
-from cit_scale.config import RunConfig, check_ranges, plan_batches
+from cit_scale.config import RunConfig, TeacherConfig, check_ranges, plan_batches
 from cit_scale.errors import ConfigError
 from cit_scale.run.setup import changed_settings
 
@@ -239,3 +239,34 @@ def test_a_text_that_was_left_empty_is_refused(setting):
 
 def test_an_argument_of_timms_may_be_empty():
     assert parse("--student.kwargs.global_pool=").student.kwargs["global_pool"] == ""
+
+
+@pytest.mark.parametrize("name", cli.recipe_names())
+def test_a_setting_that_an_earlier_version_did_not_know_was_at_its_default(name):
+    config = parse("--config", name)
+    known = without_defaults(cli.to_dict(config), cli.to_dict(RunConfig()))
+    assert cli.with_defaults(known) == cli.to_dict(config)
+    assert changed_settings(known, config) == []
+    assert changed_settings({}, dataclasses.replace(RunConfig(), seed=7)) == ["seed: 0 -> 7"]
+
+
+def without_defaults(tree, defaults):
+    """As a version wrote it that knew none of the settings that are at their defaults."""
+    kept = {}
+    for key, value in tree.items():
+        if key == "teachers":
+            value = {name: without_defaults(teacher, TEACHER_DEFAULTS) for name, teacher in value.items()}
+        elif isinstance(value, dict) and key != "kwargs":
+            value = without_defaults(value, defaults[key])
+        if value != defaults.get(key) and value != {}:
+            kept[key] = value
+    return kept
+
+
+TEACHER_DEFAULTS = dataclasses.asdict(TeacherConfig(model=""))
+
+
+def test_a_teacher_that_was_not_there_is_no_default():
+    config = parse("--config", "cit_tiny")
+    before = cli.to_dict(dataclasses.replace(config, teachers={"inv": config.teachers["inv"]}))
+    assert "teachers.conv.model: None -> regnety_040" in changed_settings(before, config)

@@ -1,15 +1,30 @@
 """What a run learns from is missing, does not fit, or has changed since it began."""
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sabotage
-from tiny_run import CLASSES, LAYOUTS, RECIPE, TinyRun, assert_same_end, assert_same_tensors, write_idx, write_teacher
+from tiny_run import (
+    CLASSES,
+    LAYOUTS,
+    RECIPE,
+    STEPS,
+    TinyRun,
+    assert_same_end,
+    assert_same_tensors,
+    write_idx,
+    write_teacher,
+)
 
 pytestmark = pytest.mark.fault
 
+REPOSITORY = Path(__file__).parents[1]
 TEACHER = RECIPE["teachers"]["conv"]
 STOPPED_AT = 6
 
@@ -140,3 +155,30 @@ def save_again(world, step):
 
     leave_out(world, step + 1)
     sabotage.at(world, 0, "batch", step + 1, sabotage.send, 15)
+
+
+def test_a_run_begun_before_a_setting_existed_goes_on_under_the_version_that_adds_it(tmp_path, tiny_inputs, calm):
+    """The version that adds it is this one with a line more, in a folder of its own."""
+    run = TinyRun(tiny_inputs, tmp_path / "runs", "plain")
+    ended = run.run(sabotage=(sabotage.at, 0, "forward", STOPPED_AT, sabotage.send, 15))
+    assert ended.code == 75, ended.output
+    shutil.copytree(REPOSITORY / "cit_scale", tmp_path / "next" / "cit_scale")
+    added = {
+        "config.py": (
+            "class EngineConfig:\n",
+            '    novel: str = "float32"\n    """A setting of the next version."""\n\n',
+        ),
+        "run/progress.py": ("    useful_s: float = 0.0\n", "    novel_count: int = 0\n"),
+    }
+    for file, (where, line) in added.items():
+        path = tmp_path / "next" / "cit_scale" / file
+        text = path.read_text()
+        assert text.count(where) == 1
+        path.write_text(text.replace(where, where + line))
+    command = [sys.executable, str(tmp_path / "next" / "cit_scale" / "train.py"), *run.argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert f"continues after step {STOPPED_AT}" in done.stdout
+    assert "novel: float32" in (run.run_dir / "config.yaml").read_text()
+    assert '"novel_count": 0' in (run.checkpoint(STEPS) / "meta.json").read_text()
+    assert_same_end(run, calm("plain"))

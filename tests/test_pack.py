@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -414,6 +415,16 @@ def test_other_settings_and_another_source_are_refused_on_the_same_folder(source
     with pytest.raises(ConfigError, match=r"another source or other settings \(source: \w+ -> \w+\)"):
         pack(digits(tmp_path / "cache"), tmp_path / "out", shard_mib=1, workers=1, shorter_side=95)
     assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_begun_before_a_setting_existed_goes_on_with_that_at_its_default(source, tmp_path, small_mib):
+    pack(source, tmp_path / "out", shard_mib=1, workers=1)
+    settings = tmp_path / "out" / shards.SETTINGS
+    begun = json.loads(settings.read_text())
+    settings.write_text(json.dumps({key: begun[key] for key in ("source", "shard_mib")}))
+    pack(source, tmp_path / "out", shard_mib=1, workers=1)
+    with pytest.raises(ConfigError, match="quality: 90 -> 80"):
+        pack(source, tmp_path / "out", shard_mib=1, workers=1, quality=80)
 
 
 def test_settings_may_change_as_long_as_no_shard_is_there(source, tmp_path):

@@ -403,6 +403,22 @@ def test_other_settings_for_the_same_folder_are_refused(tmp_path, videos, capsys
     assert listing(out) == before
 
 
+def test_a_folder_begun_before_a_setting_existed_goes_on_with_that_at_its_default(tmp_path, videos, capsys):
+    out = tmp_path / "out"
+    command = [str(videos), str(out), "--fps", "1"]
+    assert main(command) == 0
+    before = listing(out)
+    settings = out / video.SETTINGS
+    begun = json.loads(settings.read_text())
+    settings.write_text(json.dumps({key: begun[key] for key in ("videos", "fps")}))
+    for record in out.rglob(video.RECORD):
+        record.write_text(json.dumps({key: value for key, value in json.loads(record.read_text()).items() if value}))
+    assert main(command) == 0
+    assert main([*command, "--quality", "3"]) == 2
+    assert "quality: 2 -> 3" in capsys.readouterr().err
+    assert listing(out).keys() == before.keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -36,12 +36,15 @@ from cit_scale.datasets.progress import Progress
 from cit_scale.datasets.shards import INDEX, SETTINGS, Row, ShardWriter, shard_name, write_index
 from cit_scale.datasets.sources import BUILT_IN, Source, open_source
 from cit_scale.errors import BadImageError, ConfigError
-from cit_scale.files import sync, write_text
+from cit_scale.files import changed, sync, write_text
 
 REJECTED = "rejected.tsv"
 MIB = 1 << 20
 AHEAD = 8  # images per worker that are prepared before their turn, so that a slow one does not stop the others
 LONGEST_JPEG = 65_500  # pixels, of libjpeg
+SHARD_MIB = 512
+QUALITY = 90
+DEFAULTS = {"shard_mib": SHARD_MIB, "shorter_side": None, "quality": QUALITY}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -75,10 +78,10 @@ def pack(
     source: Source,
     out: Path,
     *,
-    shard_mib: int = 512,
+    shard_mib: int = SHARD_MIB,
     workers: int,
     shorter_side: int | None = None,
-    quality: int = 90,
+    quality: int = QUALITY,
 ) -> Summary:
     """Write the images of `source`, in its order, to the shards of `out`, or go on where an earlier call stopped.
 
@@ -130,11 +133,10 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
             raise ConfigError(f"another process is packing to {printable(out)}; wait for it or stop it") from None
         if (out / INDEX).exists() or _part_path(out, 0).exists():
             file.seek(0)
-            begun = json.load(file)
-            changed = [f"{key}: {begun[key]} -> {value}" for key, value in settings.items() if begun[key] != value]
-            if changed:
+            changes = changed(json.load(file), settings, DEFAULTS)
+            if changes:
                 raise ConfigError(
-                    f"{printable(out)} was begun with another source or other settings ({'; '.join(changed)}); "
+                    f"{printable(out)} was begun with another source or other settings ({'; '.join(changes)}); "
                     f"give those again, or another folder, or delete this one"
                 )
         else:
@@ -353,7 +355,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", metavar="OUT", help="the folder of the shards: new, or one that was begun before")
     parser.add_argument(
-        "--shard-mib", "--shard_mib", type=int, default=512, metavar="N", help="size of a shard in MiB (default: 512)"
+        "--shard-mib",
+        "--shard_mib",
+        type=int,
+        default=SHARD_MIB,
+        metavar="N",
+        help="size of a shard in MiB (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
@@ -368,9 +375,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quality",
         type=int,
-        default=90,
+        default=QUALITY,
         metavar="N",
-        help="JPEG quality, 1 to 100, of images that are scaled (default: 90)",
+        help="JPEG quality, 1 to 100, of images that are scaled (default: %(default)s)",
     )
     parser.add_argument(
         "--cache-dir",

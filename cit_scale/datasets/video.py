@@ -43,7 +43,7 @@ from cit_scale.datasets.pack import REJECTED, pack
 from cit_scale.datasets.progress import Progress
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.errors import ConfigError, Stopped
-from cit_scale.files import write_text
+from cit_scale.files import changed, write_text
 
 EXTENSIONS = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
@@ -119,7 +119,7 @@ class Record:
     mtime_ns: int
     num_frames: int
     duration_s: float
-    software: str
+    software: str = ""
 
 
 @dataclass(frozen=True)
@@ -420,11 +420,10 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises ConfigError where a folder was written with other settings."""
     if not (folder / SETTINGS).exists():
         return
-    before = json.loads((folder / SETTINGS).read_text())
-    changed = [f"{key}: {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
-    if changed:
+    changes = changed(json.loads((folder / SETTINGS).read_text()), settings, {"quality": QUALITY})
+    if changes:
         raise ConfigError(
-            f"{printable(folder)} was begun with other settings ({'; '.join(changed)}); "
+            f"{printable(folder)} was begun with other settings ({'; '.join(changes)}); "
             f"give those again, or another OUT, or delete this one"
         )
 

@@ -58,17 +58,17 @@ def restore(
 
     Raises RefusedError, with the differences, if there are any that change what is learned and ``override`` is not set.
     """
-    saved = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
+    # What an earlier version did not know is at its default, and of inputs that it did not note nothing is known.
+    known = [field.name for field in dataclasses.fields(Progress) if field.name in meta]
+    saved = Progress(**{name: meta[name] for name in known})
     now = describe(saved, task, inputs)
     changed = [
-        f"{name}: {meta['inputs'].get(name)} -> {inputs.get(name)}"
-        for name in {**meta["inputs"], **inputs}
-        if meta["inputs"].get(name) != inputs.get(name)
+        f"{name}: {noted} -> {inputs.get(name)}" for name, noted in meta["inputs"].items() if noted != inputs.get(name)
     ]
     changed += changed_settings(meta["config"], task.config)
     if meta["world_size"] == now["world_size"] and meta["rng"] != now["rng"] and not changed:
         changed.append("the random numbers that follow from the seed: another version of NumPy draws them")
-    if meta["cursor"] != now["cursor"] and not changed:
+    if any(now["cursor"].get(key) != place for key, place in meta["cursor"].items()) and not changed:
         changed.append(f"the place in the data: {meta['cursor']} -> {now['cursor']}")
     if changed and not override:
         raise RefusedError(

@@ -70,7 +70,7 @@ def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
     table.add_column("network")
     table.add_column("top-1 %", justify="right")
     table.add_column("top-5 %", justify="right")
-    for name, teacher in results["teachers"].items():
+    for name, teacher in results.get("teachers", {}).items():
         table.add_row(f"teacher {name} ({teacher['model']})", f"{teacher['top1']:.2f}", f"{teacher['top5']:.2f}")
     for student, accuracy in results["accuracy"].items():
         table.add_section()
@@ -79,8 +79,8 @@ def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
             table.add_row(f"{student}, {head}", f"{top1:.2f}", f"{accuracy['top5'][head]:.2f}", style=emphasis)
     console = Console(highlight=False)
     console.print(table)
-    speed = results["images_per_s"]
-    console.print(f"held-out images   {results['eval_images']}")
+    speed = results.get("images_per_s")
+    console.print(f"held-out images   {results.get('eval_images', 'not noted')}")
     console.print(
         f"training speed    {f'{speed:.0f} images/s' if speed else 'not measured: too few steps ran in this process'}"
     )

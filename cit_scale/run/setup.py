@@ -229,8 +229,10 @@ def check_same_run(config: RunConfig) -> None:
 
 
 def changed_settings(started_with: dict[str, Any], config: RunConfig) -> list[str]:
-    """``key: old -> new`` for what differs and changes what is learned."""
-    changes = {change.split(":")[0]: change for change in cli.differences(started_with, cli.to_dict(config))}
+    """``key: old -> new`` for what differs and changes what is learned. started_with: maybe by an earlier version."""
+    changes = {
+        change.split(":")[0]: change for change in cli.differences(cli.with_defaults(started_with), cli.to_dict(config))
+    }
     # Where a teacher's weights lie is a path, too, and the file is compared by its sum.
     return [change for key, change in changes.items() if key not in MAY_CHANGE and not is_teachers_path(key)]
 
