@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
+import io
 import re
-from collections.abc import Sequence
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from cit_scale.config import RunConfig, TeacherConfig, check_names
-from cit_scale.errors import ConfigError, MissingInputError
+from cit_scale.config import RunConfig, TeacherConfig, check_config, check_names, plan_batches
+from cit_scale.distributed.ranks import Ranks
+from cit_scale.errors import ConfigError, MissingInputError, RunError, exit_code_of
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"
 
-# A recipe holds values. Without "*" a class_path in it would have its module imported, and so run.
-set_parsing_settings(
-    docstring_parse_attribute_docstrings=True, import_path_denylist=["*"], import_path_allowlist=["cit_scale.config"]
-)
+# What --help says; --help-all has the rest. On one screen, and without the libraries that read the settings.
+HELP = """\
+deepspeed cit_scale/train.py --name pets --data.train photos    all GPUs of this machine, or the CPU
+cit-scale train --config mine.yaml --train.epochs 100           one process alone
+
+Train a co-advised vision transformer, or any timm model alone. The same command goes on where it
+was stopped.
+
+what to train
+  --config RECIPE          by name, or a YAML file; {default} without it; repeatable, and later ones
+                           override earlier ones
+  --name NAME              of the run; its folder is RUNS_DIR/NAME
+  --runs_dir DIR           where the folders of runs stand
+  --data.train WHERE       a folder of class folders, tar shards, a table (.csv, .tsv), an idx file
+  --data.eval WHERE        the same for evaluation; a part of the training set is held out without it
+  --teachers.NAME.weights FILE
+                           a teacher that is trained already, conv or inv; else it is trained first
+how
+  --train.epochs N         passes over the training set
+  --train.global_batch_size N
+                           images per update, over all GPUs
+  --train.micro_batch_size N
+                           images that fit one GPU at once
+  --engine.name NAME       zero (DeepSpeed), fsdp2 or plain
+  --engine.precision P     float32, bf16 or fp16
+  --deepspeed_config FILE  how ZeRO shards: zero0 to zero3, or a file
+what stands in the run folder
+  --fresh                  set it aside, and start over
+  --override-resume        go on although data, teachers or settings of the recipe changed
+
+  --print_config           what the command line amounts to, as a recipe
+  --help-all               every setting with its default
+
+recipes: {recipes}
+"""
 
 
 @dataclass(frozen=True)
@@ -55,14 +94,63 @@ def recipe_path(name: str) -> Path:
     )
 
 
+def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
+    """What a rank is to do, as its command line and its launcher's environment say.
+
+    Raises a RunError for all that is known to be wrong without the data, the networks and the libraries that these
+    need; ``--help`` and ``--print_config`` print on rank 0 and leave with 0.
+    """
+    ranks = read_ranks(env)
+    with contextlib.nullcontext() if ranks.rank == 0 else contextlib.redirect_stdout(io.StringIO()):
+        arguments = parse_arguments(argv)
+    if arguments.local_rank not in (None, ranks.local_rank):
+        raise ConfigError(
+            f"--local_rank={arguments.local_rank}, but the environment says {ranks.local_rank}; "
+            "leave the flag to the launcher"
+        )
+    check_config(arguments.config)
+    plan_batches(arguments.config, ranks.world_size)
+    return arguments
+
+
+def read_ranks(env: Mapping[str, str]) -> Ranks:
+    """The ranks that the launcher's environment describes, or a ConfigError."""
+    try:
+        ranks = Ranks.from_env(env)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if ranks.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise ConfigError(
+            f"there are {ranks.world_size} ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
+            "start with deepspeed or torchrun, source slurm/env.sh in a batch script of Slurm's, or set both"
+        )
+    return ranks
+
+
+def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> None:
+    """Leave the process if all it has to do is print help, or say what is wrong with its command line.
+
+    For entry points, before they import what takes seconds.
+    """
+    try:
+        read_command_line(argv, env)
+    except (RunError, OSError) as error:
+        if Ranks.from_env(env).rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(exit_code_of(error)) from error
+
+
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parse what the user typed. ``--help`` and ``--print_config`` print and leave with 0. Raises ConfigError."""
+    if {"-h", "--help"} & set(argv):
+        print(_short_help(), end="")
+        raise SystemExit(0)
     argv = _files_first(_with_recipe_paths(argv))
     if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
         argv = ["--config", str(recipe_path(DEFAULT_RECIPE)), *argv]
     # `deepspeed train.py` users put a bare --deepspeed there; it chooses what is chosen anyway.
     argv = [argument for argument in argv if argument != "--deepspeed"]
-    parsed = _parse(argv)
+    parsed = _parse(["--help" if argument == "--help-all" else argument for argument in argv])
     config = _build(parsed)
     if parsed.deepspeed_config is not None:
         config = dataclasses.replace(
@@ -72,9 +160,21 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return Arguments(config, parsed.fresh, parsed.override_resume, parsed.local_rank)
 
 
+def _short_help() -> str:
+    recipes = textwrap.fill(", ".join(recipe_names()), width=90, subsequent_indent=" " * 9)
+    return HELP.format(recipes=recipes, default=DEFAULT_RECIPE)
+
+
 def load_recipe(name: str) -> RunConfig:
     """A recipe alone, by name or path. Raises ConfigError."""
-    return _build(_parse(["--config", str(recipe_path(name))]))
+    path = recipe_path(name)
+    return _load_recipe(path, path.read_bytes())
+
+
+@functools.cache
+def _load_recipe(path: Path, content: bytes) -> RunConfig:
+    """Parsed once, however many runs of a sweep on however many nodes train a teacher with it."""
+    return _build(_parse(["--config", str(path)]))
 
 
 def teacher_run(config: RunConfig, name: str) -> RunConfig:
@@ -108,6 +208,11 @@ def teacher_run(config: RunConfig, name: str) -> RunConfig:
         ),
         student=dataclasses.replace(recipe.student, name=teacher.model, kwargs=teacher.kwargs),
     )
+
+
+def teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
+    """By teacher: the run that trains it, for each that comes without weights."""
+    return {name: teacher_run(config, name) for name, teacher in config.teachers.items() if teacher.weights is None}
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -161,7 +266,16 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@functools.cache
 def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser, set_parsing_settings  # here: --help does without it
+
+    # A recipe holds values. Without "*" a class_path in it would have its module imported, and so run.
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        import_path_denylist=["*"],
+        import_path_allowlist=["cit_scale.config"],
+    )
     parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--config RECIPE ...] [--SETTING VALUE ...]",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,6 +29,22 @@ def file_sha256(path: Path) -> str:
 def rename_to_free(path: Path, suffixes: Iterable[str]) -> Path:
     """Add the first of ``suffixes`` that is free to a name, so that nothing is overwritten. Returns the new path."""
     return path.rename(next(free for suffix in suffixes if not (free := path.with_name(path.name + suffix)).exists()))
+
+
+def set_file_aside(path: Path) -> Path:
+    """Rename a file or folder to path.1, or .2 and so on where that is taken. Returns the new path."""
+    return rename_to_free(path, (f".{i}" for i in itertools.count(1)))
+
+
+def read_note(path: Path) -> Any:
+    """What a JSON file of a run folder says, or None. One that is damaged is set aside: nothing hangs on it."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        set_file_aside(path)
+        return None
 
 
 def changed(begun: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:

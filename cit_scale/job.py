@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.errors import Stopped
+from cit_scale.text import outlive_readers
 
 # By which a rank of submitit's local executor asks to be started again; there it is a constant of a private module.
 LOCAL_REQUEUE = 144
@@ -22,6 +23,7 @@ class TrainJob:
 
     def __call__(self) -> int:
         """Train. Returns 0, or leaves the process with the exit code."""
+        outlive_readers()
         # Before the slow import: until the signal is ours, submitit's answer to it is to requeue the job at once, from
         # rank 0, before all ranks could save together.
         with StopRequest() as stop:

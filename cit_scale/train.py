@@ -8,13 +8,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:
-    # Run by path, Python looks for imports beside this file; the package stands one folder higher.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    if not __package__:
+        # Run by path, Python looks for imports beside this file; the package stands one folder higher.
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import os
+
+    from cit_scale import cli, text
+
+    text.outlive_readers()
+    # Before the imports below, which take seconds: nobody waits for help, or for a mistake in the arguments.
+    cli.answer_early(sys.argv[1:], os.environ)
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -44,16 +51,13 @@ from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import (
     BadImageError,
-    CannotWriteError,
-    ConfigError,
     RefusedError,
     RunError,
     Stopped,
     exit_code_of,
-    os_error,
 )
 from cit_scale.evaluate import AVERAGE, evaluate
-from cit_scale.files import rename_to_free, sync, write_text
+from cit_scale.files import read_note, set_file_aside, sync, write_text
 from cit_scale.losses import co_advise_loss
 from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
@@ -62,7 +66,7 @@ from cit_scale.run.bad_steps import BadSteps, find_culprits
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.progress import Progress, describe, restore, seed_step
 from cit_scale.run.results import describe_environment, print_table
-from cit_scale.run.setup import Task, check, check_same_run, teacher_runs
+from cit_scale.run.setup import Task, check, check_same_run, set_aside, writing
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.teachers import Teacher, run_teachers
 
@@ -77,16 +81,9 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     """
     is_main = True
     try:
-        world = join_world(os.environ)
+        world = World(*cli.read_ranks(os.environ))
         is_main = world.is_main
-        # Every rank parses; --help and --print_config are for one reader.
-        with contextlib.nullcontext() if is_main else contextlib.redirect_stdout(io.StringIO()):
-            arguments = cli.parse_arguments(sys.argv[1:] if argv is None else argv)
-        if arguments.local_rank not in (None, world.local_rank):
-            raise ConfigError(
-                f"--local_rank={arguments.local_rank}, but the environment says {world.local_rank}; "
-                "leave the flag to the launcher"
-            )
+        arguments = cli.read_command_line(sys.argv[1:] if argv is None else argv, os.environ)
         with StopRequest() if stop is None else contextlib.nullcontext(stop) as stop:
             join(arguments.config, world, stop)
             # A job that Slurm starts again goes on with what it has begun afresh.
@@ -113,20 +110,6 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     return 0
 
 
-def join_world(env: Mapping[str, str]) -> World:
-    """The world that the launcher's environment describes, or a ConfigError."""
-    try:
-        world = World.from_env(env)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if world.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        raise ConfigError(
-            f"there are {world.world_size} ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
-            "start with deepspeed or torchrun, source slurm/env.sh in a batch script of Slurm's, or set both"
-        )
-    return world
-
-
 def join(config: RunConfig, world: World, stop: StopRequest) -> None:
     """Collective. Check that all nodes are there and fit, then let the ranks into one process group."""
     if dist.is_initialized():
@@ -146,7 +129,7 @@ def run(
     """
     same_run = not fresh and not override
     task = check(config, world, same_run=same_run)
-    first = teacher_runs(config)
+    first = cli.teacher_runs(config)
     with exclusive(config.run_dir, world, stop):
         if fresh:
             set_aside(config.run_dir, world)
@@ -159,22 +142,6 @@ def run(
                 weights = str(teacher_config.run_dir / layout.STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
             return train(task, teachers, stop, override=override)
-
-
-def set_aside(run_dir: Path, world: World) -> None:
-    """Collective. Move what stands in the run folder to run_dir.1 (or .2, ...), so that nothing is lost."""
-
-    def move() -> None:
-        if world.is_main and run_dir.exists():
-            print(f"{run_dir} set aside as {number(run_dir)}", flush=True)
-
-    with writing(run_dir):
-        together(world, move)
-
-
-def number(path: Path) -> Path:
-    """Rename to path.1, or .2 and so on where that is taken."""
-    return rename_to_free(path, (f".{i}" for i in itertools.count(1)))
 
 
 @dataclass(frozen=True)
@@ -276,34 +243,13 @@ def begin(task: Task, progress: Progress, overridden: Sequence[str], now: float)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG, cli.to_yaml(task.config))
     if (run_dir / RESULTS).exists():
-        number(run_dir / RESULTS)  # the run goes on, and these are not its results any more
+        set_file_aside(run_dir / RESULTS)  # the run goes on, and these are not its results any more
     path = run_dir / ENVIRONMENT
     starts = read_note(path) or []
     place = {"step": progress.step, "total_steps": task.total_steps, "time": now, "overridden": overridden}
     about = {**place, **describe_environment(task.world)}
     write_text(path, json.dumps([*starts, about], indent=2) + "\n")
     return [*starts, about][0].get("time", now)
-
-
-@contextlib.contextmanager
-def writing(run_dir: Path) -> Iterator[None]:
-    """Make an OSError that all ranks raise one of ours, which one of them reports."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{run_dir} cannot be written ({error}); the same command continues there"
-        raise os_error(error, message, lasting=CannotWriteError) from error
-
-
-def read_note(path: Path) -> Any:
-    """What a JSON file of the run folder says, or None. One that is damaged is moved aside: nothing hangs on it."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        number(path)
-        return None
 
 
 def hang_message(config: RunConfig) -> str:

@@ -14,6 +14,7 @@ import yaml
 
 from cit_scale.config import RunConfig
 from cit_scale.errors import ConfigError
+from cit_scale.text import ExampleParser
 
 CLUSTER_FILE = Path(__file__).with_name("cluster.yaml")
 
@@ -50,21 +51,51 @@ NOT_AGAIN = {"sweep", "array", "dependency", "dry_run"}
 NOT_IN_FILE = {"sweep", "dry_run"}
 
 
-class OneLineParser(argparse.ArgumentParser):
+EXAMPLES = (
+    "python launchers/submit.py --nodes 8 --partition gpu --config cit_base --data.train /data/imagenet/train",
+    "python launchers/submit.py --nodes 8 --config cit_base --dry-run",
+    "python launchers/submit.py --config cit_small --sweep lr=0.001,0.002 --sweep seed=0,1",
+)
+DESCRIPTION = """\
+Queue a training run with Slurm, after everything that could fail has been
+tried here. Options of this script are listed below; all other arguments are
+those of cit_scale/train.py, whose --name names the job, too. Stopped by a time
+limit, a preemption or a broken node the job queues itself again and goes on.
+--sweep queues an array of runs, each in a folder such as
+runs/cit_small-lr=0.001-seed=0.
+"""
+EPILOG = """\
+What a cluster always wants stands in launchers/cluster.yaml, beside this
+script, by the names of the options; the command line overrides it, and its
+--setup replaces the file's list:
+
+    partition: gpu
+    account: vision
+    gpus-per-node: 8
+    cpus-per-task: 12
+    time: 24:00:00
+    setup:
+      - module load cuda
+
+The arguments of train.py are listed by: python cit_scale/train.py --help
+"""
+
+
+class OneLineParser(ExampleParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
-def parser(description: str | None = None) -> OneLineParser:
+def parser() -> OneLineParser:
     """Holds only what was given: the defaults are those of Options."""
     parser = OneLineParser(
         prog="submit.py",
+        examples=EXAMPLES,
         usage="submit.py [OPTION ...] [ARGUMENT OF train.py ...]",
-        description=description,
-        epilog="The arguments of train.py are listed by: python cit_scale/train.py --help",
+        description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--nodes", type=positive, metavar="N", help="nodes of each run; 1 without it")
@@ -127,12 +158,9 @@ def not_negative(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def parse(argv: Sequence[str], description: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The options given in cluster.yaml or on the command line, and the arguments of train.py.
-
-    description: of --help.
-    """
-    options, train_argv = parser(description).parse_known_args(argv)
+def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The options given in cluster.yaml or on the command line, and the arguments of train.py."""
+    options, train_argv = parser().parse_known_args(argv)
     refuse_misspelt(train_argv)
     return {**read_cluster_file(CLUSTER_FILE), **vars(options)}, train_argv
 

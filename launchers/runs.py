@@ -1,13 +1,4 @@
-"""What stands in the run folders, and what Slurm says of their jobs.
-
-    python launchers/runs.py list               every run: its state, step, speed, accuracy and the time left
-    python launchers/runs.py show NAME          one of them: starts, ends, checkpoints, results
-    python launchers/runs.py logs NAME -f       what its newest job prints
-    python launchers/runs.py cancel NAME        it saves, leaves, and is not queued again
-    python launchers/runs.py resume NAME        it is submitted once more, and goes on
-
-Run folders are read, never written. One squeue answers for all runs; where there is no Slurm, the folders do.
-"""
+"""What stands in the run folders, and what Slurm says of their jobs: list, show, follow, cancel and resume runs."""
 
 from __future__ import annotations
 
@@ -33,6 +24,18 @@ from launchers.slurm import cancel_local_job, cancel_slurm_job
 from launchers.state import answer_for, state_now, state_of, states_of
 
 SUBMIT = Path(__file__).resolve().with_name("submit.py")
+
+EXAMPLES = (
+    "python launchers/runs.py list            every run: its state, step, speed, accuracy and time left",
+    "python launchers/runs.py show NAME       one of them: starts, ends, checkpoints, results",
+    "python launchers/runs.py logs NAME -f    what its newest job prints",
+    "python launchers/runs.py cancel NAME     it saves, leaves, and is not queued again",
+    "python launchers/runs.py resume NAME     it is submitted once more, and goes on",
+)
+DESCRIPTION = (
+    "What stands in the run folders, and what Slurm says of their jobs. Run folders are read, never written. One "
+    "squeue answers for all runs; where there is no Slurm, the folders do."
+)
 
 ASK_SLURM_EVERY_S = 15
 SAVING_S = 120
@@ -117,7 +120,7 @@ def resume(run: Run) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser, add = new_parser("runs.py", __doc__)
+    parser, add = new_parser("runs.py", EXAMPLES, DESCRIPTION)
     add_looking(add)
     logs = add("logs", "the end of its newest log", takes_name=True)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")

@@ -12,24 +12,26 @@ WALLS = {
     "errors": "",
     "files": "",
     "run_folder": "",
+    "text": "",
     "batch": "",
     "config": "errors",
     "losses": "batch",
     "optim": "config errors",
     "distributed": "errors run_folder",
     "models": "batch distributed errors files",
-    "datasets": "config data.order distributed errors files",
+    "datasets": "config data.order distributed errors files text",
     "data": "batch config datasets distributed errors",
     "engines": "batch config distributed errors optim",
     "checkpoint": "config distributed engines errors files run_folder",
     "teachers": "batch config errors files models",
     "evaluate": "batch distributed",
-    "cli": "config errors",
+    "cli": "config distributed.ranks errors",
     "run": "batch checkpoint cli config data datasets distributed engines errors files models optim run_folder "
-    "teachers",
+    "teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
-    "run run_folder teachers",
-    "job": "distributed errors train",
+    "run run_folder teachers text",
+    "__main__": "cli text",
+    "job": "distributed errors text train",
     "bench": "checkpoint config data datasets distributed engines errors files models run teachers",
 }
 
@@ -37,7 +39,7 @@ ONLY_IMPORTERS = {
     "deepspeed": {"engines.zero"},
     "nvidia": {"data.dali", "bench.decode"},  # the benchmark's own is the peer that ours is timed against
     "triton": {"models.involution_triton"},
-    "submitit": {"launchers.submit"},
+    "submitit": {"launchers.submit", "launchers.executors"},
     "ffmpeg": {"datasets.video"},
 }
 

@@ -22,8 +22,9 @@ from PIL import Image, ImageOps
 
 from cit_scale.datasets import pack as pack_module
 from cit_scale.datasets import shards
+from cit_scale.datasets.commands import pack as main
 from cit_scale.datasets.encoded import decode
-from cit_scale.datasets.pack import main, pack
+from cit_scale.datasets.pack import pack
 from cit_scale.datasets.sources import ImageFolder, TarShards, digits, open_source
 from cit_scale.errors import ConfigError
 
@@ -369,9 +370,9 @@ def test_a_restart_reads_only_what_is_missing(source, tmp_path, small_mib):
 def test_the_command_killed_at_some_moment_goes_on_to_the_same_bytes(folder, tmp_path):
     def command(out):
         options = ["--shard-mib", "1", "--workers", "2", "--cache-dir", str(tmp_path / "cache")]
-        return [sys.executable, "-m", "cit_scale.datasets.pack", str(folder), str(tmp_path / out), *options]
+        return [sys.executable, "-m", "cit_scale", "pack", str(folder), str(tmp_path / out), *options]
 
-    assert main(command("expected")[3:]) == 0
+    assert main(command("expected")[4:]) == 0
     process = subprocess.Popen(command("out"), stdout=subprocess.DEVNULL)
     while not (tmp_path / "out" / "000000.part.npz").exists() and process.poll() is None:
         time.sleep(0.001)
@@ -551,9 +552,7 @@ def test_ctrl_c_ends_in_one_line_and_the_command_continues(arguments, tmp_path, 
 def test_the_help_shows_a_command_that_works(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    (example,) = re.findall(
-        r"^python -m cit_scale.datasets.pack (photos packed)$", capsys.readouterr().out, re.MULTILINE
-    )
+    (example,) = re.findall(r"^cit-scale pack (photos packed)$", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     folder.rename("photos")
     assert main([*example.split(), "--cache-dir", "cache"]) == 0

@@ -18,7 +18,7 @@ from cit_scale.config import REPOSITORY
 from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
-from launchers import options, submit
+from launchers import executors, options, resources, submit
 from launchers.partitions import NoSlurmError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,7 +45,7 @@ def no_slurm(monkeypatch):
     def ask():
         raise NoSlurmError("there is no Slurm here")
 
-    monkeypatch.setattr(submit, "ask_partitions", ask)
+    monkeypatch.setattr(resources, "ask_partitions", ask)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_mistake_in_the_file_is_refused(call, no_cluster_file, text, expected)
 
 
 def test_the_example_in_the_help_is_a_valid_file(tmp_path):
-    example = submit.__doc__.split("replaces the file's list:\n\n")[1]
+    example = options.EPILOG.split("the file's list:\n\n")[1].split("\n\n")[0]
     path = tmp_path / "example.yaml"
     path.write_text("\n".join(line.removeprefix("    ") for line in example.splitlines()))
     given = options.read_cluster_file(path)
@@ -387,7 +387,7 @@ def test_each_run_of_a_sweep_is_noted_in_its_own_folder(call, tiny, slurm, tmp_p
 
 def test_a_local_job_runs_in_the_background_and_its_ranks_can_meet(call, tiny, tmp_path, monkeypatch):
     # In place of the training: print the environment.
-    monkeypatch.setattr(submit, "TrainJob", lambda argv: functools.partial(os.system, "env"))
+    monkeypatch.setattr(executors, "TrainJob", lambda argv: functools.partial(os.system, "env"))
     code, printed, _ = call("--cluster", "local", "--ntasks-per-node", 2, *tiny)
     assert code == 0
     (note,) = json.loads((tmp_path / "runs" / "tiny" / "job.json").read_text())
@@ -412,12 +412,47 @@ def test_a_local_job_runs_in_the_background_and_its_ranks_can_meet(call, tiny, t
 
 def test_a_debug_job_runs_here_on_one_rank_whatever_it_would_get(call, tiny, monkeypatch):
     calls = []
-    monkeypatch.setattr(submit.train, "main", lambda argv: calls.append(argv) or 75)
+    monkeypatch.setattr("cit_scale.train.main", lambda argv: calls.append(argv) or 75)
     assert submit.main(["--cluster", "debug", "--nodes", "3", "--gpus-per-node", "8", *tiny]) == 75
     assert calls == [tuple(tiny)]
 
 
 def test_gpus_that_are_hidden_here_stay_hidden_from_a_local_job():
-    assert submit.visible_gpus({"CUDA_VISIBLE_DEVICES": "2,3"}) == (2, 3)
-    assert submit.visible_gpus({}) == ()
-    assert submit.visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-5f"}) == ()
+    assert executors.visible_gpus({"CUDA_VISIBLE_DEVICES": "2,3"}) == (2, 3)
+    assert executors.visible_gpus({}) == ()
+    assert executors.visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-5f"}) == ()
+
+
+def test_a_recipe_is_parsed_once_for_all_nodes_and_runs(call, tiny, tmp_path, monkeypatch):
+    """20 runs on 64 to 1 nodes: each run's command line once, and the teacher's recipe once."""
+    recipe = {"teachers": {"conv": {"model": "resnet10t", "recipe": str(tmp_path / "teacher.yaml")}}}
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump({"train": {"global_batch_size": 512, "epochs": 30}}))
+    (tmp_path / "advised.yaml").write_text(yaml.safe_dump(recipe))
+    parsed = []
+    parse = cli._parse
+    monkeypatch.setattr(cli, "_parse", lambda argv: parsed.append(argv) or parse(argv))
+    seeds = ",".join(map(str, range(20)))
+    arguments = cli.parse_arguments(["--config", str(tmp_path / "advised.yaml")])
+    runs = submit.plan_runs(arguments.config, ["--config", str(tmp_path / "advised.yaml")], [f"seed={seeds}"])
+    monkeypatch.setattr(resources, "can_host", lambda run, world_size: True)
+    counts = resources.node_counts(options.Options(nodes=64, min_nodes=1), 1, runs)
+    assert counts == (64, 32, 16, 8, 4, 2, 1)
+    assert len(parsed) == 1 + 20 + 1
+
+
+def test_help_and_mistakes_import_nothing_that_takes_long(tmp_path):
+    program = """
+import runpy, sys
+for argv in ["--help"], ["--nodes", "0"], ["--train.epochs", "0"], ["--sweep", "lrr=1"], ["--name", ""]:
+    sys.argv = ["submit.py", *argv]
+    try:
+        runpy.run_path(PATH, run_name="__main__")
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+heavy = {"torch", "timm", "triton", "nvidia.dali", "deepspeed", "submitit", "numpy"} & sys.modules.keys()
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    program = program.replace("PATH", repr(str(Path(submit.__file__))))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\d$", done.stderr, re.MULTILINE) == ["0", "2", "2", "2", "2"]

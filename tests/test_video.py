@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from cit_scale.datasets import video
+from cit_scale.datasets.commands import video as main
 from cit_scale.datasets.folders import ImageFolder
 from cit_scale.datasets.shards import TarShards
-from cit_scale.datasets.video import BadVideoError, Sampling, extract, extract_all, main, probe
+from cit_scale.datasets.video import BadVideoError, Sampling, extract, extract_all, probe
 from cit_scale.errors import ConfigError
 
 LUMA_STEP = 8
@@ -350,7 +351,7 @@ def test_any_name_is_a_name_and_none_is_taken_for_another(tmp_path, clip):
 
 def test_relative_paths_and_a_leading_dash_work(tmp_path, videos):
     (tmp_path / "-videos").symlink_to(videos)
-    command = [sys.executable, "-m", "cit_scale.datasets.video", "--fps", "1", "--", "-videos", "-out"]
+    command = [sys.executable, "-m", "cit_scale.data.video", "--fps", "1", "--", "-videos", "-out"]
     env = {**os.environ, "PYTHONPATH": str(Path(video.__file__).parents[2])}
     assert subprocess.run(command, cwd=tmp_path, env=env).returncode == 0
     assert len(ImageFolder(tmp_path / "-out", tmp_path / "cache")) == 6
@@ -472,7 +473,7 @@ def stuck(tmp_path, videos):
     hang = f'"{real}" "$@"; echo $$ > "{tmp_path}/pid.new"; mv "{tmp_path}/pid.new" "{tmp_path}/pid"; exec sleep 100'
     stand_in.write_text(f'#!/bin/sh\ncase "$*" in *slow.mp4*%06d.jpg) {hang};; *) exec "{real}" "$@";; esac\n')
     stand_in.chmod(0o755)
-    command = [sys.executable, "-m", "cit_scale.datasets.video", str(videos), str(tmp_path / "out"), "--fps", "2"]
+    command = [sys.executable, "-m", "cit_scale", "video", str(videos), str(tmp_path / "out"), "--fps", "2"]
     env = {**os.environ, "IMAGEIO_FFMPEG_EXE": str(stand_in)}
     process = subprocess.Popen(
         command,

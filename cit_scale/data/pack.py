@@ -1,6 +1,6 @@
-"""The former name of cit_scale/datasets/pack.py, for commands that call ``python -m cit_scale.data.pack``."""
+"""The former name of ``cit-scale pack``, for commands that call ``python -m cit_scale.data.pack``."""
 
-from cit_scale.datasets.pack import main
+from cit_scale.datasets.commands import pack
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(pack())

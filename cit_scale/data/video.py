@@ -1,6 +1,6 @@
-"""The former name of cit_scale/datasets/video.py, for commands that call ``python -m cit_scale.data.video``."""
+"""The former name of ``cit-scale video``, for commands that call ``python -m cit_scale.data.video``."""
 
-from cit_scale.datasets.video import main
+from cit_scale.datasets.commands import video
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(video())

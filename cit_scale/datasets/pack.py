@@ -2,10 +2,6 @@
 
 A few large files are read faster than a million small ones, above all over a network. Whatever interrupts it, the same
 command continues after the last whole shard and comes to the same bytes.
-
-python -m cit_scale.datasets.pack photos packed
-python -m cit_scale.datasets.pack /data/imagenet/train /fast/imagenet500 --shorter-side 500 --quality 90
-python cit_scale/train.py --data.train packed
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from cit_scale.config import DataConfig
+from cit_scale.datasets.defaults import PACK_QUALITY, SHARD_MIB
 from cit_scale.datasets.encoded import EXTENSIONS, decode
 from cit_scale.datasets.index import Columns, Texts, concatenate, load, printable, save, shorten
 from cit_scale.datasets.progress import Progress
@@ -42,9 +38,7 @@ REJECTED = "rejected.tsv"
 MIB = 1 << 20
 AHEAD = 8  # images per worker that are prepared before their turn, so that a slow one does not stop the others
 LONGEST_JPEG = 65_500  # pixels, of libjpeg
-SHARD_MIB = 512
-QUALITY = 90
-DEFAULTS = {"shard_mib": SHARD_MIB, "shorter_side": None, "quality": QUALITY}
+DEFAULTS = {"shard_mib": SHARD_MIB, "shorter_side": None, "quality": PACK_QUALITY}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -81,7 +75,7 @@ def pack(
     shard_mib: int = SHARD_MIB,
     workers: int,
     shorter_side: int | None = None,
-    quality: int = QUALITY,
+    quality: int = PACK_QUALITY,
 ) -> Summary:
     """Write the images of `source`, in its order, to the shards of `out`, or go on where an earlier call stopped.
 
@@ -297,12 +291,11 @@ def _summarise(out: Path, images_done: int, seconds: float) -> Summary:
 # --- The command ---
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, pack, report.
+def run(arguments: argparse.Namespace) -> int:
+    """Pack and report. arguments: as ``commands.pack_parser`` parses them.
 
     Returns the exit code: 0, 2 for a mistake of the user's, 1 where reading or writing fails, 130 on Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     out = Path(arguments.out).expanduser()
     goes_on = f"what is whole in {printable(out)} stays, and the same command continues there"
@@ -342,52 +335,3 @@ def _print_summary(summary: Summary, out: Path) -> None:
     print(f"data set  {printable(out)}")
     if summary.empty_classes:
         print(f"no image is left of {len(summary.empty_classes)} classes: {shorten(summary.empty_classes)}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cit_scale.datasets.pack",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "source", metavar="SOURCE", help="what --data.train accepts: a folder, shards, a table, an idx file, digits"
-    )
-    parser.add_argument("out", metavar="OUT", help="the folder of the shards: new, or one that was begun before")
-    parser.add_argument(
-        "--shard-mib",
-        "--shard_mib",
-        type=int,
-        default=SHARD_MIB,
-        metavar="N",
-        help="size of a shard in MiB (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="threads that decode (default: as many as there are CPU cores)",
-    )
-    parser.add_argument(
-        "--shorter-side", "--shorter_side", type=int, metavar="N", help="scale larger images down to it, in pixels"
-    )
-    parser.add_argument(
-        "--quality",
-        type=int,
-        default=QUALITY,
-        metavar="N",
-        help="JPEG quality, 1 to 100, of images that are scaled (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--cache-dir",
-        "--cache_dir",
-        default=DataConfig().cache_dir,
-        metavar="DIR",
-        help="where the index of SOURCE is kept (default: %(default)s)",
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,5 @@
 """Class folders of videos to labelled frames: a folder of images, or shards.
 
-python -m cit_scale.datasets.video VIDEOS OUT --fps 1
-python -m cit_scale.datasets.video VIDEOS OUT --count 16 --shorter_side 256 --shards
-
 VIDEOS/cat/a.mp4 becomes OUT/cat/a.mp4/000000.jpg, 000001.jpg, ..., which --data.train OUT trains on. Folders inside a
 class are searched as well; names that begin with a dot are passed over. The frames of a video appear together, once all
 of it has been decoded without an error. A broken video is reported, listed with the reason in OUT/rejected.tsv, and
@@ -37,6 +34,7 @@ from typing import Any
 import ffmpeg
 from imageio_ffmpeg import get_ffmpeg_exe
 
+from cit_scale.datasets.defaults import FRAME_QUALITY
 from cit_scale.datasets.folders import ImageFolder, find_files
 from cit_scale.datasets.index import describe, printable, shorten
 from cit_scale.datasets.pack import REJECTED, pack
@@ -49,7 +47,6 @@ EXTENSIONS = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 }
-QUALITY = 2
 POLL_S = 0.1
 CLOCK_ERROR_S = 0.001  # Matroska rounds the time of a frame to milliseconds
 
@@ -157,7 +154,7 @@ def extract(
     sampling: Sampling,
     *,
     shorter_side: int | None = None,
-    quality: int = QUALITY,
+    quality: int = FRAME_QUALITY,
     hwaccel: str | None = None,
     threads: int = 1,
     stop: StopRequest | None = None,
@@ -317,7 +314,7 @@ def extract_all(
     sampling: Sampling,
     *,
     shorter_side: int | None = None,
-    quality: int = QUALITY,
+    quality: int = FRAME_QUALITY,
     hwaccel: str | None = None,
     workers: int = 1,
     stop: StopRequest | None = None,
@@ -329,7 +326,7 @@ def extract_all(
     names = find_videos(videos)
     scratch = out / PARTIAL
     shutil.rmtree(scratch, ignore_errors=True)  # from a run that was killed
-    threads = max(1, num_cpus() // min(workers, len(names)))
+    threads = max(1, len(os.sched_getaffinity(0)) // min(workers, len(names)))
     options = {"shorter_side": shorter_side, "quality": quality, "threads": threads, "stop": stop}
     take = partial(extract, sampling=sampling, **options)
     records: dict[str, Record] = {}
@@ -361,10 +358,6 @@ def find_videos(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ConfigError(f"{printable(folder)} is not a folder; give one with a sub-folder of videos per class")
     return [name for names in find_files(folder, EXTENSIONS, "videos").values() for name in names]
-
-
-def num_cpus() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _renew(video: Path, folder: Path, scratch: Path, take: Callable[..., int], hwaccel: str | None) -> Record:
@@ -420,7 +413,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises ConfigError where a folder was written with other settings."""
     if not (folder / SETTINGS).exists():
         return
-    changes = changed(json.loads((folder / SETTINGS).read_text()), settings, {"quality": QUALITY})
+    changes = changed(json.loads((folder / SETTINGS).read_text()), settings, {"quality": FRAME_QUALITY})
     if changes:
         raise ConfigError(
             f"{printable(folder)} was begun with other settings ({'; '.join(changes)}); "
@@ -457,46 +450,6 @@ def _print_summary(summary: Summary, sampling: Sampling, out: Path, rejected: Pa
 
 def _class_of(name: str) -> str:
     return name.partition("/")[0]
-
-
-def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m cit_scale.datasets.video",
-        description=__doc__,
-        epilog="exit status: 0 if there are frames, 1 if there are none or a disk fails, 2 for a mistake, "
-        "128 + signal if stopped",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("videos", type=Path, metavar="VIDEOS", help="a folder with one sub-folder of videos per class")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; new, or of this command before")
-    which = parser.add_argument_group("which frames (one of)").add_mutually_exclusive_group(required=True)
-    which.add_argument("--fps", type=float, help="so many a second: the first frame, then one at each tick")
-    which.add_argument("--count", type=int, help="so many of each video, evenly spread; all where it has fewer")
-    which.add_argument(
-        "--scene", type=float, metavar="CHANGE", help="the first, and each that differs from its predecessor: 0.3, say"
-    )
-    parser.add_argument(
-        "--shorter-side",
-        "--shorter_side",
-        type=int,
-        metavar="PIXELS",
-        help="shrink larger frames (default: as they are)",
-    )
-    parser.add_argument(
-        "--quality",
-        type=int,
-        default=QUALITY,
-        help=f"ffmpeg's qscale of a JPEG, 2 (no loss to be seen) to 31 (coarse), in 4:2:0 (default: {QUALITY})",
-    )
-    parser.add_argument(
-        "--hwaccel", help="decode with cuda, vaapi, ..., or auto: what works here, or else the CPU (default: the CPU)"
-    )
-    parser.add_argument("--workers", type=int, default=num_cpus(), help="videos at once (default: %(default)s)")
-    parser.add_argument("--shards", action="store_true", help="write WebDataset tar shards in the place of a folder")
-    parser.add_argument(
-        "--shard-mib", "--shard_mib", type=int, default=512, help="size of a shard in MiB (default: 512)"
-    )
-    return parser.parse_args(argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -558,8 +511,11 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0 if summary.records else 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = _parse_arguments(argv)
+def run(arguments: argparse.Namespace) -> int:
+    """Take frames and report. arguments: as ``commands.video_parser`` parses them.
+
+    Returns the exit code: 0, 1 without a frame or where a disk fails, 2 for a mistake, 128 + signal if stopped.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     goes_on = f"what is whole in {printable(arguments.out)} stays, and the same command continues there"
     try:
@@ -573,7 +529,3 @@ def main(argv: list[str] | None = None) -> int:
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"stopped; {goes_on}", file=sys.stderr)
         return 128 + (getattr(stopped, "signum", None) or signal.SIGINT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from cit_scale import cli
 from cit_scale.config import EngineConfig, RunConfig
 from cit_scale.engines.hosted import Hosted, blocks_of, checkpoint_activations
 from cit_scale.models.network import Network, build_network
-from cit_scale.run.setup import Task, teacher_runs
+from cit_scale.run.setup import Task
 
 FLOAT32_BYTES = 4
 GIB = 2**30
@@ -92,7 +93,7 @@ def plan_run(task: Task) -> RunPlan:
         memory=memory,
         teachers={
             name: plan_run(dataclasses.replace(task, config=teacher_config))
-            for name, teacher_config in teacher_runs(config).items()
+            for name, teacher_config in cli.teacher_runs(config).items()
         },
     )
 

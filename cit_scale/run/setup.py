@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World, first_on_each_node, together
 from cit_scale.engines.build import check_engine
 from cit_scale.engines.hosted import prepare
-from cit_scale.errors import ConfigError, RefusedError, os_error
+from cit_scale.errors import CannotWriteError, ConfigError, RefusedError, os_error
+from cit_scale.files import set_file_aside
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.run_folder import CONFIG
 from cit_scale.teachers import Teacher, load_teacher
@@ -149,7 +151,7 @@ def check_settings(config: RunConfig, world: World, *, same_run: bool) -> None:
             )
     if same_run:
         check_same_run(config)
-    for name, teacher_config in teacher_runs(config).items():
+    for name, teacher_config in cli.teacher_runs(config).items():
         if teacher_config.teachers:
             raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
         with naming_teacher(name):
@@ -166,14 +168,9 @@ def check_networks(task: Task) -> None:
     for name, teacher in task.config.teachers.items():
         if teacher.weights is not None:
             task.load_teacher(name, teacher)
-    for name, teacher_config in teacher_runs(task.config).items():
+    for name, teacher_config in cli.teacher_runs(task.config).items():
         with naming_teacher(name):
             check_networks(dataclasses.replace(task, config=teacher_config))
-
-
-def teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
-    """By teacher: the run that trains it, for each that comes without weights."""
-    return {name: cli.teacher_run(config, name) for name, teacher in config.teachers.items() if teacher.weights is None}
 
 
 @contextmanager
@@ -239,3 +236,24 @@ def changed_settings(started_with: dict[str, Any], config: RunConfig) -> list[st
 
 def is_teachers_path(key: str) -> bool:
     return key.startswith("teachers.") and key.endswith(".weights")
+
+
+def set_aside(run_dir: Path, world: World) -> None:
+    """Collective. Move what stands in the run folder to run_dir.1 (or .2, ...), so that nothing is lost."""
+
+    def move() -> None:
+        if world.is_main and run_dir.exists():
+            print(f"{run_dir} set aside as {set_file_aside(run_dir)}", flush=True)
+
+    with writing(run_dir):
+        together(world, move)
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Make an OSError that all ranks raise one of ours, which one of them reports."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{run_dir} cannot be written ({error}); the same command continues there"
+        raise os_error(error, message, lasting=CannotWriteError) from error

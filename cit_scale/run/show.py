@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import rich.box
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from cit_scale.errors import RunError, Stopped
 from cit_scale.run.folders import Run, as_dict, dig, find_run, find_runs, is_number, number
+from cit_scale.text import ExampleParser
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 # The settings that tell one run from another.
 HIGHLIGHTS = (
@@ -37,13 +38,10 @@ HIGHLIGHTS = (
 )
 
 
-DESCRIPTION = """What stands in the run folders.
-
-    cit-scale runs list         every run: its state, step, speed, accuracy and the time left
-    cit-scale runs show NAME    one of them: starts, ends, checkpoints, results
-
-Run folders are read, never written. On a cluster, python launchers/runs.py also asks Slurm, and cancels and resumes.
-"""
+EXAMPLES = (
+    "cit-scale runs list         every run: its state, step, speed, accuracy and time left",
+    "cit-scale runs show NAME    one of them: starts, ends, checkpoints, results",
+)
 
 AddCommand = Callable[..., argparse.ArgumentParser]
 
@@ -180,16 +178,16 @@ def states_in_folders(runs: Sequence[Run]) -> list[State]:
     return states
 
 
-def new_parser(prog: str, description: str) -> tuple[argparse.ArgumentParser, AddCommand]:
+def new_parser(prog: str, examples: Sequence[str], description: str) -> tuple[argparse.ArgumentParser, AddCommand]:
     """A parser of commands on run folders, and what adds one to it."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ExampleParser(prog=prog, examples=examples, description=description)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--runs-dir", "--runs_dir", type=Path, default=Path("runs"), help="where the run folders stand; runs"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
+    )
 
     def add(name: str, text: str, *, takes_name: bool) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, parents=[shared], allow_abbrev=False)
@@ -210,7 +208,12 @@ def add_looking(add: AddCommand) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser, add = new_parser("cit-scale runs", DESCRIPTION)
+    parser, add = new_parser(
+        "cit-scale runs",
+        EXAMPLES,
+        "What stands in run folders, which are read and never written. On a cluster, python launchers/runs.py asks "
+        "Slurm, too, and cancels and resumes.",
+    )
     add_looking(add)
     asked = parser.parse_args(argv)
     try:
@@ -232,6 +235,8 @@ def say(message: str) -> None:
 
 def console() -> Console:
     """Names are names: nothing in them is markup. In a file or a pipe every row has one line."""
+    from rich.console import Console  # here: --help does without it
+
     width = None if sys.stdout.isatty() else 240
     return Console(markup=False, highlight=False, emoji=False, width=width)
 
@@ -305,6 +310,9 @@ def results_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def new_table(names: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> Table:
+    import rich.box
+    from rich.table import Table
+
     table = Table(show_header=any(names), box=rich.box.SIMPLE, show_edge=False, pad_edge=False)
     for name in names:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")

@@ -1,0 +1,66 @@
+"""``cit-scale VERB``, the same as ``python -m cit_scale VERB``: what a person does before, with and after training."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cit_scale import cli, text
+
+
+class Verb(NamedTuple):
+    """A row of the help, and the function that takes the arguments and returns an exit code: imported when called."""
+
+    summary: str
+    module: str
+    function: str = "main"
+
+
+VERBS = {
+    "train": Verb("train a student and the teachers that advise it", "cit_scale.train"),
+    "pack": Verb("any data set to checked tar shards", "cit_scale.datasets.commands", "pack"),
+    "video": Verb("class folders of videos to class folders of frames", "cit_scale.datasets.commands", "video"),
+    "runs": Verb("list and show run folders", "cit_scale.run.show"),
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in VERBS.items())
+    return f"""\
+cit-scale train --name pets --data.train photos
+cit-scale runs show pets
+
+Train co-advised vision transformers: a convolution and an involution teacher
+advise one plain ViT student.
+
+{rows}
+
+cit-scale VERB --help says more. Training on several GPUs is started by a
+launcher: deepspeed cit_scale/train.py
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Call a verb with the arguments that follow it. Returns its exit code; 2 for a verb that there is not."""
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage(), end="")
+        return 0
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        print(f"error: cit-scale has no verb {name!r}; {hint}", file=sys.stderr)
+        return 2
+    text.outlive_readers()
+    verb = VERBS[name]
+    if name == "train":
+        cli.answer_early(arguments, os.environ)  # before the import, which takes seconds
+    return getattr(importlib.import_module(verb.module), verb.function)(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

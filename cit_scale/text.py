@@ -1,0 +1,60 @@
+"""What a command says, and to whom: nobody who stops reading takes the command with them."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+class _Lasting(io.FileIO):
+    """The raw end of a stream. What cannot be written to it is dropped."""
+
+    def write(self, text: Any) -> int:
+        try:
+            return super().write(text) or 0
+        except OSError:  # a reader that has gone, a terminal that was closed, a log on a full disk
+            return len(text)
+
+
+def outlive_readers() -> None:
+    """From here on, output that nobody takes is lost, and the process goes on without it.
+
+    Otherwise ``| head -3``, a pager that is quit or a dead ``tee`` ends a run at its next line: Python raises, rich
+    leaves with exit code 1. Called by what is started as a process of its own; a stream that is none of the process's,
+    as under a test, is left alone.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # started with it closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process lives
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        try:
+            stream.flush()
+            descriptor = stream.fileno()
+        except (OSError, ValueError):  # closed, or not of a file
+            continue
+        raw = _Lasting(descriptor, "wb", closefd=False)
+        lasting = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering or name == "stderr",
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, lasting)
+
+
+class ExampleParser(argparse.ArgumentParser):
+    """A parser whose help begins with commands that work. Options are never abbreviated."""
+
+    def __init__(self, *, examples: Sequence[str], **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self._examples = examples
+
+    def format_help(self) -> str:
+        return "\n".join([*self._examples, "", super().format_help()])

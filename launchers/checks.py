@@ -1,0 +1,76 @@
+"""What a submission is checked and planned with: the networks, the data and the memory of the runs. Takes seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from cit_scale.config import DataConfig
+from cit_scale.data.reader import Reader
+from cit_scale.distributed.world import World
+from cit_scale.run.folders import Run as Folder
+from cit_scale.run.plan import counted, describe_memory, describe_plan, estimate_memory, plan_run, row
+from cit_scale.run.setup import Task, check_networks, check_settings, open_data
+from launchers.options import Options
+from launchers.partitions import Partition, format_minutes
+from launchers.resources import Resources, Run
+from launchers.state import state_now
+
+
+def check_runs(runs: Sequence[Run], world: World, *, same_run: bool) -> Task:
+    """Raise what ``setup.check`` would raise when the runs start. Returns the first, ready to be planned."""
+    opened: dict[DataConfig, tuple[Reader, Reader]] = {}
+    tried: set[str] = set()
+    tasks = []
+    for run in runs:
+        config = run.config
+        check_settings(config, world, same_run=same_run)
+        if config.data not in opened:
+            train_source, eval_source = open_data(config.data)
+            opened[config.data] = Reader(train_source), Reader(eval_source)
+        task = Task(config, world, *opened[config.data])
+        # A sweep over learning rates or seeds builds the same networks in all its runs.
+        networks = repr((config.student, config.teachers, config.data, config.engine, config.train.global_batch_size))
+        if networks not in tried:
+            check_networks(task)
+            tried.add(networks)
+        tasks.append(task)
+    return tasks[0]
+
+
+def describe(
+    options: Options, resources: Resources, partitions: Sequence[Partition] | None, task: Task, runs: Sequence[Run]
+) -> list[str]:
+    """The checked plan in lines."""
+    lines = []
+    if options.cluster == "slurm":
+        lines.append(row("job", describe_resources(options, resources, partitions)))
+    lines += describe_plan(plan_run(task), device="GPU" if resources.gpus_per_node else "rank")
+    so_far = [(Folder(run.config.name, run.config.run_dir), run) for run in runs]
+    lines += [row("so far", f"{run.config.run_dir} is {state_now(folder)}") for folder, run in so_far if folder.starts]
+    if resources.min_nodes < resources.nodes:
+        fewest = dataclasses.replace(task, world=resources.world_on(resources.min_nodes))
+        lines.append(
+            row(f"on {counted(resources.min_nodes, 'node')}", f"memory {describe_memory(estimate_memory(fewest))}")
+        )
+    if len(runs) > 1:
+        at_once = f", at most {options.array} at once" if options.array else ""
+        lines.append(row("sweep", f"{len(runs)} runs{at_once}; what stands above is the first's"))
+        lines += [row(f"  {index}", str(run.config.run_dir)) for index, run in enumerate(runs)]
+    return lines
+
+
+def describe_resources(options: Options, resources: Resources, partitions: Sequence[Partition] | None) -> str:
+    fewest = f", {resources.min_nodes} at least" if resources.min_nodes < resources.nodes else ""
+    kind = counted(resources.gpus_per_node, "GPU") if resources.gpus_per_node else "no GPU"
+    cores = f" with {counted(resources.cores_per_rank, 'core')} each" if resources.cores_per_rank else ""
+    ranks = f"{counted(resources.ranks_per_node, 'rank')}{cores}"
+    if partitions is None:
+        limit = format_minutes(resources.minutes) if resources.minutes else "the partition's"
+        where = "not compared with partitions, as no Slurm answers here"
+    else:
+        limits = {format_minutes(resources.minutes or each.limit_minutes) for each in partitions}
+        limit = " or ".join(sorted(limits))
+        where = f"partition {options.partition or partitions[0].name}"
+    nodes = counted(resources.nodes, "node")
+    return f"{nodes}{fewest}; on a node {ranks}, {kind}; time limit {limit}; {where}"

@@ -1,0 +1,180 @@
+"""What each run of a submission gets: nodes, GPUs, ranks, cores and time, as asked for and as the cluster has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cit_scale import cli
+from cit_scale.config import RunConfig, plan_batches
+from cit_scale.errors import ConfigError
+from launchers.options import Options
+from launchers.partitions import (
+    NoSlurmError,
+    Partition,
+    ask_partitions,
+    choose,
+    format_minutes,
+    parse_minutes,
+    share_of_cores,
+    why_not,
+)
+
+if TYPE_CHECKING:
+    from cit_scale.distributed.world import World
+
+
+@dataclass(frozen=True)
+class Run:
+    """argv: of train.py."""
+
+    argv: tuple[str, ...]
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each run gets.
+
+    minutes, cores_per_rank: None for the partition's limit, and for what the cluster gives to one that does not say.
+    node_counts: on how many nodes the runs can go on, the most first; one only where their number is fixed.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    ranks_per_node: int
+    minutes: int | None
+    node_counts: tuple[int, ...]
+    cores_per_rank: int | None = None
+
+    def world_on(self, nodes: int) -> World:
+        from cit_scale.distributed.world import World
+
+        return World(world_size=nodes * self.ranks_per_node, local_world_size=self.ranks_per_node)
+
+    @property
+    def min_nodes(self) -> int:
+        return min(self.node_counts)
+
+
+def find_partitions(options: Options) -> list[Partition] | None:
+    """Where the job may start; None where it is none of Slurm's, or in a dry run with no Slurm to ask."""
+    if options.cluster != "slurm":
+        return None
+    try:
+        return choose(ask_partitions(), options.partition)
+    except NoSlurmError:
+        if options.dry_run:
+            return None
+        raise
+
+
+def allot(options: Options, partitions: Sequence[Partition] | None, runs: Sequence[Run]) -> Resources:
+    """What each run gets. Raises ConfigError for what is contradictory, or never there."""
+    if options.cluster != "slurm":
+        return allot_here(options, runs)
+    gpus = options.gpus_per_node
+    if gpus is None:
+        # Where some nodes have none, they are not meant.
+        known = [gpus for partition in partitions or () for gpus in partition.gpus if gpus]
+        gpus = min(known, default=0) if options.ntasks_per_node is None else 0
+    ranks = options.ntasks_per_node or gpus or 1
+    if gpus and ranks != gpus:
+        raise ConfigError(
+            f"--ntasks-per-node={ranks} and --gpus-per-node={gpus}, but a rank computes on one GPU; leave out the first"
+        )
+    minutes = read_time(options.time)
+    if partitions is not None:
+        reasons = [why_not(each, options.nodes, gpus, minutes) for each in partitions]
+        if all(reasons):
+            raise ConfigError("; ".join(reason for reason in reasons if reason))
+    check_signal_delay(options.signal_delay, minutes, partitions or ())
+    cores = options.cpus_per_task or share_of_cores(partitions or (), gpus, ranks)
+    return Resources(options.nodes, gpus, ranks, minutes, node_counts(options, ranks, runs), cores)
+
+
+def allot_here(options: Options, runs: Sequence[Run]) -> Resources:
+    """On this machine: all GPUs that are to be seen, or one rank."""
+    if len(runs) > 1:
+        raise ConfigError(f"a sweep is an array of Slurm's; with --cluster {options.cluster} start its runs one by one")
+    minutes = read_time(options.time)
+    if options.cluster == "debug":
+        return Resources(1, 0, 1, minutes, (1,))
+    if options.nodes > 1:
+        raise ConfigError(f"--nodes={options.nodes}, but --cluster local is this machine alone")
+    import torch
+
+    found = torch.cuda.device_count()
+    gpus = found if options.gpus_per_node is None else options.gpus_per_node
+    if gpus > found:
+        raise ConfigError(f"--gpus-per-node={gpus}, but this machine shows {found}")
+    ranks = gpus or options.ntasks_per_node or 1
+    check_signal_delay(options.signal_delay, minutes, ())
+    return Resources(1, gpus, ranks, minutes, (1,))
+
+
+def read_time(text: str | None) -> int | None:
+    """In minutes; None for no limit of the run's own."""
+    if text is None:
+        return None
+    try:
+        minutes = parse_minutes(text)
+    except ValueError as error:
+        raise ConfigError(f"--time: {error}") from error
+    if minutes == 0:
+        raise ConfigError(f"--time={text} is no time to train in")
+    return minutes
+
+
+def check_signal_delay(delay_s: int, minutes: int | None, partitions: Sequence[Partition]) -> None:
+    limits = [minutes] if minutes is not None else [each.limit_minutes for each in partitions]
+    limit = min((each for each in limits if each is not None), default=None)
+    if limit is not None and delay_s >= limit * 60:
+        raise ConfigError(
+            f"--signal-delay={delay_s} seconds before the time limit, but that is {format_minutes(limit)}; "
+            "give more --time or less delay"
+        )
+
+
+def node_counts(options: Options, ranks_per_node: int, runs: Sequence[Run]) -> tuple[int, ...]:
+    """From --nodes down to --min-nodes, those among which every run's global batch can be shared out evenly."""
+    nodes, fewest = options.nodes, options.min_nodes
+    if fewest is None:
+        return (nodes,)
+    if fewest > nodes:
+        raise ConfigError(f"--min-nodes={fewest} is more than --nodes={nodes}")
+    counts = [count for count in range(nodes, 0, -1) if all(can_share(run, count * ranks_per_node) for run in runs)]
+    if nodes in counts and any(count >= fewest for count in counts if count < nodes):
+        counts = [count for count in counts if all(can_host(run, count * ranks_per_node) for run in runs)]
+    if nodes not in counts:
+        return (nodes,)  # refused with the whole reason when the run itself is checked
+    inside = tuple(count for count in counts if count >= fewest)
+    if fewest < nodes and inside == (nodes,):
+        fewer = ", ".join(str(count) for count in counts if count < nodes) or "none"
+        raise ConfigError(
+            f"--min-nodes={fewest}, but below --nodes={nodes}, with {ranks_per_node} ranks a node, the numbers of "
+            f"nodes that can share out the global batch evenly are {fewer}"
+        )
+    return inside
+
+
+def can_share(run: Run, world_size: int) -> bool:
+    try:
+        for config in (run.config, *cli.teacher_runs(run.config).values()):
+            plan_batches(config, world_size)
+    except ConfigError:
+        return False
+    return True
+
+
+def can_host(run: Run, world_size: int) -> bool:
+    from cit_scale.distributed.world import World
+    from cit_scale.engines.build import check_engine  # DeepSpeed's settings take seconds to import
+
+    try:
+        for config in (run.config, *cli.teacher_runs(run.config).values()):
+            check_engine(config, World(world_size=world_size))
+    except ConfigError:
+        return False
+    return True

@@ -1,0 +1,127 @@
+"""``cit-scale VERB``, and how soon every command answers who only asks."""
+
+import importlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cit_scale import __main__ as command
+from cit_scale import cli
+
+REPOSITORY = Path(__file__).parents[1]
+LINES, COLUMNS = 40, 100  # of one screen
+
+HEAVY = {"torch", "numpy", "PIL", "timm", "triton", "nvidia", "deepspeed", "submitit", "jsonargparse", "rich"}
+
+
+def ask(*arguments):
+    """Run Python; also returns the seconds of CPU that it took, the least of three."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return done, min(taken)
+
+
+@pytest.mark.parametrize("verb", ["", *command.VERBS])
+def test_help_is_one_screen_begins_with_an_example_and_comes_at_once(verb):
+    done, cpu_s = ask("-m", "cit_scale", *verb.split(), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) <= LINES
+    assert max(map(len, lines)) <= COLUMNS
+    assert f"cit-scale {verb}".strip() in " ".join(lines[:2])
+    assert cpu_s < 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["cit_scale/train.py", "--help"], 0),
+        (["cit_scale/train.py", "--help-all"], 0),
+        (["cit_scale/train.py", "--print_config"], 0),
+        (["cit_scale/train.py", "--trian.epochs", "1"], 2),
+        (["cit_scale/train.py", "--train.epochs", "0"], 2),
+        (["cit_scale/train.py", "--train.global_batch_size", "60"], 2),
+        (["cit_scale/train.py", "--name", ""], 2),
+        (["cit_scale/train.py", "--config", "nope"], 3),
+        (["-m", "cit_scale", "train", "--train.epochs", "0"], 2),
+        (["launchers/submit.py", "--help"], 0),
+        (["launchers/submit.py", "--nodes", "0"], 2),
+        (["launchers/submit.py", "--sweep", "lrr=1"], 2),
+        (["launchers/submit.py", "--train.epochs", "0"], 2),
+        (["launchers/runs.py", "--help"], 0),
+        (["launchers/runs.py", "show", "nope", "--runs-dir", "docs"], 3),
+        (["launchers/requeue.py", "--help"], 0),
+    ],
+)
+def test_help_and_mistakes_take_less_than_a_second_of_cpu(arguments, code):
+    done, cpu_s = ask(*arguments)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == (code != 0)
+    assert cpu_s < 1.0
+
+
+def test_only_the_first_rank_answers():
+    ranks = {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for rank, lines in (("0", 1), ("1", 0)):
+        env = os.environ | ranks | {"RANK": rank, "LOCAL_RANK": rank}
+        mistaken = [sys.executable, "cit_scale/train.py", "--train.epochs", "0"]
+        done = subprocess.run(mistaken, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (2, lines)
+
+
+def test_help_imports_nothing_heavy():
+    program = "import sys\nfrom cit_scale.__main__ import main\n"
+    for verb in command.VERBS:
+        program += f"try:\n    main([{verb!r}, '--help'])\nexcept SystemExit as left:\n    assert left.code == 0\n"
+    program += f"heavy = {HEAVY} & sys.modules.keys()\nsys.exit(f'imported {{heavy}}' if heavy else 0)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", command.VERBS.values())
+def test_every_verb_leads_somewhere(verb):
+    assert callable(getattr(importlib.import_module(verb.module), verb.function))
+
+
+def test_a_verb_that_there_is_not_is_answered_with_those_there_are(capsys):
+    assert command.main(["trian"]) == 2
+    assert capsys.readouterr().err == "error: cit-scale has no verb 'trian'; did you mean train?\n"
+    assert command.main(["xyz"]) == 2
+    assert "there are train, pack, video, runs" in capsys.readouterr().err
+
+
+def test_without_a_verb_the_help_is_shown(capsys):
+    assert command.main([]) == 0
+    assert capsys.readouterr().out == command.usage()
+
+
+def test_the_whole_help_lists_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse_arguments(["--help-all"])
+    shown = capsys.readouterr().out
+    for setting in ("--train.epochs", "--data.train", "--engine.precision", "--optim.lr", "--fresh", "default: 300"):
+        assert setting in shown
+
+
+def test_verbs_take_their_arguments_and_return_exit_codes(tmp_path, capsys):
+    assert command.main(["runs", "list", "--runs-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
+    assert command.main(["runs", "show", "mine", "--runs-dir", str(tmp_path)]) == 3
+    assert command.main(["pack", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+
+
+def test_the_former_names_of_pack_and_video_still_lead_there(tmp_path):
+    for name in ("pack", "video"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"cit_scale.data.{name}", "--help"], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert done.returncode == 0
+        assert done.stdout.startswith(f"cit-scale {name} ")

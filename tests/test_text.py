@@ -1,0 +1,75 @@
+"""Output that nobody takes any more, and help that begins with what works."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import TinyRun, assert_same_end
+
+from cit_scale.text import ExampleParser
+
+REPOSITORY = Path(__file__).parents[1]
+
+TALKATIVE = """
+import sys, time
+from pathlib import Path
+from rich.console import Console
+from cit_scale.text import outlive_readers
+outlive_readers()
+for i in range(20):
+    print("out", i, flush=True)
+    print("err", i, file=sys.stderr)
+    Console().print("rich", i)
+    time.sleep(0.02)
+Path(sys.argv[1]).write_text("through")
+"""
+
+
+def shell(line, tmp_path, *arguments):
+    """A line of bash in which $0, $1, ... are the arguments. Returns its pipeline's exit codes, and what it said."""
+    codes = tmp_path / "codes.txt"
+    command = ["bash", "-c", f'{line}; echo "${{PIPESTATUS[@]}}" > {shlex.quote(str(codes))}', *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    return [int(code) for code in codes.read_text().split()], done
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"$0" -c "$1" "$2" | head -1',
+        '"$0" -c "$1" "$2" 2>&1 | head -1',
+        '"$0" -c "$1" "$2" > /dev/full 2>&1',
+        '"$0" -c "$1" "$2" >&- 2>&-',
+    ],
+    ids=["stdout", "both", "a full disk", "closed from the start"],
+)
+def test_a_process_outlives_whoever_reads_it(line, tmp_path):
+    codes, done = shell(line, tmp_path, sys.executable, TALKATIVE, tmp_path / "end")
+    assert codes[0] == 0, done.stderr
+    assert (tmp_path / "end").read_text() == "through"
+    assert "Exception" not in done.stderr
+
+
+def test_what_is_read_arrives_in_order_and_at_once(tmp_path):
+    done = subprocess.run([sys.executable, "-c", TALKATIVE, tmp_path / "end"], capture_output=True, text=True)
+    assert done.stdout == "".join(f"out {i}\nrich {i}\n" for i in range(20))
+    assert done.stderr == "".join(f"err {i}\n" for i in range(20))
+
+
+def test_a_run_whose_output_nobody_takes_goes_on_to_its_end(tiny_inputs, tmp_path, calm):
+    run = TinyRun(tiny_inputs, tmp_path / "runs", "plain")
+    line = 'OMP_NUM_THREADS=1 "$0" cit_scale/train.py "$@" 2>&1 | head -1'
+    codes, done = shell(line, tmp_path, sys.executable, *run.argv)
+    assert codes == [0, 0], done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1
+    assert_same_end(run, calm("plain"))
+
+
+def test_the_help_begins_with_the_examples():
+    parser = ExampleParser(prog="p", examples=("p one", "p two"))
+    parser.add_argument("--long")
+    assert parser.format_help().startswith("p one\np two\n\nusage: p")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--lon", "1"])
