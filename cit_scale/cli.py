@@ -40,8 +40,8 @@ what to train
                            override earlier ones
   --name NAME              of the run; its folder is RUNS_DIR/NAME
   --runs_dir DIR           where the folders of runs stand
-  --data.train WHERE       a folder of class folders, tar shards, a table (.csv, .tsv), an idx file
-  --data.eval WHERE        the same for evaluation; a part of the training set is held out without it
+  --data.train WHERE       class folders, tar shards, a table (.csv, .tsv), an idx file, or digits
+  --data.eval WHERE        the same for evaluation; without it a part of the above is held out
   --teachers.NAME.weights FILE
                            a teacher that is trained already, conv or inv; else it is trained first
 how
