@@ -271,6 +271,7 @@ def train_steps(session: Session, progress: Progress) -> float | None:
     bad_images, bad_steps = session.bad_images, BadSteps(progress, config.run_dir, config.train.max_bad_steps, world)
     batches = task.train_batches(progress.step)
     means, clock, latest = RunningMeans(), StepClock(), {}
+    is_useful = False  # whether the turn before made a step that counts
     engine.module.train()
     while True:
         stopping, bad_images_met, save_is_due, save_has_failed = agree_any(
@@ -281,22 +282,28 @@ def train_steps(session: Session, progress: Progress) -> float | None:
             saver.has_failed,
         )
         session.watchdog.progress()
+        turn_s = clock.turn()
+        if is_useful:
+            progress.useful_s += turn_s
         is_last = progress.step >= task.total_steps
         if bad_images_met:
             bad_images.collect(log.say)
         if save_has_failed:
-            saver.settle()
-        if clock.steps and (is_last or stopping or progress.step % config.train.log_every_steps == 0):
-            speed = clock.images_per_s(config.train.global_batch_size)
+            with clock.aside():
+                saver.settle()
+        if clock.turns and (is_last or stopping or progress.step % config.train.log_every_steps == 0):
+            speed = clock.interval_images_per_s(config.train.global_batch_size)
             pace = {"images_per_s": speed, "goodput": session.goodput(progress.useful_s)}
             log.record(progress.step, {**means.drain(world), **latest, **pace})
         eval_is_due = progress.step and progress.step % (config.train.eval_every_epochs * task.steps_per_epoch) == 0
         if eval_is_due and not (is_last or stopping or progress.evaluated):
-            stopping = not evaluate_student(session, progress)
+            with clock.aside():
+                stopping = not evaluate_student(session, progress)
 
         is_leaving = is_last or stopping or bad_images.too_many or bad_steps.too_many
         if is_leaving or save_is_due or (progress.evaluated and config.train.keep_best):
-            saver.save(progress.step, describe(progress, task, session.inputs))
+            with clock.aside():
+                saver.save(progress.step, describe(progress, task, session.inputs))
             session.watchdog.progress()
         if is_leaving:
             saver.settle(insist=True)
@@ -307,21 +314,19 @@ def train_steps(session: Session, progress: Progress) -> float | None:
         if stopping:
             raise Stopped(progress.step, session.stop.signum)
         if is_last:
-            return clock.images_per_s(config.train.global_batch_size)
+            return clock.mean_images_per_s(config.train.global_batch_size)
 
-        clock.start()
         lr = learning_rate(progress.step, config.optim, config.peak_lr, task.steps_per_epoch, config.train.epochs)
         seed_step(config.seed, progress.step, world.rank)
         trained = train_step(engine, session.teachers, batches, task, progress.step, lr)
-        step_s = clock.stop()
         latest = {"lr": lr, "grad_norm": trained.result.grad_norm}
         progress.advance()
         log.advance(progress.step)
-        if trained.result.skipped:
+        is_useful = not trained.result.skipped
+        if not is_useful:
             bad_steps.count(find_culprits(progress.step, trained.result, trained.terms, trained.samples, world), log)
             continue
         bad_steps.count_good()
-        progress.useful_s += step_s
         for term in trained.terms:
             means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.advice)})
 

@@ -1,8 +1,11 @@
+import contextlib
 import errno
 import json
 import math
+import time
 
 import pytest
+import sabotage
 import torch
 
 from cit_scale.distributed.world import World
@@ -126,15 +129,63 @@ def test_other_ranks_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_throughput_leaves_out_warmup_and_the_time_between_steps(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr("time.perf_counter", lambda: now)
+@pytest.fixture
+def passing(monkeypatch):
+    """``passing(seconds)``: time goes on, and only then."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def go_on(seconds):
+        now[0] += seconds
+
+    return go_on
+
+
+def test_throughput_is_that_of_the_interval_from_turn_to_turn_without_what_happens_aside(passing):
     clock = StepClock()
-    for step in range(StepClock.WARMUP_STEPS + 4):
-        now += 100  # evaluation, say
-        clock.start()
-        now += 50 if step < StepClock.WARMUP_STEPS else 2
-        if step < StepClock.WARMUP_STEPS:
-            assert clock.images_per_s(64) is None
-        clock.stop()
-    assert clock.images_per_s(64) == pytest.approx(32.0)
+    assert clock.turn() == 0.0
+    for _ in range(StepClock.WARMUP_TURNS):
+        passing(50)
+        assert clock.turn() == 50
+    assert clock.turns == StepClock.WARMUP_TURNS
+    assert clock.interval_images_per_s(64) is None
+    assert clock.mean_images_per_s(64) is None
+    for turn_s in (2, 2, 8):
+        with clock.aside():
+            passing(100)  # evaluation, say
+        passing(turn_s / 2)  # a step, and half of the turn in which the slowest rank is waited for
+        with clock.aside():
+            passing(30)
+        passing(turn_s / 2)
+        assert clock.turn() == turn_s
+    assert clock.interval_images_per_s(64) == 64 * 3 / 12
+    passing(4)
+    clock.turn()
+    assert clock.interval_images_per_s(64) == 64 / 4
+    assert clock.interval_images_per_s(64) is None
+    assert clock.mean_images_per_s(64) == 64 * 4 / 16
+
+
+def test_what_breaks_off_aside_does_not_count_either(passing):
+    clock = StepClock()
+    clock.turn()
+    with contextlib.suppress(OSError), clock.aside():
+        passing(9)
+        raise OSError("full")
+    passing(1)
+    assert clock.turn() == 1
+
+
+@pytest.mark.fault
+def test_the_speed_in_the_log_is_that_of_its_interval_and_waits_for_the_slowest_rank(tiny_run):
+    slept_s = 1.5
+    slow = (sabotage.at, 1, "applied", 9, time.sleep, slept_s)
+    ended = tiny_run.run("--train.eval_every_epochs", "9", "--train.save_every_steps", "99", sabotage=slow)
+    assert ended.codes == [0, 0], ended.output
+    speed = {line["step"]: line["images_per_s"] for line in lines(tiny_run.run_dir) if "loss" in line}
+    assert [step for step, images_per_s in speed.items() if images_per_s is None] == [1, 2, 3, 4, 5]
+    assert speed[9] < 8 / slept_s
+    assert min(speed[8], speed[10]) > 2 * speed[9]
+    mean = json.loads((tiny_run.run_dir / "results.json").read_text())["images_per_s"]
+    counted = [images_per_s for images_per_s in speed.values() if images_per_s is not None]
+    assert mean == pytest.approx(len(counted) / sum(1 / images_per_s for images_per_s in counted), rel=1e-6)

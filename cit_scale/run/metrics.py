@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,39 +48,55 @@ class RunningMeans:
 
 
 class StepClock:
-    """Training throughput. The first steps of a process pay for compilation and warm-up and are not counted.
+    """Training throughput, from turn to turn of the training loop.
 
-    steps: those of this process, all of them.
+    A turn holds one step and all that goes with it, the wait for the slowest rank and for the next batch among them;
+    only what happens ``aside``, evaluation and saving, does not count. The first turns of a process pay for compilation
+    and warm-up and are not counted.
     """
 
-    WARMUP_STEPS = 5
+    WARMUP_TURNS = 5
 
     def __init__(self) -> None:
-        self.steps = 0
-        self._counted_steps = 0
-        self._counted_s = 0.0
-        self._started: float | None = None
+        self.turns = 0
+        """Whole turns of this process, all of them."""
 
-    def start(self) -> None:
-        """Begin a step; time between ``stop`` and ``start`` (evaluation, checkpoints) is not training."""
-        self._started = time.perf_counter()
+        self._began: float | None = None
+        self._aside_s = 0.0
+        self._counted = [0, 0.0]  # turns, and their seconds, since the process began
+        self._reported = [0, 0.0]  # as they were at the last ``interval``
 
-    def stop(self) -> float:
-        """End a step. Returns its seconds."""
-        assert self._started is not None
-        step_s = time.perf_counter() - self._started
-        if self.steps >= self.WARMUP_STEPS:
-            self._counted_steps += 1
-            self._counted_s += step_s
-        self.steps += 1
-        self._started = None
-        return step_s
+    def turn(self) -> float:
+        """A turn begins, and the one before ends. Returns the seconds of that; 0.0 for the first."""
+        now = time.perf_counter()
+        turn_s = 0.0
+        if self._began is not None:
+            turn_s = now - self._began - self._aside_s
+            self.turns += 1
+            if self.turns > self.WARMUP_TURNS:
+                self._counted = [self._counted[0] + 1, self._counted[1] + turn_s]
+        self._began, self._aside_s = now, 0.0
+        return turn_s
 
-    def images_per_s(self, global_batch_size: int) -> float | None:
-        """Of the whole job; None until there is a step after the warm-up."""
-        if not self._counted_s:
-            return None
-        return self._counted_steps * global_batch_size / self._counted_s
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens within is no training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._aside_s += time.perf_counter() - began
+
+    def interval_images_per_s(self, global_batch_size: int) -> float | None:
+        """Of the whole job, since the last call; None where no turn counts."""
+        turns, seconds = (now - then for now, then in zip(self._counted, self._reported, strict=True))
+        self._reported = self._counted
+        return turns * global_batch_size / seconds if seconds else None
+
+    def mean_images_per_s(self, global_batch_size: int) -> float | None:
+        """Of the whole job, since the process began; None where no turn counts."""
+        turns, seconds = self._counted
+        return turns * global_batch_size / seconds if seconds else None
 
 
 class RunLog:
