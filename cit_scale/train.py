@@ -46,7 +46,7 @@ from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.slurm_job import restart_count
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Watchdog
-from cit_scale.distributed.world import World, agree_any, broadcast, collective_patience_s, gather, start, together
+from cit_scale.distributed.world import World, agree_any, broadcast, gather, start, together
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import (
@@ -69,6 +69,8 @@ from cit_scale.run.results import describe_environment, print_table
 from cit_scale.run.setup import Task, check, check_same_run, set_aside, writing
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.teachers import Teacher, run_teachers
+
+PREPARATION_S = 1800.0  # long enough to open a large data set
 
 # What a finished run leaves for use, by name: the file of its last checkpoint that it is.
 EXPORTS = {"student": layout.STUDENT, "student ema": layout.AVERAGE}
@@ -117,7 +119,7 @@ def join(config: RunConfig, world: World, stop: StopRequest) -> None:
     train = config.train
     store = preflight.meet(world, os.environ, config.run_dir, stop, train.start_timeout_s)
     preflight.try_to_reduce(world, os.environ, config.run_dir, stop, store)
-    start(world, collective_patience_s(train.step_timeout_s), store)
+    start(world, store=store)
 
 
 def run(
@@ -128,13 +130,15 @@ def run(
     fresh: set aside what stands in the run folder. override: go on with it although other settings began it.
     """
     same_run = not fresh and not override
-    task = check(config, world, same_run=same_run)
     first = cli.teacher_runs(config)
-    with exclusive(config.run_dir, world, stop):
-        if fresh:
-            set_aside(config.run_dir, world)
-        elif same_run:  # again, now that no other job can write there
-            together(world, lambda: [check_same_run(each) for each in (config, *first.values())])
+    with contextlib.ExitStack() as held:
+        with contextlib.closing(watch_preparation(config, world)):
+            task = check(config, world, same_run=same_run)
+            held.enter_context(exclusive(config.run_dir, world, stop))
+            if fresh:
+                set_aside(config.run_dir, world)
+            elif same_run:  # again, now that no other job can write there
+                together(world, lambda: [check_same_run(each) for each in (config, *first.values())])
         teachers = dict(config.teachers)
         with stop.shielded():
             for name, teacher_config in first.items():
@@ -142,6 +146,13 @@ def run(
                 weights = str(teacher_config.run_dir / layout.STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
             return train(task, teachers, stop, override=override)
+
+
+def watch_preparation(config: RunConfig, world: World) -> Watchdog:
+    """Ends all ranks where one of them hangs before the first step. A process alone keeps nobody waiting."""
+    limit_s = max(PREPARATION_S, config.train.step_timeout_s) if config.train.step_timeout_s else 0.0
+    message = f"the preparation of {config.run_dir} took more than {limit_s:g} seconds; where the ranks stand is above"
+    return Watchdog(limit_s if world.world_size > 1 else 0.0, None, message if world.is_main else None)
 
 
 @dataclass(frozen=True)
@@ -187,19 +198,21 @@ def train(
     finished = broadcast(world, read_note(run_dir / RESULTS) if world.is_main else None)
     if finished is not None and (finished["steps"] == task.total_steps or not override):
         return finished
-    advisers = together(world, lambda: [task.load_teacher(name, teacher) for name, teacher in teachers.items()])
-    engine = build_engine(task.build_student(), config, world, task.batch_plan.micro_steps)
+    with contextlib.closing(watch_preparation(config, world)):
+        advisers = together(world, lambda: [task.load_teacher(name, teacher) for name, teacher in teachers.items()])
+        engine = build_engine(task.build_student(), config, world, task.batch_plan.micro_steps)
 
-    inputs = fingerprints(task, advisers)
-    progress, overridden = Progress(), []
-    found = checkpoint.load_newest(run_dir, world)
-    if found is not None:
-        meta = found.meta
-        progress, overridden = together(world, lambda: restore(meta, task, inputs, override=override))
-        engine.load_state(found.state)
-        del found  # its files are open, and the checkpoint will be deleted some day
+        inputs = fingerprints(task, advisers)
+        progress, overridden = Progress(), []
+        found = checkpoint.load_newest(run_dir, world)
+        if found is not None:
+            meta = found.meta
+            progress, overridden = together(world, lambda: restore(meta, task, inputs, override=override))
+            engine.load_state(found.state)
+            del found  # its files are open, and the checkpoint will be deleted some day
+        with writing(run_dir):
+            started_at = together(world, lambda: begin(task, progress, overridden, now) if world.is_main else 0.0)
     with writing(run_dir):
-        started_at = together(world, lambda: begin(task, progress, overridden, now) if world.is_main else 0.0)
         stacks, message = run_dir / f"stacks_rank_{world.rank}.txt", hang_message(config) if world.is_main else None
         watchdog = together(world, lambda: Watchdog(config.train.step_timeout_s, stacks, message))
     with contextlib.closing(watchdog), contextlib.closing(open_log(task, progress)) as log:

@@ -14,7 +14,7 @@ from cit_scale.checkpoint import store as checkpoint
 from cit_scale.checkpoint.layout import share_out
 from cit_scale.checkpoint.store import Retention
 from cit_scale.config import TrainConfig
-from cit_scale.distributed.world import World, collective_patience_s
+from cit_scale.distributed.world import World
 from cit_scale.engines.base import Engine
 from cit_scale.errors import CannotWriteError, TransientError
 
@@ -57,7 +57,7 @@ class Saver:
         self._every_s = train.save_every_minutes * 60 or float("inf")
         self._retention = Retention(train.keep_last, train.keep_every_steps, train.keep_best)
         self._world = world
-        self._beside = world.beside(collective_patience_s(train.step_timeout_s))
+        self._beside = world.beside()
         self._shares = share_out(engine.state_shapes(), world.world_size)
         self._say = say
         self._report = report

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cit_scale.distributed.stop import StopRequest
+from cit_scale.distributed.watchdog import Patience
 from cit_scale.distributed.world import World, broadcast
 from cit_scale.errors import CannotWriteError, RefusedError, Stopped, os_error
 
@@ -48,7 +49,7 @@ def exclusive(run_dir: Path, world: World, stop: StopRequest, wait_s: float = WA
 
 def _acquire(descriptor: int, run_dir: Path, stop: StopRequest, wait_s: float) -> Exception | None:
     """Take the lock, or say why not."""
-    deadline = time.monotonic() + wait_s
+    patience = Patience(wait_s)
     announced = False
     while True:
         try:
@@ -57,7 +58,7 @@ def _acquire(descriptor: int, run_dir: Path, stop: StopRequest, wait_s: float) -
             holder = os.pread(descriptor, 200, 0).decode() or "unknown"
             if stop.requested:
                 return Stopped(0, stop.signum)
-            if time.monotonic() > deadline:
+            if patience.is_over():
                 return RefusedError(
                     f"{run_dir} is in use by process {holder}; wait for it, stop it, or give this run another --name"
                 )

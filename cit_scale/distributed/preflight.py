@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from cit_scale.distributed.slurm_job import job_id
 from cit_scale.distributed.stop import StopRequest
+from cit_scale.distributed.watchdog import Patience
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, Stopped, UnfitNodeError
 from cit_scale.run_folder import UNFIT_NODES
@@ -134,10 +135,10 @@ def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> s
             file.flush()
     except OSError as error:
         return f"no temporary file can be written: {error}"
-    deadline = time.monotonic() + SHARED_S
+    patience = Patience(SHARED_S)
     try:
         while shared is not None and not shared.exists():
-            if time.monotonic() > deadline:
+            if patience.is_over():
                 return f"{shared.parent} is not the folder that rank 0 sees there; runs_dir has to be on a shared disk"
             time.sleep(POLL_S)
     except OSError as error:
@@ -273,26 +274,26 @@ def _collect(
 ) -> dict[int, tuple[Report, float]] | None:
     """On rank 0. The reports of those that arrive in time, by rank; None when asked to stop."""
     posts: dict[int, tuple[Report, float]] = {}
-    started = time.monotonic()
-    deadline, announce_at = started + timeout_s, started + ANNOUNCE_S
-    while len(posts) < world.world_size and time.monotonic() < deadline:
+    patience, before_announcing = Patience(timeout_s), Patience(ANNOUNCE_S)
+    is_announced = False
+    while len(posts) < world.world_size and not patience.is_over():
         if stop.requested:
             return None
         for rank in range(world.world_size):
             if rank not in posts and store.check([f"{what}/{rank}"]):
                 posts[rank] = (Report(**json.loads(store.get(f"{what}/{rank}"))), time.time())
-        if time.monotonic() > announce_at and len(posts) < world.world_size:
+        if not is_announced and before_announcing.is_over() and len(posts) < world.world_size:
             missing = ", ".join(str(rank) for rank in range(world.world_size) if rank not in posts)
             print(f"waiting for ranks {missing}, at most {timeout_s:g} s from their start", flush=True)
-            announce_at = deadline
+            is_announced = True
         time.sleep(POLL_S if len(posts) < world.world_size else 0)
     return posts
 
 
 def _collect_farewells(world: World, store: dist.Store, what: str) -> None:
-    deadline = time.monotonic() + FAREWELL_S
+    patience = Patience(FAREWELL_S)
     waiting = set(range(1, world.world_size))
-    while waiting and time.monotonic() < deadline:
+    while waiting and not patience.is_over():
         waiting = {rank for rank in waiting if not store.check([f"{what}/farewell/{rank}"])}
         time.sleep(POLL_S)
 
@@ -302,11 +303,16 @@ def _post(store: dist.Store, key: str, value: object) -> None:
 
 
 def _get(store: dist.Store, key: str, timeout_s: float) -> str:
-    try:
-        store.wait([key], timedelta(seconds=timeout_s))
-        return store.get(key).decode()
-    except dist.DistError as error:
-        raise UnfitNodeError(f"{socket.gethostname()} lost rank 0: {' '.join(str(error).split())[:200]}") from error
+    """Wait for it in slices: the store's own patience would run out while this process is paused."""
+    patience = Patience(timeout_s)
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=min(timeout_s, Patience.LONGEST_LOOK_S)))
+            return store.get(key).decode()
+        except dist.DistError as error:
+            if not isinstance(error, dist.DistStoreError) or patience.is_over():
+                said = " ".join(str(error).split())[:200]
+                raise UnfitNodeError(f"{socket.gethostname()} lost rank 0: {said}") from error
 
 
 def _refuse(verdict: Verdict, world: World, env: Mapping[str, str], run_dir: Path | None) -> None:

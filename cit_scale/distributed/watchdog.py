@@ -1,8 +1,8 @@
 """Ends a run that hangs, with the stacks of every rank on disk, whatever it hangs in.
 
 A collective that a rank never joins, a kernel that never returns, a C function that sleeps with the interpreter's lock
-held: none of them lets Python code run, so what must happen then is armed before, in C. Each sign of progress arms it
-anew, which costs tens of microseconds.
+held: none of them lets Python code run. So another process, ``overseer``, waits for signs of progress, and what it
+sends then is answered in C. A pause of the whole run, by SIGSTOP or a suspended job, is no hang.
 """
 
 from __future__ import annotations
@@ -10,75 +10,109 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
+from cit_scale.distributed import overseer
 from cit_scale.errors import HUNG
-
-ANNOUNCE_S = 1
-GRACE_S = 3  # between stacks and exit: the first rank to leave must not break the others off before they have written
 
 
 class Watchdog:
     """``progress`` has to be called at least every ``timeout_s`` seconds, or the process writes its stacks and leaves.
 
-    stacks: the file that the stacks of all threads are written to; none is left by a run that did not hang.
-    message: the line on stderr that says what happened; None on all ranks but one. It needs the interpreter's lock, so
-    it fails where that is what hangs; stacks and exit code HUNG do not.
-    timeout_s=0 switches all of it off. One at a time in a process; main thread only.
+    stacks: the file that the stacks of all threads are written to, and none is left by a run that did not hang; None
+    for stderr. message: the line on stderr that says what happened; None on all ranks but one. Seconds in which this
+    process does not run do not count. timeout_s=0 switches all of it off. One at a time in a process; main thread only.
     """
 
-    def __init__(self, timeout_s: float, stacks: Path, message: str | None) -> None:
+    def __init__(self, timeout_s: float, stacks: Path | None, message: str | None) -> None:
         self._timeout_s = timeout_s
-        self._message = message
+        self._message = message or ""
         self._path = stacks
-        self._stacks: TextIO | None = None
+        self._overseer: subprocess.Popen[bytes] | None = None
         if not timeout_s:
             return
-        stacks.parent.mkdir(parents=True, exist_ok=True)
-        self._stacks = stacks.open("a")
-        # The C library's own _exit is the handler: it takes the signal's number for the exit code, and SIGALRM's is 14.
-        assert signal.SIGALRM == HUNG
+        self._stacks: IO[str] = sys.__stderr__
+        if stacks is not None:
+            stacks.parent.mkdir(parents=True, exist_ok=True)
+            self._stacks = stacks.open("a")
+        faulthandler.register(overseer.WRITE_STACKS, file=self._stacks)
+        # The C library's own _exit is the handler: it takes the signal's number for the exit code.
+        assert overseer.END == HUNG
         libc = ctypes.CDLL(None)
         libc.signal.restype = ctypes.c_void_p
         libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        self._previous = libc.signal(signal.SIGALRM, ctypes.cast(libc._exit, ctypes.c_void_p))
-        self._restore = lambda: libc.signal(signal.SIGALRM, self._previous)
-        self._deadline = time.monotonic() + timeout_s
+        previous = libc.signal(overseer.END, ctypes.cast(libc._exit, ctypes.c_void_p))
+        self._restore = lambda: libc.signal(overseer.END, previous)
         self._closed = threading.Event()
-        if message is not None:
-            threading.Thread(target=self._announce, daemon=True, name="watchdog").start()
-        self.progress()
+        self._taker = threading.Thread(target=self._take_signals, daemon=True, name="watchdog")
+        signal.pthread_sigmask(signal.SIG_BLOCK, {overseer.WRITE_STACKS})
+        self._taker.start()
+        self._start()
+
+    def _take_signals(self) -> None:
+        # The order to write stacks comes to this thread: it would break off what the main thread sleeps in.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {overseer.WRITE_STACKS})
+        self._closed.wait()
+
+    def _start(self) -> None:
+        # Isolated and without site-packages, it is up in 20 ms and takes 10 MB.
+        program = [sys.executable, "-I", "-S", overseer.__file__]
+        arguments = [str(self._timeout_s), str(os.getpid()), self._message]
+        self._overseer = subprocess.Popen([*program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        os.set_blocking(self._overseer.stdin.fileno(), False)
 
     def progress(self) -> None:
         """Something was achieved: count from here."""
-        if self._stacks is None:
+        if self._overseer is None:
             return
-        self._deadline = time.monotonic() + self._timeout_s
-        faulthandler.dump_traceback_later(self._timeout_s, file=self._stacks)
-        signal.setitimer(signal.ITIMER_REAL, self._timeout_s + GRACE_S)
+        try:
+            os.write(self._overseer.stdin.fileno(), b".")
+        except BlockingIOError:
+            pass  # it does not run just now, and will find enough when it does
+        except BrokenPipeError:  # somebody has killed it
+            self._overseer.wait()
+            self._start()
 
     def close(self) -> None:
         """Disarm. What follows may take as long as it likes."""
-        if self._stacks is None:
+        if self._overseer is None:
             return
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
+        self._overseer.kill()
+        self._overseer.wait()  # from here on no signal of its comes
+        with contextlib.suppress(OSError):
+            self._overseer.stdin.close()
+        self._overseer = None
         self._closed.set()
+        self._taker.join()
+        faulthandler.unregister(overseer.WRITE_STACKS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {overseer.WRITE_STACKS})
         self._restore()
-        self._stacks.close()
-        with contextlib.suppress(OSError):  # the folder may be gone, which others have said, and better
-            if not self._path.stat().st_size:
-                self._path.unlink()
-        self._stacks = None
+        if self._path is not None:
+            self._stacks.close()
+            with contextlib.suppress(OSError):  # the folder may be gone, which others have said, and better
+                if not self._path.stat().st_size:
+                    self._path.unlink()
 
-    def _announce(self) -> None:
-        # Later than the stacks: faulthandler walks the frames of all threads, and crashes over one that runs meanwhile.
-        while not self._closed.wait(max(0.1, self._deadline + ANNOUNCE_S - time.monotonic())):
-            if time.monotonic() >= self._deadline + ANNOUNCE_S:
-                print(f"error: {self._message}", file=sys.stderr, flush=True)
-                return
+
+class Patience:
+    """Seconds of waiting, of which only those count in which this process ran. To be asked every few moments."""
+
+    LONGEST_LOOK_S = 5.0
+    """Between two questions; more than that, and the process was paused."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left_s = seconds
+        self._asked = time.monotonic()
+
+    def is_over(self) -> bool:
+        now = time.monotonic()
+        self._left_s -= min(now - self._asked, self.LONGEST_LOOK_S)
+        self._asked = now
+        return self._left_s <= 0

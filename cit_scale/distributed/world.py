@@ -17,7 +17,9 @@ from cit_scale.distributed.ranks import Ranks
 
 T = TypeVar("T")
 
-PATIENCE_S = 1800.0  # for the slowest rank: long enough to open a large data set
+# For the slowest rank in a collective. The watchdog ends what hangs: a time-out here would also count the hours in
+# which a suspended job did not run.
+ENDLESS_S = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,14 @@ class World:
     def num_nodes(self) -> int:
         return self.world_size // self.local_world_size
 
-    def beside(self, timeout_s: float = PATIENCE_S) -> World:
+    def beside(self) -> World:
         """Collective. The same ranks, whose collectives do not mix with those of this one: for another thread."""
-        timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=ENDLESS_S)
         group = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
         return dataclasses.replace(self, group=group)
 
 
-def collective_patience_s(step_timeout_s: float) -> float:
-    """How long a collective waits where the watchdog, which leaves the stacks of all ranks, ends what hangs before."""
-    return max(PATIENCE_S, step_timeout_s + 60) if step_timeout_s else 30 * 24 * 3600.0
-
-
-def start(world: World, timeout_s: float = PATIENCE_S, store: dist.Store | None = None) -> None:
+def start(world: World, timeout_s: float = ENDLESS_S, store: dist.Store | None = None) -> None:
     """Collective. Join the process group.
 
     timeout_s: how long a collective waits for the slowest rank. store: where the ranks meet; without it MASTER_ADDR and
