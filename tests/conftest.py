@@ -1,14 +1,41 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter. It has to be chosen before Triton is imported."""
+"""What all tests share: the tiers, two processes, and the runs that many of them start from."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes with a thread for each core, whose ranks have some too, wait for each other more than they compute.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter, which has to be chosen before Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+from pathlib import Path
 
 import pytest
 from PIL import Image
+
+MAX_PROCESSES = 4  # each with a warm server of its own for its ranks, half a gigabyte
+
+# The files that take longest, longest first: begun last, one of them would keep one process busy while the others rest.
+LONG_FILES = ("test_slurm", "test_train")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A process per core for a whole tier; none beside pytest's own for a file or two."""
+    files = [argument for argument in config.args if ".py" in argument]
+    return 0 if files else min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(item.get_closest_marker(tier) for tier in ("fault", "slurm")):
+            item.add_marker("slow")
+    rank = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(Path(item.path).stem, len(rank)))  # stable
 
 
 @pytest.fixture(scope="session")

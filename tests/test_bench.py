@@ -38,6 +38,7 @@ def test_rednet101_has_34_involutions_of_8_kinds():
     assert Case(8, 512, 32, 7, 2, 14, 14) in cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stride", "dtype"), [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16)])
 def test_every_way_is_right_and_the_operator_needs_a_tenth_of_unfolds_memory_at_most(stride, dtype):
     case = Case(8, 64, 4, 7, stride, 56, 56)
@@ -133,6 +134,7 @@ def _keep_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_keep_threads")
 def test_the_command_prints_tables(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["involution", "--shapes", "rednet26@32x2", "--rounds", "1"])
@@ -144,6 +146,7 @@ def test_the_command_prints_tables(capsys, monkeypatch):
     assert said.count("| 2 x 32 x 16 x 16, 3x3 (1 times) |") == 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_keep_threads")
 def test_teachers_are_timed_as_a_run_loads_them(capsys, monkeypatch):
     small = ["--models", "regnety_002", "--image_size", "32", "--batch", "2", "--rounds", "1"]

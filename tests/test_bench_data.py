@@ -68,6 +68,7 @@ def test_photographs_are_a_data_set(tmp_path):
 # --- Images a second ---
 
 
+@pytest.mark.slow
 def test_all_kinds_of_streams_are_timed():
     """In a process of its own: worker processes are forked, and PyTorch's threads are set."""
     names = ["recipe", "timm_recipe", "crop", "timm_crop", "dali_crop", "shards", "packed"]

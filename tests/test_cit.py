@@ -307,6 +307,7 @@ def test_a_copy_is_independent_and_still_resamples():
     assert network.pos_embed.shape[1] == 3 + 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aligned", [True, False])
 def test_training_and_evaluation_compile_to_one_graph(aligned):
     network = small_cit(aligned=aligned)

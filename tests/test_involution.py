@@ -174,6 +174,7 @@ for dtype in (torch.float32, torch.float64):
 """  # 16 channels, each with (2 + 3 + 3 + 2) ** 2
 
 
+@pytest.mark.slow
 def test_it_is_built_once_and_says_so(tmp_path):
     first = run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path))
     second = run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path), CXX="/no/compiler/is/needed/now")
@@ -183,6 +184,7 @@ def test_it_is_built_once_and_says_so(tmp_path):
     assert [path.suffix for path in sorted(tmp_path.glob("cit_scale/*"))] == [".lock", ".so"]
 
 
+@pytest.mark.slow
 def test_a_library_in_a_cache_that_cannot_be_written_is_used(tmp_path):
     (tmp_path / "cit_scale").mkdir()
     name = f"involution-{involution_cpu._fingerprint()}.so"
@@ -205,6 +207,7 @@ def test_another_source_compiler_flag_or_cpu_is_another_library(tmp_path, monkey
     assert len(fingerprints) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "said"),
     [
@@ -222,6 +225,7 @@ def test_without_a_compiler_it_warns_once_and_computes_all_the_same(env, said, t
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_quoted(tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'error: no space left' >&2\nexit 1\n")
@@ -232,6 +236,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
     assert not list(tmp_path.glob("cit_scale/*.so"))
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_a_build_and_nothing_else(tmp_path):
     (tmp_path / "file").touch()
     done = run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path / "file"))
@@ -240,6 +245,7 @@ def test_a_cache_that_cannot_be_written_costs_a_build_and_nothing_else(tmp_path)
     assert "cannot be kept for the next process: [Errno 20] Not a directory" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_library_is_built_again(tmp_path):
     run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path))
     (library,) = tmp_path.glob("cit_scale/*.so")
@@ -266,6 +272,7 @@ def test_without_a_home_the_library_is_of_this_process_alone(monkeypatch, capsys
     assert "cannot be kept for the next process: Could not determine home" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_any_folder_to_build_in_it_is_the_loop(tmp_path):
     (tmp_path / "file").touch()
     no_folder = {"XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "file")}
@@ -275,6 +282,7 @@ def test_without_any_folder_to_build_in_it_is_the_loop(tmp_path):
     assert "runs as a loop in PyTorch" in done.stderr
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_build_it_once(tmp_path):
     started = [
         subprocess.Popen(
@@ -291,6 +299,7 @@ def test_processes_that_start_together_build_it_once(tmp_path):
     assert sum(err.count("building the involution") for _, err in said) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiler", "architecture"),
     [
@@ -544,6 +553,7 @@ def test_the_module_runs_in_low_precision_under_autocast():
     assert module.span.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_compiled_with_inductor_it_gives_the_same_output_and_gradients():
     torch.manual_seed(0)
     module = Involution2d(16, 3).train()

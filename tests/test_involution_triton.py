@@ -55,6 +55,7 @@ def test_an_image_too_spread_out_for_32_bits_is_copied_first():
     assert involution_triton._has_short_steps(torch.empty_strided((2**9, 16, 2, 2), (2**30, 1, 2, 1), device="meta"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "stride"), [(80, 2), (90, 1), (90, 2)])
 def test_the_kernels_compile_for_gpus_that_are_not_here(architecture, stride):
     # In a process of its own, which does not interpret. Loads of images take 8 channels at once.

@@ -48,6 +48,7 @@ def test_ranks_that_are_all_there_and_fit_get_a_store(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []  # nothing is left of what the nodes were to see
 
 
+@pytest.mark.slow
 def test_the_node_that_does_not_arrive_is_named_on_every_rank_and_noted(tmp_path):
     failures = meet_all(tmp_path / "mine", (0, 1, 2), timeout_s=1.0, CIT_HOSTS="first second")
     for failure in failures:
@@ -81,6 +82,7 @@ def test_a_rank_that_is_shown_its_own_gpu_only_is_content_with_it(tmp_path, monk
     assert find_problem(World(), env, tmp_path) == "Slurm promises 1 GPUs, PyTorch sees 0"
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_ends_the_wait_on_all_ranks(tmp_path):
     stop = StopRequest()
     stop.signum = 15

@@ -7,25 +7,37 @@ from pathlib import Path
 import pytest
 
 from cit_scale import cli
+from cit_scale.__main__ import VERBS
 from cit_scale.config import RunConfig, check_ranges
+from cit_scale.datasets.commands import pack_parser, video_parser
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PAGES = {"README.md": README, **{f"docs/{path.name}": path.read_text() for path in (REPOSITORY / "docs").glob("*.md")}}
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+BLOCKS = BLOCK.findall(README)
+
+
+def commands():
+    """Every command that a page shows, as words, and how it is written."""
+    for page, text in PAGES.items():
+        for language, block in BLOCK.findall(text):
+            for line in block.splitlines() if language == "bash" else ():
+                for command in line.split("#")[0].split("&&"):
+                    yield shlex.split(command), f"{page}: {command.strip()}"
 
 
 def trainer_arguments():
-    """The arguments of every command in the README that starts the trainer, and the line they stand in."""
-    for language, block in BLOCKS:
-        for line in block.splitlines() if language == "bash" else ():
-            for command in line.split("#")[0].split("&&"):
-                words = shlex.split(command)
-                if "cit_scale/train.py" in words:
-                    yield pytest.param(words[words.index("cit_scale/train.py") + 1 :], id=command.strip())
+    """The arguments of every command that starts the trainer."""
+    for words, written in commands():
+        if "cit_scale/train.py" in words:
+            yield pytest.param(words[words.index("cit_scale/train.py") + 1 :], id=written)
 
 
 @pytest.mark.parametrize("arguments", list(trainer_arguments()))
-def test_every_command_of_the_readme_is_a_valid_run(arguments):
+def test_every_command_that_trains_is_a_valid_run(arguments):
+    if "--print_config" in arguments:
+        arguments.remove("--print_config")
     check_ranges(cli.parse_arguments(arguments).config)
 
 
@@ -52,13 +64,40 @@ def test_the_python_example_runs(monkeypatch, tmp_path):
     assert (names["model"].head.weight == trained.head.weight).all()
 
 
-def test_every_file_and_setting_that_the_readme_names_exists():
-    table_paths = re.findall(r"`((?:cit_scale|ds_configs|tests|docs)/[\w./]*)`", README)
-    assert len(table_paths) > 10
-    missing = [path for path in table_paths if not (REPOSITORY / path).exists()]
+@pytest.mark.parametrize("verb", ["pack", "video"])
+def test_every_command_that_prepares_data_is_understood(verb):
+    parse = {"pack": pack_parser, "video": video_parser}[verb]().parse_args
+    shown = [words[2:] for words, _ in commands() if words[:2] == ["cit-scale", verb]]
+    assert shown
+    for arguments in shown:
+        parse(arguments)
+
+
+def test_every_verb_that_is_shown_exists():
+    shown = {words[1] for words, _ in commands() if words[:1] == ["cit-scale"]}
+    assert {"pack", "video", "runs"} <= shown <= set(VERBS)
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) < 200
+
+
+def test_every_link_leads_to_a_file_and_every_page_is_linked():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!http)([^)#]*)", text):
+            assert (REPOSITORY / page).parent.joinpath(target).exists(), f"{page} links {target}"
+    linked = set(re.findall(r"\]\((docs/[^)#]*\.md)", README))
+    assert set(PAGES) - {"README.md"} <= linked
+
+
+def test_every_file_and_setting_that_the_pages_name_exists():
+    paths = re.findall(r"`((?:cit_scale|ds_configs|tests|docs|launchers|slurm)/[\w./]*)`", "".join(PAGES.values()))
+    assert len(paths) > 10
+    missing = [path for path in paths if not (REPOSITORY / path).exists() and path != "launchers/cluster.yaml"]
     assert not missing
-    settings = set(re.findall(r"--((?:data|augment|optim|train|engine|student|mixing|distill)\.\w+)", README))
-    assert settings
+    everything = "".join(PAGES.values())
+    settings = set(re.findall(r"--((?:data|augment|optim|train|engine|student|mixing|distill)\.\w+)", everything))
+    assert len(settings) > 10
     for setting in settings:
         section, name = setting.split(".")
         assert hasattr(getattr(RunConfig(), section), name), setting

@@ -150,6 +150,7 @@ def test_features_of_chosen_stages_come_out(feature_cls):
     assert [tuple(feature.shape) for feature in features] == [(2, 32, 32, 32), (2, 128, 8, 8), (2, 512, 2, 2)]
 
 
+@pytest.mark.slow
 def test_rednet101_compiles_to_one_graph():
     # Inductor itself is met in test_involution.py; building a whole network with it takes minutes.
     network = timm.create_model("rednet101").eval()

@@ -22,6 +22,7 @@ STEPS = 3
 pytestmark = pytest.mark.fault
 
 
+@pytest.mark.slow
 def test_the_state_is_bitwise_the_same_from_every_engine_to_every_other(tmp_path):
     for ranks in (1, 2):
         run_on_ranks(ranks, train_and_save, shardings_on(ranks), tmp_path)

@@ -366,6 +366,7 @@ def test_a_submission_is_noted_in_the_run_folder_with_the_command_that_repeats_i
     assert (run_dir / "slurm" / "12_submitted.pkl").exists()
 
 
+@pytest.mark.slow
 def test_a_job_gets_the_environment_of_the_shell_and_nothing_that_was_found_on_the_login_node(tiny, slurm):
     (slurm / "sbatch").write_text(f"#!/bin/sh\nenv > {slurm}/env.txt && echo Submitted batch job 12\n")
     env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "MINE": "1"}

@@ -52,6 +52,7 @@ def test_no_teachers_give_no_advice():
     assert run_teachers([], torch.rand(1, 3, 32, 32)) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(SMALL))
 def test_a_compiled_teacher_says_what_the_eager_one_says(name, weights):
     images = torch.rand(4, 3, 32, 32)

@@ -58,6 +58,7 @@ def test_what_is_read_arrives_in_order_and_at_once(tmp_path):
     assert done.stderr == "".join(f"err {i}\n" for i in range(20))
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_nobody_takes_goes_on_to_its_end(tiny_inputs, tmp_path, calm):
     run = TinyRun(tiny_inputs, tmp_path / "runs", "plain")
     line = 'OMP_NUM_THREADS=1 "$0" cit_scale/train.py "$@" 2>&1 | head -1'

@@ -108,6 +108,7 @@ def finish(process):
     return process.returncode, output
 
 
+@pytest.mark.slow
 def test_one_command_trains_teachers_and_student_and_leaves_a_run_that_describes_itself(tiny, capsys):
     assert main(tiny) == 0
     folder = run_dir(tiny)
@@ -208,6 +209,7 @@ def test_help_and_print_config_leave_with_0(capsys):
         assert expected in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_users_mistake_through_the_launcher_is_exit_code_2_and_said_once(tiny):
     code, output = finish(launch([*tiny, "--train.global_batch_size", "100"], ranks=2))
     assert code == 2
@@ -227,6 +229,7 @@ def wait_for_step(folder, step, process):
     raise AssertionError(f"{folder} did not reach step {step}")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(tiny, ranks):
@@ -316,6 +319,7 @@ def bad_images(folder):
     return [line.split("\t")[0] for line in (folder / "bad_images.tsv").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_over_all_kinds_of_bad_images_finishes_and_names_each(tiny, tmp_path, ranks):
     photos_of_two_classes(tmp_path / "set")

@@ -33,6 +33,7 @@ watchdog = Watchdog(1.0, Path(sys.argv[1]), "it hangs")
     return done.returncode, done.stderr, stacks.read_text() if stacks.exists() else "", time.monotonic() - started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", HANGS)
 def test_a_process_that_hangs_leaves_its_stacks_and_the_exit_code_of_hanging(hang, tmp_path):
     code, errors, stacks, seconds = run(f"def stuck():\n    {HANGS[hang]}\nstuck()", tmp_path)
@@ -42,6 +43,7 @@ def test_a_process_that_hangs_leaves_its_stacks_and_the_exit_code_of_hanging(han
     assert errors == "error: it hangs\n"
 
 
+@pytest.mark.slow
 def test_progress_puts_the_end_off_and_close_calls_it_off(tmp_path):
     body = "import time\nfor _ in range(6):\n    time.sleep(0.5)\n    watchdog.progress()\n"
     body += "watchdog.close()\ntime.sleep(5)\nprint('through', file=sys.stderr)"
@@ -68,6 +70,7 @@ time.sleep(0.2)  # the one who sends it a signal in vain does not get here
 TARGETS = {"the process": "os.getpid()", "its whole group": "-os.getpgrp()"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_pause_is_no_hang(target, tmp_path):
     """Four seconds, of a watchdog of one; as a Ctrl-Z reaches the whole group."""
@@ -80,6 +83,7 @@ def test_a_pause_is_no_hang(target, tmp_path):
     assert seconds > 4
 
 
+@pytest.mark.slow
 def test_a_hang_after_a_pause_still_ends_whatever_holds_the_interpreters_lock(tmp_path):
     body = PAUSED.format(target="os.getpid()") + HANGS["in C, with the interpreter's lock held"]
     code, errors, stacks, seconds = run(body, tmp_path)
@@ -88,6 +92,7 @@ def test_a_hang_after_a_pause_still_ends_whatever_holds_the_interpreters_lock(tm
     assert 5 < seconds < 5 + 10
 
 
+@pytest.mark.slow
 def test_progress_in_the_last_moment_calls_the_end_off(tmp_path):
     body = (
         "import time\ntime.sleep(2)\nfor _ in range(8):\n    watchdog.progress()\n    time.sleep(0.5)\nwatchdog.close()"
@@ -97,6 +102,7 @@ def test_progress_in_the_last_moment_calls_the_end_off(tmp_path):
     assert "most recent call first" in stacks
 
 
+@pytest.mark.slow
 def test_an_overseer_that_was_killed_is_replaced(tmp_path):
     body = f"""
 import psutil, time
@@ -134,9 +140,10 @@ def test_patience_counts_only_the_time_in_which_somebody_waits(monkeypatch):
 def test_without_a_timeout_nothing_is_armed(tmp_path):
     from cit_scale.distributed.watchdog import Watchdog
 
+    before = psutil.Process().children()
     watchdog = Watchdog(0, tmp_path / "stacks.txt", "it hangs")
     watchdog.progress()
-    assert psutil.Process().children() == []
+    assert psutil.Process().children() == before
     watchdog.close()
     assert list(tmp_path.iterdir()) == []
 
