@@ -132,10 +132,12 @@ def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> None:
 
     For entry points, before they import what takes seconds.
     """
+    is_main = True
     try:
+        is_main = read_ranks(env).rank == 0
         read_command_line(argv, env)
     except (RunError, OSError) as error:
-        if Ranks.from_env(env).rank == 0:
+        if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(exit_code_of(error)) from error
 

@@ -77,6 +77,24 @@ def test_only_the_first_rank_answers():
         assert (done.returncode, done.stderr.count("\n")) == (2, lines)
 
 
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"RANK": "0"}, "RANK=0 is set but LOCAL_RANK, WORLD_SIZE is not"),
+        ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, "invalid literal"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "rank=2 of world_size=2"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT do not say where"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_one_line(env, expected):
+    command = [sys.executable, "cit_scale/train.py"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert expected in done.stderr
+
+
 def test_help_imports_nothing_heavy():
     program = "import sys\nfrom cit_scale.__main__ import main\n"
     for verb in command.VERBS:

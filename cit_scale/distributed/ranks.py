@@ -22,11 +22,19 @@ class Ranks(NamedTuple):
     world_size: int = 1
     local_world_size: int = 1
 
+    def check(self) -> None:
+        """Raise ValueError where a rank is not below its size."""
+        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size):
+            raise ValueError(
+                f"rank={self.rank} of world_size={self.world_size} and local_rank={self.local_rank} of "
+                f"local_world_size={self.local_world_size} do not fit; each rank must be below its size"
+            )
+
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Ranks:
         """Read DeepSpeed's, torchrun's, submitit's or srun's variables; without any, one process alone.
 
-        Raises ValueError for half of them.
+        Raises ValueError for half of them, and for ranks that do not fit.
         """
         for launcher, (rank, local_rank, world_size, local_sizes) in SPELLINGS.items():
             if rank not in env:
@@ -41,5 +49,7 @@ class Ranks(NamedTuple):
                 )
             size = int(env[world_size])
             local_size = next((int(env[name]) for name in local_sizes if name in env), size)
-            return cls(int(env[rank]), int(env[local_rank]), size, local_size)
+            ranks = cls(int(env[rank]), int(env[local_rank]), size, local_size)
+            ranks.check()
+            return ranks
         return cls()

@@ -36,11 +36,7 @@ class World:
     group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size):
-            raise ValueError(
-                f"rank={self.rank} of world_size={self.world_size} and local_rank={self.local_rank} of "
-                f"local_world_size={self.local_world_size} do not fit; each rank must be below its size"
-            )
+        Ranks(self.rank, self.local_rank, self.world_size, self.local_world_size).check()
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
