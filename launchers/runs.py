@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError, RunError
 from cit_scale.run.folders import Run, find_run
 from cit_scale.run.show import add_looking, list_runs, new_parser, say, show_run
+from cit_scale.text import outlive_readers
 from launchers.slurm import cancel_local_job, cancel_slurm_job
 from launchers.state import answer_for, state_now, state_of, states_of
 
@@ -149,10 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except BrokenPipeError:  # whoever reads this has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 if __name__ == "__main__":
+    outlive_readers()  # whoever reads this may have seen enough
     raise SystemExit(main())
