@@ -56,14 +56,7 @@ def pack_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="JPEG quality, 1 to 100, of scaled images; %(default)s",
     )
-    add(
-        "--shard-mib",
-        "--shard_mib",
-        type=int,
-        default=SHARD_MIB,
-        metavar="N",
-        help="size of a shard in MiB; %(default)s",
-    )
+    add_shard_size(parser)
     add(
         "--workers",
         type=int,
@@ -118,7 +111,12 @@ def video_parser() -> argparse.ArgumentParser:
         help="videos at once; one for each core",
     )
     add("--shards", action="store_true", help="write tar shards in the place of a folder")
-    add(
+    add_shard_size(parser)
+    return parser
+
+
+def add_shard_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--shard-mib",
         "--shard_mib",
         type=int,
@@ -126,4 +124,3 @@ def video_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="size of a shard in MiB; %(default)s",
     )
-    return parser
