@@ -137,13 +137,16 @@ def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> None:
         is_main = read_ranks(env).rank == 0
         read_command_line(argv, env)
     except (RunError, OSError) as error:
-        if is_main:
+        if is_main or not isinstance(error, RunError):  # what one rank's disk says no other rank knows
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(exit_code_of(error)) from error
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Parse what the user typed. ``--help`` and ``--print_config`` print and leave with 0. Raises ConfigError."""
+    """Parse what the user typed. ``--help`` and ``--print_config`` print and leave with 0.
+
+    Raises ConfigError, and OSError for a recipe that cannot be opened.
+    """
     if {"-h", "--help"} & set(argv):
         print(_short_help(), end="")
         raise SystemExit(0)
@@ -168,7 +171,7 @@ def _short_help() -> str:
 
 
 def load_recipe(name: str) -> RunConfig:
-    """A recipe alone, by name or path. Raises ConfigError."""
+    """A recipe alone, by name or path. Raises ConfigError, and OSError where it cannot be opened."""
     path = recipe_path(name)
     return _load_recipe(path, path.read_bytes())
 

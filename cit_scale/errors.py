@@ -8,7 +8,7 @@
     6   cannot write: the run folder's disk is full, read-only or gone
     7   refused for safety: going on would mix two runs, start over by accident, or run what a file contains
     8   a node is not fit to take part: it is named, and another try without it may go well
-    14  hung: no step ended within train.step_timeout_s
+    14  hung: no step ended within train.step_timeout_s, or the preparation of several ranks took far too long
     75  stopped on request, everything saved: the same command continues (EX_TEMPFAIL of sysexits.h)
 
 1, Python's own, is left to what nobody foresaw, and to the machine, its network and its disks failing for a moment: the
@@ -127,13 +127,15 @@ def exit_code_of(error: RunError | BadImageError | OSError) -> int:
 def os_error(error: Exception, message: str, lasting: type[RunError]) -> RunError:
     """What to raise, saying ``message``, for an OSError, or for what Rust or C++ made of one.
 
-    lasting: for what another try would meet again. A disk that takes no more is a CannotWriteError, anything else a
-    TransientError.
+    lasting: for what another try would meet again. A disk that takes no more is a CannotWriteError; a wrong path is
+    a MissingInputError where it would be a mistake of the user's; anything else is a TransientError.
     """
     written = re.search(r"os error (\d+)", str(error))  # as Rust spells it, in which safetensors is written
     code = error.errno if isinstance(error, OSError) else int(written[1]) if written else None
     if code in NO_ROOM:
         return CannotWriteError(message)
+    if code in WRONG_PATH and lasting is ConfigError:
+        return MissingInputError(message)
     # A name that is taken by a file of another kind stays taken, and a limit to the size of files stays set.
     is_lasting = code is None or code in WRONG_PATH | {errno.EEXIST, errno.EFBIG}
     return lasting(message) if is_lasting else TransientError(message)

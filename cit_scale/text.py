@@ -5,19 +5,26 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 
 class _Lasting(io.FileIO):
-    """The raw end of a stream. What cannot be written to it is dropped."""
+    """The raw end of a stream, which takes all of a text at once. What cannot be written to it is dropped."""
 
     def write(self, text: Any) -> int:
+        left = memoryview(text)
         try:
-            return super().write(text) or 0
+            while left:
+                written = super().write(left)
+                if written is None:  # a pipe that does not block, and has no room just now
+                    select.select([], [self], [])
+                left = left[written or 0 :]
         except OSError:  # a reader that has gone, a terminal that was closed, a log on a full disk
-            return len(text)
+            pass
+        return len(text)
 
 
 def outlive_readers() -> None:
@@ -40,7 +47,7 @@ def outlive_readers() -> None:
             continue
         raw = _Lasting(descriptor, "wb", closefd=False)
         lasting = io.TextIOWrapper(
-            io.BufferedWriter(raw),
+            raw if stream.write_through else io.BufferedWriter(raw),  # as Python has it under -u, and without
             encoding=stream.encoding,
             errors=stream.errors,
             line_buffering=stream.line_buffering or name == "stderr",

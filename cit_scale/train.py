@@ -70,7 +70,7 @@ from cit_scale.run.setup import Task, check, check_same_run, set_aside, writing
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.teachers import Teacher, run_teachers
 
-PREPARATION_S = 1800.0  # long enough to open a large data set
+PREPARATION_S = 3600.0  # for each part of it: long enough to open a large data set for the first time
 
 # What a finished run leaves for use, by name: the file of its last checkpoint that it is.
 EXPORTS = {"student": layout.STUDENT, "student ema": layout.AVERAGE}
@@ -119,7 +119,8 @@ def join(config: RunConfig, world: World, stop: StopRequest) -> None:
     train = config.train
     store = preflight.meet(world, os.environ, config.run_dir, stop, train.start_timeout_s)
     preflight.try_to_reduce(world, os.environ, config.run_dir, stop, store)
-    start(world, store=store)
+    with contextlib.closing(watch_preparation(config, world)):
+        start(world, store=store)
 
 
 def run(
@@ -132,8 +133,9 @@ def run(
     same_run = not fresh and not override
     first = cli.teacher_runs(config)
     with contextlib.ExitStack() as held:
-        with contextlib.closing(watch_preparation(config, world)):
+        with contextlib.closing(watch_preparation(config, world)) as watchdog:
             task = check(config, world, same_run=same_run)
+            watchdog.progress()
             held.enter_context(exclusive(config.run_dir, world, stop))
             if fresh:
                 set_aside(config.run_dir, world)
@@ -149,9 +151,15 @@ def run(
 
 
 def watch_preparation(config: RunConfig, world: World) -> Watchdog:
-    """Ends all ranks where one of them hangs before the first step. A process alone keeps nobody waiting."""
+    """Ends all ranks where one of them hangs before the first step, unless train.step_timeout_s is 0.
+
+    A process alone keeps nobody waiting.
+    """
     limit_s = max(PREPARATION_S, config.train.step_timeout_s) if config.train.step_timeout_s else 0.0
-    message = f"the preparation of {config.run_dir} took more than {limit_s:g} seconds; where the ranks stand is above"
+    message = (
+        f"the preparation of {config.run_dir} hangs: nothing was achieved for {limit_s:g} seconds; where each rank "
+        "stands is above; if that is how long it takes, give it more by train.step_timeout_s"
+    )
     return Watchdog(limit_s if world.world_size > 1 else 0.0, None, message if world.is_main else None)
 
 
@@ -195,16 +203,19 @@ def train(
     """
     config, world, run_dir = task.config, task.world, task.config.run_dir
     now = time.time()
-    finished = broadcast(world, read_note(run_dir / RESULTS) if world.is_main else None)
-    if finished is not None and (finished["steps"] == task.total_steps or not override):
-        return finished
-    with contextlib.closing(watch_preparation(config, world)):
+    with contextlib.closing(watch_preparation(config, world)) as preparation:
+        finished = broadcast(world, read_note(run_dir / RESULTS) if world.is_main else None)
+        if finished is not None and (finished["steps"] == task.total_steps or not override):
+            return finished
         advisers = together(world, lambda: [task.load_teacher(name, teacher) for name, teacher in teachers.items()])
+        preparation.progress()
         engine = build_engine(task.build_student(), config, world, task.batch_plan.micro_steps)
+        preparation.progress()
 
         inputs = fingerprints(task, advisers)
         progress, overridden = Progress(), []
         found = checkpoint.load_newest(run_dir, world)
+        preparation.progress()
         if found is not None:
             meta = found.meta
             progress, overridden = together(world, lambda: restore(meta, task, inputs, override=override))

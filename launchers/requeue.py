@@ -48,6 +48,7 @@ from cit_scale.errors import (
 )
 from cit_scale.run.folders import parse_lines, read_text
 from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, saved_steps
+from cit_scale.text import outlive_readers
 
 MAX_STOPS = 10
 PAUSES_S = (2, 5, 10, 20, 20)
@@ -206,6 +207,23 @@ def say(job_id: str, message: str) -> None:
     print(f"job {job_id}: {message}", flush=True)
 
 
+def find_run_dir(train_argv: Sequence[str]) -> Path | None:
+    """The run folder; None for arguments that make no run. A disk that fails is asked again for a minute.
+
+    Raises OSError with its last complaint.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return cli.parse_arguments(train_argv).config.run_dir
+        except (ConfigError, SystemExit):
+            return None
+        except OSError:
+            if pause_s is None:
+                raise
+            time.sleep(pause_s)
+    return None
+
+
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ) -> int:
     """Record how the ranks ended, and requeue or not. Returns 0, or 1 where Slurm did not do as it was told."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -214,10 +232,13 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
     parser.add_argument("train", nargs="*", metavar="ARGUMENT", help="the arguments of train.py, after --")
     asked = parser.parse_args(argv)
     job_id, restart = slurm_job.job_id(env), slurm_job.restart_count(env)
+    run_dir = None
     try:
-        run_dir = cli.parse_arguments(asked.train).config.run_dir
-    except (ConfigError, SystemExit):  # the ranks have said so; there is no run, then
-        return 0
+        run_dir = find_run_dir(asked.train)
+        if run_dir is None:  # the ranks have said why
+            return 0
+    except OSError as error:
+        say(job_id, f"the recipe cannot be read, and so not what was reached: {error}")
 
     try:
         job = describe_job(job_id)
@@ -225,8 +246,11 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
     except OSError as error:
         say(job_id, str(error))
         job, fate = {}, Fate.UNKNOWN
-    unfit, steps = unfit_nodes(run_dir, job_id), steps_saved(run_dir)
-    again, reason = decide(asked.exit_code, fate, steps, earlier_ends(run_dir, job_id), asked.max_restarts)
+    unfit, steps = {}, 0
+    earlier = [(asked.exit_code, steps)] * restart  # at worst
+    if run_dir is not None:
+        unfit, steps, earlier = unfit_nodes(run_dir, job_id), steps_saved(run_dir), earlier_ends(run_dir, job_id)
+    again, reason = decide(asked.exit_code, fate, steps, earlier, asked.max_restarts)
     attempt = Attempt(
         time=time.time(),
         job_id=job_id,
@@ -240,12 +264,13 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         last_lines=last_lines(Path(env["CIT_LOG"])) if has_failed(asked.exit_code) else [],
     )
     say(job_id, reason)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / ATTEMPTS).open("a") as file:
-            file.write(json.dumps(asdict(attempt)) + "\n")
-    except OSError as error:
-        say(job_id, f"{run_dir / ATTEMPTS} cannot be written: {error}")
+    if run_dir is not None:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with (run_dir / ATTEMPTS).open("a") as file:
+                file.write(json.dumps(asdict(attempt)) + "\n")
+        except OSError as error:
+            say(job_id, f"{run_dir / ATTEMPTS} cannot be written: {error}")
     if not again:
         return 0
     try:
@@ -265,4 +290,5 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
 
 
 if __name__ == "__main__":
+    outlive_readers()  # a log on a full disk is no reason to leave the job where it is
     raise SystemExit(main())

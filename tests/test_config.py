@@ -9,8 +9,9 @@ import yaml
 
 from cit_scale import cli
 from cit_scale.config import RunConfig, TeacherConfig, check_ranges, plan_batches
-from cit_scale.errors import ConfigError
-from cit_scale.run.setup import changed_settings
+from cit_scale.distributed.world import World
+from cit_scale.errors import ConfigError, RefusedError
+from cit_scale.run.setup import changed_settings, set_aside
 
 
 def parse(*argv):
@@ -270,3 +271,15 @@ def test_a_teacher_that_was_not_there_is_no_default():
     config = parse("--config", "cit_tiny")
     before = cli.to_dict(dataclasses.replace(config, teachers={"inv": config.teachers["inv"]}))
     assert "teachers.conv.model: None -> regnety_040" in changed_settings(before, config)
+
+
+def test_a_folder_with_other_runs_in_it_is_not_set_aside(tmp_path):
+    for name in ("pets", "pets/teachers/conv", "pets/large", "pets/ckpt/step_000001"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    with pytest.raises(RefusedError, match=r"pets cannot be set aside: other runs lie in it .*pets/large"):
+        set_aside(tmp_path / "pets", World())
+    set_aside(tmp_path / "pets" / "large", World())
+    (tmp_path / "pets" / "large.1").rename(tmp_path / "large")
+    set_aside(tmp_path / "pets", World())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "pets.1"]

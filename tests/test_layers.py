@@ -35,6 +35,9 @@ WALLS = {
     "bench": "checkpoint config data datasets distributed engines errors files models run teachers",
 }
 
+# They only bear a name that people call, and lead to the command.
+DOORS = {"data.pack", "data.video"}
+
 ONLY_IMPORTERS = {
     "deepspeed": {"engines.zero"},
     "nvidia": {"data.dali", "bench.decode"},  # the benchmark's own is the peer that ours is timed against
@@ -102,7 +105,7 @@ def test_imports_keep_the_walls():
     through = [
         f"{place}: {room_of(name)} must not import from {room_of(target)} ({target})"
         for name, target, place in own_imports()
-        if not {target, room_of(target)} & {room_of(name), *WALLS[room_of(name)].split()}
+        if not {target, room_of(target)} & {room_of(name), *WALLS[room_of(name)].split()} and name not in DOORS
     ]
     assert not through, "\n".join(through)
 

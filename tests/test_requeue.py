@@ -1,6 +1,9 @@
 """What becomes of a Slurm job when its ranks have ended. Slurm is a recorder here; the real one is in test_slurm.py."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -219,3 +222,38 @@ def test_ranks_that_slurm_killed_for_their_nodes_have_not_failed(slurm):
     (slurm.run_dir / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     requeue.main(["--exit-code", "1", *slurm.train], slurm.env)
     assert "failure 1 in a row" in attempts(slurm.run_dir)[-1]["decision"]
+
+
+def test_a_recipe_that_cannot_be_read_just_now_is_asked_for_again(slurm, monkeypatch):
+    monkeypatch.setattr(requeue, "PAUSES_S", (0, 0))
+    answers = [OSError(116, "Stale file handle"), OSError(116, "Stale file handle")]
+    parse = requeue.cli.parse_arguments
+    monkeypatch.setattr(requeue.cli, "parse_arguments", lambda argv: raise_first(answers) or parse(argv))
+    assert requeue.main(["--exit-code", "75", *slurm.train], slurm.env) == 0
+    assert slurm.calls == [("requeue", "7")]
+    assert attempts(slurm.run_dir)[0]["exit_code"] == 75
+
+
+def raise_first(errors):
+    if errors:
+        raise errors.pop()
+
+
+@pytest.mark.parametrize(("exit_code", "restart", "again"), [(1, 0, True), (1, 3, False), (75, 5, True), (2, 0, False)])
+def test_where_the_recipe_stays_unreadable_slurms_count_of_starts_bounds_the_tries(
+    exit_code, restart, again, slurm, monkeypatch, capsys
+):
+    monkeypatch.setattr(requeue, "PAUSES_S", ())
+    monkeypatch.setattr(requeue.cli, "parse_arguments", lambda argv: raise_first([OSError(116, "Stale file handle")]))
+    monkeypatch.setattr(requeue, "read_fate", lambda job, restart: Fate.LEAVES)
+    env = {**slurm.env, "SLURM_RESTART_COUNT": str(restart)}
+    assert requeue.main(["--exit-code", str(exit_code), *slurm.train], env) == 0
+    assert bool(slurm.calls) == again
+    assert "the recipe cannot be read" in capsys.readouterr().out
+
+
+def test_a_log_that_takes_no_more_does_not_keep_the_job_from_going_back(slurm):
+    command = [sys.executable, requeue.__file__, "--exit-code", "2", *slurm.train]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env={**os.environ, **slurm.env})
+    assert (done.returncode, done.stderr) == (0, "")

@@ -58,6 +58,24 @@ def test_what_is_read_arrives_in_order_and_at_once(tmp_path):
     assert done.stderr == "".join(f"err {i}\n" for i in range(20))
 
 
+def test_unbuffered_output_stays_unbuffered(tmp_path):
+    """As deepspeed starts its ranks: what a library prints must not be lost when the process is ended."""
+    program = (
+        "import os\nfrom cit_scale.text import outlive_readers\noutlive_readers()\nprint('here', end='')\nos._exit(14)"
+    )
+    done = subprocess.run([sys.executable, "-u", "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (14, "here", "")
+
+
+def test_a_reader_that_makes_others_wait_is_waited_for(tmp_path):
+    """Its end of the pipe may be set not to block: what has no room yet is neither lost nor tried in a circle."""
+    program = "import os\nfrom cit_scale.text import outlive_readers\noutlive_readers()\nos.set_blocking(1, False)\n"
+    program += "print('x' * 300_000)"
+    line = '"$0" -c "$1" | (sleep 1; wc -c)'
+    codes, done = shell(line, tmp_path, sys.executable, program)
+    assert (codes, done.stdout.strip(), done.stderr) == ([0, 0], "300001", "")
+
+
 @pytest.mark.slow
 def test_a_run_whose_output_nobody_takes_goes_on_to_its_end(tiny_inputs, tmp_path, calm):
     run = TinyRun(tiny_inputs, tmp_path / "runs", "plain")

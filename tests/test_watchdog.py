@@ -1,5 +1,7 @@
 """Each case is a process of its own: the watchdog ends it."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -90,6 +92,27 @@ def test_a_hang_after_a_pause_still_ends_whatever_holds_the_interpreters_lock(tm
     assert (code, errors) == (HUNG, "error: it hangs\n")
     assert "File" in stacks
     assert 5 < seconds < 5 + 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stderr", ["a full disk", "a pipe that nobody reads", "a full pipe"])
+def test_a_hang_ends_also_where_nobody_can_be_told(stderr, tmp_path):
+    program = "import sys\nfrom pathlib import Path\nfrom cit_scale.distributed.watchdog import Watchdog\n"
+    program += "Watchdog(1.0, Path(sys.argv[1]), 'it hangs')\nimport time\ntime.sleep(60)"
+    reading, writing = os.pipe()
+    if stderr == "a pipe that nobody reads":
+        os.close(reading)
+    if stderr == "a full pipe":
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"x" * 4096)
+        os.set_blocking(writing, True)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", program, str(tmp_path / "stacks.txt")]
+        done = subprocess.run(command, stderr=full if stderr == "a full disk" else writing, timeout=30)
+    assert done.returncode == HUNG
+    assert "File" in (tmp_path / "stacks.txt").read_text()
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Checkpoints that are either whole or not there: written aside by all ranks, checked by sums, committed by one rename.
 
-    run_dir/ckpt/step_000123/*.safetensors   the tensors, each rank its files; portable.py says which lies where
+    run_dir/ckpt/step_000123/*.safetensors   the tensors, each rank its files; layout.py says which lies where
                              meta.json       what else the run needs to go on
                              index.json      which file each tensor of the training state lies in, and its key there
                              MANIFEST.json   size and SHA-256 of all of them, written last

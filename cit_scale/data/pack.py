@@ -1,6 +1,8 @@
 """The former name of ``cit-scale pack``, for commands that call ``python -m cit_scale.data.pack``."""
 
-from cit_scale.datasets.commands import pack
+import sys
+
+from cit_scale.__main__ import main
 
 if __name__ == "__main__":
-    raise SystemExit(pack())
+    raise SystemExit(main(["pack", *sys.argv[1:]]))

@@ -1,6 +1,8 @@
 """The former name of ``cit-scale video``, for commands that call ``python -m cit_scale.data.video``."""
 
-from cit_scale.datasets.commands import video
+import sys
+
+from cit_scale.__main__ import main
 
 if __name__ == "__main__":
-    raise SystemExit(video())
+    raise SystemExit(main(["video", *sys.argv[1:]]))

@@ -60,7 +60,7 @@ def pack_parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=CORES,
         metavar="N",
         help="threads that decode; one for each core",
     )
@@ -106,7 +106,7 @@ def video_parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=CORES,
         metavar="N",
         help="videos at once; one for each core",
     )

@@ -4,10 +4,12 @@ It lives in time that passes for itself and for the rank: a tick in which either
 ``docker pause`` or Slurm's suspend, does not count. A timer in the rank would go off the moment it wakes.
 """
 
+import contextlib
 import os
 import select
 import signal
 import sys
+import threading
 import time
 
 # Sent to the rank: its handlers are C functions, which run whatever its interpreter does.
@@ -62,12 +64,18 @@ def end(rank: int, message: str) -> None:
     if has_progressed(ANNOUNCE_S):
         return
     if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        # From a thread: nobody may read it, or not just now, and the end must not wait for that.
+        threading.Thread(target=say, args=(message,), daemon=True).start()
     if has_progressed(GRACE_S - ANNOUNCE_S):
         return
     send(rank, END)
     time.sleep(GRACE_S)
     send(rank, signal.SIGKILL)  # it is still there, and blocks the other one
+
+
+def say(message: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {message}\n".encode())
 
 
 def send(rank: int, signum: int) -> None:

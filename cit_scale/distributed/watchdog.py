@@ -78,7 +78,8 @@ class Watchdog:
             pass  # it does not run just now, and will find enough when it does
         except BrokenPipeError:  # somebody has killed it
             self._overseer.wait()
-            self._start()
+            with contextlib.suppress(OSError):  # no room for another process just now: the next progress tries again
+                self._start()
 
     def close(self) -> None:
         """Disarm. What follows may take as long as it likes."""

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits
 from cit_scale.config import REPOSITORY, EngineConfig, OptimConfig, RunConfig
-from cit_scale.distributed.world import World
+from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.hosted import Hosted, HostingEngine, clip_gradients
 from cit_scale.engines.state import Layout, WholeParameters
 from cit_scale.errors import ConfigError, os_error
@@ -35,6 +36,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import groups
 
 DS_CONFIGS = REPOSITORY / "ds_configs"
 
@@ -144,6 +146,9 @@ def _initialize(
     if world.device.type == "cpu":
         # Without a GPU DeepSpeed would compile a C++ collective at its start, for inference only: a minute of compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if groups._WORLD_GROUP is None:
+        # DeepSpeed's own clone of the world gives up after half an hour, in which a suspended job may not have run.
+        groups._WORLD_GROUP = dist.new_group(range(world.world_size), timeout=timedelta(seconds=ENDLESS_S))
     engine, *_ = deepspeed.initialize(model=hosted, optimizer=optimizer, config=ds_config)
     return engine
 

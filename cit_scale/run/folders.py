@@ -221,7 +221,8 @@ class Run:
     @property
     def holder(self) -> str | None:
         """The process that works in the folder, as 'PID on HOST'; None if there is none that this host can tell."""
-        # What cit_scale/lock.py locks. A shared lock lets others look at the same time, and lasts no longer than that.
+        # What cit_scale/distributed/lock.py locks. A shared lock lets others look at the same time, and lasts no longer
+        # than that.
         path = self.folder.with_name(f".{self.folder.name}.lock")
         with contextlib.suppress(OSError), path.open("rb") as file:
             try:
@@ -243,6 +244,17 @@ def find_runs(runs_dir: Path, *, set_aside: bool = False) -> list[Run]:
             names[:] = [name for name in names if name not in INSIDE]
         names[:] = [name for name in names if set_aside or not is_set_aside(folder / name)]
     return sorted(runs, key=lambda run: run.name)
+
+
+def runs_inside(folder: Path) -> list[Path]:
+    """Folders of other runs below that of a run: 'pets/large' lies in 'pets'."""
+    found = []
+    for parent, names, _ in os.walk(folder):
+        if Path(parent) != folder and is_run(Path(parent)):
+            found.append(Path(parent))
+            names.clear()
+        names[:] = [name for name in names if name not in INSIDE]
+    return sorted(found)
 
 
 def is_run(folder: Path) -> bool:

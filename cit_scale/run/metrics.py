@@ -51,8 +51,8 @@ class StepClock:
     """Training throughput, from turn to turn of the training loop.
 
     A turn holds one step and all that goes with it, the wait for the slowest rank and for the next batch among them;
-    only what happens ``aside``, evaluation and saving, does not count. The first turns of a process pay for compilation
-    and warm-up and are not counted.
+    only what happens ``aside``, evaluation and saving, does not count. A pause of the process does: it cannot be told
+    from a slow step. The first turns of a process pay for compilation and warm-up and are not counted.
     """
 
     WARMUP_TURNS = 5

@@ -29,6 +29,7 @@ from cit_scale.engines.hosted import prepare
 from cit_scale.errors import CannotWriteError, ConfigError, RefusedError, os_error
 from cit_scale.files import set_file_aside
 from cit_scale.models.network import Network, build_network, load_weights
+from cit_scale.run.folders import runs_inside
 from cit_scale.run_folder import CONFIG
 from cit_scale.teachers import Teacher, load_teacher
 
@@ -239,9 +240,18 @@ def is_teachers_path(key: str) -> bool:
 
 
 def set_aside(run_dir: Path, world: World) -> None:
-    """Collective. Move what stands in the run folder to run_dir.1 (or .2, ...), so that nothing is lost."""
+    """Collective. Move what stands in the run folder to run_dir.1 (or .2, ...), so that nothing is lost.
+
+    Raises RefusedError where other runs lie in it, as 'pets/large' does in 'pets'.
+    """
 
     def move() -> None:
+        others = runs_inside(run_dir) if world.is_main else []
+        if others:
+            raise RefusedError(
+                f"{run_dir} cannot be set aside: other runs lie in it ({', '.join(map(str, others[:5]))}); move them, "
+                "or give this run another --name"
+            )
         if world.is_main and run_dir.exists():
             print(f"{run_dir} set aside as {set_file_aside(run_dir)}", flush=True)
 
