@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from engine_cases import (
     LR,
     SHARDINGS,
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from cit_scale.cli import teacher_run
 from cit_scale.config import EngineConfig, RunConfig, TeacherConfig
-from cit_scale.distributed.world import World
+from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import check_engine
 from cit_scale.errors import ConfigError, Stopped
@@ -653,3 +654,19 @@ def test_checkpointing_is_of_the_student_and_not_of_its_teachers():
         engine=EngineConfig(precision="bf16", activation_checkpointing=True),
     )
     assert teacher_run(config, "conv").engine == EngineConfig(precision="bf16")
+
+
+def patience_of_every_group(world, sharding, ds_configs):
+    """Seconds for which the collectives of each process group wait, and that the engine computes."""
+    engine = make_engine(world, sharding, 1, ds_configs)
+    update(engine, world, 0)
+    found = dist.distributed_c10d._world.pg_map
+    groups = [group for group in found if group is not dist.group.WORLD]  # that of the tests' own ranks
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.parametrize("sharding", ["zero1", "zero3", "fsdp2"])
+def test_no_group_of_an_engine_gives_up_while_a_suspended_job_does_not_run(sharding, ds_configs):
+    for patiences in run_on_ranks(2, patience_of_every_group, sharding, ds_configs):
+        assert bool(patiences) == (sharding != "fsdp2")
+        assert set(patiences) <= {ENDLESS_S}
