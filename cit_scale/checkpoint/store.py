@@ -307,7 +307,7 @@ def _read(folder: Path, step: int) -> Checkpoint:
         places = {key: (file, inner) for key, (file, inner) in json.loads((folder / INDEX).read_text()).items()}
         return Checkpoint(step, SavedState(folder, places), json.loads((folder / META).read_text()))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise os_error(error, f"{folder} verifies and cannot be read: {error}", lasting=MissingInputError) from error
+        raise os_error(error, f"{folder} verifies and cannot be read: {error}", lasting=ConfigError) from error
 
 
 def _verify(folder: Path, step: int, world: World) -> str | None:
