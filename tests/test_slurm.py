@@ -260,7 +260,9 @@ def test_a_run_longer_than_its_time_limit_takes_several(sbatch, calm):
     run = sbatch("cit_base", "limited", *ON_CPUS, "--nodes=2", "--time=1", "--signal=USR2@5", train=LONG, slow=2)
     run.ends()
     assert len(run.starts()) >= 2
-    assert {attempt["exit_code"] for attempt in run.attempts()[:-1]} == {75}
+    codes = {attempt["exit_code"] for attempt in run.attempts()[:-1]}
+    # On a busy machine Slurm may look while the ranks still start: the signal ends them, and nothing was reached.
+    assert {75} <= codes <= {75, 128 + signal.SIGUSR2}
     assert_same_end(run, calm)
 
 

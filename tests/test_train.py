@@ -233,7 +233,7 @@ def wait_for_step(folder, step, process):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(tiny, ranks):
-    lengthen(tiny, epochs=4)  # long enough for a signal to arrive in the middle
+    lengthen(tiny, epochs=3)  # long enough for a signal to arrive in the middle
     code, output = finish(launch([*tiny, "--name", "calm"], ranks=ranks))
     assert code == 0, output
     calm, folder = run_dir(tiny).with_name("calm"), run_dir(tiny)
