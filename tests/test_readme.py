@@ -48,15 +48,23 @@ def test_the_readme_shows_the_ways_to_start():
 
 
 def test_the_python_example_runs(monkeypatch, tmp_path):
-    import timm
     from safetensors.torch import save_file
 
-    import cit_scale.models  # noqa: F401
+    from cit_scale.models.network import build_network
 
     (example,) = (block for language, block in BLOCKS if language == "python")
     path = tmp_path / re.search(r'"(runs/\S+\.safetensors)"', example)[1]
     path.parent.mkdir(parents=True)
-    trained = timm.create_model("cit_small_patch16_224", num_classes=10, img_size=96)
+    config = cli.parse_arguments([]).config
+    (path.parent / "config.yaml").write_text(cli.to_yaml(config))
+    network = build_network(
+        config.student.name,
+        config.student.kwargs,
+        num_classes=10,
+        image_size=config.data.image_size,
+        teachers=tuple(config.teachers),
+    )
+    trained = network.model
     save_file(trained.state_dict(), path)
     monkeypatch.chdir(tmp_path)
     names = {}
