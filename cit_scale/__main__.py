@@ -18,13 +18,15 @@ class Verb(NamedTuple):
     summary: str
     module: str
     function: str = "main"
+    prints_results: bool = False
+    """What it prints is what it is called for: a full disk that does not take it is an error."""
 
 
 VERBS = {
     "train": Verb("train a student and the teachers that advise it", "cit_scale.train"),
     "pack": Verb("any data set to checked tar shards", "cit_scale.datasets.commands", "pack"),
     "video": Verb("class folders of videos to class folders of frames", "cit_scale.datasets.commands", "video"),
-    "runs": Verb("list and show run folders", "cit_scale.run.show"),
+    "runs": Verb("list and show run folders", "cit_scale.run.show", prints_results=True),
 }
 
 
@@ -55,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
         print(f"error: cit-scale has no verb {name!r}; {hint}", file=sys.stderr)
         return 2
-    text.outlive_readers()
     verb = VERBS[name]
     if name == "train":
         cli.answer_early(arguments, os.environ)  # before the import, which takes seconds
+    text.outlive_readers(and_full_disks=not verb.prints_results)
     return getattr(importlib.import_module(verb.module), verb.function)(arguments)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import os
 import re
 import sys
 import textwrap
@@ -17,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cit_scale.config import RunConfig, TeacherConfig, check_config, check_names, plan_batches
+from cit_scale.config import RunConfig, TeacherConfig, check_config, check_names, expand, plan_batches
 from cit_scale.distributed.ranks import Ranks
 from cit_scale.errors import ConfigError, MissingInputError, RunError, exit_code_of
+from cit_scale.run_folder import INSIDE
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"
+
+ASKS_ONLY = {"-h", "--help", "--help-all", "--print_config"}
 
 # What --help says; --help-all has the rest. On one screen, and without the libraries that read the settings.
 HELP = """\
@@ -82,16 +86,22 @@ def recipe_names() -> list[str]:
 def recipe_path(name: str) -> Path:
     """A recipe by name or by path; MissingInputError with the known names where there is none, OSError for one that
     cannot be opened."""
-    named, given = RECIPES / f"{name}.yaml", Path(name).expanduser()
+    named, given = RECIPES / f"{name}.yaml", expand(name)
     for path in (named, given):
         if path.is_file():
-            path.open(
-                "rb"
-            ).close()  # the parser would make of a file that cannot be read just now a mistake of the user's
+            _refuse_unreadable(path)
             return path
     raise MissingInputError(
         f"no recipe is called {name!r} and no such file exists; recipes: {', '.join(recipe_names())}"
     )
+
+
+def _refuse_unreadable(path: Path) -> None:
+    """Raise the OSError of a file that cannot be read just now: the parser would call it the user's mistake."""
+    try:
+        path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
@@ -100,7 +110,8 @@ def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
     Raises a RunError for all that is known to be wrong without the data, the networks and the libraries that these
     need; ``--help`` and ``--print_config`` print on rank 0 and leave with 0.
     """
-    ranks = read_ranks(env)
+    # Help is given also where a launcher's environment is half there, as in a shell under srun.
+    ranks = Ranks() if ASKS_ONLY & set(argv) else read_ranks(env)
     with contextlib.nullcontext() if ranks.rank == 0 else contextlib.redirect_stdout(io.StringIO()):
         arguments = parse_arguments(argv)
     if arguments.local_rank not in (None, ranks.local_rank):
@@ -109,6 +120,7 @@ def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
             "leave the flag to the launcher"
         )
     check_config(arguments.config)
+    teacher_runs(arguments.config)  # each has weights or a recipe
     plan_batches(arguments.config, ranks.world_size)
     return arguments
 
@@ -134,8 +146,15 @@ def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> None:
     """
     is_main = True
     try:
-        is_main = read_ranks(env).rank == 0
-        read_command_line(argv, env)
+        with contextlib.suppress(ValueError):  # said below, unless it does not matter
+            is_main = Ranks.from_env(env).rank == 0
+        try:
+            read_command_line(argv, env)
+        finally:
+            sys.stdout.flush()  # help that cannot be written is an error, unless nobody wants to read on
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except (RunError, OSError) as error:
         if is_main or not isinstance(error, RunError):  # what one rank's disk says no other rank knows
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -162,6 +181,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             config, engine=dataclasses.replace(config.engine, ds_config=parsed.deepspeed_config)
         )
     check_names(config)
+    taken = INSIDE & set(config.name.split("/")[1:])
+    if taken:
+        raise ConfigError(
+            f"name={config.name!r} lies inside another run's folder, where {min(taken)} is that run's own; give another"
+        )
     return Arguments(config, parsed.fresh, parsed.override_resume, parsed.local_rank)
 
 
@@ -332,6 +356,8 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser = _parser()
     try:
         return parser.instantiate(parser.parse_args(list(argv)))
+    except OSError:  # a disk's: what is printed does not arrive
+        raise
     except Exception as error:  # argparse, YAML and type errors all mean: the user's input
         raise ConfigError(_one_line(error)) from error
 

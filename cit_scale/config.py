@@ -325,6 +325,14 @@ def check_config(config: RunConfig) -> None:
     check_ranges(config)
 
 
+def expand(path: str) -> Path:
+    """With ~ and ~user replaced by a home folder. Raises ConfigError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: {error}; write the folder out") from error
+
+
 def check_names(config: RunConfig) -> None:
     """Raise ConfigError for a name that leads out of the folder of runs, or a text that was left empty.
 
@@ -333,14 +341,18 @@ def check_names(config: RunConfig) -> None:
     names = {f"name={config.name!r}": config.name, **{f"teachers: {name!r}": name for name in config.teachers}}
     for setting, name in names.items():
         # As typed: pathlib would drop a ".".
-        if not name or name.startswith("/") or {".", ".."} & set(name.split("/")) or "\0" in name:
+        leads_out = not name or name.startswith("/") or {".", ".."} & set(name.split("/"))
+        if leads_out or not name.isprintable():  # a batch script has it in a line, and TensorBoard in UTF-8
             raise ConfigError(
                 f"{setting} does not name a folder inside another: it must not be empty or begin with /, nor have . "
-                "or .. between its slashes; give one such as 'pets' or 'pets/large'"
+                "or .. between its slashes, nor characters that cannot be printed; give one such as 'pets' or "
+                "'pets/large'"
             )
     for setting, text in _texts(config):
         if not text:
             raise ConfigError(f"{setting} is an empty text; leave it out, or give null where it may be none")
+        if text.startswith("~"):
+            expand(text)
 
 
 def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -130,8 +130,9 @@ def os_error(error: Exception, message: str, lasting: type[RunError]) -> RunErro
     lasting: for what another try would meet again. A disk that takes no more is a CannotWriteError; a wrong path is
     a MissingInputError where it would be a mistake of the user's; anything else is a TransientError.
     """
-    written = re.search(r"os error (\d+)", str(error))  # as Rust spells it, in which safetensors is written
-    code = error.errno if isinstance(error, OSError) else int(written[1]) if written else None
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and (written := re.search(r"os error (\d+)", str(error))):
+        code = int(written[1])  # as Rust spells it, in which safetensors is written
     if code in NO_ROOM:
         return CannotWriteError(message)
     if code in WRONG_PATH and lasting is ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -37,7 +38,10 @@ def set_file_aside(path: Path) -> Path:
 
 
 def read_note(path: Path) -> Any:
-    """What a JSON file of a run folder says, or None. One that is damaged is set aside: nothing hangs on it."""
+    """What a JSON file of a run folder says; None where there is none.
+
+    One that is damaged is set aside: nothing hangs on it.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -59,6 +63,11 @@ def changed(begun: Mapping[str, Any], settings: Mapping[str, Any], defaults: Map
 def write_text(path: Path, text: str) -> None:
     """Replace a file by one with this text: a reader sees the old or the new one, whole."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        sync(partial)
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # a full disk is not kept full
+        raise

@@ -10,9 +10,13 @@ ENVIRONMENT = "env.json"  # a list: one entry per start
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 CHECKPOINTS = "ckpt"
+TEACHERS = "teachers"  # their runs
 SUBMISSIONS = "job.json"  # a list: what launchers/submit.py has queued
 ATTEMPTS = "attempts.jsonl"  # how each Slurm job ended, from launchers/requeue.py
 UNFIT_NODES = "unfit_nodes.jsonl"  # from the check at the start
+
+# Folders of a run in which no other runs are to be found.
+INSIDE = {TEACHERS, CHECKPOINTS, "tensorboard", "bad_steps", "slurm"}
 
 
 def step_path(checkpoints: Path, step: int) -> Path:

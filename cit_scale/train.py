@@ -16,9 +16,9 @@ if __name__ == "__main__":
 
     from cit_scale import cli, text
 
-    text.outlive_readers()
     # Before the imports below, which take seconds: nobody waits for help, or for a mistake in the arguments.
     cli.answer_early(sys.argv[1:], os.environ)
+    text.outlive_readers()
 
 import contextlib
 import dataclasses
@@ -205,7 +205,8 @@ def train(
     now = time.time()
     with contextlib.closing(watch_preparation(config, world)) as preparation:
         finished = broadcast(world, read_note(run_dir / RESULTS) if world.is_main else None)
-        if finished is not None and (finished["steps"] == task.total_steps or not override):
+        is_finished = isinstance(finished, dict) and "steps" in finished
+        if is_finished and (finished["steps"] == task.total_steps or not override):
             return finished
         advisers = together(world, lambda: [task.load_teacher(name, teacher) for name, teacher in teachers.items()])
         preparation.progress()

@@ -173,7 +173,7 @@ def last_lines(log: Path) -> list[str]:
     """The end of a batch script's output, or, from submitit, of the file that each rank has for its own."""
     logs = log.parent.glob(glob.escape(log.name).replace("_0_log", "_*_log"))
     by_rank = sorted(logs, key=lambda path: (len(path.name), path.name))
-    return [line for path in by_rank for line in path.read_text(errors="replace").splitlines()[-LAST_LINES:]]
+    return [line for path in by_rank for line in read_text(path).splitlines()[-LAST_LINES:]]
 
 
 def slurm(*command: str) -> str:
@@ -248,8 +248,11 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         job, fate = {}, Fate.UNKNOWN
     unfit, steps = {}, 0
     earlier = [(asked.exit_code, steps)] * restart  # at worst
-    if run_dir is not None:
-        unfit, steps, earlier = unfit_nodes(run_dir, job_id), steps_saved(run_dir), earlier_ends(run_dir, job_id)
+    try:
+        if run_dir is not None:
+            unfit, steps, earlier = unfit_nodes(run_dir, job_id), steps_saved(run_dir), earlier_ends(run_dir, job_id)
+    except OSError as error:  # what ended the ranks may well be met here, too
+        say(job_id, f"{run_dir} cannot be read: {error}")
     again, reason = decide(asked.exit_code, fate, steps, earlier, asked.max_restarts)
     attempt = Attempt(
         time=time.time(),
@@ -261,7 +264,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         nodes=env.get("CIT_HOSTS", "").split(),
         unfit=unfit,
         decision=reason,
-        last_lines=last_lines(Path(env["CIT_LOG"])) if has_failed(asked.exit_code) else [],
+        last_lines=last_lines(Path(env["CIT_LOG"])) if has_failed(asked.exit_code) and "CIT_LOG" in env else [],
     )
     say(job_id, reason)
     if run_dir is not None:

@@ -17,9 +17,9 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from cit_scale.errors import ConfigError, MissingInputError, RefusedError, RunError
+from cit_scale.errors import ConfigError, MissingInputError, RefusedError
 from cit_scale.run.folders import Run, find_run
-from cit_scale.run.show import add_looking, list_runs, new_parser, say, show_run
+from cit_scale.run.show import add_looking, list_runs, new_parser, reporting, say, show_run
 from cit_scale.text import outlive_readers
 from launchers.slurm import cancel_local_job, cancel_slurm_job
 from launchers.state import answer_for, state_now, state_of, states_of
@@ -134,24 +134,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     asked = parse_arguments(argv)
-    try:
-        if asked.command == "list":
-            return list_runs(asked.runs_dir, states_of, set_aside=asked.all, as_json=asked.json)
-        run = find_run(asked.runs_dir, asked.name)
-        match asked.command:
-            case "show":
-                return show_run(run, states_of, as_json=asked.json)
-            case "logs":
-                return logs(run, last=asked.lines, keep_on=asked.follow)
-            case "cancel":
-                return cancel(run, now=asked.now)
-            case _:
-                return resume(run)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+    return reporting(lambda: act(asked))
+
+
+def act(asked: argparse.Namespace) -> int:
+    if asked.command == "list":
+        return list_runs(asked.runs_dir, states_of, set_aside=asked.all, as_json=asked.json)
+    run = find_run(asked.runs_dir, asked.name)
+    match asked.command:
+        case "show":
+            return show_run(run, states_of, as_json=asked.json)
+        case "logs":
+            return logs(run, last=asked.lines, keep_on=asked.follow)
+        case "cancel":
+            return cancel(run, now=asked.now)
+        case _:
+            return resume(run)
 
 
 if __name__ == "__main__":
-    outlive_readers()  # whoever reads this may have seen enough
+    outlive_readers(and_full_disks=False)  # whoever reads this may have seen enough
     raise SystemExit(main())

@@ -539,3 +539,12 @@ def test_written_tensors_are_as_readable_as_the_umask_allows(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_score_that_was_half_written_does_not_stop_the_checkpoints(tmp_path):
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    (folder / "scores.json.partial").write_text("{")
+    save_steps(tmp_path, 1)
+    assert names(tmp_path) == ["step_000001"]
+    assert not list(folder.glob("*.partial"))

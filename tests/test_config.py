@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -211,13 +212,20 @@ def test_numbers_outside_their_range_are_refused(argv, expected):
         check_ranges(parse(*argv))
 
 
-@pytest.mark.parametrize("name", ["", "/", "/pets", ".", "..", "../pets", "pets/../..", "./pets", "pets/.", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["", "/", "/pets", ".", "..", "../pets", "pets/../..", "./pets", "pets/.", "a\0b", "a\nb"]
+)
 def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name, tmp_path):
     with pytest.raises(ConfigError, match="does not name a folder inside another"):
         parse(f"--name={name}", "--fresh")
     (tmp_path / "advised.yaml").write_text(yaml.safe_dump({"teachers": {name: {"model": "resnet10t"}}}))
     with pytest.raises(ConfigError, match="does not name a folder inside another"):
         parse("--config", str(tmp_path / "advised.yaml"))
+
+
+def test_a_name_in_no_encoding_is_refused():
+    with pytest.raises(ConfigError, match="characters that cannot be printed"):
+        parse("--name", os.fsdecode(b"\xff"))
 
 
 @pytest.mark.parametrize("name", ["pets", "pets/large", "a.b", "..a", "pets-lr=0.1", "my run"])
@@ -236,6 +244,19 @@ def test_a_text_that_was_left_empty_is_refused(setting):
     """As "$UNSET" leaves it."""
     with pytest.raises(ConfigError, match=f"{setting} is an empty text"):
         parse(f"--{setting}=")
+
+
+@pytest.mark.parametrize("inside", ["ckpt", "teachers/conv", "tensorboard"])
+def test_a_name_inside_another_runs_own_folders_is_refused(inside):
+    with pytest.raises(ConfigError, match="lies inside another run's folder"):
+        parse("--name", f"pets/{inside}")
+    assert parse("--name", inside).name == inside
+
+
+@pytest.mark.parametrize("setting", ["runs_dir", "data.train", "data.cache_dir", "config"])
+def test_the_home_of_nobody_is_refused(setting):
+    with pytest.raises(ConfigError, match=r"~nosuchuser/x: .*write the folder out"):
+        parse(f"--{setting}=~nosuchuser/x")
 
 
 def test_an_argument_of_timms_may_be_empty():
@@ -279,6 +300,14 @@ def test_a_folder_with_other_runs_in_it_is_not_set_aside(tmp_path):
         (tmp_path / name / "config.yaml").touch()
     with pytest.raises(RefusedError, match=r"pets cannot be set aside: other runs lie in it .*pets/large"):
         set_aside(tmp_path / "pets", World())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.yaml").touch()
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group" / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RefusedError, match="group/linked"):
+        set_aside(tmp_path / "group", World())
+    shutil.rmtree(tmp_path / "group")
+    shutil.rmtree(tmp_path / "elsewhere")
     set_aside(tmp_path / "pets" / "large", World())
     (tmp_path / "pets" / "large.1").rename(tmp_path / "large")
     set_aside(tmp_path / "pets", World())

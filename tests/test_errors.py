@@ -53,6 +53,7 @@ def test_an_error_of_ours_says_its_exit_code_itself(kind):
         (OSError(errno.EHOSTUNREACH, "no route"), TransientError),
         (SafetensorError("I/O error: Stale file handle (os error 116)"), TransientError),
         (SafetensorError("I/O error: Permission denied (os error 13)"), MissingInputError),
+        (OSError("Too many open files (os error 24)"), TransientError),
         (SafetensorError("invalid header"), MissingInputError),
         (FileExistsError(errno.EEXIST, "a file of that name"), MissingInputError),
     ],
@@ -72,8 +73,9 @@ def failing(code):
 # Each place in which a run reads or writes before its first step and gives a reason of its own.
 PLACES = {
     "the data": ("cit_scale.run.setup.open_sources", lambda tmp_path: setup.open_data(DataConfig(train="images"))),
+    "weights, to open": ("pathlib.Path.open", lambda tmp_path: read_weights(tmp_path / "weights.safetensors")),
     "weights": ("safetensors.torch.load_file", lambda tmp_path: read_weights(tmp_path / "weights.safetensors")),
-    "a recipe": ("pathlib.Path.open", lambda tmp_path: cli.parse_arguments(["--config", "digits"])),
+    "a recipe": ("pathlib.Path.read_bytes", lambda tmp_path: cli.parse_arguments(["--config", "digits"])),
     "the settings of the run": (
         "pathlib.Path.read_text",
         lambda tmp_path: setup.check_same_run(cli.parse_arguments(["--runs_dir", str(tmp_path)]).config),

@@ -25,7 +25,7 @@ WALLS = {
     "checkpoint": "config distributed engines errors files run_folder",
     "teachers": "batch config errors files models",
     "evaluate": "batch distributed",
-    "cli": "config distributed.ranks errors",
+    "cli": "config distributed.ranks errors run_folder",
     "run": "batch checkpoint cli config data datasets distributed engines errors files models optim run_folder "
     "teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "

@@ -95,6 +95,15 @@ def test_an_environment_that_makes_no_sense_is_one_line(env, expected):
     assert expected in done.stderr
 
 
+def test_help_is_given_also_in_half_an_environment_of_a_launcher():
+    shell = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+    for flag, env in (("--help", shell), ("--help-all", {"RANK": "0"}), ("--print_config", shell)):
+        command = [sys.executable, "cit_scale/train.py", flag]
+        done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "train" in done.stdout
+
+
 def test_help_imports_nothing_heavy():
     program = "import sys\nfrom cit_scale.__main__ import main\n"
     for verb in command.VERBS:

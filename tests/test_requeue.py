@@ -257,3 +257,17 @@ def test_a_log_that_takes_no_more_does_not_keep_the_job_from_going_back(slurm):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env={**os.environ, **slurm.env})
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_run_folder_and_a_log_that_cannot_be_read_do_not_keep_the_job_from_going_back(slurm, monkeypatch, capsys):
+    def stale(*args):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(requeue, "steps_saved", stale)
+    env = {**slurm.env, "CIT_LOG": str(slurm.run_dir.parent)}  # a folder
+    assert requeue.main(["--exit-code", "1", *slurm.train], env) == 0
+    assert slurm.calls == [("requeue", "7")]
+    assert "cannot be read: [Errno 116]" in capsys.readouterr().out
+    assert attempts(slurm.run_dir)[0]["last_lines"] == []
+    del env["CIT_LOG"]
+    assert requeue.main(["--exit-code", "1", *slurm.train], env) == 0

@@ -34,3 +34,13 @@ def test_the_table_shows_every_network_and_where_the_run_is(tmp_path, capsys):
     shown = capsys.readouterr().out
     for part in ("teacher conv (regnet)", "80.25", "student, average", "95.50", "not measured", str(tmp_path)):
         assert part in shown
+
+
+def test_results_of_a_version_that_measured_less_are_shown(capsys, tmp_path):
+    teachers = {"conv": {"model": "resnet10t", "top1": 50.0}}
+    print_table(tmp_path, {"steps": 12, "accuracy": {"student": {"top1": {"cls": 99.5}}}, "teachers": teachers})
+    print_table(tmp_path, {"steps": 12})
+    shown = capsys.readouterr().out
+    assert "student, cls" in shown
+    assert "99.50" in shown
+    assert "50.00" in shown

@@ -52,6 +52,30 @@ def test_a_process_outlives_whoever_reads_it(line, tmp_path):
     assert "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "cit_scale/train.py --print_config",
+        "-m cit_scale runs list --json --runs-dir docs",
+        "launchers/runs.py list --runs-dir docs",
+    ],
+)
+def test_a_result_that_a_full_disk_does_not_take_is_an_error_and_one_that_nobody_reads_is_none(command, tmp_path):
+    codes, done = shell(f'"$0" {command} > /dev/full', tmp_path, sys.executable)
+    assert codes == [6], done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
+    codes, done = shell(f'"$0" {command} | head -0', tmp_path, sys.executable)
+    assert (codes, done.stderr) == ([0, 0], "")
+
+
+def test_no_file_takes_the_place_of_a_stream_that_was_closed(tmp_path):
+    program = "import os, sys\nfrom cit_scale.text import outlive_readers\noutlive_readers()\n"
+    program += "open(sys.argv[1], 'w').write(' '.join(os.readlink(f'/proc/self/fd/{i}') for i in range(3)))"
+    shell('"$0" -c "$1" "$2" <&- >&- 2>&-', tmp_path, sys.executable, program, tmp_path / "end")
+    assert (tmp_path / "end").read_text() == "/dev/null /dev/null /dev/null"
+
+
 def test_what_is_read_arrives_in_order_and_at_once(tmp_path):
     done = subprocess.run([sys.executable, "-c", TALKATIVE, tmp_path / "end"], capture_output=True, text=True)
     assert done.stdout == "".join(f"out {i}\nrich {i}\n" for i in range(20))

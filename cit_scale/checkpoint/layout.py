@@ -68,9 +68,12 @@ class SavedState(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, places: Mapping[str, Place]) -> None:
         self._places = places
-        self._files = {
-            file: safetensors.safe_open(folder / file, framework="pt") for file in {file for file, _ in places.values()}
-        }
+        files = {file for file, _ in places.values()}
+        for file in files:
+            (folder / file).open(
+                "rb"
+            ).close()  # whose error has a number; safetensors makes "no such file" of every one
+        self._files = {file: safetensors.safe_open(folder / file, framework="pt") for file in files}
 
     def __getitem__(self, state_key: str) -> Tensor:
         file, key = self._places[state_key]

@@ -145,7 +145,7 @@ def _prepare(folder: Path, final: Path, partial: Path, step: int) -> bool:
     """On rank 0. Make room to write in. Returns whether the step is committed already."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.partial"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     committed = saved_steps(folder)
     if committed and max(committed) > step:
         raise RefusedError(

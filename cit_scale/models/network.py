@@ -107,6 +107,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
     try:
+        path.open("rb").close()  # whose error has a number; safetensors makes "no such file" of every one
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:

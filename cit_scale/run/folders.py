@@ -25,17 +25,15 @@ from cit_scale.run_folder import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
+    INSIDE,
     METRICS,
     RESULTS,
     SUBMISSIONS,
+    TEACHERS,
     UNFIT_NODES,
     saved_steps,
     step_path,
 )
-
-TEACHERS = "teachers"
-# Folders of a run in which no other runs are to be found.
-INSIDE = {TEACHERS, CHECKPOINTS, "tensorboard", "bad_steps", "slurm"}
 
 METRICS_BYTES = 64 * 1024  # enough to meet a loss and a speed among what is noted of checkpoints and skipped steps
 
@@ -250,10 +248,10 @@ def runs_inside(folder: Path) -> list[Path]:
     """Folders of other runs below that of a run: 'pets/large' lies in 'pets'."""
     found = []
     for parent, names, _ in os.walk(folder):
-        if Path(parent) != folder and is_run(Path(parent)):
-            found.append(Path(parent))
-            names.clear()
         names[:] = [name for name in names if name not in INSIDE]
+        runs = [name for name in names if is_run(Path(parent, name))]  # also those that only a link leads to
+        found += [Path(parent, name) for name in runs]
+        names[:] = [name for name in names if name not in runs]
     return sorted(found)
 
 

@@ -63,13 +63,16 @@ def restore(
     saved = Progress(**{name: meta[name] for name in known})
     now = describe(saved, task, inputs)
     changed = [
-        f"{name}: {noted} -> {inputs.get(name)}" for name, noted in meta["inputs"].items() if noted != inputs.get(name)
+        f"{name}: {noted} -> {inputs.get(name)}"
+        for name, noted in meta.get("inputs", {}).items()
+        if noted != inputs.get(name)
     ]
-    changed += changed_settings(meta["config"], task.config)
-    if meta["world_size"] == now["world_size"] and meta["rng"] != now["rng"] and not changed:
+    changed += changed_settings(meta.get("config", {}), task.config)
+    same_ranks = meta.get("world_size") == now["world_size"]
+    if same_ranks and meta.get("rng", now["rng"]) != now["rng"] and not changed:
         changed.append("the random numbers that follow from the seed: another version of NumPy draws them")
-    if any(now["cursor"].get(key) != place for key, place in meta["cursor"].items()) and not changed:
-        changed.append(f"the place in the data: {meta['cursor']} -> {now['cursor']}")
+    if any(now["cursor"].get(key) != place for key, place in meta.get("cursor", {}).items()) and not changed:
+        changed.append(f"the place in the data: {meta.get('cursor')} -> {now['cursor']}")
     if changed and not override:
         raise RefusedError(
             f"{task.config.run_dir} was trained up to step {saved.step} with something else ({'; '.join(changed)}); "

@@ -66,17 +66,20 @@ def _version(package: str) -> str | None:
 
 def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
     """The closing table of a run. results: as in ``results.json``."""
-    table = Table(title=f"{results['model']} after {results['steps']} steps", title_justify="left")
+    title = f"{results.get('model', 'the student')} after {results.get('steps')} steps"
+    table = Table(title=title, title_justify="left")
     table.add_column("network")
     table.add_column("top-1 %", justify="right")
     table.add_column("top-5 %", justify="right")
     for name, teacher in results.get("teachers", {}).items():
-        table.add_row(f"teacher {name} ({teacher['model']})", f"{teacher['top1']:.2f}", f"{teacher['top5']:.2f}")
-    for student, accuracy in results["accuracy"].items():
+        accuracy = (_percent(teacher.get(which)) for which in ("top1", "top5"))
+        table.add_row(f"teacher {name} ({teacher.get('model')})", *accuracy)
+    for student, accuracy in results.get("accuracy", {}).items():
         table.add_section()
-        for head, top1 in accuracy["top1"].items():
+        for head, top1 in accuracy.get("top1", {}).items():
             emphasis = "bold" if head == "average" else None
-            table.add_row(f"{student}, {head}", f"{top1:.2f}", f"{accuracy['top5'][head]:.2f}", style=emphasis)
+            top5 = accuracy.get("top5", {}).get(head)
+            table.add_row(f"{student}, {head}", _percent(top1), _percent(top5), style=emphasis)
     console = Console(highlight=False)
     console.print(table)
     speed = results.get("images_per_s")
@@ -85,3 +88,8 @@ def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
         f"training speed    {f'{speed:.0f} images/s' if speed else 'not measured: too few steps ran in this process'}"
     )
     console.print(f"run folder        {run_dir}", soft_wrap=True)
+
+
+def _percent(value: float | None) -> str:
+    """Nothing for what the version that wrote the results did not measure."""
+    return "" if value is None else f"{value:.2f}"

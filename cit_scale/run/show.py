@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cit_scale.errors import RunError, Stopped
+from cit_scale.errors import RunError, Stopped, exit_code_of
 from cit_scale.run.folders import Run, as_dict, dig, find_run, find_runs, is_number, number
 from cit_scale.text import ExampleParser
 
@@ -216,13 +216,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_looking(add)
     asked = parser.parse_args(argv)
-    try:
+
+    def run() -> int:
         if asked.command == "list":
             return list_runs(asked.runs_dir, states_in_folders, set_aside=asked.all, as_json=asked.json)
         return show_run(find_run(asked.runs_dir, asked.name), states_in_folders, as_json=asked.json)
-    except RunError as error:
+
+    return reporting(run)
+
+
+def reporting(command: Callable[[], int]) -> int:
+    """Call it, and see that what it prints arrives. Returns its exit code, or that of its error, which is one line."""
+    try:
+        exit_code = command()
+        sys.stdout.flush()
+    except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return exit_code_of(error)
+    return exit_code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,7 +303,9 @@ def tables_of(run: Run, about: Mapping[str, Any]) -> Iterator[Table]:
     )
     yield new_table(("ended", "job", "restart", "exit code", "what became of it"), ends)
     last_words = run.attempts[-1].get("last_lines") if run.attempts else None
-    yield new_table(("the last lines then",), ((line,) for line in last_words or ()))
+    yield new_table(
+        ("the last lines then",), ((line,) for line in (last_words if isinstance(last_words, list) else ()))
+    )
     yield new_table(("unfit node", "why"), run.unfit_nodes.items())
     saved = ((each.name or "student", ", ".join(map(str, each.checkpoints))) for each in run.phases if each.checkpoints)
     yield new_table(("checkpoints of", "after steps"), saved)
@@ -349,4 +362,7 @@ def as_time(seconds: float | None) -> str:
 
 
 def as_date(seconds: Any) -> str:
-    return "" if not number(seconds) else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    try:
+        return "" if not number(seconds) else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):  # a number that is no time
+        return as_cell(seconds)
