@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cit_scale.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DS_CONFIGS = REPOSITORY / "ds_configs"
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,18 @@ def check_config(config: RunConfig) -> None:
     """Raise ConfigError for the first setting that no run can have, whatever its data and its networks."""
     check_names(config)
     check_ranges(config)
+    if config.engine.name == "zero":
+        find_ds_config(config.engine.ds_config)
+
+
+def find_ds_config(name: str) -> Path:
+    """The file that says how ZeRO shards, by its name in ds_configs/ or by its path. Raises ConfigError."""
+    named = DS_CONFIGS / f"{name}.json"
+    path = named if named.is_file() else expand(name)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
+        raise ConfigError(f"engine.ds_config={name} is neither a file nor one of {known}")
+    return path
 
 
 def expand(path: str) -> Path:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cit_scale.config import EngineConfig, OptimConfig, RunConfig
-from cit_scale.engines.zero import DS_CONFIGS, read_ds_config
+from cit_scale.config import DS_CONFIGS, EngineConfig, OptimConfig, RunConfig
+from cit_scale.engines.zero import read_ds_config
 from cit_scale.errors import ConfigError
 
 

@@ -50,6 +50,8 @@ def test_help_is_one_screen_begins_with_an_example_and_comes_at_once(verb):
         (["cit_scale/train.py", "--train.epochs", "0"], 2),
         (["cit_scale/train.py", "--train.global_batch_size", "60"], 2),
         (["cit_scale/train.py", "--name", ""], 2),
+        (["cit_scale/train.py", "--engine.ds_config", "nosuch"], 2),
+        (["cit_scale/train.py", "--teachers.new.model", "resnet10t"], 2),
         (["cit_scale/train.py", "--config", "nope"], 3),
         (["-m", "cit_scale", "train", "--train.epochs", "0"], 2),
         (["launchers/submit.py", "--help"], 0),

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits
-from cit_scale.config import REPOSITORY, EngineConfig, OptimConfig, RunConfig
+from cit_scale.config import EngineConfig, OptimConfig, RunConfig, find_ds_config
 from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.hosted import Hosted, HostingEngine, clip_gradients
 from cit_scale.engines.state import Layout, WholeParameters
@@ -37,8 +37,6 @@ import deepspeed
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups
-
-DS_CONFIGS = REPOSITORY / "ds_configs"
 
 
 class FlopsProfilerConfig(BaseModel):
@@ -266,7 +264,7 @@ def read_ds_config(config: RunConfig, world_size: int, micro_steps: int) -> dict
     What the recipe owns may stand in the file if it is equal, or "auto". Raises ConfigError, with both values and where
     to change them, if it is not, and for a key that is unknown, at any depth.
     """
-    path = _find(config.engine.ds_config)
+    path = find_ds_config(config.engine.ds_config)
     try:
         sharding = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -299,15 +297,6 @@ def read_ds_config(config: RunConfig, world_size: int, micro_steps: int) -> dict
         # At stage 0 the engine clips, in the pass in which it checks.
         "gradient_clipping": config.optim.clip_norm if zero.stage > 0 else 0.0,
     }
-
-
-def _find(name: str) -> Path:
-    named = DS_CONFIGS / f"{name}.json"
-    path = named if named.is_file() else Path(name).expanduser()
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
-        raise ConfigError(f"engine.ds_config={name} is neither a file nor one of {known}")
-    return path
 
 
 def _recipe_values(config: RunConfig, world_size: int, micro_steps: int) -> dict[str, tuple[Any, str | None]]:
