@@ -207,6 +207,8 @@ def train(
         finished = broadcast(world, read_note(run_dir / RESULTS) if world.is_main else None)
         is_finished = isinstance(finished, dict) and "steps" in finished
         if is_finished and (finished["steps"] == task.total_steps or not override):
+            if not override:
+                together(world, lambda: refuse_other_data(task, finished))
             return finished
         advisers = together(world, lambda: [task.load_teacher(name, teacher) for name, teacher in teachers.items()])
         preparation.progress()
@@ -245,11 +247,25 @@ def open_log(task: Task, progress: Progress) -> RunLog:
     return RunLog(config.run_dir, task.world, title=config.name, step=progress.step, total_steps=task.total_steps)
 
 
+def refuse_other_data(task: Task, finished: Mapping[str, Any]) -> None:
+    """Raise RefusedError for results of other images than the task's. Results of earlier versions do not tell."""
+    noted, here = finished.get("inputs", {}), data_fingerprints(task)
+    other = [name for name in here if noted.get(name, here[name]) != here[name]]
+    if other:
+        raise RefusedError(
+            f"{task.config.run_dir} holds a finished run of other {' and '.join(other)}; give this one another --name, "
+            "or set that one aside with --fresh"
+        )
+
+
+def data_fingerprints(task: Task) -> dict[str, str]:
+    return {"data": task.train_set.fingerprint, "evaluation data": task.eval_set.fingerprint}
+
+
 def fingerprints(task: Task, advisers: Sequence[Teacher]) -> dict[str, str]:
     """Collective. Of what the run learns and is judged from, by name, the same on all ranks; RefusedError otherwise."""
     inputs = {
-        "data": task.train_set.fingerprint,
-        "evaluation data": task.eval_set.fingerprint,
+        **data_fingerprints(task),
         **{f"teacher {adviser.name}": adviser.sha256 for adviser in advisers},
     }
     for rank, theirs in enumerate(gather(task.world, inputs)):
@@ -437,6 +453,7 @@ def finish(
         "images_per_s": images_per_s,
         "goodput": session.goodput(progress.useful_s),
         "eval_images": next(iter(accuracy.values())).images,
+        "inputs": dict(session.inputs),
         "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
         "teachers": {},
     }

@@ -129,6 +129,18 @@ def test_what_changed_since_the_start_is_refused_with_the_difference_and_can_be_
     assert f"continues although this changed: {expected}" in again.outputs[0]
 
 
+def test_a_finished_run_does_not_answer_for_other_data(stopped):
+    stopped.finish()
+    relabel(stopped)
+    before = (stopped.run_dir / "results.json").read_text()
+    assert_refused(stopped.run(), 7, "holds a finished run of other data", "--name", "--fresh")
+    assert (stopped.run_dir / "results.json").read_text() == before
+    results = json.loads(before)
+    del results["inputs"]  # as a version before this one left it
+    (stopped.run_dir / "results.json").write_text(json.dumps(results))
+    stopped.finish()
+
+
 def test_a_change_that_is_taken_back_leaves_no_trace(stopped, calm):
     recipe = (stopped.inputs / "tiny.yaml").read_text()
     set_lr(stopped)
