@@ -110,9 +110,8 @@ def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
     Raises a RunError for all that is known to be wrong without the data, the networks and the libraries that these
     need; ``--help`` and ``--print_config`` print on rank 0 and leave with 0.
     """
-    # Help is given also where a launcher's environment is half there, as in a shell under srun.
     ranks = Ranks() if ASKS_ONLY & set(argv) else read_ranks(env)
-    with contextlib.nullcontext() if ranks.rank == 0 else contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.nullcontext() if is_first_rank(env) else contextlib.redirect_stdout(io.StringIO()):
         arguments = parse_arguments(argv)
     if arguments.local_rank not in (None, ranks.local_rank):
         raise ConfigError(
@@ -123,6 +122,14 @@ def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
     teacher_runs(arguments.config)  # each has weights or a recipe
     plan_batches(arguments.config, ranks.world_size)
     return arguments
+
+
+def is_first_rank(env: Mapping[str, str]) -> bool:
+    """Whether to speak for all ranks; also where a launcher's environment is half there, as in a shell under srun."""
+    try:
+        return Ranks.from_env(env).rank == 0
+    except ValueError:
+        return True
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
@@ -144,19 +151,17 @@ def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> None:
 
     For entry points, before they import what takes seconds.
     """
-    is_main = True
     try:
-        with contextlib.suppress(ValueError):  # said below, unless it does not matter
-            is_main = Ranks.from_env(env).rank == 0
         try:
             read_command_line(argv, env)
         finally:
-            sys.stdout.flush()  # help that cannot be written is an error, unless nobody wants to read on
+            if sys.stdout is not None:  # help that cannot be written is an error, unless nobody wants to read on
+                sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except (RunError, OSError) as error:
-        if is_main or not isinstance(error, RunError):  # what one rank's disk says no other rank knows
+        if is_first_rank(env) or not isinstance(error, RunError):  # what one rank's disk says no other rank knows
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(exit_code_of(error)) from error
 

@@ -77,6 +77,15 @@ def test_only_the_first_rank_answers():
         mistaken = [sys.executable, "cit_scale/train.py", "--train.epochs", "0"]
         done = subprocess.run(mistaken, cwd=REPOSITORY, env=env, capture_output=True, text=True)
         assert (done.returncode, done.stderr.count("\n")) == (2, lines)
+        for flag in ("--help", "--help-all", "--print_config"):
+            asking = [sys.executable, "cit_scale/train.py", flag, f"--local_rank={rank}"]
+            done = subprocess.run(asking, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+            assert (done.returncode, bool(done.stdout), done.stderr) == (0, bool(lines), "")
+
+
+def test_help_to_a_stream_that_was_closed_is_no_error():
+    done = subprocess.run(["sh", "-c", '"$0" cit_scale/train.py --help >&-', sys.executable], cwd=REPOSITORY)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize(
