@@ -357,7 +357,7 @@ def test_a_run_that_always_fails_is_given_up(sbatch, cluster, monkeypatch):
     assert first["decision"].endswith("failure 1 in a row without progress, of at most 1: tries again")
     assert "failure 2" in second["decision"]
     assert "given up" in second["decision"]
-    assert first["last_lines"][-1] == "this fails"
+    assert "this fails" in first["last_lines"][-2:]  # srun says in a line of its own that a task ended, before or after
 
 
 def test_a_wrong_setting_is_not_tried_again(sbatch, cluster):
