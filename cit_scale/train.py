@@ -81,11 +81,10 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
 
     stop: of a caller that owns the signals already.
     """
-    is_main = True
+    is_main = cli.is_first_rank(os.environ)
     try:
-        world = World(*cli.read_ranks(os.environ))
-        is_main = world.is_main
         arguments = cli.read_command_line(sys.argv[1:] if argv is None else argv, os.environ)
+        world = World.from_env(os.environ)
         with StopRequest() if stop is None else contextlib.nullcontext(stop) as stop:
             join(arguments.config, world, stop)
             # A job that Slurm starts again goes on with what it has begun afresh.
