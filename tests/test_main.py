@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -18,12 +19,18 @@ LINES, COLUMNS = 40, 100  # of one screen
 HEAVY = {"torch", "numpy", "PIL", "timm", "triton", "nvidia", "deepspeed", "submitit", "jsonargparse", "rich"}
 
 
+def alone():
+    """The environment without what a launcher sets, or DeepSpeed in a test before this one."""
+    launchers = re.compile(r"(LOCAL_|CROSS_)?(RANK|SIZE)|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|(SLURM|SUBMITIT)_.*")
+    return {name: value for name, value in os.environ.items() if not launchers.fullmatch(name)}
+
+
 def ask(*arguments):
     """Run Python; also returns the seconds of CPU that it took, the least of three."""
     taken = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, env=alone(), capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return done, min(taken)
@@ -73,7 +80,7 @@ def test_help_and_mistakes_take_less_than_a_second_of_cpu(arguments, code):
 def test_only_the_first_rank_answers():
     ranks = {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for rank, lines in (("0", 1), ("1", 0)):
-        env = os.environ | ranks | {"RANK": rank, "LOCAL_RANK": rank}
+        env = alone() | ranks | {"RANK": rank, "LOCAL_RANK": rank}
         mistaken = [sys.executable, "cit_scale/train.py", "--train.epochs", "0"]
         done = subprocess.run(mistaken, cwd=REPOSITORY, env=env, capture_output=True, text=True)
         assert (done.returncode, done.stderr.count("\n")) == (2, lines)
@@ -99,7 +106,7 @@ def test_help_to_a_stream_that_was_closed_is_no_error():
 )
 def test_an_environment_that_makes_no_sense_is_one_line(env, expected):
     command = [sys.executable, "cit_scale/train.py"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, env=alone() | env, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -110,7 +117,7 @@ def test_help_is_given_also_in_half_an_environment_of_a_launcher():
     shell = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
     for flag, env in (("--help", shell), ("--help-all", {"RANK": "0"}), ("--print_config", shell)):
         command = [sys.executable, "cit_scale/train.py", flag]
-        done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=REPOSITORY, env=alone() | env, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert "train" in done.stdout
 
