@@ -68,8 +68,9 @@ def teacher_logits_type(teachers: tuple[str, ...]) -> type[TeacherLogits]:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Means over the batch. total: label plus the weighted divergences. advice: the divergences by teacher."""
+    """Means over the batch. total: label plus the weighted divergences. distillation: the divergence of each
+    teacher, before weighting."""
 
     total: Tensor
     label: Tensor
-    advice: dict[str, Tensor]
+    distillation: dict[str, Tensor]

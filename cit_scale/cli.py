@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cit_scale.config import RunConfig, TeacherConfig, check_config, check_names, expand, plan_batches
+from cit_scale.config import RunConfig, TeacherConfig, check_config, check_names, expand, split_batch
 from cit_scale.distributed.ranks import Ranks
 from cit_scale.errors import ConfigError, MissingInputError, RunError, exit_code_of
 from cit_scale.run_folder import INSIDE
@@ -120,7 +120,7 @@ def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
         )
     check_config(arguments.config)
     teacher_runs(arguments.config)  # each has weights or a recipe
-    plan_batches(arguments.config, ranks.world_size)
+    split_batch(arguments.config, ranks.world_size)
     return arguments
 
 

@@ -289,14 +289,14 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchSplit:
     """How a global batch is cut: images per rank per forward, and forwards per update."""
 
     micro_batch_size: int
     micro_steps: int
 
 
-def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
+def split_batch(config: RunConfig, world_size: int) -> BatchSplit:
     """Derive the micro-steps: the largest micro-batches up to micro_batch_size that cut a rank's share evenly.
 
     Raises ConfigError where there are none, with a global batch that has some.
@@ -317,7 +317,7 @@ def plan_batches(config: RunConfig, world_size: int) -> BatchPlan:
             f"set it to {group} or more, or the group size lower"
         )
     micro = next(size for size in range(most - most % group, 0, -group) if share % size == 0)
-    return BatchPlan(micro_batch_size=micro, micro_steps=share // micro)
+    return BatchSplit(micro_batch_size=micro, micro_steps=share // micro)
 
 
 def check_config(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cit_scale.batch import Batch, NamedLogits
 from cit_scale.distributed.world import World, sum_over_ranks
 
-AVERAGE = "average"
+HEADS_MEAN = "average"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def evaluate(forward: Callable[[Tensor], NamedLogits], batches: Iterable[Batch],
     for batch in batches:
         logits = dict(forward(batch.images)._asdict())
         if len(logits) > 1:
-            logits[AVERAGE] = torch.stack(list(logits.values())).mean(dim=0)
+            logits[HEADS_MEAN] = torch.stack(list(logits.values())).mean(dim=0)
         valid = (batch.positions >= 0).to(batch.labels.device)
         names = list(logits)
         correct = torch.stack([_correct(head, batch.labels, valid) for head in logits.values()])  # (heads, 2)

@@ -32,7 +32,7 @@ def rename_to_free(path: Path, suffixes: Iterable[str]) -> Path:
     return path.rename(next(free for suffix in suffixes if not (free := path.with_name(path.name + suffix)).exists()))
 
 
-def set_file_aside(path: Path) -> Path:
+def rename_aside(path: Path) -> Path:
     """Rename a file or folder to path.1, or .2 and so on where that is taken. Returns the new path."""
     return rename_to_free(path, (f".{i}" for i in itertools.count(1)))
 
@@ -47,7 +47,7 @@ def read_note(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError:
-        set_file_aside(path)
+        rename_aside(path)
         return None
 
 

@@ -1,4 +1,4 @@
-"""The loss of co-advice: soft labels for the class token, one divergence per teacher token.
+"""The co-advising loss: soft labels for the class token, one divergence per teacher token.
 
 Every term is a mean over the batch and a sum over classes, so equal micro-steps and ranks leave the loss where it was.
 """
@@ -40,12 +40,12 @@ def co_advise_loss(
     """Label loss on the class token plus one weighted divergence per teacher (CiT, CVPR 2022, section 3).
 
     student: ``cls`` and a field for every field of teacher, each (B, K). targets: (B, K), rows sum to 1.
-    weights: by teacher. ``LossTerms.advice`` holds the divergences before weighting.
+    weights: by teacher.
     """
     label = soft_cross_entropy(student.cls, targets)
-    advice = {
+    distillation = {
         name: distillation_divergence(getattr(student, name), logits, temperature)
         for name, logits in teacher._asdict().items()
     }
-    total = label + sum(weights[name] * divergence for name, divergence in advice.items())
-    return LossTerms(total=total, label=label, advice=advice)
+    total = label + sum(weights[name] * divergence for name, divergence in distillation.items())
+    return LossTerms(total=total, label=label, distillation=distillation)

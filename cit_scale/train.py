@@ -38,7 +38,7 @@ from cit_scale import cli
 from cit_scale.batch import Batch, LossTerms, MixedBatch
 from cit_scale.checkpoint import layout
 from cit_scale.checkpoint import store as checkpoint
-from cit_scale.checkpoint.async_save import Saver
+from cit_scale.checkpoint.async_save import AsyncCheckpointer
 from cit_scale.config import RunConfig, TeacherConfig
 from cit_scale.data.mixing import mix
 from cit_scale.distributed import preflight
@@ -46,7 +46,7 @@ from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.slurm_job import restart_count
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Watchdog
-from cit_scale.distributed.world import World, agree_any, broadcast, gather, start, together
+from cit_scale.distributed.world import World, agree_any, broadcast, gather, run_on_all_ranks, start
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import (
@@ -56,16 +56,16 @@ from cit_scale.errors import (
     Stopped,
     exit_code_of,
 )
-from cit_scale.evaluate import AVERAGE, evaluate
-from cit_scale.files import read_note, set_file_aside, sync, write_text
+from cit_scale.evaluate import HEADS_MEAN, evaluate
+from cit_scale.files import read_note, rename_aside, sync, write_text
 from cit_scale.losses import co_advise_loss
 from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
 from cit_scale.run.bad_images import BadImages
 from cit_scale.run.bad_steps import BadSteps, find_culprits
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
-from cit_scale.run.progress import Progress, describe, restore, seed_step
-from cit_scale.run.results import describe_environment, print_table
+from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
+from cit_scale.run.results import environment_record, print_table
 from cit_scale.run.setup import Task, check, check_same_run, set_aside, writing
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.teachers import Teacher, run_teachers
@@ -73,7 +73,7 @@ from cit_scale.teachers import Teacher, run_teachers
 PREPARATION_S = 3600.0  # for each part of it: long enough to open a large data set for the first time
 
 # What a finished run leaves for use, by name: the file of its last checkpoint that it is.
-EXPORTS = {"student": layout.STUDENT, "student ema": layout.AVERAGE}
+EXPORTS = {"student": layout.STUDENT, "student ema": layout.STUDENT_EMA}
 
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
@@ -139,7 +139,7 @@ def run(
             if fresh:
                 set_aside(config.run_dir, world)
             elif same_run:  # again, now that no other job can write there
-                together(world, lambda: [check_same_run(each) for each in (config, *first.values())])
+                run_on_all_ranks(world, lambda: [check_same_run(each) for each in (config, *first.values())])
         teachers = dict(config.teachers)
         with stop.shielded():
             for name, teacher_config in first.items():
@@ -207,31 +207,35 @@ def train(
         is_finished = isinstance(finished, dict) and "steps" in finished
         if is_finished and (finished["steps"] == task.total_steps or not override):
             if not override:
-                together(world, lambda: refuse_other_data(task, finished))
+                run_on_all_ranks(world, lambda: refuse_other_data(task, finished))
             return finished
-        advisers = together(world, lambda: [task.load_teacher(name, teacher) for name, teacher in teachers.items()])
+        advisers = run_on_all_ranks(
+            world, lambda: [task.load_teacher(name, teacher) for name, teacher in teachers.items()]
+        )
         preparation.progress()
-        engine = build_engine(task.build_student(), config, world, task.batch_plan.micro_steps)
+        engine = build_engine(task.build_student(), config, world, task.batch_split.micro_steps)
         preparation.progress()
 
         inputs = fingerprints(task, advisers)
-        progress, overridden = Progress(), []
+        progress, overridden = TrainingProgress(), []
         found = checkpoint.load_newest(run_dir, world)
         preparation.progress()
         if found is not None:
             meta = found.meta
-            progress, overridden = together(world, lambda: restore(meta, task, inputs, override=override))
+            progress, overridden = run_on_all_ranks(world, lambda: restore(meta, task, inputs, override=override))
             engine.load_state(found.state)
             del found  # its files are open, and the checkpoint will be deleted some day
         with writing(run_dir):
-            started_at = together(world, lambda: begin(task, progress, overridden, now) if world.is_main else 0.0)
+            started_at = run_on_all_ranks(
+                world, lambda: begin(task, progress, overridden, now) if world.is_main else 0.0
+            )
     with writing(run_dir):
         stacks, message = run_dir / f"stacks_rank_{world.rank}.txt", hang_message(config) if world.is_main else None
-        watchdog = together(world, lambda: Watchdog(config.train.step_timeout_s, stacks, message))
+        watchdog = run_on_all_ranks(world, lambda: Watchdog(config.train.step_timeout_s, stacks, message))
     with contextlib.closing(watchdog), contextlib.closing(open_log(task, progress)) as log:
         bad_images = BadImages(run_dir, (task.train_images, task.eval_images), config.data.max_bad_images, world)
         session = Session(task, engine, advisers, inputs, bad_images, log, stop, watchdog, started_at)
-        plan = task.batch_plan
+        plan = task.batch_split
         start_of_run = f"continues after step {progress.step}" if progress.step else f"starts in {run_dir}"
         cut = f"{world.world_size} ranks x {plan.micro_steps} micro-steps x {plan.micro_batch_size} images"
         log.say(f"{start_of_run}; an update is {cut}")
@@ -241,7 +245,7 @@ def train(
         return finish(session, teachers, progress, images_per_s)
 
 
-def open_log(task: Task, progress: Progress) -> RunLog:
+def open_log(task: Task, progress: TrainingProgress) -> RunLog:
     config = task.config
     return RunLog(config.run_dir, task.world, title=config.name, step=progress.step, total_steps=task.total_steps)
 
@@ -277,17 +281,17 @@ def fingerprints(task: Task, advisers: Sequence[Teacher]) -> dict[str, str]:
     return inputs
 
 
-def begin(task: Task, progress: Progress, overridden: Sequence[str], now: float) -> float:
+def begin(task: Task, progress: TrainingProgress, overridden: Sequence[str], now: float) -> float:
     """On rank 0. Note this start in the run folder. Returns when the first one was, in seconds since 1970."""
     run_dir = task.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG, cli.to_yaml(task.config))
     if (run_dir / RESULTS).exists():
-        set_file_aside(run_dir / RESULTS)  # the run goes on, and these are not its results any more
+        rename_aside(run_dir / RESULTS)  # the run goes on, and these are not its results any more
     path = run_dir / ENVIRONMENT
     starts = read_note(path) or []
     place = {"step": progress.step, "total_steps": task.total_steps, "time": now, "overridden": overridden}
-    about = {**place, **describe_environment(task.world)}
+    about = {**place, **environment_record(task.world)}
     write_text(path, json.dumps([*starts, about], indent=2) + "\n")
     return [*starts, about][0].get("time", now)
 
@@ -300,14 +304,16 @@ def hang_message(config: RunConfig) -> str:
     )
 
 
-def train_steps(session: Session, progress: Progress) -> float | None:
+def train_steps(session: Session, progress: TrainingProgress) -> float | None:
     """Collective. From where ``progress`` stands to the last step. Returns images/s of the whole job.
 
     Each turn begins between two updates with what is due there: logs, evaluation, checkpoint, leaving.
     """
     task, engine, log = session.task, session.engine, session.log
     config, world = task.config, task.world
-    saver = Saver(engine, config.run_dir, config.train, world, step=progress.step, say=log.say, report=log.note)
+    checkpointer = AsyncCheckpointer(
+        engine, config.run_dir, config.train, world, step=progress.step, say=log.say, report=log.note
+    )
     bad_images, bad_steps = session.bad_images, BadSteps(progress, config.run_dir, config.train.max_bad_steps, world)
     batches = task.train_batches(progress.step)
     means, clock, latest = RunningMeans(), StepClock(), {}
@@ -318,8 +324,8 @@ def train_steps(session: Session, progress: Progress) -> float | None:
             world,
             session.stop.requested,
             bad_images.has_news,
-            world.is_main and saver.is_due(progress.step),
-            saver.has_failed,
+            world.is_main and checkpointer.is_due(progress.step),
+            checkpointer.has_failed,
         )
         session.watchdog.progress()
         turn_s = clock.turn()
@@ -329,24 +335,24 @@ def train_steps(session: Session, progress: Progress) -> float | None:
         if bad_images_met:
             bad_images.collect(log.say)
         if save_has_failed:
-            with clock.aside():
-                saver.settle()
+            with clock.excluded():
+                checkpointer.settle()
         if clock.turns and (is_last or stopping or progress.step % config.train.log_every_steps == 0):
             speed = clock.interval_images_per_s(config.train.global_batch_size)
             pace = {"images_per_s": speed, "goodput": session.goodput(progress.useful_s)}
             log.record(progress.step, {**means.drain(world), **latest, **pace})
         eval_is_due = progress.step and progress.step % (config.train.eval_every_epochs * task.steps_per_epoch) == 0
         if eval_is_due and not (is_last or stopping or progress.evaluated):
-            with clock.aside():
+            with clock.excluded():
                 stopping = not evaluate_student(session, progress)
 
         is_leaving = is_last or stopping or bad_images.too_many or bad_steps.too_many
         if is_leaving or save_is_due or (progress.evaluated and config.train.keep_best):
-            with clock.aside():
-                saver.save(progress.step, describe(progress, task, session.inputs))
+            with clock.excluded():
+                checkpointer.save(progress.step, checkpoint_meta(progress, task, session.inputs))
             session.watchdog.progress()
         if is_leaving:
-            saver.settle(insist=True)
+            checkpointer.settle(insist=True)
             session.watchdog.progress()
         bad_images.refuse_too_many()
         if bad_steps.too_many:
@@ -368,7 +374,7 @@ def train_steps(session: Session, progress: Progress) -> float | None:
             continue
         bad_steps.count_good()
         for term in trained.terms:
-            means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.advice)})
+            means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.distillation)})
 
 
 @dataclass(frozen=True)
@@ -390,9 +396,11 @@ def train_step(
     for _ in range(engine.micro_steps):
         batch = next(batches)
         mixed = mix(batch, config.mixing, task.num_classes, seed=config.seed, step=step)
-        advice = run_teachers(teachers, mixed.images)
+        teacher_logits = run_teachers(teachers, mixed.images)
         logits = engine.forward(mixed.images)
-        loss = co_advise_loss(logits, advice, mixed.targets, temperature=config.distill.temperature, weights=weights)
+        loss = co_advise_loss(
+            logits, teacher_logits, mixed.targets, temperature=config.distill.temperature, weights=weights
+        )
         engine.backward(loss.total)
         terms.append(loss)
         samples.append(batch.samples)
@@ -401,11 +409,11 @@ def train_step(
 
 def mixed_batches(task: Task, step: int) -> Iterator[MixedBatch]:
     """What this rank learns from in update ``step``, counted from 0, once more: the data stream is a pure function."""
-    for batch in itertools.islice(task.train_batches(step), task.batch_plan.micro_steps):
+    for batch in itertools.islice(task.train_batches(step), task.batch_split.micro_steps):
         yield mix(batch, task.config.mixing, task.num_classes, seed=task.config.seed, step=step)
 
 
-def evaluate_student(session: Session, progress: Progress) -> bool:
+def evaluate_student(session: Session, progress: TrainingProgress) -> bool:
     """Collective. Log the accuracy of the student and of its moving average. False if asked to stop meanwhile."""
     engine, world = session.engine, session.task.world
     engine.module.eval()
@@ -424,12 +432,12 @@ def evaluate_student(session: Session, progress: Progress) -> bool:
     session.log.record(progress.step, numbers)
     if world.is_main:
         with contextlib.suppress(OSError):  # a full disk is told of by whoever has more to lose
-            checkpoint.add_score(session.task.config.run_dir, progress.step, top1.get(AVERAGE, top1["cls"]))
+            checkpoint.add_score(session.task.config.run_dir, progress.step, top1.get(HEADS_MEAN, top1["cls"]))
     return True
 
 
 def finish(
-    session: Session, teachers: Mapping[str, TeacherConfig], progress: Progress, images_per_s: float | None
+    session: Session, teachers: Mapping[str, TeacherConfig], progress: TrainingProgress, images_per_s: float | None
 ) -> dict[str, Any]:
     """Collective. Bring the weights out, evaluate what is in the files, and the teachers, and write the results.
 
@@ -438,11 +446,11 @@ def finish(
     task = session.task
     config, world, run_dir = task.config, task.world, task.config.run_dir
     with writing(run_dir):
-        files = together(world, lambda: export_weights(run_dir, progress.step) if world.is_main else {})
+        files = run_on_all_ranks(world, lambda: export_weights(run_dir, progress.step) if world.is_main else {})
     accuracy = {}
     for name, file in broadcast(world, files).items():
         network = task.build_student()
-        together(world, lambda network=network, file=file: load_weights(network, run_dir / file))
+        run_on_all_ranks(world, lambda network=network, file=file: load_weights(network, run_dir / file))
         network.eval().to(world.device)
         accuracy[name] = evaluate(network, session.eval_batches(progress.step), world)
     results = {
@@ -471,7 +479,7 @@ def finish(
     session.bad_images.collect(session.log.say)
     text = json.dumps(results, indent=2) + "\n"
     with writing(run_dir):
-        together(world, lambda: write_text(run_dir / RESULTS, text) if world.is_main else None)
+        run_on_all_ranks(world, lambda: write_text(run_dir / RESULTS, text) if world.is_main else None)
     return results
 
 

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from cit_scale.config import DataConfig
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
-from cit_scale.run.folders import Run as Folder
-from cit_scale.run.plan import counted, describe_memory, describe_plan, estimate_memory, plan_run, row
+from cit_scale.run.folders import RunFolder
+from cit_scale.run.plan import counted, estimate_memory, memory_text, plan_lines, plan_run, row
 from cit_scale.run.setup import Task, check_networks, check_settings, open_data
 from launchers.options import Options
 from launchers.partitions import Partition, format_minutes
-from launchers.resources import Resources, Run
+from launchers.resources import Resources, RunRequest
 from launchers.state import state_now
 
 
-def check_runs(runs: Sequence[Run], world: World, *, same_run: bool) -> Task:
+def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> Task:
     """Raise what ``setup.check`` would raise when the runs start. Returns the first, ready to be planned."""
     opened: dict[DataConfig, tuple[Reader, Reader]] = {}
     tried: set[str] = set()
@@ -38,20 +38,24 @@ def check_runs(runs: Sequence[Run], world: World, *, same_run: bool) -> Task:
     return tasks[0]
 
 
-def describe(
-    options: Options, resources: Resources, partitions: Sequence[Partition] | None, task: Task, runs: Sequence[Run]
+def submission_lines(
+    options: Options,
+    resources: Resources,
+    partitions: Sequence[Partition] | None,
+    task: Task,
+    runs: Sequence[RunRequest],
 ) -> list[str]:
     """The checked plan in lines."""
     lines = []
     if options.cluster == "slurm":
-        lines.append(row("job", describe_resources(options, resources, partitions)))
-    lines += describe_plan(plan_run(task), device="GPU" if resources.gpus_per_node else "rank")
-    so_far = [(Folder(run.config.name, run.config.run_dir), run) for run in runs]
+        lines.append(row("job", resources_text(options, resources, partitions)))
+    lines += plan_lines(plan_run(task), device="GPU" if resources.gpus_per_node else "rank")
+    so_far = [(RunFolder(run.config.name, run.config.run_dir), run) for run in runs]
     lines += [row("so far", f"{run.config.run_dir} is {state_now(folder)}") for folder, run in so_far if folder.starts]
     if resources.min_nodes < resources.nodes:
         fewest = dataclasses.replace(task, world=resources.world_on(resources.min_nodes))
         lines.append(
-            row(f"on {counted(resources.min_nodes, 'node')}", f"memory {describe_memory(estimate_memory(fewest))}")
+            row(f"on {counted(resources.min_nodes, 'node')}", f"memory {memory_text(estimate_memory(fewest))}")
         )
     if len(runs) > 1:
         at_once = f", at most {options.array} at once" if options.array else ""
@@ -60,7 +64,7 @@ def describe(
     return lines
 
 
-def describe_resources(options: Options, resources: Resources, partitions: Sequence[Partition] | None) -> str:
+def resources_text(options: Options, resources: Resources, partitions: Sequence[Partition] | None) -> str:
     fewest = f", {resources.min_nodes} at least" if resources.min_nodes < resources.nodes else ""
     kind = counted(resources.gpus_per_node, "GPU") if resources.gpus_per_node else "no GPU"
     cores = f" with {counted(resources.cores_per_rank, 'core')} each" if resources.cores_per_rank else ""

@@ -20,7 +20,7 @@ from cit_scale.errors import ConfigError
 from cit_scale.job import TrainJob
 from launchers.environment import own_environment
 from launchers.options import Options
-from launchers.resources import Resources, Run
+from launchers.resources import Resources, RunRequest
 
 A_YEAR_MIN = 365 * 24 * 60  # submitit's local jobs want a limit
 
@@ -36,7 +36,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
         return 1
 
 
-def slurm_executor(options: Options, resources: Resources, runs: Sequence[Run], folder: Path) -> SlurmExecutor:
+def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunRequest], folder: Path) -> SlurmExecutor:
     executor = SlurmExecutor(folder, python=None if options.container is None else "python3")
     additional: dict[str, Any] = {"requeue": True}
     if options.mem is not None:
@@ -74,7 +74,7 @@ def slurm_executor(options: Options, resources: Resources, runs: Sequence[Run], 
     return executor
 
 
-def setup_lines(options: Options, resources: Resources, runs: Sequence[Run]) -> list[str]:
+def setup_lines(options: Options, resources: Resources, runs: Sequence[RunRequest]) -> list[str]:
     """What a batch script does before the ranks start. slurm/env.sh reads the variables and the arguments."""
     checkout = shlex.quote(str(REPOSITORY))
     lines = [
@@ -93,7 +93,7 @@ def setup_lines(options: Options, resources: Resources, runs: Sequence[Run]) -> 
     return [*lines, f"source {checkout}/slurm/env.sh"]
 
 
-def container_arguments(image: str | None, runs: Sequence[Run]) -> list[str]:
+def container_arguments(image: str | None, runs: Sequence[RunRequest]) -> list[str]:
     """Of srun, for pyxis."""
     if image is None:
         return []
@@ -101,7 +101,7 @@ def container_arguments(image: str | None, runs: Sequence[Run]) -> list[str]:
     return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
 
 
-def needed_folders(runs: Sequence[Run]) -> list[Path]:
+def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
     """Whatever a rank reads or writes, by settings and arguments: folders, without those inside others."""
     paths = {REPOSITORY, Path.cwd()}
     for run in runs:
@@ -116,7 +116,7 @@ def needed_folders(runs: Sequence[Run]) -> list[Path]:
     return sorted(path for path in folders if not any(parent in folders for parent in path.parents))
 
 
-def batch_script(executor: SlurmExecutor, runs: Sequence[Run]) -> str:
+def batch_script(executor: SlurmExecutor, runs: Sequence[RunRequest]) -> str:
     """What sbatch is given."""
     shown = SlurmExecutor(executor.folder, python=executor.python)
     shown.parameters = dict(executor.parameters)
@@ -125,7 +125,7 @@ def batch_script(executor: SlurmExecutor, runs: Sequence[Run]) -> str:
     return shown._make_submission_file_text(shown._submitit_command_str, uid="")
 
 
-def submit_slurm(executor: SlurmExecutor, runs: Sequence[Run]) -> list[submitit.Job]:
+def submit_slurm(executor: SlurmExecutor, runs: Sequence[RunRequest]) -> list[submitit.Job]:
     """One job, or an array of them."""
     try:
         # submitit prints sbatch's complaint, and raises it.
@@ -139,7 +139,7 @@ def submit_slurm(executor: SlurmExecutor, runs: Sequence[Run]) -> list[submitit.
 # This machine
 
 
-def submit_local(options: Options, resources: Resources, run: Run, folder: Path) -> submitit.Job:
+def submit_local(options: Options, resources: Resources, run: RunRequest, folder: Path) -> submitit.Job:
     """In the background, on this machine; returns at once."""
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(

@@ -191,7 +191,7 @@ def slurm(*command: str) -> str:
     raise OSError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
 
 
-def describe_job(job_id: str) -> dict[str, str]:
+def show_job(job_id: str) -> dict[str, str]:
     """What ``scontrol show job`` says, by name."""
     words = slurm("scontrol", "show", "job", "-o", job_id).split()
     return dict(word.split("=", 1) for word in words if "=" in word)
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         say(job_id, f"the recipe cannot be read, and so not what was reached: {error}")
 
     try:
-        job = describe_job(job_id)
+        job = show_job(job_id)
         fate = read_fate(job, restart)
     except OSError as error:
         say(job_id, str(error))

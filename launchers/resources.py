@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cit_scale import cli
-from cit_scale.config import RunConfig, plan_batches
+from cit_scale.config import RunConfig, split_batch
 from cit_scale.errors import ConfigError
 from launchers.options import Options
 from launchers.partitions import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRequest:
     """argv: of train.py."""
 
     argv: tuple[str, ...]
@@ -70,7 +70,7 @@ def find_partitions(options: Options) -> list[Partition] | None:
         raise
 
 
-def allot(options: Options, partitions: Sequence[Partition] | None, runs: Sequence[Run]) -> Resources:
+def allot(options: Options, partitions: Sequence[Partition] | None, runs: Sequence[RunRequest]) -> Resources:
     """What each run gets. Raises ConfigError for what is contradictory, or never there."""
     if options.cluster != "slurm":
         return allot_here(options, runs)
@@ -94,7 +94,7 @@ def allot(options: Options, partitions: Sequence[Partition] | None, runs: Sequen
     return Resources(options.nodes, gpus, ranks, minutes, node_counts(options, ranks, runs), cores)
 
 
-def allot_here(options: Options, runs: Sequence[Run]) -> Resources:
+def allot_here(options: Options, runs: Sequence[RunRequest]) -> Resources:
     """On this machine: all GPUs that are to be seen, or one rank."""
     if len(runs) > 1:
         raise ConfigError(f"a sweep is an array of Slurm's; with --cluster {options.cluster} start its runs one by one")
@@ -137,7 +137,7 @@ def check_signal_delay(delay_s: int, minutes: int | None, partitions: Sequence[P
         )
 
 
-def node_counts(options: Options, ranks_per_node: int, runs: Sequence[Run]) -> tuple[int, ...]:
+def node_counts(options: Options, ranks_per_node: int, runs: Sequence[RunRequest]) -> tuple[int, ...]:
     """From --nodes down to --min-nodes, those among which every run's global batch can be shared out evenly."""
     nodes, fewest = options.nodes, options.min_nodes
     if fewest is None:
@@ -159,16 +159,16 @@ def node_counts(options: Options, ranks_per_node: int, runs: Sequence[Run]) -> t
     return inside
 
 
-def can_share(run: Run, world_size: int) -> bool:
+def can_share(run: RunRequest, world_size: int) -> bool:
     try:
         for config in (run.config, *cli.teacher_runs(run.config).values()):
-            plan_batches(config, world_size)
+            split_batch(config, world_size)
     except ConfigError:
         return False
     return True
 
 
-def can_host(run: Run, world_size: int) -> bool:
+def can_host(run: RunRequest, world_size: int) -> bool:
     from cit_scale.distributed.world import World
     from cit_scale.engines.build import check_engine  # DeepSpeed's settings take seconds to import
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError
-from cit_scale.run.folders import Run, find_run
+from cit_scale.run.folders import RunFolder, find_run
 from cit_scale.run.show import add_looking, list_runs, new_parser, reporting, say, show_run
 from cit_scale.text import outlive_readers
 from launchers.slurm import cancel_local_job, cancel_slurm_job
@@ -46,7 +46,7 @@ LAST_LOOK_S = 2  # tail looks every second, where the file system does not tell 
 # The commands. Each returns an exit code; cit_scale/errors.py has their list.
 
 
-def logs(run: Run, *, last: int, keep_on: bool) -> int:
+def logs(run: RunFolder, *, last: int, keep_on: bool) -> int:
     path = run.log
     if path is None:
         raise MissingInputError(
@@ -75,14 +75,14 @@ def logs(run: Run, *, last: int, keep_on: bool) -> int:
     return 0
 
 
-def has_ended(run: Run) -> bool:
+def has_ended(run: RunFolder) -> bool:
     """As it is now. While Slurm does not answer, nothing has."""
-    now = Run(run.name, run.folder)
+    now = RunFolder(run.name, run.folder)
     slurm = answer_for([now])
     return slurm is not None and not state_of(now, slurm).is_active
 
 
-def cancel(run: Run, *, now: bool) -> int:
+def cancel(run: RunFolder, *, now: bool) -> int:
     state, job = state_now(run), run.job
     if not state.is_active:
         print(f"{run.name} is {state}: there is nothing to cancel")
@@ -98,11 +98,11 @@ def cancel(run: Run, *, now: bool) -> int:
     return 0
 
 
-def resume(run: Run) -> int:
+def resume(run: RunFolder) -> int:
     state, deadline = state_now(run), time.monotonic() + SAVING_S
     while state.word == "completing" and time.monotonic() < deadline:  # cancelled a moment ago, and still saving
         time.sleep(1)
-        state = state_now(Run(run.name, run.folder))
+        state = state_now(RunFolder(run.name, run.folder))
     if state.is_active:
         raise RefusedError(f"{run.name} is {state}: it goes on as it is")
     if run.is_finished:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cit_scale.errors import ConfigError
-from cit_scale.run.folders import Run
+from cit_scale.run.folders import RunFolder
 from cit_scale.run.show import State, say, state_in_folder
 from launchers.slurm import FAILED_STATES, SlurmJob, ask_slurm, find_controller
 
 
-def state_of(run: Run, slurm: Mapping[str, SlurmJob]) -> State:
+def state_of(run: RunFolder, slurm: Mapping[str, SlurmJob]) -> State:
     """From its newest job, while that waits or is at work, otherwise from what stands in its folder."""
     job = run.job
     known = slurm.get(job.job_id) if job and job.cluster == "slurm" else None
@@ -27,7 +27,7 @@ def state_of(run: Run, slurm: Mapping[str, SlurmJob]) -> State:
     return state
 
 
-def state_now(run: Run) -> State:
+def state_now(run: RunFolder) -> State:
     """For those who act on it. Raises ConfigError if Slurm has to be asked and does not answer."""
     slurm = answer_for([run])
     if slurm is None:
@@ -35,7 +35,7 @@ def state_now(run: Run) -> State:
     return state_of(run, slurm)
 
 
-def states_of(runs: Sequence[Run]) -> list[State]:
+def states_of(runs: Sequence[RunFolder]) -> list[State]:
     """For those who look. Where Slurm does not answer, a line says so."""
     slurm = answer_for(runs)
     if slurm is None:
@@ -43,6 +43,6 @@ def states_of(runs: Sequence[Run]) -> list[State]:
     return [state_of(run, slurm or {}) for run in runs]
 
 
-def answer_for(runs: Sequence[Run]) -> dict[str, SlurmJob] | None:
+def answer_for(runs: Sequence[RunFolder]) -> dict[str, SlurmJob] | None:
     """What Slurm says of the runs' newest jobs, in one question; None if it does not answer."""
     return ask_slurm(sorted({run.job.job_id for run in runs if run.job and run.job.cluster == "slurm"}))

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import launchers.environment  # first of all: it notes what this process was started with  # noqa: F401
 from cit_scale import cli, text
-from cit_scale.config import RunConfig, check_config, plan_batches
+from cit_scale.config import RunConfig, check_config, split_batch
 from cit_scale.errors import BadImageError, ConfigError, RefusedError, RunError, exit_code_of
 from cit_scale.files import read_note, write_text
-from cit_scale.run.folders import Run as Folder
+from cit_scale.run.folders import RunFolder
 from cit_scale.run_folder import SUBMISSIONS
 from launchers.options import Options, option_argv, parse
 from launchers.partitions import ask_start
-from launchers.resources import Run, allot, find_partitions
+from launchers.resources import RunRequest, allot, find_partitions
 from launchers.state import state_now
 from launchers.sweep import sweep
 
@@ -50,18 +50,18 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
     partitions = find_partitions(options)
     resources = allot(options, partitions, runs)
     for run in runs:
-        plan_batches(run.config, resources.nodes * resources.ranks_per_node)
+        split_batch(run.config, resources.nodes * resources.ranks_per_node)
     same_run = not arguments.fresh and not arguments.override_resume
 
     # Here, and not above: they take seconds, and help and mistakes in the arguments have been answered by now.
-    from launchers.checks import check_runs, describe
+    from launchers.checks import check_runs, submission_lines
     from launchers.executors import batch_script, slurm_executor, submit_local, submit_slurm
 
     task = check_runs(runs, resources.world_on(resources.nodes), same_run=same_run)
     if options.dependency is None:  # one that comes after the other may work in the same folder
         for run in runs:
             refuse_running(run)
-    for line in describe(options, resources, partitions, task, runs):
+    for line in submission_lines(options, resources, partitions, task, runs):
         print(line, flush=True)
     folder = submission_folder(arguments.config, is_sweep=len(runs) > 1)
     executor = slurm_executor(options, resources, runs, folder) if options.cluster == "slurm" else None
@@ -93,25 +93,25 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
 # Checks
 
 
-def plan_runs(config: RunConfig, train_argv: Sequence[str], axes: Sequence[str]) -> list[Run]:
+def plan_runs(config: RunConfig, train_argv: Sequence[str], axes: Sequence[str]) -> list[RunRequest]:
     """The runs that a command asks for: one, or those of the sweep."""
     # What stands there is set aside when the run is submitted. A job that queues itself again must not do it.
     argv = [argument for argument in train_argv if argument != "--fresh"]
     each = [(*argv, *more) for more in sweep(config, axes)] if axes else [tuple(argv)]
-    runs = [Run(arguments, cli.parse_arguments(arguments).config if axes else config) for arguments in each]
+    runs = [RunRequest(arguments, cli.parse_arguments(arguments).config if axes else config) for arguments in each]
     for run in runs:
         check_config(run.config)
     return runs
 
 
-def refuse_running(run: Run) -> None:
+def refuse_running(run: RunRequest) -> None:
     """Raise RefusedError where a job of the same run waits or trains already; "%" in a name is Slurm's."""
     run_dir = run.config.run_dir
     if "%" in run.config.name:
         raise ConfigError(
             f"--name={run.config.name!r}: Slurm takes % and what follows for something else in a log's name"
         )
-    state = state_now(Folder(run.config.name, run_dir))
+    state = state_now(RunFolder(run.config.name, run_dir))
     if state.is_active:
         raise RefusedError(
             f"{run_dir} is {state} already; cancel that first (python launchers/runs.py cancel), "
@@ -153,7 +153,7 @@ def submission_folder(config: RunConfig, *, is_sweep: bool) -> Path:
     return (run_dir.with_name(f"{run_dir.name}-sweep") if is_sweep else run_dir) / "slurm"
 
 
-def note_submission(run: Run, job: submitit.Job, cluster: str, given: Mapping[str, Any]) -> None:
+def note_submission(run: RunRequest, job: submitit.Job, cluster: str, given: Mapping[str, Any]) -> None:
     """Add the job to job.json in the run folder."""
     path = run.config.run_dir / SUBMISSIONS
     about = {

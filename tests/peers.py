@@ -48,7 +48,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
-from cit_scale.bench.measure import describe, table
+from cit_scale.bench.measure import machine_text, table
 
 IMAGES = torch.arange(8 * 256.0).sin().view(8, 256)
 LABELS = torch.arange(8)
@@ -477,7 +477,7 @@ def main() -> None:
     torch.set_num_threads(1)
     _deepspeed()  # here once, because every rank is a fork of this process
     outcomes = {kind.title: measure(kind, arguments.flips, arguments.seed) for kind in (Zero, Fsdp, Ddp)}
-    about = f"{describe(torch.device('cpu'))}, deepspeed {version('deepspeed')}"
+    about = f"{machine_text(torch.device('cpu'))}, deepspeed {version('deepspeed')}"
     print(f"{about}; 2 ranks, {arguments.flips} bits flipped, seed {arguments.seed}\n")
     rows = [[fault, *(found[fault]["outcome"] for found in outcomes.values())] for fault in FAULTS]
     print(table(["fault", *outcomes], rows))

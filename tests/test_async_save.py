@@ -9,7 +9,7 @@ from ranks import run_on_ranks
 
 from cit_scale.checkpoint import async_save
 from cit_scale.checkpoint import store as checkpoint
-from cit_scale.checkpoint.async_save import Saver
+from cit_scale.checkpoint.async_save import AsyncCheckpointer
 from cit_scale.checkpoint.store import load_newest
 from cit_scale.config import TrainConfig
 from cit_scale.distributed.world import World
@@ -30,7 +30,7 @@ class CountingEngine:
 
 
 class Told:
-    """What the saver says and reports."""
+    """What the checkpointer says and reports."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -43,10 +43,12 @@ class Told:
 ALONE = World()
 
 
-def make_saver(run_dir: Path, world: World = ALONE, step: int = 0, **train: Any) -> tuple[Saver, CountingEngine, Told]:
+def make_saver(
+    run_dir: Path, world: World = ALONE, step: int = 0, **train: Any
+) -> tuple[AsyncCheckpointer, CountingEngine, Told]:
     engine, told = CountingEngine(), Told()
     settings = TrainConfig(**{"save_every_steps": 4, "save_every_minutes": 0, **train})
-    made = Saver(engine, run_dir, settings, world, step=step, say=told.lines.append, report=told.report)
+    made = AsyncCheckpointer(engine, run_dir, settings, world, step=step, say=told.lines.append, report=told.report)
     return made, engine, told
 
 

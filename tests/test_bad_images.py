@@ -14,7 +14,7 @@ class Met:
     def __init__(self, *samples):
         self.bad = {sample: "cut short" for sample in samples}
 
-    def describe(self, samples):
+    def bad_image_lines(self, samples):
         return [f"{sample}.jpg\t{self.bad[sample]}" for sample in samples]
 
 

@@ -14,7 +14,7 @@ from cit_scale.engines.base import StepResult
 from cit_scale.errors import DivergedError
 from cit_scale.run.bad_steps import BadStep, BadSteps, find_culprits
 from cit_scale.run.metrics import RunLog
-from cit_scale.run.progress import Progress
+from cit_scale.run.progress import TrainingProgress
 
 ALONE = World()
 SKIPPED = StepResult(grad_norm=math.inf, lr=0.1, skipped=True)
@@ -62,7 +62,7 @@ def find_bad_gradient(world: World) -> BadStep:
 
 def test_fp16_looking_for_its_scale_is_not_a_bad_step(tmp_path, capsys):
     result = StepResult(math.inf, 0.1, skipped=True, loss_scale=65536.0)
-    bad_steps, log = BadSteps(Progress(), tmp_path, 1, ALONE), open_log(tmp_path)
+    bad_steps, log = BadSteps(TrainingProgress(), tmp_path, 1, ALONE), open_log(tmp_path)
     bad_steps.count(find_culprits(3, result, [loss()], [samples(1)], ALONE), log)
     assert not bad_steps.too_many
     assert "loss scale of 65536, which is halved" in capsys.readouterr().out
@@ -76,7 +76,7 @@ def open_log(folder: Path) -> RunLog:
 
 
 def test_bad_steps_are_counted_in_a_row_and_in_all_and_a_good_one_between_is_enough(tmp_path):
-    progress, log = Progress(), open_log(tmp_path)
+    progress, log = TrainingProgress(), open_log(tmp_path)
     bad_steps = BadSteps(progress, tmp_path, 2, ALONE)
     bad = find_culprits(1, SKIPPED, [loss(math.nan)], [samples(7, 8)], ALONE)
     bad_steps.count(bad, log)
@@ -92,15 +92,15 @@ def test_bad_steps_are_counted_in_a_row_and_in_all_and_a_good_one_between_is_eno
 
 
 def test_a_run_that_gave_up_has_its_full_patience_when_it_is_started_again(tmp_path):
-    assert not BadSteps(Progress(bad_in_a_row=5), tmp_path, 5, ALONE).too_many
-    interrupted = Progress(bad_in_a_row=4)
+    assert not BadSteps(TrainingProgress(bad_in_a_row=5), tmp_path, 5, ALONE).too_many
+    interrupted = TrainingProgress(bad_in_a_row=4)
     bad_steps = BadSteps(interrupted, tmp_path, 5, ALONE)
     bad_steps.count(find_culprits(9, SKIPPED, [loss(math.nan)], [samples(1)], ALONE), open_log(tmp_path))
     assert bad_steps.too_many
 
 
 def test_giving_up_leaves_what_the_last_bad_step_saw(tmp_path):
-    bad_steps = BadSteps(Progress(), tmp_path, 1, ALONE)
+    bad_steps = BadSteps(TrainingProgress(), tmp_path, 1, ALONE)
     bad_steps.count(find_culprits(7, SKIPPED, [loss(math.nan)], [samples(5)], ALONE), open_log(tmp_path))
     batches = [MixedBatch(torch.full((1, 3, 2, 2), float(i)), torch.eye(3)[:1]) for i in range(2)]
     with pytest.raises(DivergedError, match=r"1 steps in a row .* step 7: loss_label.*samples 5; .*optim\.lr"):

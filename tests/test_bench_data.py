@@ -180,8 +180,8 @@ def test_larger_images_are_made_where_they_are_asked_for(tmp_path):
     sources = decode.open_sources(arguments_of(synthetic=4, rows=["large_packed", "crop"], batch=1), tmp_path)
     assert list(sources) == ["large_packed", "crop"]
     assert isinstance(sources["large_packed"], TarShards)
-    assert decode.describe_images(sources["large_packed"]).startswith("341 x 256, ")
-    assert decode.describe_images(sources["crop"]).startswith("500 x 375, ")
+    assert decode.image_sizes_text(sources["large_packed"]).startswith("341 x 256, ")
+    assert decode.image_sizes_text(sources["crop"]).startswith("500 x 375, ")
 
 
 # --- Distance from PIL ---

@@ -75,10 +75,10 @@ def test_four_training_steps_are_those_of_the_authors_implementation(released_st
         images = unit_variance(stream(f"image{step}", 4 * 3 * 224 * 224)).reshape(4, 3, 224, 224)
         targets = torch.softmax(torch.from_numpy(8 * stream(f"target{step}", 4000)).view(4, 1000), dim=1)
         student = network(torch.from_numpy(images))
-        advice = [torch.from_numpy(6 * stream(f"{name}{step}", 4000)).view(4, 1000) for name in ("conv", "inv")]
+        teacher_logits = [torch.from_numpy(6 * stream(f"{name}{step}", 4000)).view(4, 1000) for name in ("conv", "inv")]
         loss = co_advise_loss(
             student,
-            teacher_logits_type(("conv", "inv"))(*advice),
+            teacher_logits_type(("conv", "inv"))(*teacher_logits),
             targets,
             temperature=1.0,
             weights={"conv": 1.0, "inv": 1.0},
@@ -87,7 +87,7 @@ def test_four_training_steps_are_those_of_the_authors_implementation(released_st
         loss.total.backward()
         grad_norm = clip_gradients(network.parameters(), 1.0)
         optimizer.step()
-        terms = torch.stack([loss.label, loss.advice["conv"], loss.advice["inv"]])
+        terms = torch.stack([loss.label, loss.distillation["conv"], loss.distillation["inv"]])
         assert relative_error(loss.total, expected["loss"][step]) <= 1e-6, step
         assert relative_error(terms, expected["terms"][step]) <= 1e-6, step
         assert grad_norm == pytest.approx(expected["grad_norm"][step].item(), rel=1e-6), step

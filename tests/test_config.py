@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cit_scale import cli
-from cit_scale.config import RunConfig, TeacherConfig, check_ranges, plan_batches
+from cit_scale.config import RunConfig, TeacherConfig, check_ranges, split_batch
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, RefusedError
 from cit_scale.run.setup import changed_settings, set_aside
@@ -177,7 +177,7 @@ def test_files_may_move_and_what_is_learned_may_not_change():
     [(1, None, (1024, 1)), (4, None, (256, 1)), (4, 64, (64, 4)), (2, 96, (64, 8)), (4, 4096, (256, 1))],
 )
 def test_micro_steps_follow_from_the_global_batch(world_size, micro_batch_size, expected):
-    plan = plan_batches(with_train(micro_batch_size=micro_batch_size), world_size)
+    plan = split_batch(with_train(micro_batch_size=micro_batch_size), world_size)
     assert (plan.micro_batch_size, plan.micro_steps) == expected
 
 
@@ -191,7 +191,7 @@ def test_micro_steps_follow_from_the_global_batch(world_size, micro_batch_size, 
 )
 def test_impossible_batches_are_refused_with_the_way_out(total, world_size, micro, expected):
     with pytest.raises(ConfigError, match=expected):
-        plan_batches(with_train(global_batch_size=total, micro_batch_size=micro), world_size)
+        split_batch(with_train(global_batch_size=total, micro_batch_size=micro), world_size)
 
 
 @pytest.mark.parametrize(

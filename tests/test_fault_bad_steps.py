@@ -47,7 +47,7 @@ def leave_out(world, *steps):
         if done + 1 not in steps:
             return inner(engine, teachers, batches, task, done, lr)
         samples = [next(batches).samples for _ in range(engine.micro_steps)]
-        terms = [LossTerms(total=torch.tensor(0.0), label=torch.tensor(0.0), advice={})] * engine.micro_steps
+        terms = [LossTerms(total=torch.tensor(0.0), label=torch.tensor(0.0), distillation={})] * engine.micro_steps
         return train.TrainedStep(StepResult(math.nan, lr, skipped=True), terms, samples)
 
     train.train_step = train_step
@@ -82,8 +82,8 @@ def spoil(world, rank, what, *steps):
     def spoilt_loss(*args, **options):
         loss = loss_of(*args, **options)
         if what == "loss" and now[0] in steps:
-            advice = {name: term * math.nan for name, term in loss.advice.items()}
-            return dataclasses.replace(loss, total=loss.total * math.nan, advice=advice)
+            distillation = {name: term * math.nan for name, term in loss.distillation.items()}
+            return dataclasses.replace(loss, total=loss.total * math.nan, distillation=distillation)
         return loss
 
     train.train_step, train.mix, train.co_advise_loss = train_step, spoilt_mix, spoilt_loss

@@ -48,10 +48,12 @@ def test_each_teacher_pulls_its_own_head_with_its_own_weight():
     teacher = teacher_logits_type(("conv", "inv"))(torch.randn(3, 5), torch.randn(3, 5))
     targets = torch.softmax(torch.randn(3, 5), dim=-1)
     terms = co_advise_loss(student, teacher, targets, temperature=2.0, weights={"conv": 0.5, "inv": 3.0})
-    torch.testing.assert_close(terms.total, terms.label + 0.5 * terms.advice["conv"] + 3.0 * terms.advice["inv"])
-    torch.testing.assert_close(terms.advice["conv"], distillation_divergence(student.conv, teacher.conv, 2.0))
-    torch.testing.assert_close(terms.advice["inv"], distillation_divergence(student.inv, teacher.inv, 2.0))
-    terms.advice["inv"].backward(retain_graph=True)
+    torch.testing.assert_close(
+        terms.total, terms.label + 0.5 * terms.distillation["conv"] + 3.0 * terms.distillation["inv"]
+    )
+    torch.testing.assert_close(terms.distillation["conv"], distillation_divergence(student.conv, teacher.conv, 2.0))
+    torch.testing.assert_close(terms.distillation["inv"], distillation_divergence(student.inv, teacher.inv, 2.0))
+    terms.distillation["inv"].backward(retain_graph=True)
     assert student.cls.grad is None
     assert student.conv.grad is None
     assert student.inv.grad.norm() > 0
@@ -62,7 +64,7 @@ def test_without_teachers_the_loss_is_the_label_term():
     targets = torch.softmax(torch.randn(3, 5), dim=-1)
     terms = co_advise_loss(student, teacher_logits_type(())(), targets, temperature=1.0, weights={})
     assert terms.total.item() == terms.label.item()
-    assert terms.advice == {}
+    assert terms.distillation == {}
 
 
 def test_the_mean_over_micro_batches_is_the_loss_of_the_batch():

@@ -151,10 +151,10 @@ def test_throughput_is_that_of_the_interval_from_turn_to_turn_without_what_happe
     assert clock.interval_images_per_s(64) is None
     assert clock.mean_images_per_s(64) is None
     for turn_s in (2, 2, 8):
-        with clock.aside():
+        with clock.excluded():
             passing(100)  # evaluation, say
         passing(turn_s / 2)  # a step, and half of the turn in which the slowest rank is waited for
-        with clock.aside():
+        with clock.excluded():
             passing(30)
         passing(turn_s / 2)
         assert clock.turn() == turn_s
@@ -169,7 +169,7 @@ def test_throughput_is_that_of_the_interval_from_turn_to_turn_without_what_happe
 def test_what_breaks_off_aside_does_not_count_either(passing):
     clock = StepClock()
     clock.turn()
-    with contextlib.suppress(OSError), clock.aside():
+    with contextlib.suppress(OSError), clock.excluded():
         passing(9)
         raise OSError("full")
     passing(1)

@@ -16,8 +16,8 @@ from cit_scale.models.network import build_network
 from cit_scale.run.plan import (
     Sharding,
     activation_bytes,
-    describe_plan,
     kept_for_backward,
+    plan_lines,
     plan_run,
     read_sharding,
     state_memory,
@@ -127,7 +127,7 @@ def test_a_plan_says_how_long_the_run_is_and_what_comes_first(plan):
 
 
 def test_a_plan_in_words_says_what_the_estimate_leaves_out(plan):
-    lines = describe_plan(plan, "GPU")
+    lines = plan_lines(plan, "GPU")
     assert "update           64 images = 4 ranks x 2 micro-steps x 8 images" in lines
     assert "epoch            1797 images, 28 steps; a rank sees 16 images a step, 448 an epoch" in lines
     (memory,) = (line for line in lines if line.startswith("memory per GPU"))

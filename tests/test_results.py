@@ -3,11 +3,11 @@ import subprocess
 import pytest
 
 from cit_scale.distributed.world import World
-from cit_scale.run.results import describe_environment, print_table
+from cit_scale.run.results import environment_record, print_table
 
 
 def test_the_environment_names_versions_and_commit():
-    environment = describe_environment(World())
+    environment = environment_record(World())
     assert {"torch", "timm", "deepspeed"} <= environment["packages"].keys()
     assert environment["world_size"] == 1
 
@@ -18,7 +18,7 @@ def test_a_machine_without_git_or_repository_has_no_commit(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(subprocess, "run", fail)
-    assert describe_environment(World())["commit"] is None
+    assert environment_record(World())["commit"] is None
 
 
 def test_the_table_shows_every_network_and_where_the_run_is(tmp_path, capsys):

@@ -14,7 +14,7 @@ import submitit
 import yaml
 
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError
-from cit_scale.run.folders import Job, Phase, Run, find_run
+from cit_scale.run.folders import Job, Phase, RunFolder, find_run
 from cit_scale.run.show import State
 from launchers import runs
 from launchers.slurm import SlurmJob, ask_slurm, find_controller, parse_jobs
@@ -452,9 +452,9 @@ def test_the_newest_log_is_that_of_the_newest_start_or_submission(tmp_path):
     folder = make_run(
         tmp_path / "mine", starts=[start(job="12", log="/first.log")], jobs=[submission("12", at=NOW - 9)]
     )
-    assert Run("mine", folder).log == Path("/first.log")
+    assert RunFolder("mine", folder).log == Path("/first.log")
     write(folder / "job.json", [submission("12", at=NOW - 9), submission("13", at=NOW + 9, log="/second.log")])
-    assert Run("mine", folder).log == Path("/second.log")
+    assert RunFolder("mine", folder).log == Path("/second.log")
 
 
 def test_logs_shows_the_last_lines(tmp_path, slurm, capfd):
@@ -531,7 +531,7 @@ def test_following_ends_with_the_job_and_asks_slurm_seldom(tmp_path, slurm, monk
 
 def test_following_goes_on_while_slurm_does_not_answer(tmp_path, slurm):
     slurm.answers(error=NO_CONTROLLER)
-    run = Run("mine", make_run(tmp_path / "runs/mine", jobs=[submission("12")]))
+    run = RunFolder("mine", make_run(tmp_path / "runs/mine", jobs=[submission("12")]))
     assert not runs.has_ended(run)
     slurm.answers(error=FORGOTTEN)
     assert runs.has_ended(run)
@@ -600,7 +600,7 @@ def test_a_local_job_is_ended_through_submitits_process(tmp_path, no_slurm, opti
         rank.wait(30)
         assert (job._process.wait(30) == -signal.SIGKILL) == ("--now" in options)
         assert noted.read_text() == left
-        assert runs.state_of(Run("mine", tmp_path / "runs/mine"), {}) == State("not started")
+        assert runs.state_of(RunFolder("mine", tmp_path / "runs/mine"), {}) == State("not started")
     finally:
         job._process.kill()
         if rank and rank.is_running():

@@ -226,14 +226,14 @@ def test_a_change_right_after_the_index_was_made_is_noticed(tmp_path, change):
 def test_a_change_in_the_same_tick_of_the_clock_is_noticed(tmp_path, monkeypatch):
     """On a file system that counts in steps of 10 ms, a file comes just after the folder was listed."""
     folder = make_folder(tmp_path / "set", {"ant": 2})
-    exact, describe_images = folders._folder_time, folders.describe_images
+    exact, read_image_headers = folders._folder_time, folders.read_image_headers
 
     def describe_late(*arguments):
         (folder / "ant" / "late.png").write_bytes(png())
-        return describe_images(*arguments)
+        return read_image_headers(*arguments)
 
     monkeypatch.setattr(folders, "_folder_time", lambda *place: exact(*place) // 10**7 * 10**7)
-    monkeypatch.setattr(folders, "describe_images", describe_late)
+    monkeypatch.setattr(folders, "read_image_headers", describe_late)
     (folder / "ant" / "1.png").rename(folder / "ant" / "2.png")
     assert len(ImageFolder(folder, tmp_path / "cache")) == 2
     assert len(ImageFolder(folder, tmp_path / "cache")) == 3

@@ -254,7 +254,7 @@ def test_an_image_that_breaks_is_named_and_the_next_one_stands_in_for_it(some_ph
     reader = Reader(some_photos)
     after = take(start(reader, PLAIN, sizes=(4, 2)), 12)
     assert list(reader.bad) == [5]
-    (line,) = reader.describe(reader.bad)
+    (line,) = reader.bad_image_lines(reader.bad)
     assert line.startswith(f"{some_photos.name(5)}\t")
     assert "\n" not in line
     for one, other in zip(before, after, strict=True):
@@ -296,7 +296,7 @@ def test_an_image_that_changed_its_size_is_named_and_replaced(some_photos):
     Image.fromarray(photo(20, 20, 0)).save(changed)
     reader = Reader(some_photos)
     take(start(reader, replace(PLAIN, crop_scale=(0.9, 1.0)), sizes=(4, 2)), 4)
-    assert reader.describe(reader.bad) == [f"{changed}\tis now 20 x 20 pixels, but was 40 x 50 when indexed"]
+    assert reader.bad_image_lines(reader.bad) == [f"{changed}\tis now 20 x 20 pixels, but was 40 x 50 when indexed"]
 
 
 def test_a_missing_file_is_named_and_replaced(some_photos):
@@ -304,7 +304,7 @@ def test_a_missing_file_is_named_and_replaced(some_photos):
     missing.unlink()
     reader = Reader(some_photos)
     take(start(reader, sizes=(4, 2)), 4)
-    assert reader.describe(reader.bad) == [f"{missing}\tNo such file or directory"]
+    assert reader.bad_image_lines(reader.bad) == [f"{missing}\tNo such file or directory"]
 
 
 def test_an_image_too_thin_to_be_enlarged_is_named_and_replaced(tmp_path):

@@ -41,14 +41,14 @@ def load(name, weights, **distill):
 def test_teachers_answer_by_name_without_autograd_and_in_evaluation_mode(weights):
     teacher = load("regnety_002", weights)
     images = torch.rand(4, 3, 32, 32)
-    advice = run_teachers([teacher], images)
-    assert advice._fields == ("conv",)
-    assert not advice.conv.requires_grad
+    teacher_logits = run_teachers([teacher], images)
+    assert teacher_logits._fields == ("conv",)
+    assert not teacher_logits.conv.requires_grad
     assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
-    torch.testing.assert_close(run_teachers([teacher], images[:2]).conv, advice.conv[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run_teachers([teacher], images[:2]).conv, teacher_logits.conv[:2], rtol=1e-4, atol=1e-5)
 
 
-def test_no_teachers_give_no_advice():
+def test_no_teachers_give_no_logits():
     assert run_teachers([], torch.rand(1, 3, 32, 32)) == ()
 
 
@@ -60,7 +60,7 @@ def test_a_compiled_teacher_says_what_the_eager_one_says(name, weights):
     torch.testing.assert_close(compiled.forward(images), eager.forward(images), rtol=1e-4, atol=1e-4)
 
 
-def test_low_precision_advice_is_float32_and_close(weights):
+def test_low_precision_logits_are_float32_and_close(weights):
     images = torch.rand(4, 3, 32, 32)
     exact = load("regnety_002", weights).forward(images)
     low = load("regnety_002", weights, teacher_precision="bf16").forward(images)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from cit_scale.bench.measure import describe, ratio, spread, table
+from cit_scale.bench.measure import machine_text, ratio, spread, table
 from cit_scale.checkpoint import store as checkpoint
-from cit_scale.checkpoint.async_save import Saver
+from cit_scale.checkpoint.async_save import AsyncCheckpointer
 from cit_scale.checkpoint.store import load_newest
 from cit_scale.config import EngineConfig, OptimConfig, TrainConfig
 from cit_scale.distributed.world import World
@@ -50,7 +50,7 @@ def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[f
     """Seconds of each way, in turns, and a checkpoint's bytes. The first round warms up and is left out."""
     times: dict[str, list[float]] = {way: [] for way in (STALL, WRITE, READ, SAVE, SAVE_SYNCED, LOAD)}
     costs: list[dict[str, float]] = []
-    saver = Saver(
+    checkpointer = AsyncCheckpointer(
         engine, folder, TrainConfig(), World(), step=0, say=print, report=lambda _, cost: costs.append(dict(cost))
     )
     plain, synced = folder / "plain.pt", folder / "synced.pt"
@@ -64,8 +64,8 @@ def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[f
         file_sha256(synced)
 
     for turn in range(1, rounds + 2):
-        saver.save(turn, {})
-        saver.settle(insist=True)
+        checkpointer.save(turn, {})
+        checkpointer.settle(insist=True)
         taken = {
             STALL: costs[-1]["save_stall_s"],
             WRITE: costs[-1]["save_write_s"],
@@ -92,7 +92,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     print(
-        f"{describe(torch.device('cpu'))}; {arguments.model} with moments and average, {size / 1e6:.0f} MB; "
+        f"{machine_text(torch.device('cpu'))}; {arguments.model} with moments and average, {size / 1e6:.0f} MB; "
         f"median (minimum to maximum) of {arguments.rounds} rounds in turns\n"
     )
     rows = [

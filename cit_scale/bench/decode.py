@@ -35,7 +35,7 @@ from PIL import Image, ImageOps
 from timm.data import ImageDataset, auto_augment, create_loader
 from torch import Tensor
 
-from cit_scale.bench.measure import describe, ratio, seconds, spread, table
+from cit_scale.bench.measure import machine_text, ratio, seconds, spread, table
 from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data.order import Cursor, permutation
 from cit_scale.data.reader import Reader
@@ -46,7 +46,7 @@ from cit_scale.datasets.shards import TarShards
 from cit_scale.datasets.sources import Source, Subset, open_source
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError
-from cit_scale.run.results import describe_environment
+from cit_scale.run.results import environment_record
 
 CPU = torch.device("cpu")
 
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sources = open_sources(arguments, Path(temporary))
         except ConfigError as error:
             parser.error(str(error))
-        sizes = {name: describe_images(source) for name, source in sources.items()}  # and now all are in memory
+        sizes = {name: image_sizes_text(source) for name, source in sources.items()}  # and now all are in memory
         streams = {name: ROWS[name].open(source, setting) for name, source in sources.items()}
         for name in sorted(streams, key=lambda name: not name.startswith("timm")):
             opened.enter_context(closing(streams[name]))
@@ -301,7 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = max(1, arguments.images // arguments.batch)
         # timm's workers have 2 batches each and its PrefetchLoader one; our stream and DALI's reader have fewer.
         times = take_turns(streams, batches, arguments.rounds, ahead=2 * arguments.threads + 1)
-    print(f"{describe_libraries()}; {setting.threads} threads or workers, batches of {setting.batch} images,", end=" ")
+    print(
+        f"{library_versions_text()}; {setting.threads} threads or workers, batches of {setting.batch} images,", end=" "
+    )
     print(f"{setting.image_size} pixels; median (minimum to maximum) of {arguments.rounds} rounds in turns,", end=" ")
     print(f"{batches} batches each\n")
     print(report(times, sizes, batches * setting.batch))
@@ -357,16 +359,16 @@ def open_sources(arguments: argparse.Namespace, temporary: Path) -> dict[str, So
     return sources
 
 
-def describe_images(source: Source) -> str:
+def image_sizes_text(source: Source) -> str:
     """What an image is on average."""
     kilobytes = sum(len(source.read(index)) for index in range(len(source))) / len(source) / 1e3
     return f"{source.widths.mean():.0f} x {source.heights.mean():.0f}, {kilobytes:.0f} KB"
 
 
-def describe_libraries() -> str:
-    packages = describe_environment(World())["packages"]
+def library_versions_text() -> str:
+    packages = environment_record(World())["packages"]
     dali_version = next(version for name, version in packages.items() if name.startswith("nvidia-dali"))
-    return f"{describe(CPU)}, DALI {dali_version}, Pillow {PIL.__version__}"
+    return f"{machine_text(CPU)}, DALI {dali_version}, Pillow {PIL.__version__}"
 
 
 def report(times: Mapping[str, list[float]], sizes: Mapping[str, str], images: int) -> str:

@@ -26,7 +26,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, auto_augment
 from torch import Tensor
 from torchvision import transforms
 
-from cit_scale.bench.decode import CPU, HEIGHT, WIDTH, describe_libraries, make_photos, posterize
+from cit_scale.bench.decode import CPU, HEIGHT, WIDTH, library_versions_text, make_photos, posterize
 from cit_scale.bench.measure import table
 from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data import dali, draws
@@ -184,14 +184,14 @@ def measure_operations(photos: Sequence[Image.Image], data: DataConfig) -> dict[
         return np.concatenate([errors_of(*pair) for pair in pairs])
 
     return {
-        describe_operation(name, arguments): Errors(
+        operation_text(name, arguments): Errors(
             *(errors(name, arguments, resample) for resample in RESAMPLE), allowed[name, arguments]
         )
         for name, arguments in allowed
     }
 
 
-def describe_operation(name: str, arguments: Sequence[float]) -> str:
+def operation_text(name: str, arguments: Sequence[float]) -> str:
     return name if name in NO_ARGUMENT else f"{name} {', '.join(f'{argument:g}' for argument in arguments)}"
 
 
@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_photos(folder, arguments.photos, (HEIGHT, WIDTH), THREADS)
         source = ImageFolder(folder, Path(temporary))
         by_size = {image_size: measure(source, image_size) for image_size in arguments.image_sizes}
-    print(f"{describe_libraries()}; {arguments.photos} made-up photographs of {WIDTH} x {HEIGHT} pixels\n")
+    print(f"{library_versions_text()}; {arguments.photos} made-up photographs of {WIDTH} x {HEIGHT} pixels\n")
     print(report(by_size))
     broken = [name for name, errors in by_size[arguments.image_sizes[0]].items() if errors.is_broken]
     if broken:

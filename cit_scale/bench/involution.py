@@ -28,8 +28,8 @@ from torch import Tensor
 import cit_scale.models  # noqa: F401  registers RedNet with timm
 from cit_scale.bench.measure import (
     copy_bytes_per_s,
-    describe,
     geometric_mean,
+    machine_text,
     peak_extra_mib,
     ratio,
     seconds,
@@ -310,7 +310,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
 
-    print(f"{describe(device)}; {arguments.dtype}; median (minimum to maximum) of {arguments.rounds} rounds in turns")
+    print(
+        f"{machine_text(device)}; {arguments.dtype}; median (minimum to maximum) of {arguments.rounds} rounds in turns"
+    )
     # Before all cases, so that it is not counted as the first one's.
     first_s = seconds(partial(involution, *(torch.ones(shape, device=device) for shape in TINY.shapes[:2])), device)
     print(f"the operator's very first call, which builds what is not cached: {first_s:.2f} s")

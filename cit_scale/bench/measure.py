@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cit_scale.distributed.world import World
-from cit_scale.run.results import describe_environment
+from cit_scale.run.results import environment_record
 
 PAGE_KIB = 4
 
@@ -104,9 +104,9 @@ def copy_bytes_per_s(device: torch.device, rounds: int) -> float:
     return 2 * source.nbytes / (statistics.median(times) / 1e3)
 
 
-def describe(device: torch.device) -> str:
+def machine_text(device: torch.device) -> str:
     """Commit, hardware and versions in a line."""
-    about = describe_environment(World())
+    about = environment_record(World())
     cpu = _cpu_model() or about["device"]
     hardware = about["device"] if device.type == "cuda" else f"{cpu}, {about['cpus']} cores"
     versions = ", ".join(f"{name} {about['packages'][name]}" for name in ("torch", "timm"))

@@ -39,7 +39,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from cit_scale.bench.measure import describe, table
+from cit_scale.bench.measure import machine_text, table
 from cit_scale.config import REPOSITORY
 from cit_scale.errors import Stopped
 from cit_scale.models.network import build_network
@@ -514,7 +514,7 @@ def soak(folder: Path, engine: str, ranks: int, seed: int, minutes: float) -> di
     goodput = [json.loads((run_dir / "results.json").read_text())["goodput"] for run_dir in runs]
     startup_s = statistics.median(start.startup_s for start in [alone, *starts] if start.startup_s is not None)
     lost = sum(start.lost + start.lost_by_damage for start in starts)
-    print(f"\n{describe(torch.device('cpu'))}; {engine} on {ranks} ranks, seed {seed}\n\n{tables(starts)}\n")
+    print(f"\n{machine_text(torch.device('cpu'))}; {engine} on {ranks} ranks, seed {seed}\n\n{tables(starts)}\n")
     print(f"undisturbed: goodput {goodput[0]:.2f}, {alone.seconds:.0f} s")
     print(f"disturbed: goodput {goodput[1]:.2f}, {sum(start.seconds for start in starts):.0f} s, {len(starts)} starts")
     print(f"a start-up takes {startup_s:.0f} s (median); {lost} steps were lost and done again")

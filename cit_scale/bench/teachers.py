@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cit_scale.bench.involution import unfold
-from cit_scale.bench.measure import describe, peak_extra_mib, ratio, seconds, spread, table, take_turns
+from cit_scale.bench.measure import machine_text, peak_extra_mib, ratio, seconds, spread, table, take_turns
 from cit_scale.models import involution
 from cit_scale.models.network import build_network
 from cit_scale.teachers import freeze
@@ -70,7 +70,7 @@ def main() -> None:
     times = take_turns(runs, arguments.rounds, device)
 
     batch = f"{arguments.batch} images of {arguments.image_size} pixels, {arguments.precision}"
-    print(f"{describe(device)}; {batch}; median (minimum to maximum) of {arguments.rounds} rounds in turns\n")
+    print(f"{machine_text(device)}; {batch}; median (minimum to maximum) of {arguments.rounds} rounds in turns\n")
     peer = f"{arguments.models[-1]}, as loaded"
     rows = [
         [

@@ -30,12 +30,12 @@ class Pending:
     written: Future[tuple[int, float]]
 
 
-class Saver:
+class AsyncCheckpointer:
     """Saves an engine's state in a run folder. Collective to build.
 
-    The copy is written by a thread of each rank, and these agree among themselves: ``World.beside`` has a process group
-    of its own. A checkpoint that cannot be written is no reason to lose the ones to come: training goes on, says so,
-    and tries again after RETRY_S seconds.
+    A thread of each rank writes the copy. The threads agree among themselves through a process group of their own
+    (``World.with_own_group``). A checkpoint that cannot be written does not end the run: training goes on, logs the
+    reason, and tries again after RETRY_S seconds.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Saver:
         self._every_s = train.save_every_minutes * 60 or float("inf")
         self._retention = Retention(train.keep_last, train.keep_every_steps, train.keep_best)
         self._world = world
-        self._beside = world.beside()
+        self._writers = world.with_own_group()
         self._shares = share_out(engine.state_shapes(), world.world_size)
         self._say = say
         self._report = report
@@ -98,7 +98,7 @@ class Saver:
         started = time.perf_counter()
         try:
             written = checkpoint.save(
-                self._run_dir, pending.step, state, self._shares, meta, self._beside, self._retention
+                self._run_dir, pending.step, state, self._shares, meta, self._writers, self._retention
             )
         except Exception as error:  # raised again by the thread that trains
             pending.written.set_exception(error)

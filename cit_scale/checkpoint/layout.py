@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 STUDENT = "student.safetensors"
-AVERAGE = "student_ema.safetensors"
+STUDENT_EMA = "student_ema.safetensors"
 
 # The student is a Network, which holds timm's model under this name.
 PREFIX = "model."
@@ -41,7 +41,7 @@ def share_out(shapes: Mapping[str, torch.Size], world_size: int) -> list[dict[st
         kind, _, name = key.partition("/")
         if kind in ("weight", "buffer", "ema"):
             rank = 1 % world_size if kind == "ema" else 0
-            shares[rank][key] = (AVERAGE if kind == "ema" else STUDENT, name.removeprefix(PREFIX))
+            shares[rank][key] = (STUDENT_EMA if kind == "ema" else STUDENT, name.removeprefix(PREFIX))
             loads[rank] += math.prod(shape)
         else:
             moments.append(key)

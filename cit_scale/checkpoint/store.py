@@ -27,7 +27,7 @@ import safetensors.torch
 from torch import Tensor
 
 from cit_scale.checkpoint.layout import Place, SavedState, by_file
-from cit_scale.distributed.world import World, broadcast, gather, together
+from cit_scale.distributed.world import World, broadcast, gather, run_on_all_ranks
 from cit_scale.errors import (
     CannotWriteError,
     ConfigError,
@@ -269,11 +269,13 @@ def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
     _refuse_private_folder(folder, steps, world)
     reasons: dict[int, str] = {}
     for step in steps:
-        verdicts = gather(world, together(world, lambda step=step: _verify(step_path(folder, step), step, world)))
+        verdicts = gather(
+            world, run_on_all_ranks(world, lambda step=step: _verify(step_path(folder, step), step, world))
+        )
         reason = next((verdict for verdict in verdicts if verdict), None)
         if reason is None:
-            together(world, lambda: _set_all_aside(folder, reasons) if world.is_main else None)
-            return together(world, lambda step=step: _read(step_path(folder, step), step))
+            run_on_all_ranks(world, lambda: _set_all_aside(folder, reasons) if world.is_main else None)
+            return run_on_all_ranks(world, lambda step=step: _read(step_path(folder, step), step))
         reasons[step] = reason
     were_there = broadcast(world, any(folder.glob("step_*.broken*")) if world.is_main else None)
     if reasons or were_there:

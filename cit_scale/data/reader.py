@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from cit_scale.datasets.encoded import decode, is_usual, to_ppm
-from cit_scale.datasets.index import UNUSABLE, describe
+from cit_scale.datasets.index import UNUSABLE, reason_text
 from cit_scale.datasets.sources import Source
 from cit_scale.errors import BadImageError
 
@@ -40,9 +40,11 @@ class Reader:
                 self.bad[candidate] = str(error)
                 if candidate not in doubtful:
                     self._hopeless.add(candidate)
-        raise BadImageError(f"none of {num_samples} images can be decoded; the last: {self.describe([sample])[0]}")
+        raise BadImageError(
+            f"none of {num_samples} images can be decoded; the last: {self.bad_image_lines([sample])[0]}"
+        )
 
-    def describe(self, samples: Iterable[int]) -> list[str]:
+    def bad_image_lines(self, samples: Iterable[int]) -> list[str]:
         """``name<TAB>reason`` of bad images."""
         return [f"{self.source.name(sample)}\t{self.bad[sample]}" for sample in samples]
 
@@ -50,7 +52,7 @@ class Reader:
         try:
             data = self.source.read(sample)
         except UNUSABLE as error:  # any other OSError is the disk's, not the image's
-            raise BadImageError(describe(error)) from None
+            raise BadImageError(reason_text(error)) from None
         if not is_doubtful and is_usual(data):
             return data
         image = decode(data)

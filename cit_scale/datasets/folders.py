@@ -22,10 +22,10 @@ from cit_scale.datasets.index import (
     Texts,
     cache_path,
     cached,
-    describe_images,
     measure_image,
     number_classes,
     printable,
+    read_image_headers,
     shorten,
 )
 from cit_scale.errors import BadImageError, ConfigError
@@ -94,7 +94,7 @@ class Manifest(_ImageFiles):
             def read(index: int, size: int) -> bytes:
                 return _read_file(path.parent, names[index], size)
 
-            return describe_images(classes, names, labels, read, path, self.index_path)
+            return read_image_headers(classes, names, labels, read, path, self.index_path)
 
         columns = cached(self.index_path, build, lambda columns: not _any_readable(path.parent, columns))
         super().__init__(path.parent, columns)
@@ -152,7 +152,7 @@ def _index_folder(folder: Path, index_path: Path) -> Columns:
         return _read_file(folder, names[index], size)
 
     return {
-        **describe_images(classes, names, labels, read, folder, index_path),
+        **read_image_headers(classes, names, labels, read, folder, index_path),
         "folders": Texts.of([name for name, _ in times]),
         "times": np.array([time_ns for _, time_ns in times]),
     }

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from cit_scale.datasets.encoded import read_size
-from cit_scale.datasets.progress import Progress
+from cit_scale.datasets.progress import ProgressBar
 from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import sync
 
@@ -144,7 +144,7 @@ def number_classes(texts: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(classes), label_of[order_seen]
 
 
-def describe_images(
+def read_image_headers(
     classes: Sequence[str],
     names: Sequence[bytes],
     labels: np.ndarray,
@@ -166,11 +166,11 @@ def describe_images(
             try:
                 heights[index], widths[index] = measure_image(read, index)
             except UNUSABLE as error:
-                bad[index] = describe(error)
+                bad[index] = reason_text(error)
         return bad
 
     title = f"indexing {printable(where)} into {printable(index_path)}"
-    with Progress(title, count) as progress, ThreadPoolExecutor(THREADS) as threads:
+    with ProgressBar(title, count) as progress, ThreadPoolExecutor(THREADS) as threads:
         for bad in threads.map(measure, range(0, count, CHUNK)):
             rejects |= bad
             progress.advance(min(CHUNK, count - progress.done))
@@ -239,7 +239,7 @@ class Indexed:
 # --- What is said of them ---
 
 
-def describe(error: Exception) -> str:
+def reason_text(error: Exception) -> str:
     """The reason in one line, without the file's name."""
     return printable(error.strerror or str(error)) if isinstance(error, OSError) else printable(error)
 

@@ -28,7 +28,7 @@ from PIL import Image
 from cit_scale.datasets.defaults import PACK_QUALITY, SHARD_MIB
 from cit_scale.datasets.encoded import EXTENSIONS, decode
 from cit_scale.datasets.index import Columns, Texts, concatenate, load, printable, save, shorten
-from cit_scale.datasets.progress import Progress
+from cit_scale.datasets.progress import ProgressBar
 from cit_scale.datasets.shards import INDEX, SETTINGS, Row, ShardWriter, shard_name, write_index
 from cit_scale.datasets.sources import BUILT_IN, Source, open_source
 from cit_scale.errors import BadImageError, ConfigError
@@ -174,7 +174,7 @@ def _write_missing(
     threads = ThreadPoolExecutor(workers)
     first = _end(parts)
     try:
-        with Progress(f"packing {printable(out)}", len(source), done=first) as progress:
+        with ProgressBar(f"packing {printable(out)}", len(source), done=first) as progress:
             prepared = _in_order(threads, prepare, range(first, len(source)), AHEAD * workers)
             while _end(parts) < len(source):
                 number = len(parts)
@@ -199,7 +199,7 @@ def _in_order(
         yield waiting.popleft().result()
 
 
-def _fill(shard: ShardWriter, prepared: Iterator[Prepared], shard_bytes: int, progress: Progress) -> Columns:
+def _fill(shard: ShardWriter, prepared: Iterator[Prepared], shard_bytes: int, progress: ProgressBar) -> Columns:
     """Write the next images until the shard is as large as it should be, and commit it."""
     sizes_before: list[int] = []
     rejects: dict[int, str] = {}

@@ -13,7 +13,7 @@ SHORT_S = 3.0  # a job that ends sooner says nothing
 LINE_EVERY_S = 30.0
 
 
-class Progress:
+class ProgressBar:
     """Counts `unit`s up to `total`, on stderr, while used as a context manager. To be advanced from one thread."""
 
     def __init__(self, title: str, total: int, unit: str = "images", done: int = 0) -> None:

@@ -33,15 +33,15 @@ from cit_scale.datasets.index import (
     cache_path,
     cached,
     concatenate,
-    describe,
-    describe_images,
     load,
     number_classes,
     printable,
+    read_image_headers,
+    reason_text,
     save,
     shorten,
 )
-from cit_scale.datasets.progress import Progress
+from cit_scale.datasets.progress import ProgressBar
 from cit_scale.errors import ConfigError
 from cit_scale.files import sync
 
@@ -265,7 +265,7 @@ def open_foreign_shards(folder: Path, cache_dir: Path) -> TarShards:
             return open_file(paths[shard]).read(offset, whole if size < 0 else min(size, whole))
 
         return {
-            **describe_images(classes, names, labels, read, folder, index_path),
+            **read_image_headers(classes, names, labels, read, folder, index_path),
             **dict(zip(PLACE, places.T, strict=True)),
             "shard_names": Texts.of([os.fsencode(path.name) for path in paths]),
         }
@@ -283,7 +283,7 @@ def _scan_shards(paths: Sequence[Path]) -> tuple[list[bytes], list[str], np.ndar
     texts: list[str] = []
     places: list[tuple[int, int, int]] = []
     title = f"looking through {printable(paths[0].parent)}"
-    with Progress(title, len(paths), "shards") as progress, ThreadPoolExecutor(THREADS) as threads:
+    with ProgressBar(title, len(paths), "shards") as progress, ThreadPoolExecutor(THREADS) as threads:
         for shard, found in enumerate(threads.map(_scan_shard, paths)):
             for name, offset, size, text in found:
                 names.append(name)
@@ -324,7 +324,7 @@ def _scan_shard(path: Path) -> list[tuple[bytes, int, int, str]]:
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except tarfile.TarError as error:
         raise ConfigError(
-            f"{printable(path)} is not a whole, uncompressed tar file ({describe(error)}); restore or remove it"
+            f"{printable(path)} is not a whole, uncompressed tar file ({reason_text(error)}); restore or remove it"
         ) from error
     unlabelled = [printable(image.name) for key, image in images.items() if not labels.get(key)]
     if unlabelled:

@@ -36,9 +36,9 @@ from imageio_ffmpeg import get_ffmpeg_exe
 
 from cit_scale.datasets.defaults import FRAME_QUALITY
 from cit_scale.datasets.folders import ImageFolder, find_files
-from cit_scale.datasets.index import describe, printable, shorten
+from cit_scale.datasets.index import printable, reason_text, shorten
 from cit_scale.datasets.pack import REJECTED, pack
-from cit_scale.datasets.progress import Progress
+from cit_scale.datasets.progress import ProgressBar
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.errors import ConfigError, Stopped
 from cit_scale.files import changed, write_text
@@ -215,7 +215,7 @@ def _read(video: Path, **options: Any) -> Any:
         with video.open("rb") as file:
             head = file.read(8)
     except OSError as error:
-        raise BadVideoError(describe(error)) from error
+        raise BadVideoError(reason_text(error)) from error
     whole = int.from_bytes(head[4:], "little") + 8
     if head.startswith(b"RIFF") and size < whole:  # ffmpeg would take an AVI that was cut short for a shorter one
         raise BadVideoError(f"the file ends after {size} of {whole} bytes")
@@ -229,7 +229,7 @@ def _identify(video: Path) -> tuple[int, int]:
     try:
         found = video.stat()
     except OSError as error:
-        raise BadVideoError(describe(error)) from error
+        raise BadVideoError(reason_text(error)) from error
     if not stat.S_ISREG(found.st_mode):
         raise BadVideoError("not a file")
     if not found.st_size:
@@ -331,7 +331,7 @@ def extract_all(
     take = partial(extract, sampling=sampling, **options)
     records: dict[str, Record] = {}
     rejected: dict[str, str] = {}
-    progress = Progress(f"frames of {printable(videos)}", len(names), "videos")
+    progress = ProgressBar(f"frames of {printable(videos)}", len(names), "videos")
     with progress, ThreadPoolExecutor(workers) as pool:
         try:
             jobs = {pool.submit(_renew, videos / name, out / name, scratch, take, hwaccel): name for name in names}

@@ -18,7 +18,7 @@ def restart_count(env: Mapping[str, str]) -> int:
     return int(env.get("SLURM_RESTART_COUNT", 0))
 
 
-def describe_job(env: Mapping[str, str]) -> dict[str, Any] | None:
+def job_record(env: Mapping[str, str]) -> dict[str, Any] | None:
     """For the run folder: job, start, nodes in the order of their ranks, log. None outside of a job."""
     if job_id(env) is None:
         return None

@@ -136,7 +136,7 @@ def warn_once_per_job(message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-def together(world: World, function: Callable[[], T]) -> T:
+def run_on_all_ranks(world: World, function: Callable[[], T]) -> T:
     """Collective. Every rank calls ``function``, in which no rank waits for another.
 
     An exception on any rank is raised on all of them, so that none waits for one that has gone.
@@ -160,5 +160,5 @@ def first_on_each_node(world: World, function: Callable[[], T]) -> T:
     any rank is raised on all of them.
     """
     turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
-    results = [together(world, lambda now=now: function() if now == turn else None) for now in range(3)]
+    results = [run_on_all_ranks(world, lambda now=now: function() if now == turn else None) for now in range(3)]
     return cast(T, results[turn])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cit_scale.config import RunConfig, plan_batches
+from cit_scale.config import RunConfig, split_batch
 from cit_scale.distributed.world import World
 from cit_scale.engines.base import Engine
 from cit_scale.errors import ConfigError
@@ -29,7 +29,7 @@ def check_engine(config: RunConfig, world: World) -> None:
     if engine.name == "zero":
         from cit_scale.engines.zero import read_ds_config
 
-        read_ds_config(config, world.world_size, plan_batches(config, world.world_size).micro_steps)
+        read_ds_config(config, world.world_size, split_batch(config, world.world_size).micro_steps)
 
 
 def build_engine(module: nn.Module, config: RunConfig, world: World, micro_steps: int) -> Engine:

@@ -36,8 +36,8 @@ class Fsdp2Engine(HostingEngine):
                 block.compile()
         _shard(module, blocks, AUTOCAST.get(engine.precision), world)
         self._optimizer = adamw(module, optim)
-        self._layout = ShardedTensors(module)
-        self._keep_state(self._optimizer, self._layout)
+        self._placement = ShardedTensors(module)
+        self._keep_state(self._optimizer, self._placement)
 
     def forward(self, images: Tensor) -> StudentLogits:
         return self._hosted(images)
@@ -50,7 +50,7 @@ class Fsdp2Engine(HostingEngine):
 
     def _update(self, lr: float, loss_scale: float) -> float:
         return apply_update(
-            self._optimizer, self._layout.pieces, lr=lr, clip_norm=self._clip_norm, loss_scale=loss_scale
+            self._optimizer, self._placement.pieces, lr=lr, clip_norm=self._clip_norm, loss_scale=loss_scale
         )
 
 
@@ -81,7 +81,7 @@ def _is_vector(layer: nn.Module) -> bool:
 
 
 class ShardedTensors:
-    """Layout of FSDP2: each parameter is a DTensor, cut along its first dimension; a rank's part may be empty."""
+    """FSDP2's ``ParameterPlacement``: each parameter is a DTensor cut along its first dimension; parts may be empty."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -18,7 +18,7 @@ from cit_scale.distributed.world import World
 from cit_scale.engines.base import StepResult
 from cit_scale.engines.batch_norm import RunningStatistics, prepare_batch_norm
 from cit_scale.engines.loss_scale import LossScale
-from cit_scale.engines.state import Layout, TrainingState
+from cit_scale.engines.state import ParameterPlacement, TrainingState
 from cit_scale.errors import ConfigError
 from cit_scale.optim import set_learning_rate
 
@@ -66,8 +66,8 @@ class HostingEngine(ABC):
         prepare(module, engine, world)
         self._statistics = RunningStatistics(module, world)
 
-    def _keep_state(self, optimizer: torch.optim.AdamW, layout: Layout) -> None:
-        self._state = TrainingState(self.module, optimizer, layout, self._ema_decay, self._loss_scale)
+    def _keep_state(self, optimizer: torch.optim.AdamW, placement: ParameterPlacement) -> None:
+        self._state = TrainingState(self.module, optimizer, placement, self._ema_decay, self._loss_scale)
 
     @abstractmethod
     def forward(self, images: Tensor) -> StudentLogits: ...

@@ -23,8 +23,8 @@ class PlainEngine(HostingEngine):
         if engine.compile:
             module.compile()
         self._optimizer = adamw(module, optim)
-        self._layout = WholeParameters(module)
-        self._keep_state(self._optimizer, self._layout)
+        self._placement = WholeParameters(module)
+        self._keep_state(self._optimizer, self._placement)
 
     def forward(self, images: Tensor) -> StudentLogits:
         return self._hosted(images)
@@ -34,5 +34,5 @@ class PlainEngine(HostingEngine):
 
     def _update(self, lr: float, loss_scale: float) -> float:
         return apply_update(
-            self._optimizer, self._layout.pieces, lr=lr, clip_norm=self._clip_norm, loss_scale=loss_scale
+            self._optimizer, self._placement.pieces, lr=lr, clip_norm=self._clip_norm, loss_scale=loss_scale
         )

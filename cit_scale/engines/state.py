@@ -15,7 +15,7 @@ from cit_scale.errors import ConfigError, Stopped
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Layout(Protocol):
+class ParameterPlacement(Protocol):
     """How the module's parameters lie in the tensors that this rank's AdamW updates.
 
     shapes: each parameter's own shape by name. pieces: those tensors, float32; a piece may hold one parameter, several,
@@ -38,7 +38,7 @@ class Layout(Protocol):
 
 
 class WholeParameters:
-    """The layout of an engine that shards nothing: AdamW updates the module's own parameters."""
+    """The placement of an engine that shards nothing: AdamW updates the module's own parameters."""
 
     def __init__(self, module: nn.Module) -> None:
         parameters = dict(module.named_parameters())
@@ -65,15 +65,15 @@ class TrainingState:
         self,
         module: nn.Module,
         optimizer: torch.optim.AdamW,
-        layout: Layout,
+        placement: ParameterPlacement,
         ema_decay: float | None,
         loss_scale: LossScale,
     ) -> None:
         self._optimizer = optimizer
-        self._layout = layout
+        self._placement = placement
         self._ema_decay = ema_decay
         self._loss_scale = loss_scale
-        self._average = [piece.detach().clone() for piece in layout.pieces] if ema_decay is not None else None
+        self._average = [piece.detach().clone() for piece in placement.pieces] if ema_decay is not None else None
         persistent = module.state_dict().keys()
         self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         self._buffers_before = [buffer.clone() for buffer in self._buffers.values()]
@@ -85,7 +85,7 @@ class TrainingState:
 
     def _create_moments(self) -> None:
         """As AdamW does it at its first step, so that there is a place to load into."""
-        for piece in self._layout.pieces:
+        for piece in self._placement.pieces:
             step = torch.zeros((), dtype=torch.float32, device=piece.device)
             moments = {key: torch.zeros_like(piece) for key in MOMENTS}
             self._optimizer.state[piece] = {"step": step, **moments}
@@ -95,7 +95,7 @@ class TrainingState:
         """An update was applied: the moving average follows, the buffers stand."""
         if self._average is not None:
             # average = decay * average + (1 - decay) * weight
-            torch._foreach_lerp_(self._average, self._layout.pieces, 1 - self._ema_decay)
+            torch._foreach_lerp_(self._average, self._placement.pieces, 1 - self._ema_decay)
         for name, average in self._averaged_buffers.items():
             if average.is_floating_point():
                 average.lerp_(self._buffers[name], 1 - self._ema_decay)
@@ -126,17 +126,17 @@ class TrainingState:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Collective. What is in the module goes to where its average lies, and the other way round, bit for bit."""
-        pairs = list(zip(self._layout.pieces, self._average, strict=True))
+        pairs = list(zip(self._placement.pieces, self._average, strict=True))
         pairs += [(self._buffers[name], average) for name, average in self._averaged_buffers.items()]
         for here, there in pairs:
             kept = here.clone()
             here.copy_(there)
             there.copy_(kept)
-        self._layout.publish()
+        self._placement.publish()
 
     def shapes(self) -> dict[str, torch.Size]:
         """As ``Engine.state_shapes`` describes them."""
-        shapes = {f"{kind}/{name}": shape for kind in self._kinds() for name, shape in self._layout.shapes.items()}
+        shapes = {f"{kind}/{name}": shape for kind in self._kinds() for name, shape in self._placement.shapes.items()}
         return shapes | {key: tensor.shape for key, tensor in self._whole_tensors().items()}
 
     def copies(self, keys: Container[str]) -> dict[str, Tensor]:
@@ -144,7 +144,7 @@ class TrainingState:
         copies = {
             f"{kind}/{name}": _copy_to_cpu(tensor)
             for kind, pieces in self._kinds().items()
-            for name, tensor in self._layout.assemble(pieces)
+            for name, tensor in self._placement.assemble(pieces)
             if f"{kind}/{name}" in keys
         }
         return copies | {key: _copy_to_cpu(tensor) for key, tensor in self._whole_tensors().items() if key in keys}
@@ -154,16 +154,16 @@ class TrainingState:
         """Collective. Take over what ``copies`` returned. If it does not fit, ConfigError, and nothing is changed."""
         self._check(state)
         for kind, pieces in self._kinds().items():
-            parts = self._layout.cut(lambda name, kind=kind: state[f"{kind}/{name}"])
+            parts = self._placement.cut(lambda name, kind=kind: state[f"{kind}/{name}"])
             for piece, part in zip(pieces, parts, strict=True):
                 piece.copy_(part)
-        for piece in self._layout.pieces:
+        for piece in self._placement.pieces:
             self._optimizer.state[piece]["step"].copy_(state["optimizer_step"])
         self._loss_scale.load(state["loss_scale"])
         for key, buffer in self._whole_buffers().items():
             buffer.copy_(state[key])
         self._keep_buffers()
-        self._layout.publish()
+        self._placement.publish()
 
     def _keep_buffers(self) -> None:
         if self._buffers:
@@ -176,7 +176,7 @@ class TrainingState:
 
     def _whole_tensors(self) -> dict[str, Tensor]:
         """By key, what every rank has whole: the buffers, and what is counted."""
-        step = self._optimizer.state[self._layout.pieces[0]]["step"]  # the same for every piece
+        step = self._optimizer.state[self._placement.pieces[0]]["step"]  # the same for every piece
         return {
             **self._whole_buffers(),
             "optimizer_step": step.to("cpu", torch.int64),
@@ -185,7 +185,7 @@ class TrainingState:
 
     def _kinds(self) -> dict[str, list[Tensor]]:
         """What there is of each parameter, in pieces."""
-        pieces = self._layout.pieces
+        pieces = self._placement.pieces
         kinds = {"weight": pieces, **{key: [self._optimizer.state[piece][key] for piece in pieces] for key in MOMENTS}}
         if self._average is not None:
             kinds["ema"] = self._average

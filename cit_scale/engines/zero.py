@@ -25,7 +25,7 @@ from cit_scale.batch import StudentLogits
 from cit_scale.config import EngineConfig, OptimConfig, RunConfig, find_ds_config
 from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.hosted import Hosted, HostingEngine, clip_gradients
-from cit_scale.engines.state import Layout, WholeParameters
+from cit_scale.engines.state import ParameterPlacement, WholeParameters
 from cit_scale.errors import ConfigError, os_error
 from cit_scale.optim import adamw, set_learning_rate
 
@@ -103,7 +103,7 @@ class ZeroEngine(HostingEngine):
             module.compile()
         self._optimizer = adamw(module, optim)
         self._deepspeed = _initialize(hosted, self._optimizer, ds_config, world)
-        self._keep_state(self._optimizer, _layout(self._stage, module, self._deepspeed.optimizer, world))
+        self._keep_state(self._optimizer, _placement(self._stage, module, self._deepspeed.optimizer, world))
 
     def forward(self, images: Tensor) -> StudentLogits:
         # The boundary has to be known in the forward already, and says whether the backward after it closes the update.
@@ -155,7 +155,7 @@ def _initialize(
 # Where the parameters lie
 
 
-def _layout(stage: int, module: nn.Module, optimizer: Any, world: World) -> Layout:
+def _placement(stage: int, module: nn.Module, optimizer: Any, world: World) -> ParameterPlacement:
     match stage:
         case 0:
             return WholeParameters(module)

@@ -38,7 +38,7 @@ class BadImages:
     def collect(self, say: Callable[[str], None]) -> None:
         """Collective. Bring the ranks' lists together, write them, and say how many are new."""
         self._counted = sum(len(reader.bad) for reader in self._readers)
-        mine = [line for reader in self._readers for line in reader.describe(sorted(reader.bad))]
+        mine = [line for reader in self._readers for line in reader.bad_image_lines(sorted(reader.bad))]
         before = len(self._reasons)
         for lines in gather(self._world, mine):
             self._reasons = dict(line.split("\t", 1) for line in lines) | self._reasons

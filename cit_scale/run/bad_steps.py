@@ -16,7 +16,7 @@ from cit_scale.distributed.world import World, gather
 from cit_scale.engines.base import StepResult
 from cit_scale.errors import DivergedError
 from cit_scale.run.metrics import RunLog
-from cit_scale.run.progress import Progress
+from cit_scale.run.progress import TrainingProgress
 
 FOLDER = "bad_steps"
 
@@ -80,7 +80,7 @@ def find_culprits(
     """Collective. Who spoiled a skipped step. terms, samples: of each micro-step of this rank."""
     mine = []
     for micro_step, (loss, indices) in enumerate(zip(terms, samples, strict=True)):
-        named = {"loss_label": loss.label, **{f"loss_{name}": term for name, term in loss.advice.items()}}
+        named = {"loss_label": loss.label, **{f"loss_{name}": term for name, term in loss.distillation.items()}}
         bad = [name for name, term in {**named, "loss": loss.total}.items() if not term.isfinite()]
         mine.append(Culprit(world.rank, micro_step, bad, indices.tolist()))
     everyone = [culprit for rank in gather(world, mine) for culprit in rank]
@@ -91,7 +91,7 @@ def find_culprits(
 class BadSteps:
     """Counts them, in the run's progress, so that a stop in the midst of some changes nothing."""
 
-    def __init__(self, progress: Progress, run_dir: Path, most: int, world: World) -> None:
+    def __init__(self, progress: TrainingProgress, run_dir: Path, most: int, world: World) -> None:
         self._progress = progress
         self._folder = run_dir / FOLDER
         self._most = most

@@ -149,7 +149,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """A run folder. name: its path below the folder of all runs."""
 
     name: str
@@ -230,7 +230,7 @@ class Run:
         return None
 
 
-def find_runs(runs_dir: Path, *, set_aside: bool = False) -> list[Run]:
+def find_runs(runs_dir: Path, *, set_aside: bool = False) -> list[RunFolder]:
     """By name. set_aside: also those that --fresh has set aside. Raises MissingInputError without the folder."""
     if not runs_dir.is_dir():
         raise MissingInputError(f"there is no folder {runs_dir}; give --runs-dir where the run folders stand")
@@ -238,7 +238,7 @@ def find_runs(runs_dir: Path, *, set_aside: bool = False) -> list[Run]:
     for parent, names, _ in os.walk(runs_dir):
         folder = Path(parent)
         if folder != runs_dir and is_run(folder):
-            runs.append(Run(str(folder.relative_to(runs_dir)), folder))
+            runs.append(RunFolder(str(folder.relative_to(runs_dir)), folder))
             names[:] = [name for name in names if name not in INSIDE]
         names[:] = [name for name in names if set_aside or not is_set_aside(folder / name)]
     return sorted(runs, key=lambda run: run.name)
@@ -269,11 +269,11 @@ def is_set_aside(folder: Path) -> bool:
     return Path(str(read_yaml(folder / CONFIG).get("name", name))).name != folder.name
 
 
-def find_run(runs_dir: Path, name: str) -> Run:
+def find_run(runs_dir: Path, name: str) -> RunFolder:
     """By its name, or by the path of its folder. Raises MissingInputError with the names that are known."""
     folder = Path(name) if Path(name).is_relative_to(runs_dir) else runs_dir / name
     if folder.is_relative_to(runs_dir) and folder != runs_dir and is_run(folder):
-        return Run(str(folder.relative_to(runs_dir)), folder)
+        return RunFolder(str(folder.relative_to(runs_dir)), folder)
     known = [run.name for run in find_runs(runs_dir)]
     near = difflib.get_close_matches(name, known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"runs there: {', '.join(known) or 'none'}"

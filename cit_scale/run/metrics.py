@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -51,7 +52,7 @@ class StepClock:
     """Training throughput, from turn to turn of the training loop.
 
     A turn holds one step and all that goes with it, the wait for the slowest rank and for the next batch among them;
-    only what happens ``aside``, evaluation and saving, does not count. A pause of the process does: it cannot be told
+    only what is ``excluded``, evaluation and saving, does not count. A pause of the process does: it cannot be told
     from a slow step. The first turns of a process pay for compilation and warm-up and are not counted.
     """
 
@@ -79,7 +80,7 @@ class StepClock:
         return turn_s
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def excluded(self) -> Iterator[None]:
         """What happens within is no training."""
         began = time.perf_counter()
         try:
@@ -122,9 +123,9 @@ class RunLog:
         self._curves_dir = str(run_dir / "tensorboard")
         self._curves: SummaryWriter | None = None
         self._purge_step = step + 1 if step else None
-        self._progress: Progress | None = None
+        self._progress: Bar | None = None
         if self._console.is_terminal:
-            self._progress = Progress(
+            self._progress = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),

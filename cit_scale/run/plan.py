@@ -80,7 +80,7 @@ class RunPlan:
 
 def plan_run(task: Task) -> RunPlan:
     """Of a run that was checked."""
-    config, cut = task.config, task.batch_plan
+    config, cut = task.config, task.batch_split
     memory = estimate_memory(task)
     return RunPlan(
         config=config,
@@ -104,7 +104,7 @@ def plan_run(task: Task) -> RunPlan:
 
 def estimate_memory(task: Task) -> Memory:
     """Needs no GPU: activations are counted on tensors that have shapes and no memory."""
-    config, world_size, cut = task.config, task.world.world_size, task.batch_plan
+    config, world_size, cut = task.config, task.world.world_size, task.batch_split
     image_size = config.data.image_size
     network = task.build_student()
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -224,7 +224,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 # In words
 
 
-def describe_plan(plan: RunPlan, device: str) -> list[str]:
+def plan_lines(plan: RunPlan, device: str) -> list[str]:
     """The plan as lines of text. device: what a rank computes on, "GPU" or "rank"."""
     config, train = plan.config, plan.config.train
     share = plan.micro_batch_size * plan.micro_steps
@@ -247,7 +247,7 @@ def describe_plan(plan: RunPlan, device: str) -> list[str]:
             f"every {counted(train.save_every_steps, 'step')}{minutes}, about {plan.checkpoints_kept} kept, "
             f"{_size(plan.memory.checkpoint)} each",
         ),
-        (f"memory per {device}", describe_memory(plan.memory)),
+        (f"memory per {device}", memory_text(plan.memory)),
     ]
     for name, teacher in config.teachers.items():
         if name in plan.teachers:
@@ -256,7 +256,7 @@ def describe_plan(plan: RunPlan, device: str) -> list[str]:
                 (
                     f"teacher {name}",
                     f"{teacher.model} is trained first: {counted(run.total_steps, 'step')}, memory "
-                    f"{describe_memory(run.memory)}",
+                    f"{memory_text(run.memory)}",
                 )
             )
         else:
@@ -268,7 +268,7 @@ def row(what: str, text: str) -> str:
     return f"{what:<16} {text}"
 
 
-def describe_memory(memory: Memory) -> str:
+def memory_text(memory: Memory) -> str:
     parts = ("weights", "gradients", "moments", "average", "teachers", "activations")
     listed = ", ".join(f"{part} {_size(getattr(memory, part))}" for part in parts if getattr(memory, part))
     host = f", and {_size(memory.host)} of the CPU's" if memory.host else ""

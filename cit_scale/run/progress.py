@@ -19,7 +19,7 @@ from cit_scale.run.setup import Task, changed_settings
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """step: updates done, skipped ones counted. evaluated: the evaluation that may be due after that step is done.
     bad_steps, bad_in_a_row: of those that were not finite. useful_s: seconds spent in steps
     that count; what a killed process did after its last checkpoint does not."""
@@ -36,7 +36,7 @@ class Progress:
         self.evaluated = False
 
 
-def describe(progress: Progress, task: Task, inputs: Mapping[str, str]) -> dict[str, Any]:
+def checkpoint_meta(progress: TrainingProgress, task: Task, inputs: Mapping[str, str]) -> dict[str, Any]:
     """The meta.json of a checkpoint. inputs: fingerprints of what was learned from, by name."""
     config, step = task.config, progress.step
     return {
@@ -53,15 +53,15 @@ def describe(progress: Progress, task: Task, inputs: Mapping[str, str]) -> dict[
 
 def restore(
     meta: Mapping[str, Any], task: Task, inputs: Mapping[str, str], *, override: bool
-) -> tuple[Progress, list[str]]:
-    """What ``describe`` wrote, and what has changed since, which is what the override allows.
+) -> tuple[TrainingProgress, list[str]]:
+    """What ``checkpoint_meta`` returned, and what has changed since, which is what the override allows.
 
     Raises RefusedError, with the differences, if there are any that change what is learned and ``override`` is not set.
     """
     # What an earlier version did not know is at its default, and of inputs that it did not note nothing is known.
-    known = [field.name for field in dataclasses.fields(Progress) if field.name in meta]
-    saved = Progress(**{name: meta[name] for name in known})
-    now = describe(saved, task, inputs)
+    known = [field.name for field in dataclasses.fields(TrainingProgress) if field.name in meta]
+    saved = TrainingProgress(**{name: meta[name] for name in known})
+    now = checkpoint_meta(saved, task, inputs)
     changed = [
         f"{name}: {noted} -> {inputs.get(name)}"
         for name, noted in meta.get("inputs", {}).items()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cit_scale.config import REPOSITORY
-from cit_scale.distributed.slurm_job import describe_job
+from cit_scale.distributed.slurm_job import job_record
 from cit_scale.distributed.world import World
 
 PACKAGES = (
@@ -31,7 +31,7 @@ PACKAGES = (
 )
 
 
-def describe_environment(world: World) -> dict[str, Any]:
+def environment_record(world: World) -> dict[str, Any]:
     """Commit, versions, host and device: what somebody needs to know to believe or repeat the run's figures."""
     device = world.device
     return {
@@ -45,7 +45,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "world_size": world.world_size,
-        "slurm": describe_job(os.environ),
+        "slurm": job_record(os.environ),
     }
 
 

@@ -17,17 +17,17 @@ import yaml
 
 from cit_scale import cli
 from cit_scale.batch import Batch
-from cit_scale.config import BatchPlan, DataConfig, RunConfig, TeacherConfig, check_config, plan_batches
+from cit_scale.config import BatchSplit, DataConfig, RunConfig, TeacherConfig, check_config, split_batch
 from cit_scale.data.order import Cursor, steps_per_epoch
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, read_policy, train_stream
 from cit_scale.datasets.index import shorten
 from cit_scale.datasets.sources import Source, open_sources
-from cit_scale.distributed.world import World, first_on_each_node, together
+from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
 from cit_scale.engines.build import check_engine
 from cit_scale.engines.hosted import prepare
 from cit_scale.errors import CannotWriteError, ConfigError, RefusedError, os_error
-from cit_scale.files import set_file_aside
+from cit_scale.files import rename_aside
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.run.folders import runs_inside
 from cit_scale.run_folder import CONFIG
@@ -68,8 +68,8 @@ class Task:
         return len(self.train_set.classes)
 
     @property
-    def batch_plan(self) -> BatchPlan:
-        return plan_batches(self.config, self.world.world_size)
+    def batch_split(self) -> BatchSplit:
+        return split_batch(self.config, self.world.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -89,14 +89,14 @@ class Task:
             seed=config.seed,
             cursor=Cursor.at_step(step, len(self.train_set), config.train.global_batch_size),
             global_batch_size=config.train.global_batch_size,
-            micro_batch_size=self.batch_plan.micro_batch_size,
+            micro_batch_size=self.batch_split.micro_batch_size,
             world=world,
             device=world.device,
         )
 
     def eval_batches(self) -> Iterator[Batch]:
         """This rank's share of the evaluation set, once."""
-        size = self.batch_plan.micro_batch_size
+        size = self.batch_split.micro_batch_size
         return eval_stream(
             self.eval_images, self.config.data, batch_size=size, world=self.world, device=self.world.device
         )
@@ -132,16 +132,16 @@ def check(config: RunConfig, world: World, *, same_run: bool) -> Task:
 
     same_run: whether what stands in the run folder has to be of the same settings.
     """
-    together(world, lambda: check_settings(config, world, same_run=same_run))
+    run_on_all_ranks(world, lambda: check_settings(config, world, same_run=same_run))
     task = Task(config, world, *map(Reader, first_on_each_node(world, lambda: open_data(config.data))))
-    together(world, lambda: check_networks(task))
+    run_on_all_ranks(world, lambda: check_networks(task))
     return task
 
 
 def check_settings(config: RunConfig, world: World, *, same_run: bool) -> None:
     """What the configuration alone can get wrong."""
     check_config(config)
-    plan_batches(config, world.world_size)
+    split_batch(config, world.world_size)
     check_engine(config, world)
     read_policy(config.augment.policy)
     if config.teachers and config.distill.compile and world.device.type == "cpu":
@@ -253,10 +253,10 @@ def set_aside(run_dir: Path, world: World) -> None:
                 "or give this run another --name"
             )
         if world.is_main and run_dir.exists():
-            print(f"{run_dir} set aside as {set_file_aside(run_dir)}", flush=True)
+            print(f"{run_dir} set aside as {rename_aside(run_dir)}", flush=True)
 
     with writing(run_dir):
-        together(world, move)
+        run_on_all_ranks(world, move)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cit_scale.errors import RunError, Stopped, exit_code_of
-from cit_scale.run.folders import Run, as_dict, dig, find_run, find_runs, is_number, number
+from cit_scale.run.folders import RunFolder, as_dict, dig, find_run, find_runs, is_number, number
 from cit_scale.text import ExampleParser
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ class State:
         return f"{self.word} ({self.detail})" if self.detail else self.word
 
 
-StatesOf = Callable[[Sequence[Run]], list[State]]
+StatesOf = Callable[[Sequence[RunFolder]], list[State]]
 """Says how each of some runs is."""
 
 
-def state_in_folder(run: Run) -> State:
+def state_in_folder(run: RunFolder) -> State:
     """As far as the run's folder tells, which knows nothing of a job that waits."""
     if run.is_finished:
         return State("finished")
@@ -83,7 +83,7 @@ def state_in_folder(run: Run) -> State:
     return State("stopped", f"at step {steps[-1]}" if steps else "before its first checkpoint")
 
 
-def exit_code_of_failure(run: Run) -> int | None:
+def exit_code_of_failure(run: RunFolder) -> int | None:
     """What the newest start ended with, if attempts.jsonl has it, and it is neither well nor by request."""
     end = run.attempts[-1] if run.attempts else {}
     exit_code = end.get("exit_code")
@@ -93,7 +93,7 @@ def exit_code_of_failure(run: Run) -> int | None:
     return None if started_since or stopped or cancelled else exit_code
 
 
-def summarize(run: Run, state: State) -> dict[str, Any]:
+def summarize(run: RunFolder, state: State) -> dict[str, Any]:
     """A row of ``list``. phase: the teacher that is trained, if one is; steps, speed, loss and time left are its."""
     phase, job = run.current, run.job
     return {
@@ -112,7 +112,7 @@ def summarize(run: Run, state: State) -> dict[str, Any]:
     }
 
 
-def describe(run: Run, state: State) -> dict[str, Any]:
+def run_record(run: RunFolder, state: State) -> dict[str, Any]:
     """All that ``show`` tells."""
     phase = run.current
     models = [f"{name}: {dig(teacher, 'model')}" for name, teacher in as_dict(phase.config.get("teachers")).items()]
@@ -155,9 +155,9 @@ def list_runs(runs_dir: Path, states_of: StatesOf, *, set_aside: bool, as_json: 
     return 0
 
 
-def show_run(run: Run, states_of: StatesOf, *, as_json: bool) -> int:
+def show_run(run: RunFolder, states_of: StatesOf, *, as_json: bool) -> int:
     """Print all that is known of one run. Returns the exit code."""
-    about = describe(run, *states_of([run]))
+    about = run_record(run, *states_of([run]))
     if as_json:
         print(json.dumps(about, indent=2))
     else:
@@ -165,7 +165,7 @@ def show_run(run: Run, states_of: StatesOf, *, as_json: bool) -> int:
     return 0
 
 
-def states_in_folders(runs: Sequence[Run]) -> list[State]:
+def states_in_folders(runs: Sequence[RunFolder]) -> list[State]:
     """Of each run. A line names the jobs that only Slurm could tell of."""
     states = [state_in_folder(run) for run in runs]
     waiting = [
@@ -272,7 +272,7 @@ def cells_of(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def tables_of(run: Run, about: Mapping[str, Any]) -> Iterator[Table]:
+def tables_of(run: RunFolder, about: Mapping[str, Any]) -> Iterator[Table]:
     facts = {
         **cells_of(about),
         "goodput": as_figure(about["goodput"], ".1%"),
