@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: cit-scale has no verb {name!r}; {hint}", file=sys.stderr)
         return 2
     verb = VERBS[name]
-    if name == "train":
-        cli.answer_early(arguments, os.environ)  # before the import, which takes seconds
+    # Before the import, which takes seconds.
+    parsed = {"arguments": cli.answer_early(arguments, os.environ)} if name == "train" else {}
     text.outlive_readers(and_full_disks=not verb.prints_results)
-    return getattr(importlib.import_module(verb.module), verb.function)(arguments)
+    return getattr(importlib.import_module(verb.module), verb.function)(arguments, **parsed)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
-
-from cit_scale.config import RunConfig, TeacherConfig, check_config, check_names, expand, split_batch
+from cit_scale.config import RunConfig, check_config, check_names, expand, split_batch
 from cit_scale.distributed.ranks import Ranks
-from cit_scale.errors import ConfigError, MissingInputError, RunError, exit_code_of
+from cit_scale.errors import ConfigError, MissingInputError, RunError, exit_code_of, one_line
 from cit_scale.run_folder import INSIDE
+from cit_scale.settings import flatten, to_dict, with_students
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -70,10 +69,12 @@ recipes: {recipes}
 
 @dataclass(frozen=True)
 class Arguments:
-    """fresh: set aside what stands in the run folder, and start over. override_resume: go on although what the run
-    learns from changed. local_rank: the deepspeed launcher's, if given."""
+    """teacher_runs: by teacher, the run that trains each one that has no weights. fresh: set aside what stands in the
+    run folder, and start over. override_resume: go on although what the run learns from changed. local_rank: the
+    deepspeed launcher's, if given."""
 
     config: RunConfig
+    teacher_runs: dict[str, RunConfig]
     fresh: bool
     override_resume: bool
     local_rank: int | None
@@ -119,7 +120,6 @@ def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
             "leave the flag to the launcher"
         )
     check_config(arguments.config)
-    teacher_runs(arguments.config)  # each has weights or a recipe
     split_batch(arguments.config, ranks.world_size)
     return arguments
 
@@ -146,14 +146,14 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
     return ranks
 
 
-def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> None:
+def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
     """Leave the process if all it has to do is print help, or say what is wrong with its command line.
 
-    For entry points, before they import what takes seconds.
+    For entry points, before they import what takes seconds. Returns the parsed command line.
     """
     try:
         try:
-            read_command_line(argv, env)
+            return read_command_line(argv, env)
         finally:
             if sys.stdout is not None:  # help that cannot be written is an error, unless nobody wants to read on
                 sys.stdout.flush()
@@ -191,7 +191,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise ConfigError(
             f"name={config.name!r} lies inside another run's folder, where {min(taken)} is that run's own; give another"
         )
-    return Arguments(config, parsed.fresh, parsed.override_resume, parsed.local_rank)
+    teacher_runs = resolve_teacher_runs(config)
+    return Arguments(config, teacher_runs, parsed.fresh, parsed.override_resume, parsed.local_rank)
 
 
 def _short_help() -> str:
@@ -211,93 +212,31 @@ def _load_recipe(path: Path, content: bytes) -> RunConfig:
     return _build(_parse(["--config", str(path)]))
 
 
-def teacher_run(config: RunConfig, name: str) -> RunConfig:
-    """The run that trains one of ``config``'s teachers: its recipe, inside the student's folder.
+def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
+    """By teacher, for each that comes without weights: the run that trains it on the student's data.
 
-    What is of the data or of the machine comes from the student's run: images, augmentation, micro-batches, patience,
-    engine; not the checkpointing of activations, which is of the student. The teacher's model is the student of the new
-    run.
+    It is the teacher's recipe, inside the student's run folder, with what the facts of the settings say comes from the
+    student's run: what belongs to the data and to the machine. The teacher's model is the student of that run.
+    Raises ConfigError for a teacher without weights and recipe, and for a recipe that has teachers itself.
     """
-    teacher = config.teachers[name]
-    if teacher.recipe is None:
-        raise ConfigError(
-            f"teacher {name} ({teacher.model}) has neither weights nor a recipe; "
-            f"give --teachers.{name}.weights FILE, or --teachers.{name}.recipe NAME to train it first"
+    runs = {}
+    for name, teacher in config.teachers.items():
+        if teacher.weights is not None:
+            continue
+        if teacher.recipe is None:
+            raise ConfigError(
+                f"teacher {name} ({teacher.model}) has neither weights nor a recipe; "
+                f"give --teachers.{name}.weights FILE, or --teachers.{name}.recipe NAME to train it first"
+            )
+        recipe = load_recipe(teacher.recipe)
+        if recipe.teachers:
+            raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
+        runs[name] = dataclasses.replace(
+            with_students(recipe, config),
+            name=f"{config.name}/teachers/{name}",
+            student=dataclasses.replace(recipe.student, name=teacher.model, kwargs=teacher.kwargs),
         )
-    recipe = load_recipe(teacher.recipe)
-    return dataclasses.replace(
-        recipe,
-        name=f"{config.name}/teachers/{name}",
-        runs_dir=config.runs_dir,
-        seed=config.seed,
-        data=config.data,
-        augment=config.augment,
-        engine=dataclasses.replace(config.engine, activation_checkpointing=False),
-        train=dataclasses.replace(
-            recipe.train,
-            micro_batch_size=config.train.micro_batch_size,
-            save_every_minutes=config.train.save_every_minutes,
-            max_bad_steps=config.train.max_bad_steps,
-            step_timeout_s=config.train.step_timeout_s,
-        ),
-        student=dataclasses.replace(recipe.student, name=teacher.model, kwargs=teacher.kwargs),
-    )
-
-
-def teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
-    """By teacher: the run that trains it, for each that comes without weights."""
-    return {name: teacher_run(config, name) for name, teacher in config.teachers.items() if teacher.weights is None}
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The whole configuration as JSON and YAML know it."""
-    return _plain(dataclasses.asdict(config))
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The whole configuration as a recipe file that ``--config`` reads back to an equal one."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as an earlier version wrote it, with the settings that it did not know at their defaults."""
-    filled = _fill(saved, to_dict(RunConfig()))
-    teachers = filled["teachers"] if isinstance(filled["teachers"], dict) else {}
-    for name, teacher in teachers.items():
-        if isinstance(teacher, dict):
-            teachers[name] = _fill(teacher, _plain(dataclasses.asdict(TeacherConfig(model=""))))
-    return filled
-
-
-def _fill(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    filled = {**defaults, **saved}
-    for key, default in defaults.items():
-        if isinstance(default, dict) and isinstance(filled[key], dict):
-            filled[key] = _fill(filled[key], default)
-    return filled
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """``key: old -> new`` for every setting in which two configurations, as ``to_dict`` gives them, differ."""
-    before, after = _flat(old), _flat(new)
-    keys = [*before, *(key for key in after if key not in before)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as YAML would give them back."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return runs
 
 
 @functools.cache
@@ -364,21 +303,21 @@ def _parse(argv: Sequence[str]) -> Namespace:
     except OSError:  # a disk's: what is printed does not arrive
         raise
     except Exception as error:  # argparse, YAML and type errors all mean: the user's input
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_explain(error)) from error
 
 
 def _build(parsed: Namespace) -> RunConfig:
     return RunConfig(**{field.name: parsed[field.name] for field in dataclasses.fields(RunConfig)})
 
 
-def _one_line(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     """jsonargparse's message on one line, with the nearest known setting where a name is unknown."""
-    message = re.sub(r"Problem with given class_path '[^']*': ?", "", " ".join(str(error).split()))
+    message = re.sub(r"Problem with given class_path '[^']*': ?", "", one_line(error))
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     unknown = re.search(r"(?:accept option|Option|unrecognized arguments:) '?(?:--)?([\w.-]+)", message)
     if unknown is None:
         return message
-    known = list(_flat(_plain(dataclasses.asdict(RunConfig()))))
+    known = list(flatten(to_dict(RunConfig())))
     names = {name.rsplit(".", 1)[-1]: name for name in known} | {name: name for name in known}
     near = difflib.get_close_matches(unknown[1], names, n=1)
     hint = f"did you mean {names[near[0]]}?" if near else "see --help"

@@ -1,17 +1,33 @@
 """The whole run as frozen dataclasses. The defaults are the paper's recipe (CiT, "Co-advise: Cross Inductive Bias
 Distillation", CVPR 2022, and DeiT, which it follows); a recipe file in ``recipes/`` states only what differs.
 
-Each number has one home. Whatever follows from the numbers is a property or a function of them, never a second field.
+Each fact has one home. What is known of a setting beside its type, default and meaning stands in its ``setting(...)``:
+the rules for its value, whether it may change when a run goes on, whether the run that trains a teacher takes it from
+the student's, whether ``cit-scale runs show`` lists it. ``settings`` says what follows from that. Whatever follows from
+the numbers is a property or a function of them, never a second field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cit_scale.errors import ConfigError
+from cit_scale.settings import (
+    ABOVE_0_TO_1,
+    BELOW_2_63,
+    BETAS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_RANGE,
+    SHARE,
+    check_rules,
+    section,
+    sections_by_name,
+    setting,
+    walk,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DS_CONFIGS = REPOSITORY / "ds_configs"
@@ -21,7 +37,7 @@ DS_CONFIGS = REPOSITORY / "ds_configs"
 class StudentConfig:
     """The network that this run trains."""
 
-    name: str = "cit_base_patch16_224"
+    name: str = setting("cit_base_patch16_224", in_listing=True)
     """Any timm model; the ones registered by cit_scale.models can be advised."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -41,13 +57,13 @@ class TeacherConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model."""
 
-    weights: str | None = None
+    weights: str | None = setting(None, may_change=True)
     """A safetensors or PyTorch state dict. Without it the teacher is trained first, with `recipe`."""
 
     recipe: str | None = None
     """The recipe that trains this teacher on the student's data when `weights` is not given: a name or a path."""
 
-    weight: float = 1.0
+    weight: float = setting(1.0, rules=[NOT_NEGATIVE])
     """Weight of this teacher's divergence in the loss."""
 
 
@@ -55,38 +71,38 @@ class TeacherConfig:
 class DataConfig:
     """Where the images come from."""
 
-    train: str = "digits"
+    train: str = setting("digits", may_change=True, in_listing=True)
     """A folder with one sub-folder of images per class, a folder of tar shards, a .csv or .tsv table of paths and
     labels, an idx file of images, or 'digits' (scikit-learn's handwritten digits)."""
 
-    eval: str | None = None
+    eval: str | None = setting(None, may_change=True)
     """Like `train`, with the same classes. Without it a part of `train` is held out."""
 
-    holdout: float = 0.2
+    holdout: float = setting(0.2, rules=[SHARE])
     """The part of `train` that is held out for evaluation when `eval` is not given."""
 
-    image_size: int = 224
+    image_size: int = setting(224, rules=[POSITIVE], in_listing=True)
     """Height and width of what the networks see, in pixels."""
 
-    crop_ratio: float = 0.875
+    crop_ratio: float = setting(0.875, rules=[ABOVE_0_TO_1])
     """In evaluation the shorter side is resized to image_size / crop_ratio before the centre crop."""
 
-    cache_dir: str = "~/.cache/cit_scale"
+    cache_dir: str = setting("~/.cache/cit_scale", may_change=True)
     """Where built-in data sets and the indices of others are kept."""
 
-    decode_threads: int = 4
+    decode_threads: int = setting(4, rules=[POSITIVE], may_change=True)
     """Threads of the decoding pipeline, for each rank."""
 
-    prefetch: int = 2
+    prefetch: int = setting(2, rules=[NOT_NEGATIVE], may_change=True)
     """Micro-batches that are read ahead, and as many that are decoded ahead; 0 prepares each when it is asked for."""
 
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: float = setting(0.65, rules=[SHARE], may_change=True)
     """On a GPU: the share of JPEGs that its hardware decoder takes, where it has one; its cores decode the others."""
 
-    pinned_memory_mib: int = 0
+    pinned_memory_mib: int = setting(0, rules=[NOT_NEGATIVE], may_change=True)
     """On a GPU: page-locked host memory, MiB, that each rank takes at its start rather than piece by piece."""
 
-    max_bad_images: int = 50
+    max_bad_images: int = setting(50, rules=[NOT_NEGATIVE], may_change=True)
     """Images that cannot be used are reported and replaced, up to so many; past it the run stops with their list."""
 
 
@@ -94,22 +110,22 @@ class DataConfig:
 class AugmentConfig:
     """What happens to one training image, in this order."""
 
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[float, float] = setting((0.08, 1.0), rules=[POSITIVE_RANGE])
     """Random resized crop: share of the image's area."""
 
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), rules=[POSITIVE_RANGE])
     """Random resized crop: width / height."""
 
-    flip_prob: float = 0.5
+    flip_prob: float = setting(0.5, rules=[SHARE])
     """Probability of a horizontal flip."""
 
     policy: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment in timm's notation, or '3a' (DeiT III: grey, solarized or blurred; colour jitter); null for none."""
 
-    erase_prob: float = 0.25
+    erase_prob: float = setting(0.25, rules=[SHARE])
     """Probability of random erasing with per-pixel noise."""
 
-    repeats: int = 1
+    repeats: int = setting(1, rules=[POSITIVE])
     """Repeated augmentation: how often a sample stands in the order of an epoch, each time augmented anew."""
 
 
@@ -117,22 +133,22 @@ class AugmentConfig:
 class MixingConfig:
     """Mixup and cutmix over groups of neighbours in the global batch."""
 
-    mixup_alpha: float = 0.8
+    mixup_alpha: float = setting(0.8, rules=[NOT_NEGATIVE])
     """Beta parameter of mixup; 0 turns it off."""
 
-    cutmix_alpha: float = 1.0
+    cutmix_alpha: float = setting(1.0, rules=[NOT_NEGATIVE])
     """Beta parameter of cutmix; 0 turns it off."""
 
-    prob: float = 1.0
+    prob: float = setting(1.0, rules=[SHARE])
     """Probability that a group is mixed at all."""
 
-    switch_prob: float = 0.5
+    switch_prob: float = setting(0.5, rules=[SHARE])
     """Probability of cutmix where both are on."""
 
-    smoothing: float = 0.1
+    smoothing: float = setting(0.1, rules=[SHARE])
     """Label smoothing."""
 
-    group_size: int | None = 8
+    group_size: int | None = setting(8, rules=[POSITIVE])
     """Images that share one lambda and mix among themselves. Micro-batches hold whole groups: all layouts mix alike.
     null: a rank's micro-batch is one group, as in timm's Mixup; another number of ranks then mixes otherwise."""
 
@@ -141,7 +157,7 @@ class MixingConfig:
 class DistillConfig:
     """How the teachers advise."""
 
-    temperature: float = 1.0
+    temperature: float = setting(1.0, rules=[POSITIVE])
     """T of the divergence, which is multiplied by its square."""
 
     teacher_precision: Literal["float32", "bf16"] = "float32"
@@ -155,34 +171,34 @@ class DistillConfig:
 class OptimConfig:
     """AdamW and its learning rate."""
 
-    lr: float = 1e-3
+    lr: float = setting(1e-3, rules=[POSITIVE], in_listing=True)
     """Peak learning rate at a global batch of `lr_batch_size`; scaled linearly with the global batch."""
 
-    lr_batch_size: int = 1024
+    lr_batch_size: int = setting(1024, rules=[POSITIVE])
     """The global batch for which `lr` is stated."""
 
-    warmup_lr: float = 1e-6
+    warmup_lr: float = setting(1e-6, rules=[NOT_NEGATIVE])
     """Learning rate at step 0."""
 
-    min_lr: float = 1e-5
+    min_lr: float = setting(1e-5, rules=[NOT_NEGATIVE])
     """Learning rate at the end of the cosine."""
 
-    warmup_epochs: float = 20
+    warmup_epochs: float = setting(20, rules=[NOT_NEGATIVE])
     """Length of the linear warm-up."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = setting((0.9, 0.999), rules=[BETAS])
     """AdamW's running-average coefficients."""
 
-    eps: float = 1e-8
+    eps: float = setting(1e-8, rules=[POSITIVE])
     """AdamW's epsilon."""
 
-    weight_decay: float = 0.05
+    weight_decay: float = setting(0.05, rules=[NOT_NEGATIVE])
     """On matrices and convolutions only: not on one-dimensional parameters, biases, tokens, the position embedding."""
 
-    clip_norm: float = 15.0
+    clip_norm: float = setting(15.0, rules=[NOT_NEGATIVE])
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
 
-    ema_decay: float | None = None
+    ema_decay: float | None = setting(None, rules=[SHARE])
     """Keep an exponential moving average of the weights with this decay."""
 
 
@@ -190,19 +206,19 @@ class OptimConfig:
 class EngineConfig:
     """What hosts the student."""
 
-    name: Literal["zero", "fsdp2", "plain"] = "zero"
+    name: Literal["zero", "fsdp2", "plain"] = setting("zero", may_change=True, in_listing=True)
     """zero: DeepSpeed ZeRO. fsdp2: PyTorch's fully_shard. Both on any number of ranks. plain: one process alone."""
 
-    ds_config: str = "zero1"
+    ds_config: str = setting("zero1", may_change=True, in_listing=True)
     """How ZeRO shards: a file in ds_configs/ by name, or a path."""
 
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    precision: Literal["float32", "bf16", "fp16"] = setting("float32", in_listing=True)
     """bf16 and fp16 are autocast over float32 weights; fp16, for cards without bf16, scales the loss."""
 
     batch_norm: Literal["local", "synchronized"] = "local"
     """Whose images BatchNorm in the student's stems normalises with: each rank's own, or those of all ranks."""
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = setting(False, may_change=True, for_teachers=False)
     """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
 
     compile: bool = False
@@ -213,43 +229,43 @@ class EngineConfig:
 class TrainConfig:
     """How long, how much at once, how often to save, when to give up."""
 
-    epochs: int = 300
+    epochs: int = setting(300, rules=[POSITIVE], in_listing=True)
     """Passes over the training set."""
 
-    global_batch_size: int = 1024
+    global_batch_size: int = setting(1024, rules=[POSITIVE], in_listing=True)
     """Images per update, over all ranks and micro-steps."""
 
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = setting(None, rules=[POSITIVE], may_change=True, for_teachers=True)
     """Images per rank per forward, at most; the micro-steps follow. Without it each rank takes its share at once."""
 
-    log_every_steps: int = 50
+    log_every_steps: int = setting(50, rules=[POSITIVE], may_change=True)
     """How often metrics are read from the device and written."""
 
-    eval_every_epochs: int = 10
+    eval_every_epochs: int = setting(10, rules=[POSITIVE], may_change=True)
     """How often the student is evaluated; it always is at the end."""
 
-    save_every_steps: int = 500
+    save_every_steps: int = setting(500, rules=[POSITIVE], may_change=True)
     """How often a checkpoint is written; one also is at the end and when the run is asked to stop."""
 
-    save_every_minutes: float = 15
+    save_every_minutes: float = setting(15, rules=[NOT_NEGATIVE], may_change=True, for_teachers=True)
     """A checkpoint is also written when the last one is older; 0 leaves it to the steps."""
 
-    keep_last: int = 2
+    keep_last: int = setting(2, rules=[POSITIVE], may_change=True)
     """How many of the newest checkpoints are kept."""
 
-    keep_every_steps: int | None = None
+    keep_every_steps: int | None = setting(None, rules=[POSITIVE], may_change=True)
     """Checkpoints of multiples of this are kept for good; they are written whatever save_every_steps says."""
 
-    keep_best: int = 0
+    keep_best: int = setting(0, rules=[NOT_NEGATIVE], may_change=True)
     """How many of those with the best average top-1 are kept; above 0, a checkpoint follows every evaluation."""
 
-    max_bad_steps: int = 10
+    max_bad_steps: int = setting(10, rules=[POSITIVE], may_change=True, for_teachers=True)
     """After so many steps in a row that are not finite the run stops, with their batches beside the checkpoints."""
 
-    start_timeout_s: float = 300
+    start_timeout_s: float = setting(300, rules=[POSITIVE], may_change=True)
     """How long the ranks wait for one another at the start; then the nodes that did not arrive are named."""
 
-    step_timeout_s: float = 1800
+    step_timeout_s: float = setting(1800, rules=[NOT_NEGATIVE], may_change=True, for_teachers=True)
     """A step, evaluation batch or checkpoint that takes longer hangs: all ranks leave, with their stacks. 0: never."""
 
 
@@ -257,26 +273,26 @@ class TrainConfig:
 class RunConfig:
     """A training run."""
 
-    name: str = "run"
+    name: str = setting("run", may_change=True)
     """The run folder is runs_dir/name."""
 
-    runs_dir: str = "runs"
+    runs_dir: str = setting("runs", may_change=True, for_teachers=True)
     """Where run folders stand."""
 
-    seed: int = 0
+    seed: int = setting(0, rules=[NOT_NEGATIVE, BELOW_2_63], for_teachers=True, in_listing=True)
     """All randomness of the run follows from it."""
 
-    student: StudentConfig = field(default_factory=StudentConfig)
-    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    student: StudentConfig = section(StudentConfig)
+    teachers: dict[str, TeacherConfig] = sections_by_name(TeacherConfig)
     """Teachers by the name of their token and head. Empty: plain supervised training."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    mixing: MixingConfig = field(default_factory=MixingConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = section(DataConfig, for_teachers=True)
+    augment: AugmentConfig = section(AugmentConfig, for_teachers=True)
+    mixing: MixingConfig = section(MixingConfig)
+    distill: DistillConfig = section(DistillConfig)
+    optim: OptimConfig = section(OptimConfig)
+    engine: EngineConfig = section(EngineConfig, for_teachers=True)
+    train: TrainConfig = section(TrainConfig)
 
     @property
     def run_dir(self) -> Path:
@@ -323,7 +339,12 @@ def split_batch(config: RunConfig, world_size: int) -> BatchSplit:
 def check_config(config: RunConfig) -> None:
     """Raise ConfigError for the first setting that no run can have, whatever its data and its networks."""
     check_names(config)
-    check_ranges(config)
+    check_rules(config)
+    if config.optim.warmup_epochs > config.train.epochs:
+        raise ConfigError(
+            f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than train.epochs={config.train.epochs}; "
+            "shorten it"
+        )
     if config.engine.name == "zero":
         find_ds_config(config.engine.ds_config)
 
@@ -352,108 +373,17 @@ def check_names(config: RunConfig) -> None:
     A shell makes an empty text of a variable that is not set: with --fresh, an empty name would set aside all runs.
     """
     names = {f"name={config.name!r}": config.name, **{f"teachers: {name!r}": name for name in config.teachers}}
-    for setting, name in names.items():
+    for shown, name in names.items():
         # As typed: pathlib would drop a ".".
         leads_out = not name or name.startswith("/") or {".", ".."} & set(name.split("/"))
         if leads_out or not name.isprintable():  # a batch script has it in a line, and TensorBoard in UTF-8
             raise ConfigError(
-                f"{setting} does not name a folder inside another: it must not be empty or begin with /, nor have . "
+                f"{shown} does not name a folder inside another: it must not be empty or begin with /, nor have . "
                 "or .. between its slashes, nor characters that cannot be printed; give one such as 'pets' or "
                 "'pets/large'"
             )
-    for setting, text in _texts(config):
-        if not text:
-            raise ConfigError(f"{setting} is an empty text; leave it out, or give null where it may be none")
-        if text.startswith("~"):
-            expand(text)
-
-
-def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each setting that is a text, by its dotted name. Arguments of timm.create_model may be empty."""
-    for each in fields(section):
-        value = getattr(section, each.name)
-        if isinstance(value, str):
-            yield f"{prefix}{each.name}", value
-        elif is_dataclass(value):
-            yield from _texts(value, f"{prefix}{each.name}.")
-        elif each.name == "teachers":
-            for name, teacher in value.items():
-                yield from _texts(teacher, f"{prefix}teachers.{name}.")
-
-
-def check_ranges(config: RunConfig) -> None:
-    """Raise ConfigError for the first number outside its range."""
-    data, augment, mixing, optim, train = config.data, config.augment, config.mixing, config.optim, config.train
-    positive = {
-        "data.image_size": data.image_size,
-        "data.decode_threads": data.decode_threads,
-        "augment.repeats": augment.repeats,
-        "mixing.group_size": mixing.group_size if mixing.group_size is not None else 1,
-        "distill.temperature": config.distill.temperature,
-        "optim.lr": optim.lr,
-        "optim.lr_batch_size": optim.lr_batch_size,
-        "optim.eps": optim.eps,
-        "train.epochs": train.epochs,
-        "train.global_batch_size": train.global_batch_size,
-        "train.micro_batch_size": train.micro_batch_size if train.micro_batch_size is not None else 1,
-        "train.log_every_steps": train.log_every_steps,
-        "train.save_every_steps": train.save_every_steps,
-        "train.keep_last": train.keep_last,
-        "train.keep_every_steps": train.keep_every_steps if train.keep_every_steps is not None else 1,
-        "train.max_bad_steps": train.max_bad_steps,
-        "train.eval_every_epochs": train.eval_every_epochs,
-        "train.start_timeout_s": train.start_timeout_s,
-    }
-    not_negative = {
-        "seed": config.seed,
-        "data.prefetch": data.prefetch,
-        "data.pinned_memory_mib": data.pinned_memory_mib,
-        "data.max_bad_images": data.max_bad_images,
-        "mixing.mixup_alpha": mixing.mixup_alpha,
-        "mixing.cutmix_alpha": mixing.cutmix_alpha,
-        "optim.warmup_lr": optim.warmup_lr,
-        "optim.min_lr": optim.min_lr,
-        "optim.warmup_epochs": optim.warmup_epochs,
-        "optim.weight_decay": optim.weight_decay,
-        "optim.clip_norm": optim.clip_norm,
-        "train.save_every_minutes": train.save_every_minutes,
-        "train.keep_best": train.keep_best,
-        "train.step_timeout_s": train.step_timeout_s,
-        **{f"teachers.{name}.weight": teacher.weight for name, teacher in config.teachers.items()},
-    }
-    shares = {
-        "augment.flip_prob": augment.flip_prob,
-        "augment.erase_prob": augment.erase_prob,
-        "mixing.prob": mixing.prob,
-        "mixing.switch_prob": mixing.switch_prob,
-        "mixing.smoothing": mixing.smoothing,
-        "optim.ema_decay": optim.ema_decay if optim.ema_decay is not None else 0,
-        "data.holdout": data.holdout,
-        "data.hw_decoder_load": data.hw_decoder_load,
-    }
-    # Written as "not inside", so that NaN is outside.
-    rules = (
-        (positive, lambda value: value > 0, "must be above 0"),
-        (not_negative, lambda value: value >= 0, "must not be negative"),
-        (shares, lambda value: 0 <= value <= 1, "must be between 0 and 1"),
-    )
-    for settings, is_inside, rule in rules:
-        for name, value in settings.items():
-            if not is_inside(value):
-                raise ConfigError(f"{name}={value} {rule}")
-    for name, (low, high) in {
-        "augment.crop_scale": augment.crop_scale,
-        "augment.crop_ratio": augment.crop_ratio,
-    }.items():
-        if not 0 < low <= high:
-            raise ConfigError(f"{name}=[{low}, {high}] must be two numbers above 0, the smaller first")
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        raise ConfigError(f"optim.betas={list(optim.betas)} must be two numbers from 0 to below 1")
-    if config.seed >= 2**63:
-        raise ConfigError(f"seed={config.seed} must be below 2^63")
-    if not 0 < data.crop_ratio <= 1:
-        raise ConfigError(f"data.crop_ratio={data.crop_ratio} must be above 0 and at most 1")
-    if optim.warmup_epochs > train.epochs:
-        raise ConfigError(
-            f"optim.warmup_epochs={optim.warmup_epochs} is longer than train.epochs={train.epochs}; shorten it"
-        )
+    for name, _, value in walk(config):
+        if value == "":
+            raise ConfigError(f"{name} is an empty text; leave it out, or give null where it may be none")
+        if isinstance(value, str) and value.startswith("~"):
+            expand(value)

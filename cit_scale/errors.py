@@ -110,6 +110,12 @@ class Stopped(RunError):  # noqa: N818  an outcome, not an error
         return f"stopped after step {self.step}"
 
 
+def one_line(error: object, most: int | None = None) -> str:
+    """What an error says, in one line of at most ``most`` characters; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if most is None or len(text) <= most else f"{text[:most]} ..."
+
+
 def exit_code_of(error: RunError | BadImageError | OSError) -> int:
     """The exit code of a process that ends with ``error``.
 

@@ -1,4 +1,4 @@
-"""The frozen advisers: build, check, compile, run. They live outside the engine and never enter a checkpoint."""
+"""The frozen teachers: build, check, compile, run. They live outside the engine and never enter a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,14 +28,20 @@ class Teacher:
     sha256: str
 
 
-def load_teacher(
-    name: str, config: TeacherConfig, distill: DistillConfig, *, num_classes: int, image_size: int, device: torch.device
-) -> Teacher:
-    """Build the teacher from ``config.weights``. Raises ConfigError where they are missing or do not fit."""
+def build_teacher(name: str, config: TeacherConfig, *, num_classes: int, image_size: int) -> Network:
+    """The teacher's network with ``config.weights``. Raises ConfigError where they are missing or do not fit."""
     if config.weights is None:
         raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
     network = build_network(config.model, config.kwargs, num_classes=num_classes, image_size=image_size)
     load_weights(network, config.weights)
+    return network
+
+
+def load_teacher(
+    name: str, config: TeacherConfig, distill: DistillConfig, *, num_classes: int, image_size: int, device: torch.device
+) -> Teacher:
+    """Build the teacher from ``config.weights`` and freeze it. Raises what ``build_teacher`` raises."""
+    network = build_teacher(name, config, num_classes=num_classes, image_size=image_size)
     forward = freeze(network, image_size, device, precision=distill.teacher_precision, compile=distill.compile)
     return Teacher(name, network, forward, file_sha256(Path(config.weights).expanduser()))
 
@@ -48,6 +54,7 @@ def freeze(
     precision: float32, or bf16 under autocast. network: changed in place. Returns Teacher.forward.
     """
     network.requires_grad_(False).eval()
+    network.precision = precision
     example = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     network.model = fold_batch_norm(network.model, example)
     network.to(device, memory_format=torch.channels_last)
@@ -57,8 +64,7 @@ def freeze(
 
     @torch.no_grad()
     def forward(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return run(images).cls.float()
+        return run(images).cls
 
     return forward
 

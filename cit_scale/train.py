@@ -1,6 +1,6 @@
 """The way in: ``deepspeed cit_scale/train.py``, ``torchrun cit_scale/train.py`` or ``python cit_scale/train.py``.
 
-main -> run (teachers first) -> train -> train_step -> engine.step.
+main -> run (teachers first) -> train -> training_loop -> train_step -> engine.step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if __name__ == "__main__":
     from cit_scale import cli, text
 
     # Before the imports below, which take seconds: nobody waits for help, or for a mistake in the arguments.
-    cli.answer_early(sys.argv[1:], os.environ)
+    parsed = cli.answer_early(sys.argv[1:], os.environ)
     text.outlive_readers()
 
 import contextlib
@@ -63,11 +63,13 @@ from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
 from cit_scale.run.bad_images import BadImages
 from cit_scale.run.bad_steps import BadSteps, find_culprits
+from cit_scale.run.flops import ModelFlops, model_flops
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
-from cit_scale.run.results import environment_record, print_table
-from cit_scale.run.setup import Task, check, check_same_run, set_aside, writing
+from cit_scale.run.results import device_name, environment_record, print_table
+from cit_scale.run.setup import PreparedRun, check_same_run, prepare, set_aside, writing
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
+from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, run_teachers
 
 PREPARATION_S = 3600.0  # for each part of it: long enough to open a large data set for the first time
@@ -76,20 +78,21 @@ PREPARATION_S = 3600.0  # for each part of it: long enough to open a large data 
 EXPORTS = {"student": layout.STUDENT, "student ema": layout.STUDENT_EMA}
 
 
-def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, stop: StopRequest | None = None, *, arguments: cli.Arguments | None = None
+) -> int:
     """Parse, run, report. Returns the exit code; ``errors`` has their list.
 
-    stop: of a caller that owns the signals already.
+    stop: of a caller that owns the signals already. arguments: of a caller that has parsed ``argv`` already.
     """
     is_main = cli.is_first_rank(os.environ)
     try:
-        arguments = cli.read_command_line(sys.argv[1:] if argv is None else argv, os.environ)
+        if arguments is None:
+            arguments = cli.read_command_line(sys.argv[1:] if argv is None else argv, os.environ)
         world = World.from_env(os.environ)
         with StopRequest() if stop is None else contextlib.nullcontext(stop) as stop:
             join(arguments.config, world, stop)
-            # A job that Slurm starts again goes on with what it has begun afresh.
-            fresh = arguments.fresh and not restart_count(os.environ)
-            results = run(arguments.config, world, stop, fresh=fresh, override=arguments.override_resume)
+            results = run(arguments, world, stop)
     except Stopped as stopped:
         if is_main:
             command = "the same command without --fresh" if arguments.fresh else "the same command"
@@ -122,31 +125,30 @@ def join(config: RunConfig, world: World, stop: StopRequest) -> None:
         start(world, store=store)
 
 
-def run(
-    config: RunConfig, world: World, stop: StopRequest, *, fresh: bool = False, override: bool = False
-) -> dict[str, Any]:
-    """Collective. Train the teachers that have no weights yet, then the student. Returns the student's results.
-
-    fresh: set aside what stands in the run folder. override: go on with it although other settings began it.
-    """
+def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, Any]:
+    """Collective. Train the teachers that have no weights yet, then the student. Returns the student's results."""
+    config, override = arguments.config, arguments.override_resume
+    # A job that Slurm starts again continues what it began with --fresh.
+    fresh = arguments.fresh and not restart_count(os.environ)
     same_run = not fresh and not override
-    first = cli.teacher_runs(config)
     with contextlib.ExitStack() as held:
         with contextlib.closing(watch_preparation(config, world)) as watchdog:
-            task = check(config, world, same_run=same_run)
+            prepared = prepare(config, arguments.teacher_runs, world, same_run=same_run)
             watchdog.progress()
             held.enter_context(exclusive(config.run_dir, world, stop))
             if fresh:
                 set_aside(config.run_dir, world)
-            elif same_run:  # again, now that no other job can write there
-                run_on_all_ranks(world, lambda: [check_same_run(each) for each in (config, *first.values())])
+            elif same_run:
+                # A second time, because until now another job could write to the folder.
+                configs = (config, *arguments.teacher_runs.values())
+                run_on_all_ranks(world, lambda: [check_same_run(each) for each in configs])
         teachers = dict(config.teachers)
         with stop.shielded():
-            for name, teacher_config in first.items():
-                train(dataclasses.replace(task, config=teacher_config), {}, stop, override=override)
-                weights = str(teacher_config.run_dir / layout.STUDENT)
+            for name, teacher_run in prepared.teacher_runs.items():
+                train(teacher_run, {}, stop, override=override)
+                weights = str(teacher_run.config.run_dir / layout.STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
-            return train(task, teachers, stop, override=override)
+            return train(prepared, teachers, stop, override=override)
 
 
 def watch_preparation(config: RunConfig, world: World) -> Watchdog:
@@ -163,135 +165,186 @@ def watch_preparation(config: RunConfig, world: World) -> Watchdog:
 
 
 @dataclass(frozen=True)
-class Session:
-    """One process's work at a run: what it trains, with what, and whom it tells."""
+class Start:
+    """What training begins with.
 
-    task: Task
+    inputs: fingerprints by name of what the numbers in a checkpoint depend on and the configuration does not show.
+    overridden: settings and inputs that differ from the checkpoint's. started_at: when the run was first started, in
+    seconds since 1970.
+    """
+
     engine: Engine
     teachers: Sequence[Teacher]
     inputs: Mapping[str, str]
-    """Fingerprints by name: what the numbers in a checkpoint depend on and the configuration does not show."""
+    progress: TrainingProgress
+    overridden: Sequence[str]
+    started_at: float
 
-    bad_images: BadImages
+
+@dataclass(frozen=True)
+class Session:
+    """One process's work at a run: what it trains, with what, and whom it tells.
+
+    flops: None where the device's peak is not known.
+    """
+
+    prepared: PreparedRun
+    start: Start
     log: RunLog
     stop: StopRequest
     watchdog: Watchdog
-    started_at: float
-    """When the run was first started, in seconds since 1970."""
+    checkpointer: AsyncCheckpointer
+    bad_images: BadImages
+    bad_steps: BadSteps
+    means: RunningMeans
+    clock: StepClock
+    flops: ModelFlops | None
+
+    @property
+    def engine(self) -> Engine:
+        return self.start.engine
+
+    @property
+    def teachers(self) -> Sequence[Teacher]:
+        return self.start.teachers
 
     def goodput(self, useful_s: float) -> float | None:
         """The share of the time since the run's first start that went into steps that count, if clocks are right."""
-        wall_s = time.time() - self.started_at
+        wall_s = time.time() - self.start.started_at
         return useful_s / wall_s if 0 < useful_s <= wall_s else None
 
     def eval_batches(self, step: int) -> Iterator[Batch]:
         """Collective. This rank's share of the evaluation set, once. Raises Stopped on all ranks if one is asked to."""
-        for batch in self.task.eval_batches():
+        for batch in self.prepared.eval_batches():
             self.watchdog.progress()
-            if any(agree_any(self.task.world, self.stop.requested)):
+            if any(agree_any(self.prepared.world, self.stop.requested)):
                 raise Stopped(step, self.stop.signum)
             yield batch
 
 
 def train(
-    task: Task, teachers: Mapping[str, TeacherConfig], stop: StopRequest, *, override: bool = False
+    prepared: PreparedRun, teachers: Mapping[str, TeacherConfig], stop: StopRequest, *, override: bool = False
 ) -> dict[str, Any]:
     """Collective. Train the student with frozen ``teachers``, which have weights, from where the run folder stands.
 
     A finished run is left as it is. Raises Stopped, with everything saved, when ``stop`` is requested on any rank.
     """
-    config, world, run_dir = task.config, task.world, task.config.run_dir
-    now = time.time()
+    config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
     with contextlib.closing(watch_preparation(config, world)) as preparation:
         finished = broadcast(world, read_note(run_dir / RESULTS) if world.is_main else None)
         is_finished = isinstance(finished, dict) and "steps" in finished
-        if is_finished and (finished["steps"] == task.total_steps or not override):
+        if is_finished and (finished["steps"] == prepared.total_steps or not override):
             if not override:
-                run_on_all_ranks(world, lambda: refuse_other_data(task, finished))
+                run_on_all_ranks(world, lambda: refuse_other_data(prepared, finished))
             return finished
-        advisers = run_on_all_ranks(
-            world, lambda: [task.load_teacher(name, teacher) for name, teacher in teachers.items()]
-        )
-        preparation.progress()
-        engine = build_engine(task.build_student(), config, world, task.batch_split.micro_steps)
-        preparation.progress()
-
-        inputs = fingerprints(task, advisers)
-        progress, overridden = TrainingProgress(), []
-        found = checkpoint.load_newest(run_dir, world)
-        preparation.progress()
-        if found is not None:
-            meta = found.meta
-            progress, overridden = run_on_all_ranks(world, lambda: restore(meta, task, inputs, override=override))
-            engine.load_state(found.state)
-            del found  # its files are open, and the checkpoint will be deleted some day
-        with writing(run_dir):
-            started_at = run_on_all_ranks(
-                world, lambda: begin(task, progress, overridden, now) if world.is_main else 0.0
-            )
+        start = load(prepared, teachers, preparation, override=override)
+    progress = start.progress
     with writing(run_dir):
         stacks, message = run_dir / f"stacks_rank_{world.rank}.txt", hang_message(config) if world.is_main else None
         watchdog = run_on_all_ranks(world, lambda: Watchdog(config.train.step_timeout_s, stacks, message))
-    with contextlib.closing(watchdog), contextlib.closing(open_log(task, progress)) as log:
-        bad_images = BadImages(run_dir, (task.train_images, task.eval_images), config.data.max_bad_images, world)
-        session = Session(task, engine, advisers, inputs, bad_images, log, stop, watchdog, started_at)
-        plan = task.batch_split
+    with contextlib.closing(watchdog), contextlib.closing(open_log(prepared, progress)) as log:
+        session = Session(
+            prepared,
+            start,
+            log,
+            stop,
+            watchdog,
+            AsyncCheckpointer(
+                start.engine, run_dir, config.train, world, step=progress.step, say=log.say, report=log.note
+            ),
+            BadImages(run_dir, (prepared.train_images, prepared.eval_images), config.data.max_bad_images, world),
+            BadSteps(progress, run_dir, config.train.max_bad_steps, world),
+            RunningMeans(),
+            StepClock(config.train.global_batch_size),
+            model_flops(prepared, device_name(world.device)),
+        )
+        split = prepared.batch_split
         start_of_run = f"continues after step {progress.step}" if progress.step else f"starts in {run_dir}"
-        cut = f"{world.world_size} ranks x {plan.micro_steps} micro-steps x {plan.micro_batch_size} images"
+        cut = f"{world.world_size} ranks x {split.micro_steps} micro-steps x {split.micro_batch_size} images"
         log.say(f"{start_of_run}; an update is {cut}")
-        for change in overridden:
+        for change in start.overridden:
             log.say(f"continues although this changed: {change}")
-        images_per_s = train_steps(session, progress)
-        return finish(session, teachers, progress, images_per_s)
+        training_loop(session, progress)
+        return finish(session, teachers, progress)
 
 
-def open_log(task: Task, progress: TrainingProgress) -> RunLog:
-    config = task.config
-    return RunLog(config.run_dir, task.world, title=config.name, step=progress.step, total_steps=task.total_steps)
+def load(
+    prepared: PreparedRun, teachers: Mapping[str, TeacherConfig], preparation: Watchdog, *, override: bool
+) -> Start:
+    """Collective. The networks, and the newest checkpoint of the run folder, if there is one, in the engine."""
+    world, run_dir, now = prepared.world, prepared.config.run_dir, time.time()
+    loaded = run_on_all_ranks(
+        world, lambda: [prepared.load_teacher(name, teacher) for name, teacher in teachers.items()]
+    )
+    preparation.progress()
+    engine = build_engine(prepared.build_student(), prepared.engine_setup)
+    preparation.progress()
+
+    inputs = fingerprints(prepared, loaded)
+    progress, overridden = TrainingProgress(), []
+    found = checkpoint.load_newest(run_dir, world)
+    preparation.progress()
+    if found is not None:
+        meta = found.meta
+        progress, overridden = run_on_all_ranks(world, lambda: restore(meta, prepared, inputs, override=override))
+        engine.load_state(found.state)
+        del found  # its files are open, and the checkpoint will be deleted some day
+    with writing(run_dir):
+        started_at = run_on_all_ranks(
+            world, lambda: begin(prepared, progress, overridden, now) if world.is_main else 0.0
+        )
+    return Start(engine, loaded, inputs, progress, overridden, started_at)
 
 
-def refuse_other_data(task: Task, finished: Mapping[str, Any]) -> None:
-    """Raise RefusedError for results of other images than the task's. Results of earlier versions do not tell."""
-    noted, here = finished.get("inputs", {}), data_fingerprints(task)
+def open_log(prepared: PreparedRun, progress: TrainingProgress) -> RunLog:
+    config = prepared.config
+    return RunLog(
+        config.run_dir, prepared.world, title=config.name, step=progress.step, total_steps=prepared.total_steps
+    )
+
+
+def refuse_other_data(prepared: PreparedRun, finished: Mapping[str, Any]) -> None:
+    """Raise RefusedError for results of other images than this run's. Results of earlier versions do not tell."""
+    noted, here = finished.get("inputs", {}), data_fingerprints(prepared)
     other = [name for name in here if noted.get(name, here[name]) != here[name]]
     if other:
         raise RefusedError(
-            f"{task.config.run_dir} holds a finished run of other {' and '.join(other)}; give this one another --name, "
-            "or set that one aside with --fresh"
+            f"{prepared.config.run_dir} holds a finished run of other {' and '.join(other)}; give this one another "
+            "--name, or set that one aside with --fresh"
         )
 
 
-def data_fingerprints(task: Task) -> dict[str, str]:
-    return {"data": task.train_set.fingerprint, "evaluation data": task.eval_set.fingerprint}
+def data_fingerprints(prepared: PreparedRun) -> dict[str, str]:
+    return {"data": prepared.train_set.fingerprint, "evaluation data": prepared.eval_set.fingerprint}
 
 
-def fingerprints(task: Task, advisers: Sequence[Teacher]) -> dict[str, str]:
+def fingerprints(prepared: PreparedRun, teachers: Sequence[Teacher]) -> dict[str, str]:
     """Collective. Of what the run learns and is judged from, by name, the same on all ranks; RefusedError otherwise."""
     inputs = {
-        **data_fingerprints(task),
-        **{f"teacher {adviser.name}": adviser.sha256 for adviser in advisers},
+        **data_fingerprints(prepared),
+        **{f"teacher {teacher.name}": teacher.sha256 for teacher in teachers},
     }
-    for rank, theirs in enumerate(gather(task.world, inputs)):
+    for rank, theirs in enumerate(gather(prepared.world, inputs)):
         different = [name for name in inputs if theirs[name] != inputs[name]]
         if different:
             raise RefusedError(
-                f"ranks {min(rank, task.world.rank)} and {max(rank, task.world.rank)} read different files as "
+                f"ranks {min(rank, prepared.world.rank)} and {max(rank, prepared.world.rank)} read different files as "
                 f"{', '.join(different)}; put one copy where all nodes see it"
             )
     return inputs
 
 
-def begin(task: Task, progress: TrainingProgress, overridden: Sequence[str], now: float) -> float:
+def begin(prepared: PreparedRun, progress: TrainingProgress, overridden: Sequence[str], now: float) -> float:
     """On rank 0. Note this start in the run folder. Returns when the first one was, in seconds since 1970."""
-    run_dir = task.config.run_dir
+    run_dir = prepared.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / CONFIG, cli.to_yaml(task.config))
+    write_text(run_dir / CONFIG, to_yaml(prepared.config))
     if (run_dir / RESULTS).exists():
         rename_aside(run_dir / RESULTS)  # the run goes on, and these are not its results any more
     path = run_dir / ENVIRONMENT
     starts = read_note(path) or []
-    place = {"step": progress.step, "total_steps": task.total_steps, "time": now, "overridden": overridden}
-    about = {**place, **environment_record(task.world)}
+    place = {"step": progress.step, "total_steps": prepared.total_steps, "time": now, "overridden": overridden}
+    about = {**place, **environment_record(prepared.world)}
     write_text(path, json.dumps([*starts, about], indent=2) + "\n")
     return [*starts, about][0].get("time", now)
 
@@ -304,77 +357,68 @@ def hang_message(config: RunConfig) -> str:
     )
 
 
-def train_steps(session: Session, progress: TrainingProgress) -> float | None:
-    """Collective. From where ``progress`` stands to the last step. Returns images/s of the whole job.
+@dataclass(frozen=True)
+class Due:
+    """What is to be done between two updates; the same on every rank.
 
-    Each turn begins between two updates with what is due there: logs, evaluation, checkpoint, leaving.
+    stop: some rank was asked to. bad_images: some rank has met new ones. failed_save: a checkpoint could not be
+    written. is_last: no update is left.
     """
-    task, engine, log = session.task, session.engine, session.log
-    config, world = task.config, task.world
-    checkpointer = AsyncCheckpointer(
-        engine, config.run_dir, config.train, world, step=progress.step, say=log.say, report=log.note
+
+    stop: bool
+    bad_images: bool
+    save: bool
+    failed_save: bool
+    is_last: bool
+    log: bool
+    evaluate: bool
+
+
+def what_is_due(session: Session, progress: TrainingProgress) -> Due:
+    """Collective. One small message a step: what only some rank knows, or what the ranks' clocks would differ in."""
+    prepared, step = session.prepared, progress.step
+    config, world = prepared.config.train, prepared.world
+    stop, bad_images, save, failed_save = agree_any(
+        world,
+        session.stop.requested,
+        session.bad_images.has_news,
+        world.is_main and session.checkpointer.is_due(step),
+        session.checkpointer.has_failed,
     )
-    bad_images, bad_steps = session.bad_images, BadSteps(progress, config.run_dir, config.train.max_bad_steps, world)
-    batches = task.train_batches(progress.step)
-    means, clock, latest = RunningMeans(), StepClock(), {}
-    is_useful = False  # whether the turn before made a step that counts
-    engine.module.train()
-    while True:
-        stopping, bad_images_met, save_is_due, save_has_failed = agree_any(
-            world,
-            session.stop.requested,
-            bad_images.has_news,
-            world.is_main and checkpointer.is_due(progress.step),
-            checkpointer.has_failed,
-        )
-        session.watchdog.progress()
-        turn_s = clock.turn()
-        if is_useful:
-            progress.useful_s += turn_s
-        is_last = progress.step >= task.total_steps
-        if bad_images_met:
-            bad_images.collect(log.say)
-        if save_has_failed:
-            with clock.excluded():
-                checkpointer.settle()
-        if clock.turns and (is_last or stopping or progress.step % config.train.log_every_steps == 0):
-            speed = clock.interval_images_per_s(config.train.global_batch_size)
-            pace = {"images_per_s": speed, "goodput": session.goodput(progress.useful_s)}
-            log.record(progress.step, {**means.drain(world), **latest, **pace})
-        eval_is_due = progress.step and progress.step % (config.train.eval_every_epochs * task.steps_per_epoch) == 0
-        if eval_is_due and not (is_last or stopping or progress.evaluated):
-            with clock.excluded():
-                stopping = not evaluate_student(session, progress)
+    is_last = step >= prepared.total_steps
+    ends_interval = step > 0 and step % (config.eval_every_epochs * prepared.steps_per_epoch) == 0
+    return Due(
+        stop=stop,
+        bad_images=bad_images,
+        save=save,
+        failed_save=failed_save,
+        is_last=is_last,
+        log=is_last or stop or step % config.log_every_steps == 0,
+        # After the last step what is in the files is evaluated instead.
+        evaluate=ends_interval and not (is_last or stop or progress.evaluated),
+    )
 
-        is_leaving = is_last or stopping or bad_images.too_many or bad_steps.too_many
-        if is_leaving or save_is_due or (progress.evaluated and config.train.keep_best):
-            with clock.excluded():
-                checkpointer.save(progress.step, checkpoint_meta(progress, task, session.inputs))
-            session.watchdog.progress()
-        if is_leaving:
-            checkpointer.settle(insist=True)
-            session.watchdog.progress()
-        bad_images.refuse_too_many()
-        if bad_steps.too_many:
-            bad_steps.give_up(mixed_batches(task, progress.step - 1))
-        if stopping:
-            raise Stopped(progress.step, session.stop.signum)
-        if is_last:
-            return clock.mean_images_per_s(config.train.global_batch_size)
 
-        lr = learning_rate(progress.step, config.optim, config.peak_lr, task.steps_per_epoch, config.train.epochs)
-        seed_step(config.seed, progress.step, world.rank)
-        trained = train_step(engine, session.teachers, batches, task, progress.step, lr)
-        latest = {"lr": lr, "grad_norm": trained.result.grad_norm}
+def training_loop(session: Session, progress: TrainingProgress) -> None:
+    """Collective. Train from where ``progress`` stands to the last step: step, count, log, evaluate, save, leave.
+
+    Everything but the step itself is done between two updates, where ranks agree and the training state is whole.
+    Raises what ``between_steps`` raises.
+    """
+    prepared = session.prepared
+    config = prepared.config
+    batches = session.clock.waiting_for(prepared.train_batches(progress.step))
+    session.engine.module.train()
+    # A run that was stopped may owe the evaluation after its last step, have no step left, or be asked to stop again.
+    between_steps(session, progress, None)
+    while progress.step < prepared.total_steps:
+        lr = learning_rate(progress.step, config.optim, config.peak_lr, prepared.steps_per_epoch, config.train.epochs)
+        # Drop path and the like follow from the step, so that a checkpoint holds no generator's state.
+        seed_step(config.seed, progress.step, prepared.world.rank)
+        trained = train_step(session.engine, session.teachers, batches, prepared, progress.step, lr)
         progress.advance()
-        log.advance(progress.step)
-        is_useful = not trained.result.skipped
-        if not is_useful:
-            bad_steps.count(find_culprits(progress.step, trained.result, trained.terms, trained.samples, world), log)
-            continue
-        bad_steps.count_good()
-        for term in trained.terms:
-            means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.distillation)})
+        count_step(session, progress, trained)
+        between_steps(session, progress, trained)
 
 
 @dataclass(frozen=True)
@@ -387,19 +431,19 @@ class TrainedStep:
 
 
 def train_step(
-    engine: Engine, teachers: Sequence[Teacher], batches: Iterator[Batch], task: Task, step: int, lr: float
+    engine: Engine, teachers: Sequence[Teacher], batches: Iterator[Batch], prepared: PreparedRun, step: int, lr: float
 ) -> TrainedStep:
     """Collective. One update from the next global batch."""
-    config = task.config
+    config = prepared.config
     weights = {name: teacher.weight for name, teacher in config.teachers.items()}
     terms, samples = [], []
     for _ in range(engine.micro_steps):
         batch = next(batches)
-        mixed = mix(batch, config.mixing, task.num_classes, seed=config.seed, step=step)
+        mixed = mix(batch, config.mixing, prepared.num_classes, seed=config.seed, step=step)
         teacher_logits = run_teachers(teachers, mixed.images)
-        logits = engine.forward(mixed.images)
+        student_logits = engine.forward(mixed.images)
         loss = co_advise_loss(
-            logits, teacher_logits, mixed.targets, temperature=config.distill.temperature, weights=weights
+            student_logits, teacher_logits, mixed.targets, temperature=config.distill.temperature, weights=weights
         )
         engine.backward(loss.total)
         terms.append(loss)
@@ -407,20 +451,94 @@ def train_step(
     return TrainedStep(engine.step(lr), terms, samples)
 
 
-def mixed_batches(task: Task, step: int) -> Iterator[MixedBatch]:
+def count_step(session: Session, progress: TrainingProgress, trained: TrainedStep) -> None:
+    """Collective where the step was skipped. Count it as good or bad, and add up its losses."""
+    session.log.advance(progress.step)
+    if trained.result.skipped:
+        world = session.prepared.world
+        found = find_culprits(progress.step, trained.result, trained.terms, trained.samples, world)
+        session.bad_steps.count(found, session.log)
+        return
+    session.bad_steps.count_good()
+    for term in trained.terms:
+        session.means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.distillation)})
+
+
+def between_steps(session: Session, progress: TrainingProgress, trained: TrainedStep | None) -> None:
+    """Collective. Log, evaluate, save, leave: what is due after a step.
+
+    trained: the step; None before the first one of this process. Raises Stopped when asked to stop, BadDataError or
+    DivergedError where it is time to give up, with everything saved.
+
+    The order matters. The ranks agree first, and a step ends with that: waiting for the slowest rank is part of it.
+    Logging comes before evaluation, so that its throughput has no pause in it. Saving comes after evaluation, so that
+    a run that goes on from the checkpoint does not evaluate again, and ``keep_best`` knows the score. Leaving is last:
+    whatever the reason, the state is on the disk before an exception ends the loop.
+    """
+    clock, checkpointer, config = session.clock, session.checkpointer, session.prepared.config.train
+    due = what_is_due(session, progress)
+    session.watchdog.progress()
+    turn_s = clock.turn()
+    if trained is not None and not trained.result.skipped:
+        progress.useful_s += turn_s
+    if due.bad_images:
+        session.bad_images.collect(session.log.say)
+    if due.failed_save:
+        with clock.excluded():
+            checkpointer.settle()
+
+    if trained is not None and due.log:
+        log_interval(session, progress, trained)
+    stopping = due.stop
+    if due.evaluate:
+        with clock.excluded():
+            stopping = not evaluate_student(session, progress)
+
+    is_leaving = due.is_last or stopping or session.bad_images.too_many or session.bad_steps.too_many
+    if is_leaving or due.save or (progress.evaluated and config.keep_best):
+        with clock.excluded():
+            checkpointer.save(progress.step, checkpoint_meta(progress, session.prepared, session.start.inputs))
+        session.watchdog.progress()
+    if is_leaving:
+        checkpointer.settle(insist=True)
+        session.watchdog.progress()
+    session.bad_images.refuse_too_many()
+    if session.bad_steps.too_many:
+        session.bad_steps.give_up(mixed_batches(session.prepared, progress.step - 1))
+    if stopping:
+        raise Stopped(progress.step, session.stop.signum)
+
+
+def log_interval(session: Session, progress: TrainingProgress, trained: TrainedStep) -> None:
+    """Collective. One line of metrics: the means since the last one, the newest step's numbers, what a step costs."""
+    result = trained.result
+    costs = session.clock.interval_costs(session.prepared.world)
+    if session.flops is not None and costs["images_per_s"] is not None:
+        costs["mfu"] = session.flops.utilisation(costs["images_per_s"])
+    numbers = {
+        **session.means.drain(session.prepared.world),
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        **costs,
+        "goodput": session.goodput(progress.useful_s),
+    }
+    session.log.record(progress.step, numbers)
+
+
+def mixed_batches(prepared: PreparedRun, step: int) -> Iterator[MixedBatch]:
     """What this rank learns from in update ``step``, counted from 0, once more: the data stream is a pure function."""
-    for batch in itertools.islice(task.train_batches(step), task.batch_split.micro_steps):
-        yield mix(batch, task.config.mixing, task.num_classes, seed=task.config.seed, step=step)
+    for batch in itertools.islice(prepared.train_batches(step), prepared.batch_split.micro_steps):
+        yield mix(batch, prepared.config.mixing, prepared.num_classes, seed=prepared.config.seed, step=step)
 
 
 def evaluate_student(session: Session, progress: TrainingProgress) -> bool:
     """Collective. Log the accuracy of the student and of its moving average. False if asked to stop meanwhile."""
-    engine, world = session.engine, session.task.world
+    engine, world = session.engine, session.prepared.world
     engine.module.eval()
     try:
         top1 = evaluate(engine.forward, session.eval_batches(progress.step), world).top1
         numbers = _named("top1_", top1)
-        if session.task.config.optim.ema_decay is not None:
+        if session.prepared.config.optim.ema_decay is not None:
             with engine.averaged():
                 averaged = evaluate(engine.forward, session.eval_batches(progress.step), world)
             numbers |= _named("top1_ema_", averaged.top1)
@@ -432,35 +550,33 @@ def evaluate_student(session: Session, progress: TrainingProgress) -> bool:
     session.log.record(progress.step, numbers)
     if world.is_main:
         with contextlib.suppress(OSError):  # a full disk is told of by whoever has more to lose
-            checkpoint.add_score(session.task.config.run_dir, progress.step, top1.get(HEADS_MEAN, top1["cls"]))
+            checkpoint.add_score(session.prepared.config.run_dir, progress.step, top1.get(HEADS_MEAN, top1["cls"]))
     return True
 
 
-def finish(
-    session: Session, teachers: Mapping[str, TeacherConfig], progress: TrainingProgress, images_per_s: float | None
-) -> dict[str, Any]:
+def finish(session: Session, teachers: Mapping[str, TeacherConfig], progress: TrainingProgress) -> dict[str, Any]:
     """Collective. Bring the weights out, evaluate what is in the files, and the teachers, and write the results.
 
     Raises Stopped when asked to stop meanwhile; everything is saved.
     """
-    task = session.task
-    config, world, run_dir = task.config, task.world, task.config.run_dir
+    prepared = session.prepared
+    config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
     with writing(run_dir):
         files = run_on_all_ranks(world, lambda: export_weights(run_dir, progress.step) if world.is_main else {})
     accuracy = {}
+    network = prepared.build_student_without_weights().eval()
     for name, file in broadcast(world, files).items():
-        network = task.build_student()
         run_on_all_ranks(world, lambda network=network, file=file: load_weights(network, run_dir / file))
-        network.eval().to(world.device)
+        network.to(world.device)
         accuracy[name] = evaluate(network, session.eval_batches(progress.step), world)
     results = {
         "model": config.student.name,
         "steps": progress.step,
         "bad_steps": progress.bad_steps,
-        "images_per_s": images_per_s,
+        "images_per_s": session.clock.mean_images_per_s(),
         "goodput": session.goodput(progress.useful_s),
         "eval_images": next(iter(accuracy.values())).images,
-        "inputs": dict(session.inputs),
+        "inputs": dict(session.start.inputs),
         "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
         "teachers": {},
     }
@@ -468,13 +584,13 @@ def finish(
         batches = session.eval_batches(progress.step)
         measured = evaluate(lambda images: run_teachers(session.teachers, images), batches, world)
         results["teachers"] = {
-            adviser.name: {
-                "model": teachers[adviser.name].model,
-                "sha256": adviser.sha256,
-                "top1": measured.top1[adviser.name],
-                "top5": measured.top5[adviser.name],
+            teacher.name: {
+                "model": teachers[teacher.name].model,
+                "sha256": teacher.sha256,
+                "top1": measured.top1[teacher.name],
+                "top5": measured.top5[teacher.name],
             }
-            for adviser in session.teachers
+            for teacher in session.teachers
         }
     session.bad_images.collect(session.log.say)
     text = json.dumps(results, indent=2) + "\n"
@@ -502,4 +618,4 @@ def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(arguments=parsed))

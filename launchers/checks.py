@@ -8,52 +8,54 @@ from collections.abc import Sequence
 from cit_scale.config import DataConfig
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
+from cit_scale.engines.build import prepare_engine
 from cit_scale.run.folders import RunFolder
 from cit_scale.run.plan import counted, estimate_memory, memory_text, plan_lines, plan_run, row
-from cit_scale.run.setup import Task, check_networks, check_settings, open_data
+from cit_scale.run.setup import PreparedRun, check_networks, open_data, prepare_engines, with_images
 from launchers.options import Options
 from launchers.partitions import Partition, format_minutes
 from launchers.resources import Resources, RunRequest
 from launchers.state import state_now
 
 
-def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> Task:
-    """Raise what ``setup.check`` would raise when the runs start. Returns the first, ready to be planned."""
+def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> PreparedRun:
+    """Raise what ``setup.prepare`` would raise when the runs start. Returns the first, ready to be planned."""
     opened: dict[DataConfig, tuple[Reader, Reader]] = {}
     tried: set[str] = set()
-    tasks = []
+    prepared_runs = []
     for run in runs:
         config = run.config
-        check_settings(config, world, same_run=same_run)
+        setups = prepare_engines(config, run.teacher_runs, world, same_run=same_run)
         if config.data not in opened:
             train_source, eval_source = open_data(config.data)
             opened[config.data] = Reader(train_source), Reader(eval_source)
-        task = Task(config, world, *opened[config.data])
+        prepared = with_images(config, run.teacher_runs, setups, *opened[config.data])
         # A sweep over learning rates or seeds builds the same networks in all its runs.
         networks = repr((config.student, config.teachers, config.data, config.engine, config.train.global_batch_size))
         if networks not in tried:
-            check_networks(task)
+            check_networks(prepared)
             tried.add(networks)
-        tasks.append(task)
-    return tasks[0]
+        prepared_runs.append(prepared)
+    return prepared_runs[0]
 
 
 def submission_lines(
     options: Options,
     resources: Resources,
     partitions: Sequence[Partition] | None,
-    task: Task,
+    prepared: PreparedRun,
     runs: Sequence[RunRequest],
 ) -> list[str]:
     """The checked plan in lines."""
     lines = []
     if options.cluster == "slurm":
         lines.append(row("job", resources_text(options, resources, partitions)))
-    lines += plan_lines(plan_run(task), device="GPU" if resources.gpus_per_node else "rank")
+    lines += plan_lines(plan_run(prepared), device="GPU" if resources.gpus_per_node else "rank")
     so_far = [(RunFolder(run.config.name, run.config.run_dir), run) for run in runs]
     lines += [row("so far", f"{run.config.run_dir} is {state_now(folder)}") for folder, run in so_far if folder.starts]
     if resources.min_nodes < resources.nodes:
-        fewest = dataclasses.replace(task, world=resources.world_on(resources.min_nodes))
+        setup = prepare_engine(prepared.config, resources.world_on(resources.min_nodes))
+        fewest = dataclasses.replace(prepared, engine_setup=setup)
         lines.append(
             row(f"on {counted(resources.min_nodes, 'node')}", f"memory {memory_text(estimate_memory(fewest))}")
         )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cit_scale import cli
 from cit_scale.config import RunConfig, split_batch
 from cit_scale.errors import ConfigError
 from launchers.options import Options
@@ -27,10 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """argv: of train.py."""
+    """argv: of train.py. teacher_runs: by teacher, the run that trains each one that has no weights."""
 
     argv: tuple[str, ...]
     config: RunConfig
+    teacher_runs: Mapping[str, RunConfig]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def node_counts(options: Options, ranks_per_node: int, runs: Sequence[RunRequest
 
 def can_share(run: RunRequest, world_size: int) -> bool:
     try:
-        for config in (run.config, *cli.teacher_runs(run.config).values()):
+        for config in (run.config, *run.teacher_runs.values()):
             split_batch(config, world_size)
     except ConfigError:
         return False
@@ -170,11 +170,11 @@ def can_share(run: RunRequest, world_size: int) -> bool:
 
 def can_host(run: RunRequest, world_size: int) -> bool:
     from cit_scale.distributed.world import World
-    from cit_scale.engines.build import check_engine  # DeepSpeed's settings take seconds to import
+    from cit_scale.engines.build import prepare_engine  # DeepSpeed's settings take seconds to import
 
     try:
-        for config in (run.config, *cli.teacher_runs(run.config).values()):
-            check_engine(config, World(world_size=world_size))
+        for config in (run.config, *run.teacher_runs.values()):
+            prepare_engine(config, World(world_size=world_size))
     except ConfigError:
         return False
     return True

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]) -> int:
     """given: the options that were, which a command that submits one run again gives, too."""
     arguments = cli.parse_arguments(train_argv)
-    runs = plan_runs(arguments.config, train_argv, options.sweep)
+    runs = plan_runs(arguments, train_argv, options.sweep)
     partitions = find_partitions(options)
     resources = allot(options, partitions, runs)
     for run in runs:
@@ -93,12 +93,14 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
 # Checks
 
 
-def plan_runs(config: RunConfig, train_argv: Sequence[str], axes: Sequence[str]) -> list[RunRequest]:
-    """The runs that a command asks for: one, or those of the sweep."""
+def plan_runs(arguments: cli.Arguments, train_argv: Sequence[str], axes: Sequence[str]) -> list[RunRequest]:
+    """The runs that a command asks for: one, or those of the sweep. arguments: what ``train_argv`` says."""
     # What stands there is set aside when the run is submitted. A job that queues itself again must not do it.
     argv = [argument for argument in train_argv if argument != "--fresh"]
-    each = [(*argv, *more) for more in sweep(config, axes)] if axes else [tuple(argv)]
-    runs = [RunRequest(arguments, cli.parse_arguments(arguments).config if axes else config) for arguments in each]
+    runs = []
+    for more in sweep(arguments.config, axes) if axes else [[]]:
+        parsed = cli.parse_arguments([*argv, *more]) if axes else arguments
+        runs.append(RunRequest((*argv, *more), parsed.config, parsed.teacher_runs))
     for run in runs:
         check_config(run.config)
     return runs

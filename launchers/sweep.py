@@ -5,12 +5,11 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from cit_scale import cli
 from cit_scale.config import RunConfig
 from cit_scale.errors import ConfigError
+from cit_scale.settings import flatten, to_dict
 
 NOT_SWEPT = ("name", "runs_dir")
 
@@ -20,7 +19,7 @@ def sweep(config: RunConfig, axes: Sequence[str]) -> list[list[str]]:
 
     axes: SETTING=V1,V2 as typed. Raises ConfigError.
     """
-    known = list(setting_names(cli.to_dict(config)))
+    known = list(flatten(to_dict(config)))
     values: dict[str, list[str]] = {}
     for axis in axes:
         typed, equals, listed = axis.partition("=")
@@ -44,15 +43,6 @@ def sweep(config: RunConfig, axes: Sequence[str]) -> list[list[str]]:
     if twice is not None:
         raise ConfigError(f"--sweep gives two runs the name {twice.removeprefix('--name=')}; give each value once")
     return runs
-
-
-def setting_names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all settings. tree: as ``cli.to_dict`` returns it."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from setting_names(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def full_name(typed: str, known: Sequence[str]) -> str:

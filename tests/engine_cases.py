@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.config import EngineConfig, MixingConfig, OptimConfig, RunConfig, TrainConfig
 from cit_scale.distributed.world import World
 from cit_scale.engines.base import Engine, StepResult
-from cit_scale.engines.build import build_engine
+from cit_scale.engines.build import build_engine, prepare_engine
 from cit_scale.models.network import Network, build_network
 
 GLOBAL_BATCH_SIZE = 16
@@ -42,8 +42,10 @@ SHARDINGS = {
 State = dict[str, np.ndarray]
 
 
-class TinyNetwork(nn.Module):
+class TinyModel(nn.Module):
     """A convolution, BatchNorm, linear layers, an exempt token; no size is a multiple of two."""
+
+    pretrained_cfg: ClassVar = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +56,17 @@ class TinyNetwork(nn.Module):
         self.cls = nn.Linear(7, 3)
         self.advised = nn.Linear(7, 3)
 
-    def forward(self, images: Tensor) -> StudentLogits:
+    def forward_heads(self, images: Tensor) -> StudentLogits:
         features = torch.relu(self.norm(self.conv(images))).mean(dim=(2, 3))  # (B, 5)
         features = torch.tanh(self.hidden(features)) + self.token
         return student_logits_type(("conv",))(self.cls(features), self.advised(features))
 
     def no_weight_decay(self) -> set[str]:
         return {"token"}
+
+
+def tiny_network() -> Network:
+    return Network(TinyModel())
 
 
 def tiny_cit(**options: Any) -> Network:
@@ -74,7 +80,7 @@ def make_engine(
     sharding: str,
     micro_steps: int,
     ds_configs: str,
-    make_network: Callable[[], nn.Module] = TinyNetwork,
+    make_network: Callable[[], Network] = tiny_network,
     settings: Mapping[str, Any] = MappingProxyType({}),
     **optim: Any,
 ) -> Engine:
@@ -92,7 +98,7 @@ def make_engine(
         ),
     )
     torch.manual_seed(0)
-    return build_engine(make_network(), config, world, micro_steps)
+    return build_engine(make_network(), prepare_engine(config, world))
 
 
 def engine_config(sharding: str, ds_configs: str) -> EngineConfig:

@@ -131,10 +131,10 @@ def _in_step(hook: Callable[[Any, Callable[..., None]], None]) -> Callable[[int,
     def place(step: int, act: Callable[..., None]) -> None:
         inner = train.train_step
 
-        def train_step(engine: Any, teachers: Any, batches: Any, task: Any, done: int, lr: float) -> Any:
+        def train_step(engine: Any, teachers: Any, batches: Any, prepared: Any, done: int, lr: float) -> Any:
             if done + 1 == step:
                 hook(engine, act)
-            return inner(engine, teachers, batches, task, done, lr)
+            return inner(engine, teachers, batches, prepared, done, lr)
 
         train.train_step = train_step
 

@@ -66,12 +66,8 @@ def redraw(source, samples, augment, data=DATA, seed=0, epoch=0):
         np.zeros_like(samples),
         source.heights[samples],
         source.widths[samples],
-        image_size=data.image_size,
-        crop_scale=augment.crop_scale,
-        crop_ratio=augment.crop_ratio,
-        flip_prob=augment.flip_prob,
-        policy=draws.parse_policy(augment.policy) if augment.policy else None,
-        erase_prob=augment.erase_prob,
+        augment,
+        data.image_size,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from engine_cases import (
     SHARDINGS,
     State,
-    TinyNetwork,
+    TinyModel,
     differences,
     local_buffers,
     make_engine,
@@ -41,7 +41,7 @@ def statistics_after_one_update(world: World, ds_configs: str) -> dict:
         found[sharding] = local_buffers(engine)
     torch.manual_seed(0)
     with torch.no_grad():
-        features = TinyNetwork().conv(micro_batch(0, world.rank, 2)[0])
+        features = TinyModel().conv(micro_batch(0, world.rank, 2)[0])
     found["by hand"] = 0.1 * features.mean(dim=(0, 2, 3)).numpy()  # momentum 0.1, from 0
     return found
 

@@ -26,8 +26,9 @@ def test_the_table_names_each_way_and_the_machine(monkeypatch, capsys, tmp_path)
 def tiny_engine() -> Engine:
     from engine_cases import tiny_cit
 
-    from cit_scale.config import EngineConfig, OptimConfig
+    from cit_scale.config import EngineConfig, OptimConfig, RunConfig
     from cit_scale.distributed.world import World
-    from cit_scale.engines.plain import PlainEngine
+    from cit_scale.engines.build import build_engine, prepare_engine
 
-    return PlainEngine(tiny_cit(), OptimConfig(ema_decay=0.9), EngineConfig(name="plain"), 1, World())
+    config = RunConfig(optim=OptimConfig(ema_decay=0.9), engine=EngineConfig(name="plain"))
+    return build_engine(tiny_cit(), prepare_engine(config, World()))

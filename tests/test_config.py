@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from cit_scale import cli
-from cit_scale.config import RunConfig, TeacherConfig, check_ranges, split_batch
+from cit_scale.config import RunConfig, TeacherConfig, check_config, split_batch
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, RefusedError
-from cit_scale.run.setup import changed_settings, set_aside
+from cit_scale.run.setup import set_aside
+from cit_scale.settings import changed_settings, to_dict, to_yaml, with_defaults
 
 
 def parse(*argv):
@@ -32,8 +33,8 @@ def test_the_default_recipe_is_digits():
 @pytest.mark.parametrize("name", cli.recipe_names())
 def test_every_recipe_is_valid_and_survives_being_written_and_read(name, tmp_path):
     config = parse("--config", name)
-    check_ranges(config)
-    (tmp_path / "again.yaml").write_text(cli.to_yaml(config))
+    check_config(config)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert cli.load_recipe(str(tmp_path / "again.yaml")) == config
 
 
@@ -105,7 +106,7 @@ def test_going_on_with_the_same_settings_is_the_default():
 
 def test_a_teachers_run_takes_the_students_data_seed_and_folder():
     config = parse("--data.image_size", "48", "--seed", "7")
-    run = cli.teacher_run(config, "inv")
+    run = cli.resolve_teacher_runs(config)["inv"]
     assert run.data == config.data
     assert run.augment == config.augment
     assert run.seed == 7
@@ -155,17 +156,17 @@ def test_a_recipe_does_not_execute_what_it_contains(tmp_path):
 
 
 def test_differences_name_key_and_both_values():
-    old = cli.to_dict(parse())
-    new = cli.to_dict(parse("--train.epochs", "3", "--teachers.conv.weight", "2"))
-    assert cli.differences(old, old) == []
-    assert cli.differences(old, new) == [
+    old = to_dict(parse())
+    new = parse("--train.epochs", "3", "--teachers.conv.weight", "2")
+    assert changed_settings(old, parse()) == []
+    assert changed_settings(old, new) == [
         "teachers.conv.weight: 1.0 -> 2.0",
         f"train.epochs: {old['train']['epochs']} -> 3",
     ]
 
 
 def test_files_may_move_and_what_is_learned_may_not_change():
-    started_with = cli.to_dict(parse("--teachers.conv.weights", "a.pth"))
+    started_with = to_dict(parse("--teachers.conv.weights", "a.pth"))
     moved = parse("--teachers.conv.weights", "b.pth", "--data.train", "elsewhere", "--train.keep_last", "9")
     assert changed_settings(started_with, moved) == []
     other = parse("--teachers.conv.weights", "a.pth", "--teachers.conv.weight", "2", "--seed", "5")
@@ -209,7 +210,7 @@ def test_impossible_batches_are_refused_with_the_way_out(total, world_size, micr
 )
 def test_numbers_outside_their_range_are_refused(argv, expected):
     with pytest.raises(ConfigError, match=expected):
-        check_ranges(parse(*argv))
+        check_config(parse(*argv))
 
 
 @pytest.mark.parametrize(
@@ -266,8 +267,8 @@ def test_an_argument_of_timms_may_be_empty():
 @pytest.mark.parametrize("name", cli.recipe_names())
 def test_a_setting_that_an_earlier_version_did_not_know_was_at_its_default(name):
     config = parse("--config", name)
-    known = without_defaults(cli.to_dict(config), cli.to_dict(RunConfig()))
-    assert cli.with_defaults(known) == cli.to_dict(config)
+    known = without_defaults(to_dict(config), to_dict(RunConfig()))
+    assert with_defaults(known, RunConfig) == to_dict(config)
     assert changed_settings(known, config) == []
     assert changed_settings({}, dataclasses.replace(RunConfig(), seed=7)) == ["seed: 0 -> 7"]
 
@@ -290,7 +291,7 @@ TEACHER_DEFAULTS = dataclasses.asdict(TeacherConfig(model=""))
 
 def test_a_teacher_that_was_not_there_is_no_default():
     config = parse("--config", "cit_tiny")
-    before = cli.to_dict(dataclasses.replace(config, teachers={"inv": config.teachers["inv"]}))
+    before = to_dict(dataclasses.replace(config, teachers={"inv": config.teachers["inv"]}))
     assert "teachers.conv.model: None -> regnety_040" in changed_settings(before, config)
 
 

@@ -14,18 +14,18 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter
 
+from cit_scale.config import AugmentConfig
 from cit_scale.data import draws
 from cit_scale.data.draws import (
     IDENTITY,
     OPERATIONS,
-    RandAugment,
     parse_policy,
     parse_randaugment,
     philox,
     random_words,
 )
 
-RECIPE = RandAugment(magnitude=9, magnitude_std=0.5, increasing=True)
+RECIPE = AugmentConfig(policy="rand-m9-mstd0.5-inc1")
 TIMM_NAMES = {
     "auto_contrast": "AutoContrast",
     "equalize": "Equalize",
@@ -45,19 +45,12 @@ TIMM_NAMES = {
 }
 
 
-def draw(samples, *, seed=0, epoch=0, repeats=0, height=375, width=500, **options):
+def draw(samples, *, seed=0, epoch=0, repeats=0, height=375, width=500, image_size=224, **options):
     """Draw for `samples`, with the recipe's options unless told otherwise."""
     samples = np.asarray(samples)
-    defaults = {
-        "image_size": 224,
-        "crop_scale": (0.08, 1.0),
-        "crop_ratio": (3 / 4, 4 / 3),
-        "flip_prob": 0.5,
-        "policy": RECIPE,
-        "erase_prob": 0.25,
-    }
     repeats, heights, widths = (np.broadcast_to(value, samples.shape) for value in (repeats, height, width))
-    return draws.draw(seed, epoch, samples, repeats, heights, widths, **(defaults | options))
+    augment = replace(RECIPE, **options)
+    return draws.draw(seed, epoch, samples, repeats, heights, widths, augment, image_size)
 
 
 def scalar_philox(counter, key):
@@ -136,7 +129,7 @@ def test_seed_epoch_and_repeat_each_change_the_augmentation(change):
 
 
 def test_the_decisions_about_an_image_are_independent_of_each_other():
-    often = draw(range(20000), crop_scale=(0.08, 0.3), erase_prob=1.0, policy=replace(RECIPE, prob=1.0))
+    often = draw(range(20000), crop_scale=(0.08, 0.3), erase_prob=1.0, policy=f"{RECIPE.policy}-p1")
     seldom = draw(range(20000), erase_prob=0.5)
     y, x, h, w = often.crop.T
     erase_y, erase_x, erase_h, erase_w = often.erasing.T
@@ -242,7 +235,7 @@ def test_randaugments_arguments_are_distributed_as_timms():
     """timm's own operators, told to note their argument instead of drawing a picture."""
     text = "rand-m9-mstd0.5-inc1"
     random.seed(0)
-    ours = draw(range(60000), policy=parse_randaugment(text))
+    ours = draw(range(60000), policy=text)
     for operator, name in zip(auto_augment.rand_augment_transform(text, {}).ops, OPERATIONS, strict=True):
         operator.prob = 1.0
         operator.aug_fn = lambda image, *arguments, **_: arguments
@@ -291,7 +284,7 @@ def test_without_randaugment_there_are_no_layers_and_all_else_stays():
 
 
 def test_three_augment_is_distributed_as_timms_and_torchvisions():
-    ours = draw(range(30000), policy=parse_policy("3a"))
+    ours = draw(range(30000), policy="3a")
     first, *jitter = ours.operations
     names = np.array(draws.NAMES)[first]
     counts = {name: int((names == name).sum()) for name in ("solarize", "color", "gaussian_blur")}

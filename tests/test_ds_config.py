@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cit_scale.config import DS_CONFIGS, EngineConfig, OptimConfig, RunConfig
-from cit_scale.engines.zero import read_ds_config
+from cit_scale.engines.ds_config import read_ds_config
 from cit_scale.errors import ConfigError
 
 

@@ -15,7 +15,7 @@ from engine_cases import (
     LR,
     SHARDINGS,
     State,
-    TinyNetwork,
+    TinyModel,
     differences,
     local_buffers,
     loss_of,
@@ -25,16 +25,17 @@ from engine_cases import (
     shardings_on,
     tensors,
     tiny_cit,
+    tiny_network,
     update,
 )
 from ranks import run_on_ranks
 from torch import Tensor, nn
 
-from cit_scale.cli import teacher_run
+from cit_scale.cli import resolve_teacher_runs
 from cit_scale.config import EngineConfig, RunConfig, TeacherConfig
 from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.base import Engine, StepResult
-from cit_scale.engines.build import check_engine
+from cit_scale.engines.build import prepare_engine
 from cit_scale.errors import ConfigError, Stopped
 from cit_scale.models.network import Network
 
@@ -59,7 +60,12 @@ class Trajectory:
 
 
 def trajectory(
-    world: World, sharding: str, micro_steps: int, ds_configs: str, precision: str = "float32", make_network=TinyNetwork
+    world: World,
+    sharding: str,
+    micro_steps: int,
+    ds_configs: str,
+    precision: str = "float32",
+    make_network=tiny_network,
 ) -> Trajectory:
     """On one rank: its own losses."""
     engine = make_engine(world, sharding, micro_steps, ds_configs, make_network, {"precision": precision})
@@ -305,7 +311,7 @@ def crossings(world: World, states: dict[str, State], shardings: list[str], ds_c
 
 def logits_by_hand(state: State, *kinds: str) -> np.ndarray:
     """Of the images of step 0, by a network alone with the tensors of these kinds."""
-    network = TinyNetwork().eval()
+    network = tiny_network().eval()
     arrays = {key.split("/")[1]: array for key, array in state.items() if key.split("/")[0] in kinds}
     network.load_state_dict(tensors(arrays))
     with torch.no_grad():
@@ -381,10 +387,16 @@ def most_alive(world: World, shardings: list[str], ds_configs: str) -> dict[str,
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda state: state.pop("exp_avg/token"), "exp_avg/token is missing"),
+        (lambda state: state.pop("exp_avg/model.token"), "exp_avg/model.token is missing"),
         (lambda state: state.update({"weight/extra": torch.zeros(1)}), "weight/extra is not known here"),
-        (lambda state: state.update({"weight/cls.bias": torch.zeros(4)}), r"weight/cls.bias is \(4,\), here \(3,\)"),
-        (lambda state: [state.pop(key) for key in list(state) if key.startswith("ema/")], "ema/conv.weight is missing"),
+        (
+            lambda state: state.update({"weight/model.cls.bias": torch.zeros(4)}),
+            r"weight/model.cls.bias is \(4,\), here \(3,\)",
+        ),
+        (
+            lambda state: [state.pop(key) for key in list(state) if key.startswith("ema/")],
+            "ema/model.conv.weight is missing",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(change, complaint, ds_configs):
@@ -504,7 +516,12 @@ def test_the_moving_average_follows_its_formula_under_every_engine(world_size, d
                     continue
                 expected = 0.7 * before[key] + 0.3 * weight
                 np.testing.assert_allclose(after[key], expected, rtol=1e-5, atol=1e-7, err_msg=f"{sharding} {key}")
-        assert differences({"average": states[0]["ema/cls.weight"]}, {"average": states[0]["weight/cls.weight"]}) == []
+        assert (
+            differences(
+                {"average": states[0]["ema/model.cls.weight"]}, {"average": states[0]["weight/model.cls.weight"]}
+            )
+            == []
+        )
 
 
 def state_histories(world: World, shardings: list[str], ds_configs: str) -> dict[str, list[State]]:
@@ -597,7 +614,7 @@ def test_a_step_before_the_last_micro_step_is_an_error(ds_configs):
 def test_plain_is_refused_on_two_ranks():
     config = RunConfig(engine=EngineConfig(name="plain"))
     with pytest.raises(ConfigError, match=r"one process and there are 2; set engine\.name to zero or fsdp2"):
-        check_engine(config, World(0, 0, 2, 2))
+        prepare_engine(config, World(0, 0, 2, 2))
 
 
 # The same work in less memory.
@@ -636,11 +653,21 @@ def with_and_without_checkpointing(world: World, shardings: list[str], ds_config
     return found
 
 
+class Plain(nn.Linear):
+    """A model that cannot compute its layers again."""
+
+    pretrained_cfg = TinyModel.pretrained_cfg
+
+
+def headless_network():
+    return Network(Plain(3, 2))
+
+
 @pytest.mark.parametrize(
     ("make_network", "complaint"),
     [
-        (TinyNetwork, "TinyNetwork has BatchNorm where it would be computed twice"),
-        (lambda: nn.Linear(3, 2), "Linear cannot checkpoint its activations"),
+        (tiny_network, "TinyModel has BatchNorm where it would be computed twice"),
+        (headless_network, "Plain cannot checkpoint its activations"),
     ],
 )
 def test_checkpointing_is_refused_where_it_cannot_be(make_network, complaint, ds_configs):
@@ -653,7 +680,7 @@ def test_checkpointing_is_of_the_student_and_not_of_its_teachers():
         teachers={"conv": TeacherConfig(model="regnety_004", recipe="deit")},
         engine=EngineConfig(precision="bf16", activation_checkpointing=True),
     )
-    assert teacher_run(config, "conv").engine == EngineConfig(precision="bf16")
+    assert resolve_teacher_runs(config)["conv"].engine == EngineConfig(precision="bf16")
 
 
 def patience_of_every_group(world, sharding, ds_configs):

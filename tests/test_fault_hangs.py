@@ -31,7 +31,7 @@ def test_a_hung_rank_ends_the_run_with_the_stacks_of_all_ranks(rank, place, step
     assert f"in {how}" in stacks[rank], stacks[rank]
     assert f"in {how}" not in stacks[1 - rank]
     for text in stacks:
-        assert "in train_steps" in text or "in evaluate" in text, text
+        assert "in training_loop" in text or "in evaluate" in text, text
     said = f"error: nothing was achieved for train.step_timeout_s={TIMEOUT_S} seconds"
     assert ended.outputs[0].count(said) == 1, ended.output
     assert f"{tiny_run.run_dir}/stacks_rank_*.txt" in ended.outputs[0]
@@ -69,6 +69,6 @@ def test_a_rank_that_is_paused_alone_is_a_hang_for_the_others(tiny_run, calm):
     assert ended.code == 14, ended.output
     assert ended.codes[0] == 14
     assert ended.wall_s < TIMEOUT_S + 10 + START_S
-    assert "in train_steps" in (tiny_run.run_dir / "stacks_rank_0.txt").read_text()
+    assert "in training_loop" in (tiny_run.run_dir / "stacks_rank_0.txt").read_text()
     tiny_run.finish(*impatient)
     assert_same_end(tiny_run, calm())

@@ -14,22 +14,23 @@ WALLS = {
     "run_folder": "",
     "text": "",
     "batch": "",
-    "config": "errors",
+    "config": "errors settings",
+    "settings": "errors",
     "losses": "batch",
     "optim": "config errors",
     "distributed": "errors run_folder",
     "models": "batch distributed errors files",
     "datasets": "config data.order distributed errors files text",
     "data": "batch config datasets distributed errors",
-    "engines": "batch config distributed errors optim",
+    "engines": "batch config distributed errors models optim settings",
     "checkpoint": "config distributed engines errors files run_folder",
     "teachers": "batch config errors files models",
     "evaluate": "batch distributed",
-    "cli": "config distributed.ranks errors run_folder",
-    "run": "batch checkpoint cli config data datasets distributed engines errors files models optim run_folder "
+    "cli": "config distributed.ranks errors run_folder settings",
+    "run": "batch checkpoint config data datasets distributed engines errors files models optim run_folder settings "
     "teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
-    "run run_folder teachers text",
+    "run run_folder settings teachers text",
     "__main__": "cli text",
     "job": "distributed errors text train",
     "bench": "checkpoint config data datasets distributed engines errors files models run teachers",
@@ -39,7 +40,7 @@ WALLS = {
 DOORS = {"data.pack", "data.video"}
 
 ONLY_IMPORTERS = {
-    "deepspeed": {"engines.zero"},
+    "deepspeed": {"engines.zero", "engines.ds_config"},
     "nvidia": {"data.dali", "bench.decode"},  # the benchmark's own is the peer that ours is timed against
     "triton": {"models.involution_triton"},
     "submitit": {"launchers.submit", "launchers.executors"},

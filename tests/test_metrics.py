@@ -7,6 +7,7 @@ import time
 import pytest
 import sabotage
 import torch
+from ranks import run_on_ranks
 
 from cit_scale.distributed.world import World
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
@@ -141,15 +142,15 @@ def passing(monkeypatch):
     return go_on
 
 
-def test_throughput_is_that_of_the_interval_from_turn_to_turn_without_what_happens_aside(passing):
-    clock = StepClock()
+def test_throughput_is_that_of_the_interval_from_turn_to_turn_without_what_is_excluded(passing):
+    clock = StepClock(64)
     assert clock.turn() == 0.0
     for _ in range(StepClock.WARMUP_TURNS):
         passing(50)
         assert clock.turn() == 50
     assert clock.turns == StepClock.WARMUP_TURNS
-    assert clock.interval_images_per_s(64) is None
-    assert clock.mean_images_per_s(64) is None
+    assert clock.interval_costs(World()) == {"images_per_s": None, "step_ms": None, "data_share": None}
+    assert clock.mean_images_per_s() is None
     for turn_s in (2, 2, 8):
         with clock.excluded():
             passing(100)  # evaluation, say
@@ -158,22 +159,78 @@ def test_throughput_is_that_of_the_interval_from_turn_to_turn_without_what_happe
             passing(30)
         passing(turn_s / 2)
         assert clock.turn() == turn_s
-    assert clock.interval_images_per_s(64) == 64 * 3 / 12
+    assert clock.interval_costs(World()) == {"images_per_s": 64 * 3 / 12, "step_ms": 4000.0, "data_share": 0.0}
     passing(4)
     clock.turn()
-    assert clock.interval_images_per_s(64) == 64 / 4
-    assert clock.interval_images_per_s(64) is None
-    assert clock.mean_images_per_s(64) == 64 * 4 / 16
+    assert clock.interval_costs(World())["images_per_s"] == 64 / 4
+    assert clock.interval_costs(World())["images_per_s"] is None
+    assert clock.mean_images_per_s() == 64 * 4 / 16
 
 
-def test_what_breaks_off_aside_does_not_count_either(passing):
-    clock = StepClock()
+def test_what_breaks_off_while_it_is_excluded_does_not_count_either(passing):
+    clock = StepClock(64)
     clock.turn()
     with contextlib.suppress(OSError), clock.excluded():
         passing(9)
         raise OSError("full")
     passing(1)
     assert clock.turn() == 1
+
+
+def test_the_share_of_a_step_that_waits_for_data_is_measured_where_the_batch_is_asked_for(passing):
+    def slow_batches():
+        for number in range(9):
+            passing(1.5)
+            yield number
+
+    clock = StepClock(8)
+    batches = clock.waiting_for(slow_batches())
+    clock.turn()
+    for step in range(9):
+        assert next(batches) == step
+        passing(4.5)  # forward, backward, update
+        clock.turn()
+    assert clock.interval_costs(World()) == {"images_per_s": 8 / 6, "step_ms": 6000.0, "data_share": 0.25}
+
+
+def test_closing_the_timed_batches_closes_the_stream():
+    closed = []
+
+    def batches():
+        try:
+            yield 1
+            yield 2
+        finally:
+            closed.append(True)
+
+    timed = StepClock(8).waiting_for(batches())
+    assert next(timed) == 1
+    timed.close()
+    assert closed == [True]
+
+
+def share_of_ranks_that_wait(world):
+    """Rank 1 waits for its data in half of each turn, rank 0 in none of it."""
+    now = [0.0]
+    time.perf_counter = lambda: now[0]
+    clock = StepClock(8)
+
+    def batches():
+        while True:
+            now[0] += 2.0 * world.rank
+            yield None
+
+    timed = clock.waiting_for(batches())
+    clock.turn()
+    for _ in range(StepClock.WARMUP_TURNS + 2):
+        next(timed)
+        now[0] += 4.0 - 2.0 * world.rank
+        clock.turn()
+    return clock.interval_costs(world)["data_share"]
+
+
+def test_the_share_is_that_of_the_rank_that_waits_longest():
+    assert run_on_ranks(2, share_of_ranks_that_wait) == [0.5, 0.5]
 
 
 @pytest.mark.fault

@@ -2,16 +2,15 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny_run import TINY_CIT
 
 from cit_scale.errors import ConfigError, RefusedError
 from cit_scale.models.network import build_network, load_weights, read_weights
 
-SMALL_CIT = {"depth": 1, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
-
 
 def small_cit(**changes):
     arguments = {"num_classes": 5, "image_size": 32, "teachers": ("conv", "inv")} | changes
-    return build_network("cit_tiny_patch16_224", SMALL_CIT, **arguments).eval()
+    return build_network("cit_tiny_patch16_224", TINY_CIT, **arguments).eval()
 
 
 def test_a_network_normalises_with_its_own_models_statistics():
@@ -58,7 +57,7 @@ def test_weights_of_another_image_size_are_resampled(tmp_path):
     save_file(small_cit().model.state_dict(), tmp_path / "w.safetensors")
     larger = small_cit(image_size=64)
     load_weights(larger, tmp_path / "w.safetensors")
-    assert larger.model.pos_embed.shape == (1, 3 + 64, 48)
+    assert larger.model.pos_embed.shape == (1, 3 + 64, TINY_CIT["embed_dim"])
 
 
 def test_a_planted_object_does_not_run(tmp_path):

@@ -4,14 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+from engine_cases import tiny_network
+from tiny_run import TINY_CIT
 from torch import nn
 
 from cit_scale import cli
 from cit_scale.config import EngineConfig
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
-from cit_scale.engines.hosted import Hosted, checkpoint_activations
-from cit_scale.engines.plain import PlainEngine
+from cit_scale.engines.activation_checkpointing import checkpoint_activations
+from cit_scale.engines.build import build_engine, prepare_engine
 from cit_scale.models.network import build_network
 from cit_scale.run.plan import (
     Sharding,
@@ -22,15 +24,19 @@ from cit_scale.run.plan import (
     read_sharding,
     state_memory,
 )
-from cit_scale.run.setup import Task
+from cit_scale.run.setup import prepare_engines, with_images
 
 
 def parse(*argv):
     return cli.parse_arguments(argv).config
 
 
+def sharding_of(world_size, *argv):
+    return read_sharding(prepare_engine(parse(*argv), World(world_size=world_size)))
+
+
 def tiny_student(depth=2):
-    kwargs = {"patch_size": 8, "depth": depth, "embed_dim": 32, "num_heads": 2}
+    kwargs = {**TINY_CIT, "depth": depth}
     return build_network("cit_tiny_patch16_224", kwargs, num_classes=3, image_size=32, teachers=("conv",))
 
 
@@ -50,7 +56,7 @@ def tiny_student(depth=2):
 )
 def test_the_state_is_shared_out_as_the_engine_does_it(engine, expected):
     world_size = 1 if "plain" in engine else 4
-    memory = state_memory(1000, read_sharding(parse(*engine), world_size, 1), world_size, has_average=False)
+    memory = state_memory(1000, sharding_of(world_size, *engine), world_size, has_average=False)
     assert (memory.weights, memory.gradients, memory.moments, memory.host) == expected
     assert memory.average == 0
     assert memory.checkpoint == 12000
@@ -64,16 +70,21 @@ def test_the_moving_average_lies_where_the_moments_lie():
 
 
 def test_fsdp2_adds_gradients_up_whole_over_several_micro_steps():
-    assert read_sharding(parse("--engine.name", "fsdp2"), 4, 1).gradients
-    assert not read_sharding(parse("--engine.name", "fsdp2"), 4, 2).gradients
+    assert sharding_of(4, "--engine.name", "fsdp2").gradients
+    assert not sharding_of(4, "--engine.name", "fsdp2", "--train.micro_batch_size", "8").gradients
 
 
 def test_a_checkpoint_is_as_large_as_the_state_that_an_engine_saves():
-    config = parse("--optim.ema_decay", "0.9")
-    network = nn.Linear(10, 7)
-    engine = PlainEngine(network, config.optim, config.engine, 1, World())
-    saved = sum(shape.numel() for key, shape in engine.state_shapes().items() if "/" in key)  # counters have none
-    assert state_memory(77, Sharding(), 1, has_average=True).checkpoint == 4 * saved
+    config = parse("--optim.ema_decay", "0.9", "--engine.name", "plain")
+    network = tiny_network()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    engine = build_engine(network, prepare_engine(config, World()))
+    saved = sum(
+        shape.numel()
+        for key, shape in engine.state_shapes().items()
+        if "/" in key and "norm.running" not in key and "norm.num" not in key  # neither counters nor buffers
+    )
+    assert state_memory(parameters, Sharding(), 1, has_average=True).checkpoint == 4 * saved
 
 
 def test_what_two_layers_keep_is_counted_by_hand():
@@ -90,8 +101,9 @@ def test_fake_tensors_keep_what_real_ones_keep(precision, checkpointing):
     if checkpointing:
         checkpoint_activations(network)
     engine = EngineConfig(precision=precision)
-    hosted = Hosted(network.train(), engine.precision, torch.device("cpu"))
-    real = kept_for_backward(hosted, torch.rand(4, 3, 32, 32), [*network.parameters(), *network.buffers()])
+    network.train()
+    network.precision = precision
+    real = kept_for_backward(network, torch.rand(4, 3, 32, 32), [*network.parameters(), *network.buffers()])
     fake = activation_bytes(network, engine, (4, 3, 32, 32))
     if precision == "float32":
         assert fake == real
@@ -113,8 +125,11 @@ def test_checkpointing_counts_the_inputs_of_all_blocks_and_one_block_more():
 
 @pytest.fixture
 def plan(tiny_digits):
-    config = parse("--train.micro_batch_size", "8", "--teachers.conv.weights", "conv.pth")
-    return plan_run(Task(config, World(world_size=4), Reader(tiny_digits), Reader(tiny_digits)))
+    argv = ["--train.micro_batch_size", "8", "--teachers.conv.weights", "conv.pth"]
+    arguments = cli.parse_arguments(argv)
+    config, teacher_runs = arguments.config, arguments.teacher_runs
+    setups = prepare_engines(config, teacher_runs, World(world_size=4), same_run=False)
+    return plan_run(with_images(config, teacher_runs, setups, Reader(tiny_digits), Reader(tiny_digits)))
 
 
 def test_a_plan_says_how_long_the_run_is_and_what_comes_first(plan):

@@ -8,8 +8,9 @@ import pytest
 
 from cit_scale import cli
 from cit_scale.__main__ import VERBS
-from cit_scale.config import RunConfig, check_ranges
+from cit_scale.config import RunConfig, check_config
 from cit_scale.datasets.commands import pack_parser, video_parser
+from cit_scale.settings import to_yaml
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -38,7 +39,7 @@ def trainer_arguments():
 def test_every_command_that_trains_is_a_valid_run(arguments):
     if "--print_config" in arguments:
         arguments.remove("--print_config")
-    check_ranges(cli.parse_arguments(arguments).config)
+    check_config(cli.parse_arguments(arguments).config)
 
 
 def test_the_readme_shows_the_ways_to_start():
@@ -56,7 +57,7 @@ def test_the_python_example_runs(monkeypatch, tmp_path):
     path = tmp_path / re.search(r'"(runs/\S+\.safetensors)"', example)[1]
     path.parent.mkdir(parents=True)
     config = cli.parse_arguments([]).config
-    (path.parent / "config.yaml").write_text(cli.to_yaml(config))
+    (path.parent / "config.yaml").write_text(to_yaml(config))
     network = build_network(
         config.student.name,
         config.student.kwargs,

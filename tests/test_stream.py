@@ -26,7 +26,7 @@ from stream_cases import (
 )
 from torchvision import transforms
 
-from cit_scale.config import MixingConfig
+from cit_scale.config import AugmentConfig, MixingConfig
 from cit_scale.data import dali, draws, stream
 from cit_scale.data.mixing import mix
 from cit_scale.data.order import Cursor
@@ -165,12 +165,8 @@ def redraw_erasing(count):
         np.zeros(count, int),
         sizes,
         sizes,
-        image_size=32,
-        crop_scale=(0.08, 1.0),
-        crop_ratio=(3 / 4, 4 / 3),
-        flip_prob=0.5,
-        policy=None,
-        erase_prob=1.0,
+        AugmentConfig(policy=None, erase_prob=1.0),
+        32,
     )
 
 

@@ -18,6 +18,7 @@ from cit_scale.config import REPOSITORY
 from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
+from cit_scale.settings import to_yaml
 from launchers import executors, options, resources, submit
 from launchers.partitions import NoSlurmError
 
@@ -291,7 +292,7 @@ def test_a_missing_input_has_the_exit_code_of_one(call, tiny, slurm, argv, expec
 def test_a_run_folder_with_other_settings_is_refused_and_fresh_sets_it_aside(call, tiny, slurm, tmp_path):
     run_dir = tmp_path / "runs" / "tiny"
     run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(cli.to_yaml(cli.parse_arguments([*tiny, "--seed", "7"]).config))
+    (run_dir / "config.yaml").write_text(to_yaml(cli.parse_arguments([*tiny, "--seed", "7"]).config))
     code, _, error = call(*tiny)
     assert code == 7
     assert "seed: 7 -> 0" in error

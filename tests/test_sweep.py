@@ -4,10 +4,11 @@ import pytest
 
 from cit_scale import cli
 from cit_scale.errors import ConfigError
-from launchers.sweep import full_name, setting_names, split_values, sweep
+from cit_scale.settings import flatten, to_dict
+from launchers.sweep import full_name, split_values, sweep
 
 CONFIG = cli.parse_arguments(["--config", "cit_base"]).config
-KNOWN = list(setting_names(cli.to_dict(CONFIG)))
+KNOWN = list(flatten(to_dict(CONFIG)))
 
 
 def test_a_sweep_is_every_combination_each_under_a_name_of_its_own():

@@ -19,19 +19,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from stream_cases import photo
+from tiny_run import recipe_with
 
 from cit_scale.train import main
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Everything the real recipe does, in seconds: small networks, few steps, nothing compiled.
-TINY = {
-    "name": "tiny",
-    "student": {
-        "name": "cit_tiny_patch16_224",
-        "kwargs": {"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2, "drop_path_rate": 0.1},
-    },
-    "teachers": {
+# Everything the real recipe does, in seconds: both teachers are trained first, on real digits.
+TINY = recipe_with(
+    teachers={
         "conv": {"model": "resnet10t", "recipe": "teacher.yaml"},
         "inv": {
             "model": "rednet26",
@@ -39,19 +35,11 @@ TINY = {
             "recipe": "teacher.yaml",
         },
     },
-    "data": {"train": "digits", "image_size": 16, "crop_ratio": 1.0},
-    "augment": {"crop_scale": [0.5, 1.0], "flip_prob": 0.0, "policy": None, "erase_prob": 0.1},
-    "distill": {"compile": False},
-    "optim": {"lr": 2e-3, "lr_batch_size": 128, "warmup_epochs": 0.5},
-    "train": {
-        "epochs": 2,
-        "global_batch_size": 128,
-        "micro_batch_size": 32,
-        "log_every_steps": 1,
-        "save_every_steps": 4,
-        "eval_every_epochs": 1,
-    },
-}
+    data={"train": "digits", "decode_threads": 4},
+    mixing={"group_size": 8},
+    optim={"lr_batch_size": 128, "ema_decay": None},
+    train={"global_batch_size": 128, "micro_batch_size": 32},
+)
 TEACHER = {
     "name": "teacher",
     "augment": TINY["augment"],

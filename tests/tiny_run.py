@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import struct
@@ -46,6 +47,20 @@ RECIPE: dict[str, Any] = {
         "eval_every_epochs": 1,
     },
 }
+
+TINY_CIT: dict[str, Any] = {
+    name: RECIPE["student"]["kwargs"][name] for name in ("patch_size", "depth", "embed_dim", "num_heads")
+}
+"""What makes a CiT small, as arguments of timm.create_model."""
+
+
+def recipe_with(**sections: Any) -> dict[str, Any]:
+    """The tiny recipe with other settings: section by section, a dict's values over those of the recipe's."""
+    changed = copy.deepcopy(RECIPE)
+    for name, values in sections.items():
+        changed[name] = changed[name] | values if isinstance(values, dict) and name != "teachers" else values
+    return changed
+
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "plain": (1, ["--engine.name", "plain"]),
@@ -106,7 +121,7 @@ class TinyRun:
 def make_inputs(folder: Path) -> None:
     """A recipe with a data set and a teacher that has weights: whatever a run reads."""
     generator = np.random.default_rng(0)
-    recipe = json.loads(json.dumps(RECIPE))
+    recipe = recipe_with()
     for name, count in {"train": 6 * 8, "eval": 9}.items():
         pixels = generator.integers(0, 256, (count, 8, 8), np.uint8)
         write_idx(folder / name, pixels, np.arange(count) % CLASSES)

@@ -23,9 +23,10 @@ from cit_scale.bench.measure import machine_text, ratio, spread, table
 from cit_scale.checkpoint import store as checkpoint
 from cit_scale.checkpoint.async_save import AsyncCheckpointer
 from cit_scale.checkpoint.store import load_newest
-from cit_scale.config import EngineConfig, OptimConfig, TrainConfig
+from cit_scale.config import EngineConfig, OptimConfig, RunConfig, TrainConfig
 from cit_scale.distributed.world import World
 from cit_scale.engines.base import Engine
+from cit_scale.engines.build import prepare_engine
 from cit_scale.engines.plain import PlainEngine
 from cit_scale.files import file_sha256, sync
 from cit_scale.models.network import build_network
@@ -37,7 +38,8 @@ PEER_OF = {STALL: SAVE, WRITE: SAVE_SYNCED, READ: LOAD}
 
 def build_engine(model: str) -> Engine:
     network = build_network(model, {}, num_classes=1000, image_size=224, teachers=("conv", "inv"))
-    return PlainEngine(network, OptimConfig(ema_decay=0.999), EngineConfig(name="plain"), 1, World())
+    config = RunConfig(optim=OptimConfig(ema_decay=0.999), engine=EngineConfig(name="plain"))
+    return PlainEngine(network, prepare_engine(config, World()))
 
 
 def seconds(function: Callable[[], object]) -> float:

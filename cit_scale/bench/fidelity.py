@@ -33,7 +33,7 @@ from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
 from cit_scale.data.order import Cursor
 from cit_scale.data.reader import Reader
-from cit_scale.data.stream import draw_samples, eval_stream, train_stream
+from cit_scale.data.stream import eval_stream, train_stream
 from cit_scale.datasets.encoded import to_ppm
 from cit_scale.datasets.folders import ImageFolder
 from cit_scale.datasets.sources import Source
@@ -145,7 +145,8 @@ def measure_training(
         for epoch, batch in enumerate(itertools.islice(stream, EPOCHS)):
             samples = batch.samples.numpy()
             repeats = np.zeros_like(samples)
-            draw = draw_samples(source, augment, data.image_size, 0, epoch, samples, repeats)
+            heights, widths = source.heights[samples], source.widths[samples]
+            draw = draws.draw(0, epoch, samples, repeats, heights, widths, augment, data.image_size)
             for resample in RESAMPLE:
                 theirs = [augment_image(photos[sample], draw, i, data, resample) for i, sample in enumerate(samples)]
                 errors.append(errors_of(batch.images, theirs))

@@ -11,9 +11,13 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
+
+from cit_scale.config import AugmentConfig
+from cit_scale.errors import ConfigError
 
 # --- The generator ---
 
@@ -95,6 +99,15 @@ class ThreeAugment:
 
 
 Policy = RandAugment | ThreeAugment
+
+
+@cache
+def read_policy(text: str | None) -> Policy | None:
+    """AugmentConfig.policy, or a ConfigError."""
+    try:
+        return None if text is None else parse_policy(text)
+    except ValueError as error:
+        raise ConfigError(f"augment.{error}") from None
 
 
 def parse_policy(text: str) -> Policy:
@@ -283,28 +296,24 @@ def draw(
     repeats: np.ndarray,
     heights: np.ndarray,
     widths: np.ndarray,
-    *,
+    augment: AugmentConfig,
     image_size: int,
-    crop_scale: tuple[float, float],
-    crop_ratio: tuple[float, float],
-    flip_prob: float,
-    policy: Policy | None,
-    erase_prob: float,
 ) -> Draw:
     """Draw the augmentation of B images.
 
     samples, repeats, heights, widths: (B,) integers; heights and widths in pixels of the decoded images. image_size:
-    height and width of the finished ones. The other options are AugmentConfig's.
+    height and width of the finished ones. Raises ConfigError for a policy that cannot be read.
     """
+    policy = read_policy(augment.policy)
     words = random_words(seed, epoch, samples, repeats, POLICY + (policy.num_words if policy else 0))
     uniforms = words * 2.0**-32  # in [0, 1)
     operations, arguments = _draw_policy(uniforms[POLICY:], policy)
     low, high = words[ERASE_KEY]
     return Draw(
-        crop=_draw_crop(uniforms, heights, widths, crop_scale, crop_ratio).astype(np.int32),
-        flip=uniforms[FLIP] < flip_prob,
+        crop=_draw_crop(uniforms, heights, widths, augment.crop_scale, augment.crop_ratio).astype(np.int32),
+        flip=uniforms[FLIP] < augment.flip_prob,
         operations=operations.astype(np.int32),
         arguments=arguments.astype(np.float32),
-        erasing=_draw_erasing(uniforms, image_size, erase_prob).astype(np.int32),
+        erasing=_draw_erasing(uniforms, image_size, augment.erase_prob).astype(np.int32),
         erasing_key=low | high << np.uint64(32),
     )

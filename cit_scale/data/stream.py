@@ -1,22 +1,23 @@
 """Training and evaluation batches: a pure function of seed and position.
 
-`order` says which image comes next, `draws` makes every random number, `dali` computes and decides nothing. So an image
-is the same, bit for bit, at any rank count, at any micro-batch size, with any number of threads and after any resume,
-and the whole state of a stream is how many micro-batches were taken from it.
+One micro-batch comes about in four steps. A request says which images it holds (`order` decides that). Its plan has
+their bytes and every random number (`reader` and `draws`). DALI decodes and augments what was planned (`dali`, which
+decides nothing). Random erasing comes last, in PyTorch. So an image is the same, bit for bit, at any rank count, at any
+micro-batch size, with any number of threads and after any resume, and the whole state of a stream is how many
+micro-batches were taken from it.
 """
 
 from __future__ import annotations
 
 import itertools
-import operator
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -29,31 +30,48 @@ from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
 from cit_scale.data.order import Cursor, epoch_order, rank_slice, steps_per_epoch
 from cit_scale.data.reader import Reader
-from cit_scale.datasets.sources import Source
 from cit_scale.distributed.world import World
-from cit_scale.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 T = TypeVar("T")
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked for, and what is planned
+
 
 @dataclass(frozen=True)
-class Plan:
-    """One micro-batch before it is decoded: what was read, and what to do with it."""
+class BatchRequest:
+    """One micro-batch of this rank before anything is read."""
 
-    remake: Callable[[frozenset[int]], Plan]
-    """Plans the same micro-batch anew, with these samples in doubt."""
-
-    doubtful: frozenset[int]
-    """Samples that DALI could not decode."""
+    epoch: int
+    """0 in evaluation."""
 
     positions: np.ndarray
     """(B,) int64, as in Batch."""
 
     samples: np.ndarray
+    """(B,) int64, the images asked for, by their index in the source."""
+
+    repeats: np.ndarray
+    """(B,) int64, which of its repetitions in this epoch each one is; zeros in evaluation."""
+
+    doubtful: frozenset[int] = frozenset()
+    """Samples that DALI could not decode when this request was planned before."""
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One micro-batch before it is decoded: what was read, and what to do with it."""
+
+    request: BatchRequest
+
+    positions: np.ndarray
     """(B,) int64, as in Batch."""
+
+    samples: np.ndarray
+    """(B,) int64, as in Batch: where an image is bad, the one that stands in for it."""
 
     encoded: list[np.ndarray]
     """B images, each its bytes in uint8."""
@@ -65,6 +83,36 @@ class Plan:
     """What the pipeline takes beside the encoded images; each has B rows."""
 
     draw: Draw | None = None
+    """None in evaluation."""
+
+
+ReadImages = Callable[[BatchRequest], tuple[np.ndarray, list[np.ndarray]]]
+"""Reads what a request asks for. Returns the good samples (B,) in its place, and their encoded bytes."""
+
+
+def plan_training(
+    request: BatchRequest, images: ReadImages, reader: Reader, augment: AugmentConfig, seed: int, size: int
+) -> PlannedBatch:
+    """size: height and width of the finished images."""
+    source = reader.source
+    samples, encoded = images(request)
+    heights, widths = source.heights[samples], source.widths[samples]
+    draw = draws.draw(seed, request.epoch, samples, request.repeats, heights, widths, augment, size)
+    return PlannedBatch(request, request.positions, samples, encoded, draw.crop, dali.train_arguments(draw, size), draw)
+
+
+def plan_evaluation(request: BatchRequest, images: ReadImages, reader: Reader, data: DataConfig) -> PlannedBatch:
+    """An image that is bad counts as padding: another one is decoded in its place, and its position is -1."""
+    source = reader.source
+    samples, encoded = images(request)
+    heights, widths = source.heights[samples], source.widths[samples]
+    positions = np.where(samples == request.samples, request.positions, -1)
+    whole = np.stack((0 * heights, 0 * widths, heights, widths), axis=1).astype(np.int32)
+    return PlannedBatch(request, positions, samples, encoded, whole, dali.eval_arguments(heights, widths, data))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two streams
 
 
 def train_stream(
@@ -85,38 +133,25 @@ def train_stream(
     that fit neither each other nor the cursor, ConfigError for a policy that cannot be read, BadImageError when no
     image is good.
     """
-    source = reader.source
-    policy = read_policy(augment.policy)
-    num_steps = steps_per_epoch(len(source), global_batch_size)
-    cursor.step(len(source), global_batch_size)  # refuses a cursor of another global batch size
+    num_samples = len(reader.source)
+    policy = draws.read_policy(augment.policy)
+    cursor.step(num_samples, global_batch_size)  # refuses a cursor of another global batch size
+    samples_per_epoch = steps_per_epoch(num_samples, global_batch_size) * global_batch_size
 
-    def plan(
-        epoch: int,
-        positions: np.ndarray,
-        samples: np.ndarray,
-        repeats: np.ndarray,
-        read: Read,
-        doubtful: frozenset[int] = frozenset(),
-    ) -> Plan:
-        good, encoded = read(samples, doubtful)
-        draw = draw_samples(source, augment, data.image_size, seed, epoch, good, repeats)
-        remake = partial(plan, epoch, positions, samples, repeats, read)
-        arguments = dali.train_arguments(draw, data.image_size)
-        return Plan(remake, doubtful, positions, good, encoded, draw.crop, arguments, draw)
-
-    def requests_of(epoch: int, samples_seen: int) -> Iterator[Request]:
-        order = epoch_order(len(source), seed, epoch, augment.repeats)
-        for start in range(samples_seen, num_steps * global_batch_size, global_batch_size):
+    def requests_of(epoch: int, samples_seen: int) -> Iterator[BatchRequest]:
+        order = epoch_order(num_samples, seed, epoch, augment.repeats)
+        for start in range(samples_seen, samples_per_epoch, global_batch_size):
             share = rank_slice(order, start, global_batch_size, micro_batch_size, world.rank, world.world_size)
             for rows in zip(share.positions, share.samples, share.repeats, strict=True):
-                yield partial(plan, epoch, *rows)
+                yield BatchRequest(epoch, *rows)
 
     first = requests_of(cursor.epoch, cursor.samples_seen)
     later = (requests_of(epoch, 0) for epoch in itertools.count(cursor.epoch + 1))
     requests = itertools.chain(first, itertools.chain.from_iterable(later))
     requests = itertools.chain([next(requests)], requests)  # sizes that do not fit are reported now, not at an image
-    num_layers = policy.num_layers if policy else 0
-    return _run(dali.train_pipeline, reader, requests, data, micro_batch_size, device, num_layers=num_layers)
+    plan = partial(plan_training, reader=reader, augment=augment, seed=seed, size=data.image_size)
+    pipeline = partial(dali.train_pipeline, num_layers=policy.num_layers if policy else 0)
+    return _batches(reader, requests, plan, pipeline, data, micro_batch_size, device)
 
 
 def eval_stream(
@@ -128,161 +163,176 @@ def eval_stream(
     Every rank yields the same number of batches of `batch_size`; where it has no more images, or a bad one, another
     stands in, with position -1.
     """
-    source = reader.source
+    num_samples = len(reader.source)
+    per_rank = -(-num_samples // world.world_size)
+    positions = np.arange(batch_size) * world.world_size + world.rank
 
-    def plan(first: int, read: Read, doubtful: frozenset[int] = frozenset()) -> Plan:
-        positions = np.arange(batch_size) * world.world_size + world.rank
+    def request_from(first: int) -> BatchRequest:
         samples = first * world.world_size + positions
-        asked = np.minimum(samples, len(source) - 1)
-        good, encoded = read(asked, doubtful)
-        positions = np.where(good == samples, positions, -1)
-        heights, widths = source.heights[good], source.widths[good]
-        whole = np.stack((0 * heights, 0 * widths, heights, widths), axis=1).astype(np.int32)
-        arguments = dali.eval_arguments(heights, widths, data)
-        return Plan(partial(plan, first, read), doubtful, positions, good, encoded, whole, arguments)
+        is_there = samples < num_samples
+        asked = np.minimum(samples, num_samples - 1)  # something has to be decoded for padding, too
+        return BatchRequest(0, np.where(is_there, positions, -1), asked, np.zeros_like(asked))
 
-    per_rank = -(-len(source) // world.world_size)
-    requests = (partial(plan, first) for first in range(0, per_rank, batch_size))
-    return _run(dali.eval_pipeline, reader, requests, data, batch_size, device)
+    requests = map(request_from, range(0, per_rank, batch_size))
+    plan = partial(plan_evaluation, reader=reader, data=data)
+    return _batches(reader, requests, plan, dali.eval_pipeline, data, batch_size, device)
 
 
-@cache
-def read_policy(text: str | None) -> draws.Policy | None:
-    """AugmentConfig.policy, or a ConfigError."""
-    try:
-        return None if text is None else draws.parse_policy(text)
-    except ValueError as error:
-        raise ConfigError(f"augment.{error}") from None
-
-
-def draw_samples(
-    source: Source,
-    augment: AugmentConfig,
-    image_size: int,
-    seed: int,
-    epoch: int,
-    samples: np.ndarray,
-    repeats: np.ndarray,
-) -> Draw:
-    """The augmentation of these samples (B,), each for the time that `repeats` (B,) says, in an epoch."""
-    return draws.draw(
-        seed,
-        epoch,
-        samples,
-        repeats,
-        source.heights[samples],
-        source.widths[samples],
-        image_size=image_size,
-        crop_scale=augment.crop_scale,
-        crop_ratio=augment.crop_ratio,
-        flip_prob=augment.flip_prob,
-        policy=read_policy(augment.policy),
-        erase_prob=augment.erase_prob,
-    )
-
-
-def read_all(
-    reader: Reader, pool: Executor, chunks: int, samples: np.ndarray, doubtful: frozenset[int]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The good samples (B,) in the place of `samples` (B,), and their encoded bytes.
-
-    A thread takes a chunk of them, so that a slow disk is asked for several at once and a fast one is not slowed down.
-    """
-    parts = np.array_split(samples, chunks)
-    read = pool.map(lambda part: [reader.read(int(sample), doubtful) for sample in part], parts)
-    good, encoded = zip(*itertools.chain.from_iterable(read), strict=True)
-    return np.array(good), [np.frombuffer(data, np.uint8) for data in encoded]
-
-
-Read = Callable[[np.ndarray, frozenset[int]], tuple[np.ndarray, list[np.ndarray]]]
-Request = Callable[[Read], Plan]
-
-
-def _run(
-    pipeline_of: Callable[..., dali.Pipeline],
+def _batches(
     reader: Reader,
-    requests: Iterator[Request],
+    requests: Iterator[BatchRequest],
+    plan: Callable[[BatchRequest, ReadImages], PlannedBatch],
+    pipeline: Callable[..., dali.Pipeline],
     data: DataConfig,
     batch_size: int,
     device: torch.device,
-    **options: int,
 ) -> Iterator[Batch]:
-    """Plan the requests and run the plans, in order, through one pipeline."""
-    device_id = None
-    if device.type == "cuda":
-        device_id = torch.cuda.current_device() if device.index is None else device.index
-        if data.pinned_memory_mib:
-            dali.reserve_pinned_memory(data.pinned_memory_mib)
-    in_flight: deque[Plan] = deque()
-    again: deque[Plan] = deque()
-    planning_failed = False
+    """A generator, so that a stream begins with its first batch and ends when it is closed, dropped or exhausted."""
+    with closing(BatchStream(reader, requests, plan, pipeline, data, batch_size, device)) as stream:
+        while (batch := stream.next()) is not None:
+            yield batch
 
-    def feed() -> tuple[list[np.ndarray] | np.ndarray, ...]:
-        nonlocal planning_failed
-        try:
-            plan = again.popleft() if again else next(plans)
-        except StopIteration:
-            raise  # which tells DALI that this was all
-        except Exception:
-            planning_failed = True
-            raise
-        in_flight.append(plan)
-        return plan.encoded, *plan.arguments
 
-    def planned(read: Read) -> Iterator[Plan]:
-        return (request(read) for request in requests)
+# ---------------------------------------------------------------------------------------------------------------------
+# How a stream runs
 
-    def build() -> dali.Pipeline:
-        return pipeline_of(
-            feed,
+
+class BatchStream:
+    """Plans requests in a thread, up to data.prefetch of them ahead, and runs the plans through one DALI pipeline.
+
+    DALI calls ``feed`` from ``next``, for some batches beyond the one that ``next`` returns: plans that were fed and
+    whose batch is not there yet are in flight. When decoding fails, DALI loses all of them and does not say which image
+    it was; ``recover`` finds out, plans anew what has to change, and feeds all of them again to a new pipeline.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        requests: Iterator[BatchRequest],
+        plan: Callable[[BatchRequest, ReadImages], PlannedBatch],
+        pipeline: Callable[..., dali.Pipeline],
+        data: DataConfig,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        """plan: makes a request a plan. pipeline: makes a pipeline of ``feed``, the data's settings, and DALI's own."""
+        self._reader = reader
+        self._device = device
+        self._device_id: int | None = None
+        if device.type == "cuda":
+            self._device_id = torch.cuda.current_device() if device.index is None else device.index
+            if data.pinned_memory_mib:
+                dali.reserve_pinned_memory(data.pinned_memory_mib)
+        self._num_readers = data.decode_threads
+        self._readers = ThreadPoolExecutor(data.decode_threads, "read")
+        self._plan = partial(plan, images=self._read)
+        self._plans = prefetch(map(self._plan, requests), data.prefetch)
+        self._again: deque[PlannedBatch] = deque()
+        """To be fed before what comes next."""
+
+        self._in_flight: deque[PlannedBatch] = deque()
+        """Fed, and not returned by ``next`` yet, in order."""
+
+        self._planning_failed = False
+        self._build = partial(
+            pipeline,
+            self.feed,
             data,
             batch_size=batch_size,
             num_threads=data.decode_threads,
             prefetch_queue_depth=max(data.prefetch, 1),
-            device_id=device_id,
-            **options,
+            device_id=self._device_id,
         )
+        self._pipeline: dali.Pipeline | None = self._build()
 
-    with (
-        ThreadPoolExecutor(data.decode_threads, "read") as pool,
-        closing(ahead(planned(partial(read_all, reader, pool, data.decode_threads)), data.prefetch)) as plans,
-    ):
-        pipeline = build()
+    def close(self) -> None:
+        """End the threads, DALI's among them."""
+        # The pipeline holds ``feed``, and so this object: without this its threads would live until the next garbage
+        # collection.
+        self._pipeline = self._build = None
+        self._plans.close()
+        self._readers.shutdown()
+
+    def feed(self) -> tuple[list[np.ndarray] | np.ndarray, ...]:
+        """The next plan's inputs, for DALI, which takes StopIteration for the end and wraps any other exception."""
+        try:
+            plan = self._again.popleft() if self._again else next(self._plans)
+        except StopIteration:
+            raise
+        except Exception:
+            self._planning_failed = True
+            raise
+        self._in_flight.append(plan)
+        return plan.encoded, *plan.arguments
+
+    def next(self) -> Batch | None:
+        """The next batch; None after the last one."""
         while True:
+            stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
             try:
                 # Outputs bound to torch's stream are neither read too early nor handed back to DALI too early.
-                (images,) = pipeline.run(None if device_id is None else torch.cuda.current_stream(device_id))
+                (images,) = self._pipeline.run(stream)
             except StopIteration:
-                return
+                return None
             except RuntimeError:
-                # DALI names no image when a batch fails, and loses what is in flight: find out, plan anew, go on.
-                remade = [] if planning_failed else [_without_undecodable(plan) for plan in in_flight]
-                if all(map(operator.is_, remade, in_flight)):
+                if not self.recover():
                     raise
-                again.extendleft(reversed(remade))
-                in_flight.clear()
-                pipeline = build()
                 continue
-            plan = in_flight.popleft()
+            plan = self._in_flight.popleft()
             images = torch.from_dlpack(images.as_tensor())  # the same memory, which DALI now leaves alone
             if plan.draw is not None:
                 erase(images, plan.draw)
-            yield Batch(
+            return Batch(
                 images=images,
-                labels=torch.from_numpy(reader.source.labels[plan.samples]).to(device, non_blocking=True),
+                labels=torch.from_numpy(self._reader.source.labels[plan.samples]).to(self._device, non_blocking=True),
                 positions=torch.from_numpy(plan.positions),
                 samples=torch.from_numpy(plan.samples),
             )
 
+    def recover(self) -> bool:
+        """Go on after a batch that failed. Returns whether that makes sense.
 
-def _without_undecodable(plan: Plan) -> Plan:
-    """The same plan where DALI decodes all of it, else another one."""
-    samples = {int(plan.samples[place]) for place in dali.undecodable(plan.encoded, plan.crops)}
-    return plan if samples <= plan.doubtful else plan.remake(plan.doubtful | samples)
+        It does not where the failure came from planning, which DALI only passed on, nor where every image in flight can
+        be decoded by itself: the same plans would fail in the same way, for a reason that is not an image.
+        """
+        if self._planning_failed:
+            return False
+        plans = [self._without_undecodable(plan) for plan in self._in_flight]
+        nothing_changed = all(new is old for new, old in zip(plans, self._in_flight, strict=True))
+        if nothing_changed:
+            return False
+        self._again.extendleft(reversed(plans))
+        self._in_flight.clear()
+        self._pipeline = self._build()
+        return True
+
+    def _without_undecodable(self, plan: PlannedBatch) -> PlannedBatch:
+        """The same plan where DALI decodes all its images, or has refused them before; otherwise a new one.
+
+        In the new one PIL decodes the images that DALI refuses, or others stand in for them.
+        """
+        refused = {int(plan.samples[place]) for place in dali.undecodable(plan.encoded, plan.crops)}
+        request = plan.request
+        if refused <= request.doubtful:
+            return plan
+        return self._plan(replace(request, doubtful=request.doubtful | refused))
+
+    def _read(self, request: BatchRequest) -> tuple[np.ndarray, list[np.ndarray]]:
+        """As ``ReadImages``.
+
+        Each thread takes a chunk of the samples, so that a slow disk is asked for several at once, and the hand-over
+        between threads does not slow a fast one down.
+        """
+        chunks = np.array_split(request.samples, self._num_readers)
+        read = self._readers.map(
+            lambda chunk: [self._reader.read(int(sample), request.doubtful) for sample in chunk], chunks
+        )
+        samples, encoded = zip(*itertools.chain.from_iterable(read), strict=True)
+        return np.array(samples), [np.frombuffer(data, np.uint8) for data in encoded]
 
 
-def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same items, made by a thread of its own that runs up to `depth` of them ahead; with 0 when asked for.
+def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The same items, made by a thread that runs up to `depth` of them ahead; with 0, made when asked for.
 
     Close it to end the thread. An exception of `items` is raised in its place in the order.
     """

@@ -14,7 +14,7 @@ from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
-from cit_scale.errors import BadImageError
+from cit_scale.errors import BadImageError, one_line
 
 # In a folder, these are images. What DALI cannot decode of them, PIL does.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".gif", ".avif"}
@@ -99,4 +99,4 @@ def _reasons() -> Iterator[None]:
     except Exception as error:  # PIL's readers let through whatever a parser stumbles over, struct.error to KeyError
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise BadImageError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise BadImageError(one_line(error)) from None

@@ -26,7 +26,7 @@ from cit_scale.distributed.slurm_job import job_id
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Patience
 from cit_scale.distributed.world import World
-from cit_scale.errors import ConfigError, Stopped, UnfitNodeError
+from cit_scale.errors import ConfigError, Stopped, UnfitNodeError, one_line
 from cit_scale.run_folder import UNFIT_NODES
 
 MAX_SKEW_S = 60.0
@@ -311,7 +311,7 @@ def _get(store: dist.Store, key: str, timeout_s: float) -> str:
             return store.get(key).decode()
         except dist.DistError as error:
             if not isinstance(error, dist.DistStoreError) or patience.is_over():
-                said = " ".join(str(error).split())[:200]
+                said = one_line(error, 200)
                 raise UnfitNodeError(f"{socket.gethostname()} lost rank 0: {said}") from error
 
 

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cit_scale.batch import StudentLogits
+from cit_scale.config import BatchSplit, EngineConfig, OptimConfig
+from cit_scale.distributed.world import World
+from cit_scale.engines.activation_checkpointing import checkpoint_activations
+from cit_scale.engines.batch_norm import RunningStatistics, prepare_batch_norm
+from cit_scale.engines.loss_scale import LossScale
+from cit_scale.engines.state import ParameterPlacement, TrainingState
+from cit_scale.models.network import Network
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What an engine is built with beside the network, checked by ``build.prepare_engine``.
+
+    ds_config: what DeepSpeed is told; None for the other engines.
+    """
+
+    optim: OptimConfig
+    engine: EngineConfig
+    batch_split: BatchSplit
+    world: World
+    ds_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -29,30 +52,84 @@ class StepResult:
     loss_scale: float = 1.0
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """One update is ``micro_steps`` times ``forward`` and ``backward``, then one ``step``.
 
-    ``backward`` takes a loss that is a mean over this rank's micro-batch; the engine divides by ``micro_steps`` and
-    averages over ranks, so that the update is the one of the whole global batch.
+    A subclass says how to compute, to reduce and to update: ``forward``, ``_backward``, ``_update``. It puts its
+    wrapper, if it has one, around ``module`` and calls ``_keep_state`` when the parameters lie where they will stay.
+    What is the same everywhere stands here: counting micro-steps, scaling the loss, and after an update letting the
+    rest of the state follow or go back.
 
     Evaluation goes through ``forward`` too, between two updates, after ``module.eval()`` and under ``torch.no_grad()``,
     with the same number of calls on every rank: a sharded module cannot be called by itself.
     """
 
-    module: nn.Module
-    micro_steps: int
+    def __init__(self, module: Network, setup: EngineSetup) -> None:
+        """Collective. module: the same on every rank, on any device; moved to this rank's own."""
+        self.module = module
+        self.micro_steps = setup.batch_split.micro_steps
+        self._backwards = 0
+        self._clip_norm = setup.optim.clip_norm
+        self._ema_decay = setup.optim.ema_decay
+        self._loss_scale = LossScale(is_dynamic=setup.engine.precision == "fp16")
+        prepare_network(module, setup.engine, setup.world)
+        module.to(setup.world.device)
+        self._statistics = RunningStatistics(module, setup.world)
 
+    def _keep_state(self, optimizer: torch.optim.AdamW, placement: ParameterPlacement) -> None:
+        self._state = TrainingState(self.module, optimizer, placement, self._ema_decay, self._loss_scale)
+
+    # --- What an update is made of ---
+
+    @abstractmethod
     def forward(self, images: Tensor) -> StudentLogits:
         """images: (B, 3, H, W) in [0, 1]. Under autocast where the precision asks for it; logits are float32."""
 
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None:
+        """Collective. Add the gradient of ``loss`` / ``micro_steps``."""
+
+    @abstractmethod
+    def _update(self, lr: float, loss_scale: float) -> float:
+        """Collective. Divide the gradient by ``loss_scale``, check it, clip it, update, clear it.
+
+        Updates nothing where the gradient is not finite. Returns the gradient norm before clipping.
+        """
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the current micro-step is the last one of the update."""
+        return self._backwards == self.micro_steps - 1
+
     def backward(self, loss: Tensor) -> None:
-        """Collective. Add this micro-batch's gradient."""
+        """Collective. Add this micro-batch's gradient.
+
+        loss: a mean over this rank's micro-batch. The engine divides by ``micro_steps`` and averages over ranks, so
+        that the update is the one of the whole global batch.
+        """
+        self._backward(loss * self._loss_scale.value)
+        self._backwards += 1
 
     def step(self, lr: float) -> StepResult:
         """Collective. Check, clip, update with learning rate ``lr``, clear the gradients.
 
         Reads one number from the device: whether the gradient is finite has to be known before the update.
         """
+        if self._backwards != self.micro_steps:
+            raise RuntimeError(f"step after {self._backwards} backward calls, an update takes {self.micro_steps}")
+        self._backwards = 0
+        loss_scale = self._loss_scale.value
+        grad_norm = self._update(lr, loss_scale)
+        skipped = not math.isfinite(grad_norm)
+        if skipped:
+            self._state.reject()
+        else:
+            self._statistics.average()
+            self._state.accept()
+        self._loss_scale.update(skipped)
+        return StepResult(grad_norm, lr, skipped, loss_scale)
+
+    # --- The training state, in one form for every engine, stage and world size ---
 
     def state_shapes(self) -> dict[str, torch.Size]:
         """What ``state`` can give: the shape of each tensor of the training state, the same on every rank.
@@ -60,19 +137,36 @@ class Engine(Protocol):
         Keys: ``weight/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME`` for each parameter and ``ema/NAME`` where an
         average is kept (float32, the parameter's own shape), ``buffer/NAME``, and likewise ``ema/NAME``, for each
         buffer of the state dict, ``optimizer_step`` (the number of updates applied, int64 scalar) and ``loss_scale``
-        (float32, (2,): the scale of fp16 and the good steps since it changed; zeros elsewhere). The same for every
-        engine, stage and world size.
+        (float32, (2,): the scale of fp16 and the good steps since it changed; zeros elsewhere).
         """
+        return self._state.shapes()
 
     def state(self, keys: Container[str]) -> dict[str, Tensor]:
-        """Collective. Copies on the CPU of what this rank asks for, which may differ by rank. Between two updates."""
+        """Collective. Copies on the CPU of the tensors that this rank asks for, which may differ by rank.
+
+        To be called between two updates.
+        """
+        return self._state.copies(keys)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Collective. Every rank passes the whole state, as ``state`` returned it. ConfigError if it does not fit.
 
         Tensors are looked up one at a time and not kept: the mapping may read each from a file.
         """
+        self._state.load(state)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Collective, to enter and to leave. Within it ``forward`` computes with the moving average of weights and
         buffers, which there has to be; afterwards, also after Stopped, everything is as before, bit for bit."""
+        return self._state.averaged()
+
+
+def prepare_network(module: Network, engine: EngineConfig, world: World) -> None:
+    """Set a network's precision, activation checkpointing and BatchNorm, in place, or raise ConfigError.
+
+    Works on the meta device, too, to find out what an engine would refuse.
+    """
+    module.precision = engine.precision
+    if engine.activation_checkpointing:
+        checkpoint_activations(module)
+    prepare_batch_norm(module, engine.batch_norm, world)

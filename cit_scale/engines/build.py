@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
-from torch import nn
 
 from cit_scale.config import RunConfig, split_batch
 from cit_scale.distributed.world import World
-from cit_scale.engines.base import Engine
+from cit_scale.engines.base import Engine, EngineSetup
 from cit_scale.errors import ConfigError
+from cit_scale.models.network import Network
+
+# By engine.name: module and class, imported when needed, so that an engine runs where another one's library is missing.
+ENGINES = {
+    "zero": ("cit_scale.engines.zero", "ZeroEngine"),
+    "fsdp2": ("cit_scale.engines.fsdp2", "Fsdp2Engine"),
+    "plain": ("cit_scale.engines.plain", "PlainEngine"),
+}
 
 
-def check_engine(config: RunConfig, world: World) -> None:
-    """Raise ConfigError for what ``build_engine`` would refuse, before there is a network."""
+def prepare_engine(config: RunConfig, world: World) -> EngineSetup:
+    """What ``build_engine`` takes, before there is a network. Raises ConfigError for what no engine can do."""
     engine = config.engine
     for setting, precision, others in (
         ("engine.precision", engine.precision, "fp16 or float32"),
@@ -26,31 +35,16 @@ def check_engine(config: RunConfig, world: World) -> None:
         raise ConfigError(
             f"engine.name=plain is for one process and there are {world.world_size}; set engine.name to zero or fsdp2"
         )
+    batch_split = split_batch(config, world.world_size)
+    ds_config = None
     if engine.name == "zero":
-        from cit_scale.engines.zero import read_ds_config
+        from cit_scale.engines.ds_config import read_ds_config  # DeepSpeed's, which the other engines do without
 
-        read_ds_config(config, world.world_size, split_batch(config, world.world_size).micro_steps)
+        ds_config = read_ds_config(config, world.world_size, batch_split.micro_steps)
+    return EngineSetup(config.optim, engine, batch_split, world, ds_config)
 
 
-def build_engine(module: nn.Module, config: RunConfig, world: World, micro_steps: int) -> Engine:
-    """Collective. Host ``module``, which is the same on every rank, in the engine that the configuration names.
-
-    Each builder is imported in its branch, so that an engine runs where the library of another is missing.
-    """
-    check_engine(config, world)
-    match config.engine.name:
-        case "plain":
-            from cit_scale.engines.plain import PlainEngine
-
-            return PlainEngine(module, config.optim, config.engine, micro_steps, world)
-        case "fsdp2":
-            from cit_scale.engines.fsdp2 import Fsdp2Engine
-
-            return Fsdp2Engine(module, config.optim, config.engine, micro_steps, world)
-        case "zero":
-            from cit_scale.engines.zero import ZeroEngine, read_ds_config
-
-            ds_config = read_ds_config(config, world.world_size, micro_steps)
-            return ZeroEngine(module, config.optim, config.engine, micro_steps, world, ds_config)
-        case name:
-            raise ConfigError(f"engine.name={name} is unknown; the engines are zero, fsdp2 and plain")
+def build_engine(module: Network, setup: EngineSetup) -> Engine:
+    """Collective. Host ``module``, which is the same on every rank, in the engine that the configuration names."""
+    place, name = ENGINES[setup.engine.name]
+    return getattr(importlib.import_module(place), name)(module, setup)

@@ -14,44 +14,30 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cit_scale.batch import StudentLogits
-from cit_scale.config import EngineConfig, OptimConfig
 from cit_scale.distributed.world import World
-from cit_scale.engines.hosted import AUTOCAST, Hosted, HostingEngine, apply_update, blocks_of
-from cit_scale.optim import adamw
+from cit_scale.engines.activation_checkpointing import blocks_of
+from cit_scale.engines.base import EngineSetup
+from cit_scale.engines.torch_engine import TorchEngine
+from cit_scale.models.network import AUTOCAST, Network
 
 
-class Fsdp2Engine(HostingEngine):
+class Fsdp2Engine(TorchEngine):
     """The ``Engine`` over ``fully_shard``. Collective to build."""
 
-    def __init__(
-        self, module: nn.Module, optim: OptimConfig, engine: EngineConfig, micro_steps: int, world: World
-    ) -> None:
-        super().__init__(module, optim, engine, micro_steps, world)
-        self._hosted = Hosted(module, engine.precision, world.device)
+    def _place(self, module: Network, setup: EngineSetup) -> ShardedTensors:
         blocks = blocks_of(module)
-        if engine.compile:
+        if setup.engine.compile:
             # Before sharding and by block, so that gathering weights stays outside of what is compiled.
             for block in blocks or [module]:
                 block.compile()
-        _shard(module, blocks, AUTOCAST.get(engine.precision), world)
-        self._optimizer = adamw(module, optim)
-        self._placement = ShardedTensors(module)
-        self._keep_state(self._optimizer, self._placement)
-
-    def forward(self, images: Tensor) -> StudentLogits:
-        return self._hosted(images)
+        _shard(module, blocks, AUTOCAST.get(setup.engine.precision), setup.world)
+        return ShardedTensors(module)
 
     def _backward(self, loss: Tensor) -> None:
         # Gradients are reduced once an update. Until then each rank keeps a whole float32 gradient, of the largest CiT
         # 0.35 GB: little beside the activations of a micro-batch, and less than a message for every micro-step.
         self.module.set_requires_gradient_sync(self._is_last)
-        (loss / self.micro_steps).backward()
-
-    def _update(self, lr: float, loss_scale: float) -> float:
-        return apply_update(
-            self._optimizer, self._placement.pieces, lr=lr, clip_norm=self._clip_norm, loss_scale=loss_scale
-        )
+        super()._backward(loss)
 
 
 def _shard(module: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype | None, world: World) -> None:

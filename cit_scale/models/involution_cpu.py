@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cit_scale.errors import one_line
 from cit_scale.files import sync
 
 SOURCE = Path(__file__).with_name("involution.cpp")
@@ -121,16 +122,16 @@ def _find_or_build() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         parallel_for = ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
     except (OSError, AttributeError) as error:
-        raise BuildError(f"this PyTorch does not export its parallel loop: {_one_line(error)}") from error
+        raise BuildError(f"this PyTorch does not export its parallel loop: {one_line(error)}") from error
     try:
         return _load_from(_cache_dir()), parallel_for
     except (OSError, RuntimeError) as error:  # no home, or one that cannot be written
-        print(f"the involution cannot be kept for the next process: {_one_line(error)}", file=sys.stderr, flush=True)
+        print(f"the involution cannot be kept for the next process: {one_line(error)}", file=sys.stderr, flush=True)
     try:
         with tempfile.TemporaryDirectory() as folder:  # of this process alone; once loaded, the file can go
             return _load_from(Path(folder)), parallel_for
     except OSError as error:
-        raise BuildError(_one_line(error)) from error
+        raise BuildError(one_line(error)) from error
 
 
 def _load_from(folder: Path) -> ctypes.CDLL:
@@ -181,13 +182,9 @@ def _build(library: Path) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True)
         sync(partial)
     except (OSError, ValueError) as error:
-        raise BuildError(f"the C++ compiler {compiler} does not run: {_one_line(error)}") from error
+        raise BuildError(f"the C++ compiler {compiler} does not run: {one_line(error)}") from error
     except subprocess.CalledProcessError as error:
         partial.unlink(missing_ok=True)
         complaint = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr)
-        raise BuildError(f"{compiler} cannot build {SOURCE.name}: {_one_line(complaint)}") from error
+        raise BuildError(f"{compiler} cannot build {SOURCE.name}: {one_line(complaint)}") from error
     partial.replace(library)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

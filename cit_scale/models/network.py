@@ -5,8 +5,9 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
-from cit_scale.errors import ConfigError, MissingInputError, RefusedError, os_error
+from cit_scale.errors import ConfigError, MissingInputError, RefusedError, one_line, os_error
 from cit_scale.models.convert_checkpoint import convert
+
+MOST = 400  # characters of a library's complaint: a state dict that does not fit names every key
 
 # Arguments of timm.create_model that follow from the rest of the run.
 RUN_OWNS = {
@@ -26,28 +29,42 @@ RUN_OWNS = {
 }
 
 
-class Network(nn.Module):
-    """Normalises images for its model and names the model's logits.
+Precision = Literal["float32", "bf16", "fp16"]
 
-    A model that has ``forward_heads`` (a CiT) answers by head, in training and evaluation; any other as ``cls`` alone.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Network(nn.Module):
+    """Normalises images for its model, runs the model in ``precision`` and names its logits.
+
+    The one wrapper around a timm model, the same for students and teachers, under every engine. A model that has
+    ``forward_heads`` (a CiT) answers by head, in training and evaluation; any other as ``cls`` alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.precision: Precision = "float32"
+        """bf16 and fp16 are autocast over float32 weights. Autocast is entered here, below whatever wraps this module:
+        on a GPU DeepSpeed switches off, with one line in the log, an autocast that it finds around its engine."""
+
         self._single_head = student_logits_type(())  # looked up here: torch.compile does not trace a cached function
         statistics = model.pretrained_cfg
         self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> StudentLogits:
-        """images: (B, 3, H, W) in [0, 1]. Each field of the answer: (B, K)."""
+        """images: (B, 3, H, W) in [0, 1]. Each field of the answer: (B, K), float32."""
         # Channels last: on two CPU cores a training step of the small RedNet takes 0.48 of the time, of RegNetY-200MF
         # 0.82, of the small CiT 0.88 (docs/measurements/first_light.md).
         normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        if hasattr(self.model, "forward_heads"):
-            return self.model.forward_heads(normalised)
-        return self._single_head(self.model(normalised))
+        dtype = AUTOCAST.get(self.precision)
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            if hasattr(self.model, "forward_heads"):
+                logits = self.model.forward_heads(normalised)
+            else:
+                logits = self._single_head(self.model(normalised))
+        return type(logits)(*(head.float() for head in logits))
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the model itself exempts from weight decay."""
@@ -94,31 +111,38 @@ def build_network(
     try:
         return Network(timm.create_model(name, **arguments))
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"timm.create_model({name!r}, {_spelled(arguments)}) refuses: {_one_line(error)}") from error
+        call = f"timm.create_model({name!r}, {_spelled(arguments)})"
+        raise ConfigError(f"{call} refuses: {one_line(error, MOST)}") from error
 
 
 def _spelled(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a safetensors file, or in a PyTorch file, which may hold nothing but weights."""
+def read_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The state dict in a safetensors file, or in a PyTorch file, which may hold nothing but weights.
+
+    device: cpu, or meta for names and shapes without memory.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
     try:
         path.open("rb").close()  # whose error has a number; safetensors makes "no such file" of every one
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
+        if path.suffix != ".safetensors":
+            state = torch.load(path, map_location=device, weights_only=True)
+        elif device == "meta":
+            with safetensors.safe_open(path, "pt") as file:
+                state = {key: torch.empty(file.get_slice(key).get_shape(), device=device) for key in file.keys()}  # noqa: SIM118
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = safetensors.torch.load_file(path)
     except pickle.UnpicklingError as error:
         raise RefusedError(
             f"weights {path} hold more than tensors, or are damaged; what else is in a pickle could run, so it is not "
             "opened; save a bare state dict, best as safetensors"
         ) from error
     except Exception as error:  # each format has its own exceptions for a damaged file
-        raise os_error(error, f"weights {path} cannot be read: {_one_line(error)}", lasting=ConfigError) from error
+        raise os_error(error, f"weights {path} cannot be read: {one_line(error, MOST)}", lasting=ConfigError) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -128,9 +152,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(network: Network, path: str | Path) -> None:
-    """Fill the network's model. All must fit; a CiT resamples the position embedding of another image size."""
-    state = read_weights(path)
+    """Fill the network's model. All must fit; a CiT resamples the position embedding of another image size.
+
+    Of a network on the meta device only names and shapes are compared.
+    """
     model = network.model
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    state = read_weights(path, "meta" if is_meta else "cpu")
     if type(model).__module__.startswith("cit_scale."):
         try:
             state = convert(state)  # the authors' names, where the file has them
@@ -147,9 +175,4 @@ def load_weights(network: Network, path: str | Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ConfigError(f"weights {path} do not fit: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception, most: int = 400) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= most else f"{text[:most]} ..."
+        raise ConfigError(f"weights {path} do not fit: {one_line(error, MOST)}") from error

@@ -8,8 +8,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,9 +19,11 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from cit_scale.distributed.world import World, sum_over_ranks
+from cit_scale.distributed.world import World, gather, sum_over_ranks
 from cit_scale.files import write_text
 from cit_scale.run_folder import METRICS
+
+T = TypeVar("T")
 
 
 class RunningMeans:
@@ -48,8 +51,23 @@ class RunningMeans:
         return named
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Turns, their seconds, and how many of these were spent waiting for data."""
+
+    turns: int = 0
+    seconds: float = 0.0
+    waiting_s: float = 0.0
+
+    def __add__(self, other: Counted) -> Counted:
+        return Counted(self.turns + other.turns, self.seconds + other.seconds, self.waiting_s + other.waiting_s)
+
+    def __sub__(self, other: Counted) -> Counted:
+        return Counted(self.turns - other.turns, self.seconds - other.seconds, self.waiting_s - other.waiting_s)
+
+
 class StepClock:
-    """Training throughput, from turn to turn of the training loop.
+    """What a training step costs, from turn to turn of the training loop.
 
     A turn holds one step and all that goes with it, the wait for the slowest rank and for the next batch among them;
     only what is ``excluded``, evaluation and saving, does not count. A pause of the process does: it cannot be told
@@ -58,25 +76,27 @@ class StepClock:
 
     WARMUP_TURNS = 5
 
-    def __init__(self) -> None:
+    def __init__(self, global_batch_size: int) -> None:
         self.turns = 0
         """Whole turns of this process, all of them."""
 
+        self._global_batch_size = global_batch_size
         self._began: float | None = None
-        self._aside_s = 0.0
-        self._counted = [0, 0.0]  # turns, and their seconds, since the process began
-        self._reported = [0, 0.0]  # as they were at the last ``interval``
+        self._excluded_s = 0.0
+        self._waiting_s = 0.0
+        self._counted = Counted()  # since the process began
+        self._reported = Counted()  # as it was at the last interval
 
     def turn(self) -> float:
         """A turn begins, and the one before ends. Returns the seconds of that; 0.0 for the first."""
         now = time.perf_counter()
         turn_s = 0.0
         if self._began is not None:
-            turn_s = now - self._began - self._aside_s
+            turn_s = now - self._began - self._excluded_s
             self.turns += 1
             if self.turns > self.WARMUP_TURNS:
-                self._counted = [self._counted[0] + 1, self._counted[1] + turn_s]
-        self._began, self._aside_s = now, 0.0
+                self._counted += Counted(1, turn_s, self._waiting_s)
+        self._began, self._excluded_s, self._waiting_s = now, 0.0, 0.0
         return turn_s
 
     @contextlib.contextmanager
@@ -86,18 +106,53 @@ class StepClock:
         try:
             yield
         finally:
-            self._aside_s += time.perf_counter() - began
+            self._excluded_s += time.perf_counter() - began
 
-    def interval_images_per_s(self, global_batch_size: int) -> float | None:
-        """Of the whole job, since the last call; None where no turn counts."""
-        turns, seconds = (now - then for now, then in zip(self._counted, self._reported, strict=True))
-        self._reported = self._counted
-        return turns * global_batch_size / seconds if seconds else None
+    def waiting_for(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches. The time until each one is there counts as waiting for data."""
+        with contextlib.closing(batches):
+            while True:
+                began = time.perf_counter()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                self._waiting_s += time.perf_counter() - began
+                yield batch
 
-    def mean_images_per_s(self, global_batch_size: int) -> float | None:
+    def interval_costs(self, world: World) -> dict[str, float | None]:
+        """Collective. What a step cost since the last call; None where no turn counts.
+
+        images_per_s: of the whole job. step_ms: milliseconds a step. data_share: the part of that, from 0 to 1, in
+        which a rank waited for its data; of the rank that waited longest. memory_gib: the most that tensors took on a
+        GPU, of the GPU where it was most; on GPUs only.
+        """
+        interval, self._reported = self._counted - self._reported, self._counted
+        measured = gather(world, (interval.waiting_s, _peak_memory_gib(world.device)))
+        if not interval.seconds:
+            return dict.fromkeys(("images_per_s", "step_ms", "data_share"))
+        costs: dict[str, float | None] = {
+            "images_per_s": interval.turns * self._global_batch_size / interval.seconds,
+            "step_ms": 1000 * interval.seconds / interval.turns,
+            "data_share": min(1.0, max(waiting_s for waiting_s, _ in measured) / interval.seconds),
+        }
+        if world.device.type == "cuda":
+            costs["memory_gib"] = max(memory for _, memory in measured)
+        return costs
+
+    def mean_images_per_s(self) -> float | None:
         """Of the whole job, since the process began; None where no turn counts."""
-        turns, seconds = self._counted
-        return turns * global_batch_size / seconds if seconds else None
+        counted = self._counted
+        return counted.turns * self._global_batch_size / counted.seconds if counted.seconds else None
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """The most that tensors took on this rank's GPU since the last call."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 class RunLog:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from cit_scale import cli
 from cit_scale.config import EngineConfig, RunConfig
-from cit_scale.engines.hosted import Hosted, blocks_of, checkpoint_activations
+from cit_scale.engines.activation_checkpointing import blocks_of, checkpoint_activations
+from cit_scale.engines.base import EngineSetup
 from cit_scale.models.network import Network, build_network
-from cit_scale.run.setup import Task
+from cit_scale.run.setup import PreparedRun
 
 FLOAT32_BYTES = 4
 GIB = 2**30
@@ -78,23 +78,20 @@ class RunPlan:
         return train.keep_last + for_good + train.keep_best
 
 
-def plan_run(task: Task) -> RunPlan:
+def plan_run(prepared: PreparedRun) -> RunPlan:
     """Of a run that was checked."""
-    config, cut = task.config, task.batch_split
-    memory = estimate_memory(task)
+    config, cut = prepared.config, prepared.batch_split
+    memory = estimate_memory(prepared)
     return RunPlan(
         config=config,
-        world_size=task.world.world_size,
+        world_size=prepared.world.world_size,
         micro_batch_size=cut.micro_batch_size,
         micro_steps=cut.micro_steps,
-        train_images=len(task.train_set),
-        steps_per_epoch=task.steps_per_epoch,
-        total_steps=task.total_steps,
+        train_images=len(prepared.train_set),
+        steps_per_epoch=prepared.steps_per_epoch,
+        total_steps=prepared.total_steps,
         memory=memory,
-        teachers={
-            name: plan_run(dataclasses.replace(task, config=teacher_config))
-            for name, teacher_config in cli.teacher_runs(config).items()
-        },
+        teachers={name: plan_run(teacher_run) for name, teacher_run in prepared.teacher_runs.items()},
     )
 
 
@@ -102,33 +99,34 @@ def plan_run(task: Task) -> RunPlan:
 # Memory
 
 
-def estimate_memory(task: Task) -> Memory:
-    """Needs no GPU: activations are counted on tensors that have shapes and no memory."""
-    config, world_size, cut = task.config, task.world.world_size, task.batch_split
+def estimate_memory(prepared: PreparedRun) -> Memory:
+    """Needs no GPU and no memory: the networks are built of tensors that have shapes only."""
+    config, world_size, split = prepared.config, prepared.world.world_size, prepared.batch_split
     image_size = config.data.image_size
-    network = task.build_student()
+    with torch.device("meta"):
+        network = prepared.build_student_without_weights()
+        teachers = [
+            build_network(teacher.model, teacher.kwargs, num_classes=prepared.num_classes, image_size=image_size)
+            for teacher in config.teachers.values()
+        ]
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    sharding = read_sharding(config, world_size, cut.micro_steps)
-    advisers = [
-        build_network(teacher.model, teacher.kwargs, num_classes=task.num_classes, image_size=image_size)
-        for teacher in config.teachers.values()
-    ]
+    sharding = read_sharding(prepared.engine_setup)
     return dataclasses.replace(
         state_memory(parameters, sharding, world_size, has_average=config.optim.ema_decay is not None),
-        teachers=sum(tensor.nbytes for adviser in advisers for tensor in _state(adviser).values()),
-        activations=activation_bytes(network, config.engine, (cut.micro_batch_size, 3, image_size, image_size)),
+        teachers=sum(tensor.nbytes for teacher in teachers for tensor in _state(teacher).values()),
+        activations=activation_bytes(network, config.engine, (split.micro_batch_size, 3, image_size, image_size)),
     )
 
 
-def read_sharding(config: RunConfig, world_size: int, micro_steps: int) -> Sharding:
-    match config.engine.name:
+def read_sharding(setup: EngineSetup) -> Sharding:
+    """Which parts of the training state the engine shards, and which it keeps in the CPU's memory."""
+    match setup.engine.name:
         case "fsdp2":
             # Gradients are reduced once an update; over several micro-steps each rank adds them up whole.
-            return Sharding(weights=True, gradients=micro_steps == 1, optimizer=True)
+            return Sharding(weights=True, gradients=setup.batch_split.micro_steps == 1, optimizer=True)
         case "zero":
-            from cit_scale.engines.zero import read_ds_config  # DeepSpeed's, which other engines do without
-
-            zero = read_ds_config(config, world_size, micro_steps)["zero_optimization"]
+            assert setup.ds_config is not None
+            zero = setup.ds_config["zero_optimization"]
             stage = zero["stage"]
             offloads_optimizer = _is_offloaded(zero, "offload_optimizer")
             return Sharding(
@@ -181,20 +179,25 @@ def activation_bytes(network: Network, engine: EngineConfig, images_shape: tuple
 
     The copies of the weights in bf16 or fp16 that autocast makes are kept as well, and counted.
     """
-    hosted = Hosted(network.train(), engine.precision, torch.device("cpu"))
-    kept = _fake_forward_bytes(hosted, images_shape)
+    network.train()
+    network.precision = engine.precision
+    kept = _fake_forward_bytes(network, images_shape)
     if engine.activation_checkpointing:
         checkpoint_activations(network)
-        without, kept = kept, _fake_forward_bytes(hosted, images_shape)
+        without, kept = kept, _fake_forward_bytes(network, images_shape)
         kept += (without - kept) // max(1, len(blocks_of(network)))  # one block at a time is computed again
     return kept
 
 
-def _fake_forward_bytes(hosted: Hosted, images_shape: tuple[int, ...]) -> int:
-    with FakeTensorMode() as fake:
-        state = {name: fake.from_tensor(tensor) for name, tensor in _state(hosted).items()}
+def _fake_forward_bytes(network: Network, images_shape: tuple[int, ...]) -> int:
+    with FakeTensorMode():
+        # On a pretended CPU: autocast knows no meta device.
+        state = {
+            name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
+            for name, tensor in _state(network).items()
+        }
         return kept_for_backward(
-            lambda images: torch.func.functional_call(hosted, state, (images,)),
+            lambda images: torch.func.functional_call(network, state, (images,)),
             torch.empty(images_shape),
             state.values(),
         )

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cit_scale import cli
 from cit_scale.data.order import Cursor
 from cit_scale.errors import RefusedError
 from cit_scale.optim import learning_rate
-from cit_scale.run.setup import Task, changed_settings
+from cit_scale.run.setup import PreparedRun
+from cit_scale.settings import changed_settings, to_dict
 
 
 @dataclass
@@ -36,23 +36,23 @@ class TrainingProgress:
         self.evaluated = False
 
 
-def checkpoint_meta(progress: TrainingProgress, task: Task, inputs: Mapping[str, str]) -> dict[str, Any]:
+def checkpoint_meta(progress: TrainingProgress, prepared: PreparedRun, inputs: Mapping[str, str]) -> dict[str, Any]:
     """The meta.json of a checkpoint. inputs: fingerprints of what was learned from, by name."""
-    config, step = task.config, progress.step
+    config, step = prepared.config, progress.step
     return {
         **dataclasses.asdict(progress),
-        "cursor": dataclasses.asdict(Cursor.at_step(step, len(task.train_set), config.train.global_batch_size)),
-        "lr": learning_rate(step, config.optim, config.peak_lr, task.steps_per_epoch, config.train.epochs),
-        "world_size": task.world.world_size,
+        "cursor": dataclasses.asdict(Cursor.at_step(step, len(prepared.train_set), config.train.global_batch_size)),
+        "lr": learning_rate(step, config.optim, config.peak_lr, prepared.steps_per_epoch, config.train.epochs),
+        "world_size": prepared.world.world_size,
         # All a rank's generators are seeded at the beginning of each step, so this is the whole of their states.
-        "rng": [step_seed(config.seed, step, rank) for rank in range(task.world.world_size)],
+        "rng": [step_seed(config.seed, step, rank) for rank in range(prepared.world.world_size)],
         "inputs": dict(inputs),
-        "config": cli.to_dict(config),
+        "config": to_dict(config),
     }
 
 
 def restore(
-    meta: Mapping[str, Any], task: Task, inputs: Mapping[str, str], *, override: bool
+    meta: Mapping[str, Any], prepared: PreparedRun, inputs: Mapping[str, str], *, override: bool
 ) -> tuple[TrainingProgress, list[str]]:
     """What ``checkpoint_meta`` returned, and what has changed since, which is what the override allows.
 
@@ -61,13 +61,13 @@ def restore(
     # What an earlier version did not know is at its default, and of inputs that it did not note nothing is known.
     known = [field.name for field in dataclasses.fields(TrainingProgress) if field.name in meta]
     saved = TrainingProgress(**{name: meta[name] for name in known})
-    now = checkpoint_meta(saved, task, inputs)
+    now = checkpoint_meta(saved, prepared, inputs)
     changed = [
         f"{name}: {noted} -> {inputs.get(name)}"
         for name, noted in meta.get("inputs", {}).items()
         if noted != inputs.get(name)
     ]
-    changed += changed_settings(meta.get("config", {}), task.config)
+    changed += changed_settings(meta.get("config", {}), prepared.config)
     same_ranks = meta.get("world_size") == now["world_size"]
     if same_ranks and meta.get("rng", now["rng"]) != now["rng"] and not changed:
         changed.append("the random numbers that follow from the seed: another version of NumPy draws them")
@@ -75,8 +75,9 @@ def restore(
         changed.append(f"the place in the data: {meta.get('cursor')} -> {now['cursor']}")
     if changed and not override:
         raise RefusedError(
-            f"{task.config.run_dir} was trained up to step {saved.step} with something else ({'; '.join(changed)}); "
-            "bring that back, give this run another --name, start over with --fresh, or insist with --override-resume"
+            f"{prepared.config.run_dir} was trained up to step {saved.step} with something else "
+            f"({'; '.join(changed)}); bring that back, give this run another --name, start over with --fresh, or "
+            "insist with --override-resume"
         )
     return saved, changed
 

@@ -33,20 +33,24 @@ PACKAGES = (
 
 def environment_record(world: World) -> dict[str, Any]:
     """Commit, versions, host and device: what somebody needs to know to believe or repeat the run's figures."""
-    device = world.device
     return {
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        "device": device_name(world.device),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "world_size": world.world_size,
         "slurm": job_record(os.environ),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's kind."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -2,58 +2,57 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
-from cit_scale import cli
 from cit_scale.batch import Batch
-from cit_scale.config import BatchSplit, DataConfig, RunConfig, TeacherConfig, check_config, split_batch
+from cit_scale.config import BatchSplit, DataConfig, RunConfig, TeacherConfig, check_config
+from cit_scale.data.draws import read_policy
 from cit_scale.data.order import Cursor, steps_per_epoch
 from cit_scale.data.reader import Reader
-from cit_scale.data.stream import eval_stream, read_policy, train_stream
+from cit_scale.data.stream import eval_stream, train_stream
 from cit_scale.datasets.index import shorten
 from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
-from cit_scale.engines.build import check_engine
-from cit_scale.engines.hosted import prepare
+from cit_scale.engines.base import EngineSetup, prepare_network
+from cit_scale.engines.build import prepare_engine
 from cit_scale.errors import CannotWriteError, ConfigError, RefusedError, os_error
 from cit_scale.files import rename_aside
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.run.folders import runs_inside
 from cit_scale.run_folder import CONFIG
-from cit_scale.teachers import Teacher, load_teacher
-
-# What may differ when a run goes on. None of it changes which images make an update; how they are cut over ranks and
-# micro-steps does reach BatchNorm and drop path, so only the same cut continues bit for bit. Paths may change because
-# the images are compared by their fingerprint.
-MAY_CHANGE = (
-    "name", "runs_dir", "data.train", "data.eval", "data.cache_dir", "data.decode_threads", "data.prefetch",
-    "data.hw_decoder_load", "data.pinned_memory_mib", "data.max_bad_images",
-    "engine.name", "engine.ds_config", "engine.activation_checkpointing", "train.micro_batch_size",
-    "train.log_every_steps", "train.eval_every_epochs", "train.save_every_steps", "train.save_every_minutes",
-    "train.keep_last", "train.keep_every_steps", "train.keep_best", "train.max_bad_steps", "train.start_timeout_s",
-    "train.step_timeout_s",
-)  # fmt: skip
+from cit_scale.settings import changed_settings
+from cit_scale.teachers import Teacher, build_teacher, load_teacher
 
 
 @dataclass(frozen=True)
-class Task:
-    """A checked configuration on this machine, with its data opened."""
+class PreparedRun:
+    """A checked run on this machine: its data opened, and what follows from its configuration worked out once.
+
+    teacher_runs: by teacher, the run that trains each one that has no weights. They read the same images.
+    """
 
     config: RunConfig
-    world: World
+    engine_setup: EngineSetup
     train_images: Reader
     eval_images: Reader
+    teacher_runs: Mapping[str, PreparedRun]
+
+    @property
+    def world(self) -> World:
+        return self.engine_setup.world
+
+    @property
+    def batch_split(self) -> BatchSplit:
+        return self.engine_setup.batch_split
 
     @property
     def train_set(self) -> Source:
@@ -66,10 +65,6 @@ class Task:
     @property
     def num_classes(self) -> int:
         return len(self.train_set.classes)
-
-    @property
-    def batch_split(self) -> BatchSplit:
-        return split_batch(self.config, self.world.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -103,18 +98,22 @@ class Task:
 
     def build_student(self) -> Network:
         """The network to train, with its initial weights: the same on every rank."""
+        torch.manual_seed(self.config.seed)
+        network = self.build_student_without_weights()
+        if self.config.student.weights is not None:
+            load_weights(network, self.config.student.weights)
+        return network
+
+    def build_student_without_weights(self) -> Network:
+        """The student's network for weights that come from elsewhere, such as a checkpoint's."""
         config = self.config
-        torch.manual_seed(config.seed)
-        network = build_network(
+        return build_network(
             config.student.name,
             config.student.kwargs,
             num_classes=self.num_classes,
             image_size=config.data.image_size,
             teachers=tuple(config.teachers),
         )
-        if config.student.weights is not None:
-            load_weights(network, config.student.weights)
-        return network
 
     def load_teacher(self, name: str, teacher: TeacherConfig) -> Teacher:
         return load_teacher(
@@ -127,22 +126,50 @@ class Task:
         )
 
 
-def check(config: RunConfig, world: World, *, same_run: bool) -> Task:
+def prepare(
+    config: RunConfig, teacher_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
+) -> PreparedRun:
     """Collective. Raise ConfigError for what is known to fail, before any training; in the teachers' runs too.
 
-    same_run: whether what stands in the run folder has to be of the same settings.
+    teacher_configs: as ``cli.resolve_teacher_runs`` returns them. same_run: whether what stands in the run folder has
+    to be of the same settings.
     """
-    run_on_all_ranks(world, lambda: check_settings(config, world, same_run=same_run))
-    task = Task(config, world, *map(Reader, first_on_each_node(world, lambda: open_data(config.data))))
-    run_on_all_ranks(world, lambda: check_networks(task))
-    return task
+    setups = run_on_all_ranks(world, lambda: prepare_engines(config, teacher_configs, world, same_run=same_run))
+    train_source, eval_source = first_on_each_node(world, lambda: open_data(config.data))
+    prepared = with_images(config, teacher_configs, setups, Reader(train_source), Reader(eval_source))
+    run_on_all_ranks(world, lambda: check_networks(prepared))
+    return prepared
 
 
-def check_settings(config: RunConfig, world: World, *, same_run: bool) -> None:
-    """What the configuration alone can get wrong."""
+def prepare_engines(
+    config: RunConfig, teacher_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
+) -> dict[str, EngineSetup]:
+    """Check what the configurations alone can get wrong. Returns the engine's setup by teacher; "" is the student."""
+    setups = {"": check_settings(config, world, same_run=same_run)}
+    for name, teacher_config in teacher_configs.items():
+        with naming_teacher(name):
+            setups[name] = check_settings(teacher_config, world, same_run=same_run)
+    return setups
+
+
+def with_images(
+    config: RunConfig,
+    teacher_configs: Mapping[str, RunConfig],
+    setups: Mapping[str, EngineSetup],
+    train_images: Reader,
+    eval_images: Reader,
+) -> PreparedRun:
+    """setups: as ``prepare_engines`` returns them."""
+    teacher_runs = {
+        name: PreparedRun(each, setups[name], train_images, eval_images, {}) for name, each in teacher_configs.items()
+    }
+    return PreparedRun(config, setups[""], train_images, eval_images, teacher_runs)
+
+
+def check_settings(config: RunConfig, world: World, *, same_run: bool) -> EngineSetup:
+    """Check what one configuration alone can get wrong."""
     check_config(config)
-    split_batch(config, world.world_size)
-    check_engine(config, world)
+    setup = prepare_engine(config, world)
     read_policy(config.augment.policy)
     if config.teachers and config.distill.compile and world.device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
@@ -152,26 +179,25 @@ def check_settings(config: RunConfig, world: World, *, same_run: bool) -> None:
             )
     if same_run:
         check_same_run(config)
-    for name, teacher_config in cli.teacher_runs(config).items():
-        if teacher_config.teachers:
-            raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
-        with naming_teacher(name):
-            check_settings(teacher_config, world, same_run=same_run)
+    return setup
 
 
-def check_networks(task: Task) -> None:
-    """What only the networks and the data together can get wrong."""
+def check_networks(prepared: PreparedRun) -> None:
+    """Check what only the networks and the data together can get wrong, on the meta device: nothing is allocated."""
+    config = prepared.config
     try:
-        _ = task.steps_per_epoch
+        _ = prepared.steps_per_epoch
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    prepare(task.build_student(), task.config.engine, task.world)
-    for name, teacher in task.config.teachers.items():
-        if teacher.weights is not None:
-            task.load_teacher(name, teacher)
-    for name, teacher_config in cli.teacher_runs(task.config).items():
+    with torch.device("meta"):
+        student = prepared.build_student()
+        for name, teacher in config.teachers.items():
+            if teacher.weights is not None:
+                build_teacher(name, teacher, num_classes=prepared.num_classes, image_size=config.data.image_size)
+    prepare_network(student, config.engine, prepared.world)
+    for name, teacher_run in prepared.teacher_runs.items():
         with naming_teacher(name):
-            check_networks(dataclasses.replace(task, config=teacher_config))
+            check_networks(teacher_run)
 
 
 @contextmanager
@@ -224,19 +250,6 @@ def check_same_run(config: RunConfig) -> None:
             f"{config.run_dir} holds a run with other settings ({'; '.join(changed)}); give this one another --name, "
             "set that one aside with --fresh, or go on with it all the same with --override-resume"
         )
-
-
-def changed_settings(started_with: dict[str, Any], config: RunConfig) -> list[str]:
-    """``key: old -> new`` for what differs and changes what is learned. started_with: maybe by an earlier version."""
-    changes = {
-        change.split(":")[0]: change for change in cli.differences(cli.with_defaults(started_with), cli.to_dict(config))
-    }
-    # Where a teacher's weights lie is a path, too, and the file is compared by its sum.
-    return [change for key, change in changes.items() if key not in MAY_CHANGE and not is_teachers_path(key)]
-
-
-def is_teachers_path(key: str) -> bool:
-    return key.startswith("teachers.") and key.endswith(".weights")
 
 
 def set_aside(run_dir: Path, world: World) -> None:

@@ -15,28 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cit_scale.config import RunConfig
 from cit_scale.errors import RunError, Stopped, exit_code_of
 from cit_scale.run.folders import RunFolder, as_dict, dig, find_run, find_runs, is_number, number
+from cit_scale.settings import listed_settings
 from cit_scale.text import ExampleParser
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-# The settings that tell one run from another.
-HIGHLIGHTS = (
-    "student.name",
-    "data.train",
-    "data.image_size",
-    "train.epochs",
-    "train.global_batch_size",
-    "optim.lr",
-    "seed",
-    "engine.name",
-    "engine.ds_config",
-    "engine.precision",
-)
-
 
 EXAMPLES = (
     "cit-scale runs list         every run: its state, step, speed, accuracy and time left",
@@ -116,7 +103,7 @@ def run_record(run: RunFolder, state: State) -> dict[str, Any]:
     """All that ``show`` tells."""
     phase = run.current
     models = [f"{name}: {dig(teacher, 'model')}" for name, teacher in as_dict(phase.config.get("teachers")).items()]
-    config = {name: dig(phase.config, *name.split(".")) for name in HIGHLIGHTS}
+    config = {name: dig(phase.config, *name.split(".")) for name in listed_settings(RunConfig)}
     config["teachers"] = ", ".join(models) or None
     return {
         **summarize(run, state),

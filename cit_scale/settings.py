@@ -1,0 +1,206 @@
+"""What is known of a setting beside its type and default, and what follows from that for any configuration.
+
+A configuration is a frozen dataclass of settings, of sections (dataclasses again) and of sections by name (a dict of
+them). Nothing here knows which settings there are: ``config`` says so, each in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+import yaml
+
+from cit_scale.errors import ConfigError
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Facts
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for every allowed value. text: continues the sentence "NAME=VALUE ..."."""
+
+    holds: Callable[[Any], bool]
+    text: str
+
+
+# Written as "inside", so that NaN is outside.
+POSITIVE = Rule(lambda value: value > 0, "must be above 0")
+NOT_NEGATIVE = Rule(lambda value: value >= 0, "must not be negative")
+SHARE = Rule(lambda value: 0 <= value <= 1, "must be between 0 and 1")
+ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+BELOW_2_63 = Rule(lambda value: value < 2**63, "must be below 2^63")
+POSITIVE_RANGE = Rule(lambda pair: 0 < pair[0] <= pair[1], "must be two numbers above 0, the smaller first")
+BETAS = Rule(lambda pair: all(0 <= beta < 1 for beta in pair), "must be two numbers from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """rules: for the value, unless it is None.
+
+    may_change: when a run goes on. It changes neither which images make an update nor what is learned from them. How
+    images are cut over ranks and micro-steps may change and does reach BatchNorm and drop path, so only the same cut
+    continues bit for bit; paths may change because images and weights are compared by their fingerprints.
+
+    for_teachers: the run that trains a teacher takes the value from the student's run, not from its own recipe; None:
+    as the section says. in_listing: ``cit-scale runs show`` lists the value.
+    """
+
+    rules: Sequence[Rule] = ()
+    may_change: bool = False
+    for_teachers: bool | None = None
+    in_listing: bool = False
+
+
+NO_FACTS = Facts()
+FACTS = "facts"
+SECTIONS = "sections"
+
+
+def setting(
+    default: Any,
+    *,
+    rules: Sequence[Rule] = (),
+    may_change: bool = False,
+    for_teachers: bool | None = None,
+    in_listing: bool = False,
+) -> Any:
+    """A dataclass field with a default and its ``Facts``. A plain default is a setting of which nothing is known."""
+    return field(default=default, metadata={FACTS: Facts(tuple(rules), may_change, for_teachers, in_listing)})
+
+
+def section(of: type, *, for_teachers: bool | None = None) -> Any:
+    """A dataclass field that holds a section of settings, all at their defaults."""
+    return field(default_factory=of, metadata={FACTS: Facts(for_teachers=for_teachers)})
+
+
+def sections_by_name(of: type) -> Any:
+    """A dataclass field that holds any number of sections of one type, by name; none by default."""
+    return field(default_factory=dict, metadata={SECTIONS: of})
+
+
+def facts_of(each: dataclasses.Field) -> Facts:
+    return each.metadata.get(FACTS, NO_FACTS)
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Facts, Any]]:
+    """Every setting: its dotted name, its facts, its value. A dict of free arguments is one setting."""
+    for each in fields(config):
+        name, value = f"{prefix}{each.name}", getattr(config, each.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{name}.")
+        elif SECTIONS in each.metadata:
+            for key, inner in value.items():
+                yield from walk(inner, f"{name}.{key}.")
+        else:
+            yield name, facts_of(each), value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What follows
+
+
+def check_rules(config: Any) -> None:
+    """Raise ConfigError for the first value that breaks a rule of its setting."""
+    for name, facts, value in walk(config):
+        for rule in facts.rules:
+            if value is not None and not rule.holds(value):
+                shown = list(value) if isinstance(value, tuple) else value
+                raise ConfigError(f"{name}={shown} {rule.text}")
+
+
+def with_students(recipe: T, student: T, inherited: bool = False) -> T:
+    """``recipe``, the run that trains a teacher, with what such a run takes from the student's.
+
+    inherited: what the section around it says.
+    """
+    taken = {}
+    for each in fields(recipe):
+        here, there = getattr(recipe, each.name), getattr(student, each.name)
+        said = facts_of(each).for_teachers
+        takes = inherited if said is None else said
+        if is_dataclass(here):
+            taken[each.name] = with_students(here, there, takes)
+        elif takes:
+            taken[each.name] = there
+    return dataclasses.replace(recipe, **taken)
+
+
+def changed_settings(started_with: Mapping[str, Any], config: Any) -> list[str]:
+    """``key: old -> new`` for what differs and may not change when a run goes on.
+
+    started_with: as ``to_dict`` gave it, maybe by an earlier version.
+    """
+    free = {name for name, facts, _ in walk(config) if facts.may_change}
+    before, after = flatten(with_defaults(started_with, type(config))), flatten(to_dict(config))
+    keys = [*before, *(key for key in after if key not in before)]
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in keys
+        if key not in free and before.get(key) != after.get(key)
+    ]
+
+
+def listed_settings(of: type) -> list[str]:
+    """The dotted names of the settings that a listing of runs shows."""
+    return [name for name, facts, _ in walk(of()) if facts.in_listing]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As JSON and YAML know it
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The whole configuration, tuples as lists."""
+    return _as_lists(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    """The whole configuration as a recipe file that ``--config`` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def with_defaults(saved: Mapping[str, Any], of: type) -> dict[str, Any]:
+    """A configuration as an earlier version wrote it, with the settings that it did not know at their defaults."""
+    filled = dict(saved)
+    for each in fields(of):
+        default = _default(each)
+        value = filled.setdefault(each.name, _as_lists(default))
+        if is_dataclass(default) and isinstance(value, dict):
+            filled[each.name] = with_defaults(value, type(default))
+        elif SECTIONS in each.metadata and isinstance(value, dict):
+            filled[each.name] = {
+                name: with_defaults(inner, each.metadata[SECTIONS]) if isinstance(inner, dict) else inner
+                for name, inner in value.items()
+            }
+    return filled
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key. An empty dict has none."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _default(each: dataclasses.Field) -> Any:
+    """None where a setting has no default."""
+    if each.default_factory is not MISSING:
+        return each.default_factory()
+    return None if each.default is MISSING else each.default
+
+
+def _as_lists(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, dict):
+        return {key: _as_lists(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_lists(item) for item in value]
+    return value
