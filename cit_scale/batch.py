@@ -1,4 +1,4 @@
-"""What travels through a training step, named and shaped.
+"""The data of a training step: batches, logits, loss terms.
 
 B images on this rank, K classes. Images are (B, 3, H, W) in [0, 1] on the device.
 """

@@ -1,4 +1,4 @@
-"""Command line and recipe files to a checked RunConfig. Every mistake becomes one line and exit code 2."""
+"""Command line and recipe files to a checked RunConfig, and its teachers' runs. A mistake is one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEFAULT_RECIPE = "digits"
 
 ASKS_ONLY = {"-h", "--help", "--help-all", "--print_config"}
 
-# What --help says; --help-all has the rest. On one screen, and without the libraries that read the settings.
+# The text of --help, on one screen; --help-all lists every setting. Printing this text imports no slow library.
 HELP = """\
 deepspeed cit_scale/train.py --name pets --data.train photos    all GPUs of this machine, or the CPU
 cit-scale train --config mine.yaml --train.epochs 100           one process alone
@@ -85,8 +85,10 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe by name or by path; MissingInputError with the known names where there is none, OSError for one that
-    cannot be opened."""
+    """The path of a recipe, given by name or by path.
+
+    Raises MissingInputError, with the known names, if there is no such recipe, and OSError if it cannot be opened.
+    """
     named, given = RECIPES / f"{name}.yaml", expand(name)
     for path in (named, given):
         if path.is_file():
@@ -98,7 +100,7 @@ def recipe_path(name: str) -> Path:
 
 
 def _refuse_unreadable(path: Path) -> None:
-    """Raise the OSError of a file that cannot be read just now: the parser would call it the user's mistake."""
+    """Raise the OSError of a file that cannot be read. The parser would report it as the user's mistake."""
     try:
         path.read_bytes()
     except OSError as error:
@@ -106,10 +108,10 @@ def _refuse_unreadable(path: Path) -> None:
 
 
 def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
-    """What a rank is to do, as its command line and its launcher's environment say.
+    """The run that a command line and its launcher's environment describe.
 
-    Raises a RunError for all that is known to be wrong without the data, the networks and the libraries that these
-    need; ``--help`` and ``--print_config`` print on rank 0 and leave with 0.
+    Raises a RunError for every mistake that shows without the data, the networks and the slow libraries. ``--help`` and
+    ``--print_config`` print on rank 0 and exit with code 0.
     """
     ranks = Ranks() if ASKS_ONLY & set(argv) else read_ranks(env)
     with contextlib.nullcontext() if is_first_rank(env) else contextlib.redirect_stdout(io.StringIO()):
@@ -125,7 +127,7 @@ def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
 
 
 def is_first_rank(env: Mapping[str, str]) -> bool:
-    """Whether to speak for all ranks; also where a launcher's environment is half there, as in a shell under srun."""
+    """Whether this process prints for all ranks. True, too, if the launcher's variables are incomplete."""
     try:
         return Ranks.from_env(env).rank == 0
     except ValueError:
@@ -133,7 +135,7 @@ def is_first_rank(env: Mapping[str, str]) -> bool:
 
 
 def read_ranks(env: Mapping[str, str]) -> Ranks:
-    """The ranks that the launcher's environment describes, or a ConfigError."""
+    """The ranks that the launcher's environment describes. Raises ConfigError."""
     try:
         ranks = Ranks.from_env(env)
     except ValueError as error:
@@ -147,10 +149,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
 
 
 def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
-    """Leave the process if all it has to do is print help, or say what is wrong with its command line.
-
-    For entry points, before they import what takes seconds. Returns the parsed command line.
-    """
+    """Parse the command line before slow imports. Exits if it asks for help or has a mistake; returns it otherwise."""
     try:
         try:
             return read_command_line(argv, env)
@@ -167,7 +166,7 @@ def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Parse what the user typed. ``--help`` and ``--print_config`` print and leave with 0.
+    """Parse a command line. ``--help`` and ``--print_config`` print and exit with code 0.
 
     Raises ConfigError, and OSError for a recipe that cannot be opened.
     """
@@ -177,7 +176,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     argv = _files_first(_with_recipe_paths(argv))
     if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
         argv = ["--config", str(recipe_path(DEFAULT_RECIPE)), *argv]
-    # `deepspeed train.py` users put a bare --deepspeed there; it chooses what is chosen anyway.
+    # DeepSpeed's own scripts take a bare --deepspeed, which switches DeepSpeed on. It is on by default here.
     argv = [argument for argument in argv if argument != "--deepspeed"]
     parsed = _parse(["--help" if argument == "--help-all" else argument for argument in argv])
     config = _build(parsed)
@@ -208,7 +207,7 @@ def load_recipe(name: str) -> RunConfig:
 
 @functools.cache
 def _load_recipe(path: Path, content: bytes) -> RunConfig:
-    """Parsed once, however many runs of a sweep on however many nodes train a teacher with it."""
+    """Parsed once per content: the runs of a sweep share their teachers' recipes."""
     return _build(_parse(["--config", str(path)]))
 
 
@@ -243,7 +242,7 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
 def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser, set_parsing_settings  # here: --help does without it
 
-    # A recipe holds values. Without "*" a class_path in it would have its module imported, and so run.
+    # A recipe holds values only. Without "*", a class_path in a recipe would import its module, and so execute code.
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True,
         import_path_denylist=["*"],
@@ -286,7 +285,7 @@ def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
 
 
 def _files_first(argv: Sequence[str]) -> list[str]:
-    """A recipe has a name, too: --name mine --config digits means mine."""
+    """Move --config to the front: recipes set a name, too, and an option overrides a recipe wherever it stands."""
     files, options = [], []
     for place, argument in enumerate(argv):
         is_file = (
@@ -300,9 +299,9 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser = _parser()
     try:
         return parser.instantiate(parser.parse_args(list(argv)))
-    except OSError:  # a disk's: what is printed does not arrive
+    except OSError:  # of printing to a full disk: not the user's mistake
         raise
-    except Exception as error:  # argparse, YAML and type errors all mean: the user's input
+    except Exception as error:  # argparse, YAML and type errors: the input is wrong
         raise ConfigError(_explain(error)) from error
 
 

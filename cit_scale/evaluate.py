@@ -16,7 +16,10 @@ HEADS_MEAN = "average"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percent by head; where there are several, ``average`` is that of their mean logits. images: how many counted."""
+    """Accuracy in percent, by head; with several heads, ``average`` is the accuracy of their mean logits.
+
+    images: number of images evaluated.
+    """
 
     images: int
     top1: dict[str, float]
@@ -25,7 +28,7 @@ class Accuracy:
 
 @torch.no_grad()
 def evaluate(forward: Callable[[Tensor], NamedLogits], batches: Iterable[Batch], world: World) -> Accuracy:
-    """Collective. Every rank brings the same number of batches; images at position -1 are padding and do not count.
+    """Collective. Every rank passes the same number of batches; images at position -1 are padding and do not count.
 
     forward: images (B, 3, H, W) in [0, 1] to a named tuple of (B, K) logits, in evaluation mode.
     """

@@ -1,4 +1,4 @@
-"""What the optimizer is told: which parameters decay, and the learning rate of each step."""
+"""AdamW: which parameters decay, and the learning rate of each step."""
 
 from __future__ import annotations
 

@@ -49,9 +49,9 @@ def load_teacher(
 def freeze(
     network: Network, image_size: int, device: torch.device, *, precision: str, compile: bool
 ) -> Callable[[Tensor], Tensor]:
-    """Make a network a fixed function, as fast as it gets: on the device, its BatchNorms folded, compiled.
+    """Turn a network into a fixed function: on the device, without gradients, BatchNorm folded, compiled.
 
-    precision: float32, or bf16 under autocast. network: changed in place. Returns Teacher.forward.
+    network: changed in place. precision: float32, or bf16 under autocast. Returns ``Teacher.forward``.
     """
     network.requires_grad_(False).eval()
     network.precision = precision
@@ -70,6 +70,6 @@ def freeze(
 
 
 def run_teachers(teachers: Sequence[Teacher], images: Tensor) -> TeacherLogits:
-    """What each teacher says of the student's images, (B, 3, H, W) in [0, 1]. Each field: (B, K), without autograd."""
+    """Each teacher's logits, (B, K) without autograd, for the student's images, (B, 3, H, W) in [0, 1]."""
     names = tuple(teacher.name for teacher in teachers)
     return teacher_logits_type(names)(*(teacher.forward(images) for teacher in teachers))

@@ -1,6 +1,6 @@
-"""The way in: ``deepspeed cit_scale/train.py``, ``torchrun cit_scale/train.py`` or ``python cit_scale/train.py``.
+"""Train a run: ``deepspeed cit_scale/train.py``, ``torchrun cit_scale/train.py`` or ``python cit_scale/train.py``.
 
-main -> run (teachers first) -> train -> training_loop -> train_step -> engine.step.
+main -> run (teachers first, then the student) -> train (one network) -> training_loop -> train_step -> engine.step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
     from cit_scale import cli, text
 
-    # Before the imports below, which take seconds: nobody waits for help, or for a mistake in the arguments.
+    # Before the imports below, which take seconds: help and mistakes in the arguments are answered at once.
     parsed = cli.answer_early(sys.argv[1:], os.environ)
     text.outlive_readers()
 
@@ -72,18 +72,19 @@ from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, run_teachers
 
-PREPARATION_S = 3600.0  # for each part of it: long enough to open a large data set for the first time
+# Longest time without progress before the first step: indexing a large data set for the first time takes this long.
+PREPARATION_S = 3600.0
 
-# What a finished run leaves for use, by name: the file of its last checkpoint that it is.
+# Weights that a finished run leaves in its folder, by the name in results.json: files of its last checkpoint.
 EXPORTS = {"student": layout.STUDENT, "student ema": layout.STUDENT_EMA}
 
 
 def main(
     argv: Sequence[str] | None = None, stop: StopRequest | None = None, *, arguments: cli.Arguments | None = None
 ) -> int:
-    """Parse, run, report. Returns the exit code; ``errors`` has their list.
+    """Parse the command line, run it, print the result. Returns an exit code of ``errors``.
 
-    stop: of a caller that owns the signals already. arguments: of a caller that has parsed ``argv`` already.
+    stop: the caller's, if it handles the signals already. arguments: ``argv`` as the caller has parsed it already.
     """
     is_main = cli.is_first_rank(os.environ)
     try:
@@ -102,12 +103,12 @@ def main(
         if is_main:
             print("interrupted before the first step; the same command starts again", flush=True)
         return Stopped.exit_code
-    except RunError as error:  # raised on all ranks
+    except RunError as error:  # raised on all ranks, printed by one
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except (BadImageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # on the rank that met it
+        print(f"error: {error}", file=sys.stderr, flush=True)  # raised on one rank alone
         return exit_code_of(error)
     if is_main:
         print_table(arguments.config.run_dir, results)
@@ -115,7 +116,7 @@ def main(
 
 
 def join(config: RunConfig, world: World, stop: StopRequest) -> None:
-    """Collective. Check that all nodes are there and fit, then let the ranks into one process group."""
+    """Collective. Wait for all nodes, check that each can compute and communicate, and join one process group."""
     if dist.is_initialized():
         return
     train = config.train
@@ -126,9 +127,9 @@ def join(config: RunConfig, world: World, stop: StopRequest) -> None:
 
 
 def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, Any]:
-    """Collective. Train the teachers that have no weights yet, then the student. Returns the student's results."""
+    """Collective. Train the teachers that have no weights, then the student. Returns the student's results."""
     config, override = arguments.config, arguments.override_resume
-    # A job that Slurm starts again continues what it began with --fresh.
+    # --fresh sets a run aside once: a job that Slurm has requeued continues the run that it began.
     fresh = arguments.fresh and not restart_count(os.environ)
     same_run = not fresh and not override
     with contextlib.ExitStack() as held:
@@ -139,7 +140,7 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
             if fresh:
                 set_aside(config.run_dir, world)
             elif same_run:
-                # A second time, because until now another job could write to the folder.
+                # Checked again under the lock: before, another job could still write to the folder.
                 configs = (config, *arguments.teacher_runs.values())
                 run_on_all_ranks(world, lambda: [check_same_run(each) for each in configs])
         teachers = dict(config.teachers)
@@ -152,10 +153,7 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
 
 
 def watch_preparation(config: RunConfig, world: World) -> Watchdog:
-    """Ends all ranks where one of them hangs before the first step, unless train.step_timeout_s is 0.
-
-    A process alone keeps nobody waiting.
-    """
+    """A watchdog for all that precedes the first step. Switched off by train.step_timeout_s=0, and for one process."""
     limit_s = max(PREPARATION_S, config.train.step_timeout_s) if config.train.step_timeout_s else 0.0
     message = (
         f"the preparation of {config.run_dir} hangs: nothing was achieved for {limit_s:g} seconds; where each rank "
@@ -165,8 +163,8 @@ def watch_preparation(config: RunConfig, world: World) -> Watchdog:
 
 
 @dataclass(frozen=True)
-class Start:
-    """What training begins with.
+class LoadedRun:
+    """The networks of a run, with the state from which training goes on.
 
     inputs: fingerprints by name of what the numbers in a checkpoint depend on and the configuration does not show.
     overridden: settings and inputs that differ from the checkpoint's. started_at: when the run was first started, in
@@ -183,13 +181,13 @@ class Start:
 
 @dataclass(frozen=True)
 class Session:
-    """One process's work at a run: what it trains, with what, and whom it tells.
+    """Everything that one process needs to train a network, from its first step to its last.
 
     flops: None where the device's peak is not known.
     """
 
     prepared: PreparedRun
-    start: Start
+    loaded: LoadedRun
     log: RunLog
     stop: StopRequest
     watchdog: Watchdog
@@ -202,19 +200,19 @@ class Session:
 
     @property
     def engine(self) -> Engine:
-        return self.start.engine
+        return self.loaded.engine
 
     @property
     def teachers(self) -> Sequence[Teacher]:
-        return self.start.teachers
+        return self.loaded.teachers
 
     def goodput(self, useful_s: float) -> float | None:
-        """The share of the time since the run's first start that went into steps that count, if clocks are right."""
-        wall_s = time.time() - self.start.started_at
+        """Share of the time since the run's first start that was spent in steps that count; None if clocks disagree."""
+        wall_s = time.time() - self.loaded.started_at
         return useful_s / wall_s if 0 < useful_s <= wall_s else None
 
     def eval_batches(self, step: int) -> Iterator[Batch]:
-        """Collective. This rank's share of the evaluation set, once. Raises Stopped on all ranks if one is asked to."""
+        """Collective. This rank's share of the evaluation set, once. Raises Stopped on all ranks if one must stop."""
         for batch in self.prepared.eval_batches():
             self.watchdog.progress()
             if any(agree_any(self.prepared.world, self.stop.requested)):
@@ -225,9 +223,10 @@ class Session:
 def train(
     prepared: PreparedRun, teachers: Mapping[str, TeacherConfig], stop: StopRequest, *, override: bool = False
 ) -> dict[str, Any]:
-    """Collective. Train the student with frozen ``teachers``, which have weights, from where the run folder stands.
+    """Collective. Train the run's student, from the newest checkpoint on if there is one. Returns its results.
 
-    A finished run is left as it is. Raises Stopped, with everything saved, when ``stop`` is requested on any rank.
+    teachers: by name; all of them have weights. The results of a finished run are returned as they are. Raises Stopped,
+    with everything saved, when ``stop`` is requested on any rank.
     """
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
     with contextlib.closing(watch_preparation(config, world)) as preparation:
@@ -237,32 +236,34 @@ def train(
             if not override:
                 run_on_all_ranks(world, lambda: refuse_other_data(prepared, finished))
             return finished
-        start = load(prepared, teachers, preparation, override=override)
-    progress = start.progress
+        loaded = load(prepared, teachers, preparation, override=override)
+    progress = loaded.progress
     with writing(run_dir):
         stacks, message = run_dir / f"stacks_rank_{world.rank}.txt", hang_message(config) if world.is_main else None
         watchdog = run_on_all_ranks(world, lambda: Watchdog(config.train.step_timeout_s, stacks, message))
     with contextlib.closing(watchdog), contextlib.closing(open_log(prepared, progress)) as log:
+        checkpointer = AsyncCheckpointer(
+            loaded.engine, run_dir, config.train, world, step=progress.step, say=log.say, report=log.note
+        )
+        readers = (prepared.train_images, prepared.eval_images)
         session = Session(
-            prepared,
-            start,
-            log,
-            stop,
-            watchdog,
-            AsyncCheckpointer(
-                start.engine, run_dir, config.train, world, step=progress.step, say=log.say, report=log.note
-            ),
-            BadImages(run_dir, (prepared.train_images, prepared.eval_images), config.data.max_bad_images, world),
-            BadSteps(progress, run_dir, config.train.max_bad_steps, world),
-            RunningMeans(),
-            StepClock(config.train.global_batch_size),
-            model_flops(prepared, device_name(world.device)),
+            prepared=prepared,
+            loaded=loaded,
+            log=log,
+            stop=stop,
+            watchdog=watchdog,
+            checkpointer=checkpointer,
+            bad_images=BadImages(run_dir, readers, config.data.max_bad_images, world),
+            bad_steps=BadSteps(progress, run_dir, config.train.max_bad_steps, world),
+            means=RunningMeans(),
+            clock=StepClock(config.train.global_batch_size),
+            flops=model_flops(prepared, device_name(world.device)),
         )
         split = prepared.batch_split
         start_of_run = f"continues after step {progress.step}" if progress.step else f"starts in {run_dir}"
         cut = f"{world.world_size} ranks x {split.micro_steps} micro-steps x {split.micro_batch_size} images"
         log.say(f"{start_of_run}; an update is {cut}")
-        for change in start.overridden:
+        for change in loaded.overridden:
             log.say(f"continues although this changed: {change}")
         training_loop(session, progress)
         return finish(session, teachers, progress)
@@ -270,17 +271,17 @@ def train(
 
 def load(
     prepared: PreparedRun, teachers: Mapping[str, TeacherConfig], preparation: Watchdog, *, override: bool
-) -> Start:
-    """Collective. The networks, and the newest checkpoint of the run folder, if there is one, in the engine."""
+) -> LoadedRun:
+    """Collective. Build the networks, and load the run folder's newest checkpoint into the engine, if there is one."""
     world, run_dir, now = prepared.world, prepared.config.run_dir, time.time()
-    loaded = run_on_all_ranks(
+    frozen = run_on_all_ranks(
         world, lambda: [prepared.load_teacher(name, teacher) for name, teacher in teachers.items()]
     )
     preparation.progress()
     engine = build_engine(prepared.build_student(), prepared.engine_setup)
     preparation.progress()
 
-    inputs = fingerprints(prepared, loaded)
+    inputs = fingerprints(prepared, frozen)
     progress, overridden = TrainingProgress(), []
     found = checkpoint.load_newest(run_dir, world)
     preparation.progress()
@@ -288,12 +289,12 @@ def load(
         meta = found.meta
         progress, overridden = run_on_all_ranks(world, lambda: restore(meta, prepared, inputs, override=override))
         engine.load_state(found.state)
-        del found  # its files are open, and the checkpoint will be deleted some day
+        del found  # closes its files, before retention deletes the checkpoint
     with writing(run_dir):
         started_at = run_on_all_ranks(
             world, lambda: begin(prepared, progress, overridden, now) if world.is_main else 0.0
         )
-    return Start(engine, loaded, inputs, progress, overridden, started_at)
+    return LoadedRun(engine, frozen, inputs, progress, overridden, started_at)
 
 
 def open_log(prepared: PreparedRun, progress: TrainingProgress) -> RunLog:
@@ -304,7 +305,10 @@ def open_log(prepared: PreparedRun, progress: TrainingProgress) -> RunLog:
 
 
 def refuse_other_data(prepared: PreparedRun, finished: Mapping[str, Any]) -> None:
-    """Raise RefusedError for results of other images than this run's. Results of earlier versions do not tell."""
+    """Raise RefusedError if ``finished``, the run folder's results, belong to other images.
+
+    Results of earlier versions have no fingerprints and pass.
+    """
     noted, here = finished.get("inputs", {}), data_fingerprints(prepared)
     other = [name for name in here if noted.get(name, here[name]) != here[name]]
     if other:
@@ -319,7 +323,7 @@ def data_fingerprints(prepared: PreparedRun) -> dict[str, str]:
 
 
 def fingerprints(prepared: PreparedRun, teachers: Sequence[Teacher]) -> dict[str, str]:
-    """Collective. Of what the run learns and is judged from, by name, the same on all ranks; RefusedError otherwise."""
+    """Collective. Fingerprints of data and teachers, by name. Raises RefusedError if ranks read different files."""
     inputs = {
         **data_fingerprints(prepared),
         **{f"teacher {teacher.name}": teacher.sha256 for teacher in teachers},
@@ -335,12 +339,12 @@ def fingerprints(prepared: PreparedRun, teachers: Sequence[Teacher]) -> dict[str
 
 
 def begin(prepared: PreparedRun, progress: TrainingProgress, overridden: Sequence[str], now: float) -> float:
-    """On rank 0. Note this start in the run folder. Returns when the first one was, in seconds since 1970."""
+    """On rank 0. Record this start in the run folder. Returns the time of the first start, in seconds since 1970."""
     run_dir = prepared.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG, to_yaml(prepared.config))
     if (run_dir / RESULTS).exists():
-        rename_aside(run_dir / RESULTS)  # the run goes on, and these are not its results any more
+        rename_aside(run_dir / RESULTS)  # the run goes on: these are no longer its results
     path = run_dir / ENVIRONMENT
     starts = read_note(path) or []
     place = {"step": progress.step, "total_steps": prepared.total_steps, "time": now, "overridden": overridden}
@@ -354,48 +358,6 @@ def hang_message(config: RunConfig) -> str:
         f"nothing was achieved for train.step_timeout_s={config.train.step_timeout_s:g} seconds, the run hangs; "
         f"where each rank stands is in {config.run_dir}/stacks_rank_*.txt; the same command continues from the last "
         "checkpoint"
-    )
-
-
-@dataclass(frozen=True)
-class Due:
-    """What is to be done between two updates; the same on every rank.
-
-    stop: some rank was asked to. bad_images: some rank has met new ones. failed_save: a checkpoint could not be
-    written. is_last: no update is left.
-    """
-
-    stop: bool
-    bad_images: bool
-    save: bool
-    failed_save: bool
-    is_last: bool
-    log: bool
-    evaluate: bool
-
-
-def what_is_due(session: Session, progress: TrainingProgress) -> Due:
-    """Collective. One small message a step: what only some rank knows, or what the ranks' clocks would differ in."""
-    prepared, step = session.prepared, progress.step
-    config, world = prepared.config.train, prepared.world
-    stop, bad_images, save, failed_save = agree_any(
-        world,
-        session.stop.requested,
-        session.bad_images.has_news,
-        world.is_main and session.checkpointer.is_due(step),
-        session.checkpointer.has_failed,
-    )
-    is_last = step >= prepared.total_steps
-    ends_interval = step > 0 and step % (config.eval_every_epochs * prepared.steps_per_epoch) == 0
-    return Due(
-        stop=stop,
-        bad_images=bad_images,
-        save=save,
-        failed_save=failed_save,
-        is_last=is_last,
-        log=is_last or stop or step % config.log_every_steps == 0,
-        # After the last step what is in the files is evaluated instead.
-        evaluate=ends_interval and not (is_last or stop or progress.evaluated),
     )
 
 
@@ -497,7 +459,7 @@ def between_steps(session: Session, progress: TrainingProgress, trained: Trained
     is_leaving = due.is_last or stopping or session.bad_images.too_many or session.bad_steps.too_many
     if is_leaving or due.save or (progress.evaluated and config.keep_best):
         with clock.excluded():
-            checkpointer.save(progress.step, checkpoint_meta(progress, session.prepared, session.start.inputs))
+            checkpointer.save(progress.step, checkpoint_meta(progress, session.prepared, session.loaded.inputs))
         session.watchdog.progress()
     if is_leaving:
         checkpointer.settle(insist=True)
@@ -507,6 +469,48 @@ def between_steps(session: Session, progress: TrainingProgress, trained: Trained
         session.bad_steps.give_up(mixed_batches(session.prepared, progress.step - 1))
     if stopping:
         raise Stopped(progress.step, session.stop.signum)
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be done between two updates; the same on every rank.
+
+    stop: some rank was asked to. bad_images: some rank has met new ones. failed_save: a checkpoint could not be
+    written. is_last: no update is left.
+    """
+
+    stop: bool
+    bad_images: bool
+    save: bool
+    failed_save: bool
+    is_last: bool
+    log: bool
+    evaluate: bool
+
+
+def what_is_due(session: Session, progress: TrainingProgress) -> Due:
+    """Collective. One small message a step: what only some rank knows, or what the ranks' clocks would differ in."""
+    prepared, step = session.prepared, progress.step
+    config, world = prepared.config.train, prepared.world
+    stop, bad_images, save, failed_save = agree_any(
+        world,
+        session.stop.requested,
+        session.bad_images.has_news,
+        world.is_main and session.checkpointer.is_due(step),
+        session.checkpointer.has_failed,
+    )
+    is_last = step >= prepared.total_steps
+    ends_interval = step > 0 and step % (config.eval_every_epochs * prepared.steps_per_epoch) == 0
+    return Due(
+        stop=stop,
+        bad_images=bad_images,
+        save=save,
+        failed_save=failed_save,
+        is_last=is_last,
+        log=is_last or stop or step % config.log_every_steps == 0,
+        # After the last step what is in the files is evaluated instead.
+        evaluate=ends_interval and not (is_last or stop or progress.evaluated),
+    )
 
 
 def log_interval(session: Session, progress: TrainingProgress, trained: TrainedStep) -> None:
@@ -526,13 +530,13 @@ def log_interval(session: Session, progress: TrainingProgress, trained: TrainedS
 
 
 def mixed_batches(prepared: PreparedRun, step: int) -> Iterator[MixedBatch]:
-    """What this rank learns from in update ``step``, counted from 0, once more: the data stream is a pure function."""
+    """The micro-batches of update ``step``, counted from 0, made again: the data stream is a pure function."""
     for batch in itertools.islice(prepared.train_batches(step), prepared.batch_split.micro_steps):
         yield mix(batch, prepared.config.mixing, prepared.num_classes, seed=prepared.config.seed, step=step)
 
 
 def evaluate_student(session: Session, progress: TrainingProgress) -> bool:
-    """Collective. Log the accuracy of the student and of its moving average. False if asked to stop meanwhile."""
+    """Collective. Log the accuracy of the student and of its moving average. Returns False if asked to stop."""
     engine, world = session.engine, session.prepared.world
     engine.module.eval()
     try:
@@ -549,15 +553,16 @@ def evaluate_student(session: Session, progress: TrainingProgress) -> bool:
     progress.evaluated = True
     session.log.record(progress.step, numbers)
     if world.is_main:
-        with contextlib.suppress(OSError):  # a full disk is told of by whoever has more to lose
+        with contextlib.suppress(OSError):  # the checkpoint that follows reports a full disk
             checkpoint.add_score(session.prepared.config.run_dir, progress.step, top1.get(HEADS_MEAN, top1["cls"]))
     return True
 
 
 def finish(session: Session, teachers: Mapping[str, TeacherConfig], progress: TrainingProgress) -> dict[str, Any]:
-    """Collective. Bring the weights out, evaluate what is in the files, and the teachers, and write the results.
+    """Collective. Copy the last checkpoint's weights, evaluate the copies and the teachers, write results.json.
 
-    Raises Stopped when asked to stop meanwhile; everything is saved.
+    The files are evaluated, not the engine's weights: they are what the user gets. Raises Stopped if asked to stop;
+    everything is saved by then.
     """
     prepared = session.prepared
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
@@ -576,7 +581,7 @@ def finish(session: Session, teachers: Mapping[str, TeacherConfig], progress: Tr
         "images_per_s": session.clock.mean_images_per_s(),
         "goodput": session.goodput(progress.useful_s),
         "eval_images": next(iter(accuracy.values())).images,
-        "inputs": dict(session.start.inputs),
+        "inputs": dict(session.loaded.inputs),
         "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
         "teachers": {},
     }
@@ -600,7 +605,7 @@ def finish(session: Session, teachers: Mapping[str, TeacherConfig], progress: Tr
 
 
 def export_weights(run_dir: Path, step: int) -> dict[str, str]:
-    """On rank 0. Put the weights of a checkpoint beside it, under the same names. Returns the files by name."""
+    """On rank 0. Copy the weights of a checkpoint into the run folder. Returns the files by the names of EXPORTS."""
     files = {}
     for name, file in EXPORTS.items():
         saved = checkpoint.path(run_dir, step) / file

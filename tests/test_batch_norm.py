@@ -28,8 +28,8 @@ def test_running_statistics_are_the_mean_over_ranks_and_the_same_everywhere(ds_c
     for sharding in SHARDINGS:
         assert differences(first[sharding], second[sharding]) == [], sharding
         expected = np.mean([first["by hand"], second["by hand"]], axis=0)
-        np.testing.assert_allclose(first[sharding]["local/norm.running_mean"], expected, rtol=1e-5)
-        assert first[sharding]["local/norm.num_batches_tracked"] == 1
+        np.testing.assert_allclose(first[sharding]["local/model.norm.running_mean"], expected, rtol=1e-5)
+        assert first[sharding]["local/model.norm.num_batches_tracked"] == 1
     assert not np.allclose(first["by hand"], second["by hand"], rtol=1e-3)
 
 

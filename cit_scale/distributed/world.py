@@ -63,7 +63,7 @@ class World:
     def num_nodes(self) -> int:
         return self.world_size // self.local_world_size
 
-    def beside(self) -> World:
+    def with_own_group(self) -> World:
         """Collective. The same ranks, whose collectives do not mix with those of this one: for another thread."""
         timeout = timedelta(seconds=ENDLESS_S)
         group = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None

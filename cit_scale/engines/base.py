@@ -72,6 +72,8 @@ class Engine(ABC):
         self._clip_norm = setup.optim.clip_norm
         self._ema_decay = setup.optim.ema_decay
         self._loss_scale = LossScale(is_dynamic=setup.engine.precision == "fp16")
+        # BatchNorm and activation checkpointing change the module's code, so they come before compiling and sharding.
+        # The module moves to its device before the optimizer is built, which keeps references to the parameters.
         prepare_network(module, setup.engine, setup.world)
         module.to(setup.world.device)
         self._statistics = RunningStatistics(module, setup.world)

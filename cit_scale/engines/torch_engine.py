@@ -24,7 +24,7 @@ class TorchEngine(Engine):
 
     def __init__(self, module: Network, setup: EngineSetup) -> None:
         super().__init__(module, setup)
-        # Before the optimizer: sharding replaces the module's parameters.
+        # Sharding comes before the optimizer: it replaces the module's parameters, and AdamW must update the new ones.
         self._placement = self._place(module, setup)
         self._optimizer = adamw(module, setup.optim)
         self._keep_state(self._optimizer, self._placement)

@@ -40,6 +40,9 @@ class ZeroEngine(Engine):
         super().__init__(module, setup)
         assert setup.ds_config is not None
         self._stage = setup.ds_config["zero_optimization"]["stage"]
+        # The order matters. The module is compiled in place, so its parameters keep their names. AdamW is built next:
+        # from stage 1 on DeepSpeed puts this rank's part of the parameters into AdamW's groups. The placement is built
+        # last: it reads where DeepSpeed has put each parameter.
         if setup.engine.compile:
             module.compile()
         self._optimizer = adamw(module, setup.optim)

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cit_scale.models.network import Network, Precision, build_network
+from cit_scale.run.plan import fake_state
 from cit_scale.run.setup import PreparedRun
 
 # Dense peak in FLOP/s by what stands in torch.cuda.get_device_name: with tensor cores (bf16, fp16), and without them
@@ -78,7 +79,5 @@ def forward_flops(network: Network, image_size: int) -> int:
     network: on any device, meta too; nothing is computed.
     """
     with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        named = [*network.named_parameters(), *network.named_buffers()]
-        state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
-        torch.func.functional_call(network, state, (torch.empty(1, 3, image_size, image_size),))
+        torch.func.functional_call(network, fake_state(network), (torch.empty(1, 3, image_size, image_size),))
     return counter.get_total_flops()

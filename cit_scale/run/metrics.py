@@ -1,4 +1,4 @@
-"""What a run says of itself: JSON lines, TensorBoard curves, progress on a terminal, plain lines in a log file."""
+"""Metrics and progress of a run: JSON lines, TensorBoard curves, a bar on a terminal, lines in a log file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class RunningMeans:
-    """Means over steps and ranks of device scalars, read from the device only when drained."""
+    """Means of scalars over steps and ranks. Sums stay on the device until ``drain``: adding does not wait for it."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -67,18 +67,18 @@ class Counted:
 
 
 class StepClock:
-    """What a training step costs, from turn to turn of the training loop.
+    """What a training step costs, measured from one turn of the training loop to the next.
 
-    A turn holds one step and all that goes with it, the wait for the slowest rank and for the next batch among them;
-    only what is ``excluded``, evaluation and saving, does not count. A pause of the process does: it cannot be told
-    from a slow step. The first turns of a process pay for compilation and warm-up and are not counted.
+    A turn is one step with everything around it, including the wait for the next batch and for the slowest rank; only
+    evaluation and saving are ``excluded``. A pause of the process counts: it looks like a slow step. The first turns of
+    a process include compilation and warm-up and do not count.
     """
 
     WARMUP_TURNS = 5
 
     def __init__(self, global_batch_size: int) -> None:
         self.turns = 0
-        """Whole turns of this process, all of them."""
+        """Turns since the process began, including the first ones."""
 
         self._global_batch_size = global_batch_size
         self._began: float | None = None
@@ -88,7 +88,7 @@ class StepClock:
         self._reported = Counted()  # as it was at the last interval
 
     def turn(self) -> float:
-        """A turn begins, and the one before ends. Returns the seconds of that; 0.0 for the first."""
+        """End a turn and begin the next. Returns the seconds of the turn that ended; 0.0 at the first call."""
         now = time.perf_counter()
         turn_s = 0.0
         if self._began is not None:
@@ -101,7 +101,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """What happens within is no training."""
+        """Time spent within does not count."""
         began = time.perf_counter()
         try:
             yield
@@ -156,13 +156,13 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 
 class RunLog:
-    """Rank 0 writes ``metrics.jsonl`` and TensorBoard events and shows progress; on other ranks nothing happens.
+    """Writes ``metrics.jsonl`` and TensorBoard events and shows progress, on rank 0; does nothing on other ranks.
 
-    A file that cannot be written is no reason to stop training: it says so once, keeps the lines, and tries again.
+    A file that cannot be written does not stop training: the log says so once, keeps the lines and tries again.
     """
 
     def __init__(self, run_dir: Path, world: World, *, title: str, step: int, total_steps: int) -> None:
-        """step: where the run resumes; lines that a stopped process wrote past it are dropped: they come again."""
+        """step: where the run resumes. Lines of later steps, written before the run was stopped, are dropped."""
         self._is_main = world.is_main
         if not self._is_main:
             return
@@ -198,7 +198,7 @@ class RunLog:
             self._progress.update(self._task, completed=step)
 
     def record(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """One JSON line, one point on each curve, and what is shown."""
+        """Write one JSON line and one point on each curve, and show the values."""
         if not self._is_main:
             return
         self.note(step, values)
@@ -209,10 +209,10 @@ class RunLog:
             self._console.print(f"{self._title}  step {step}/{self._total_steps}  {shown}", soft_wrap=True)
 
     def note(self, step: int, values: Mapping[str, Any]) -> None:
-        """One JSON line, and a point on a curve for each number in it."""
+        """Write one JSON line, and one point on the curve of each number in it."""
         if not self._is_main:
             return
-        # JSON has no NaN: a reader in another language must not stumble over the one line that matters most.
+        # JSON has no NaN: parsers in other languages would refuse the very line that shows the divergence.
         clean = {k: (v if not isinstance(v, float) or math.isfinite(v) else str(v)) for k, v in values.items()}
         self._unwritten.append(json.dumps({"step": step, **clean}) + "\n")
         self._try_to_write(self._write_lines)
@@ -235,13 +235,13 @@ class RunLog:
         if not self._are_lines_dropped:
             _drop_lines_past(self._path, self._step)
             self._are_lines_dropped = True
-        # Opened anew each time: a disk that was full or gone for a while is written to again when it is back.
+        # Opened at each write: a disk that was full or unmounted for a while is written to again.
         before = self._path.stat().st_size if self._path.exists() else 0
         try:
             append(self._path, "".join(self._unwritten))
         except OSError:
             with contextlib.suppress(OSError):
-                os.truncate(self._path, before)  # no half line, which would come again whole
+                os.truncate(self._path, before)  # no half line: all of it is written again
             raise
         self._unwritten = []
 
@@ -271,7 +271,7 @@ def append(path: Path, text: str) -> None:
 
 
 def _drop_lines_past(path: Path, step: int) -> None:
-    """Leave only the lines up to ``step`` in metrics.jsonl, and nothing that is no line of ours, or half of one."""
+    """Rewrite metrics.jsonl with the lines up to ``step``, without lines that are incomplete or not JSON."""
     kept = []
     if path.exists() and step:
         for line in path.read_text(errors="replace").splitlines():

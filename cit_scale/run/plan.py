@@ -1,4 +1,4 @@
-"""What a checked run will do, before it does it: how it is cut, how long it is, what it keeps, what it needs."""
+"""What a prepared run will do and need: micro-steps, steps, checkpoints, memory."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, in float32: on its device by what they are, and on the host.
+    """Bytes of one rank, in float32: the first six on its device, ``host`` in the CPU's memory.
 
-    activations: what the forward pass of one micro-batch keeps for the backward pass. checkpoint: on the disk.
+    activations: what the forward pass of one micro-batch keeps for the backward pass. checkpoint: bytes on the disk.
     """
 
     weights: int
@@ -58,7 +58,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run in numbers. teachers: by name, the run that trains each that has no weights."""
+    """A run in numbers. teachers: by name, the plan of each teacher that is trained first."""
 
     config: RunConfig
     world_size: int
@@ -72,14 +72,14 @@ class RunPlan:
 
     @property
     def checkpoints_kept(self) -> int:
-        """At the end; those of saved multiples and the best may be among the last."""
+        """How many checkpoints the finished run has, at most: the best and the kept multiples may be among the last."""
         train = self.config.train
         for_good = self.total_steps // train.keep_every_steps if train.keep_every_steps else 0
         return train.keep_last + for_good + train.keep_best
 
 
 def plan_run(prepared: PreparedRun) -> RunPlan:
-    """Of a run that was checked."""
+    """The plan of a prepared run, and of the teachers' runs in it."""
     config, cut = prepared.config, prepared.batch_split
     memory = estimate_memory(prepared)
     return RunPlan(
@@ -100,7 +100,7 @@ def plan_run(prepared: PreparedRun) -> RunPlan:
 
 
 def estimate_memory(prepared: PreparedRun) -> Memory:
-    """Needs no GPU and no memory: the networks are built of tensors that have shapes only."""
+    """Memory of one rank. Needs neither a GPU nor that memory: the networks are built on the meta device."""
     config, world_size, split = prepared.config, prepared.world.world_size, prepared.batch_split
     image_size = config.data.image_size
     with torch.device("meta"):
@@ -147,7 +147,7 @@ def _is_offloaded(zero: dict, section: str) -> bool:
 
 
 def state_memory(parameters: int, sharding: Sharding, world_size: int, has_average: bool) -> Memory:
-    """The training state alone."""
+    """Memory of the training state: without teachers and activations. parameters: their number."""
     whole = parameters * FLOAT32_BYTES
     share = -(-parameters // world_size) * FLOAT32_BYTES
     weights = share if sharding.weights else whole
@@ -175,9 +175,9 @@ def state_memory(parameters: int, sharding: Sharding, world_size: int, has_avera
 
 
 def activation_bytes(network: Network, engine: EngineConfig, images_shape: tuple[int, ...]) -> int:
-    """What a forward pass keeps for the backward pass, beside the weights. Leaves ``network`` as ``engine`` wants it.
+    """Bytes that a forward pass keeps for the backward pass, without the weights. Changes ``network`` in place.
 
-    The copies of the weights in bf16 or fp16 that autocast makes are kept as well, and counted.
+    Autocast's copies of the weights in bf16 or fp16 are kept, too, and count.
     """
     network.train()
     network.precision = engine.precision
@@ -191,11 +191,7 @@ def activation_bytes(network: Network, engine: EngineConfig, images_shape: tuple
 
 def _fake_forward_bytes(network: Network, images_shape: tuple[int, ...]) -> int:
     with FakeTensorMode():
-        # On a pretended CPU: autocast knows no meta device.
-        state = {
-            name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
-            for name, tensor in _state(network).items()
-        }
+        state = fake_state(network)
         return kept_for_backward(
             lambda images: torch.func.functional_call(network, state, (images,)),
             torch.empty(images_shape),
@@ -203,15 +199,28 @@ def _fake_forward_bytes(network: Network, images_shape: tuple[int, ...]) -> int:
         )
 
 
+def fake_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers like the module's, within FakeTensorMode: on the CPU, and without memory.
+
+    Not on the meta device, which autocast does not support.
+    """
+    return {
+        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).requires_grad_(
+            tensor.requires_grad
+        )
+        for name, tensor in _state(module).items()
+    }
+
+
 def kept_for_backward(forward: Callable[[Tensor], object], images: Tensor, state: Iterable[Tensor]) -> int:
-    """Bytes of the different storages that autograd holds after ``forward``; those of ``state`` are there anyway."""
+    """Bytes of the distinct storages that autograd holds after ``forward``, without the storages of ``state``."""
     known = {tensor.untyped_storage()._cdata for tensor in state}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            kept[storage._cdata] = storage  # held, so that its address is not another's meanwhile
+            kept[storage._cdata] = storage  # kept alive, so that no other storage gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -228,7 +237,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def plan_lines(plan: RunPlan, device: str) -> list[str]:
-    """The plan as lines of text. device: what a rank computes on, "GPU" or "rank"."""
+    """The plan as lines of text. device: "GPU", or "rank" for ranks without one."""
     config, train = plan.config, plan.config.train
     share = plan.micro_batch_size * plan.micro_steps
     minutes = f" or {train.save_every_minutes:g} minutes" if train.save_every_minutes else ""

@@ -1,4 +1,4 @@
-"""Where a run stands between two updates, what of that a checkpoint keeps beside the tensors, and going on from it."""
+"""The state of a run that is not tensors: what a checkpoint's meta.json holds, and how a run goes on from it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from cit_scale.settings import changed_settings, to_dict
 
 @dataclass
 class TrainingProgress:
-    """step: updates done, skipped ones counted. evaluated: the evaluation that may be due after that step is done.
-    bad_steps, bad_in_a_row: of those that were not finite. useful_s: seconds spent in steps
-    that count; what a killed process did after its last checkpoint does not."""
+    """step: updates done, including skipped ones. evaluated: whether the student was evaluated after this step.
+    bad_steps, bad_in_a_row: number of steps whose gradient was not finite. useful_s: seconds spent in steps that count;
+    the steps that a killed process made after its last checkpoint do not."""
 
     step: int = 0
     evaluated: bool = False
@@ -31,20 +31,20 @@ class TrainingProgress:
     useful_s: float = 0.0
 
     def advance(self) -> None:
-        """One more step is done; nothing is known of the student after it."""
+        """Count one more step. The student has not been evaluated after it."""
         self.step += 1
         self.evaluated = False
 
 
 def checkpoint_meta(progress: TrainingProgress, prepared: PreparedRun, inputs: Mapping[str, str]) -> dict[str, Any]:
-    """The meta.json of a checkpoint. inputs: fingerprints of what was learned from, by name."""
+    """The content of a checkpoint's meta.json. inputs: fingerprints of data and teachers, by name."""
     config, step = prepared.config, progress.step
     return {
         **dataclasses.asdict(progress),
         "cursor": dataclasses.asdict(Cursor.at_step(step, len(prepared.train_set), config.train.global_batch_size)),
         "lr": learning_rate(step, config.optim, config.peak_lr, prepared.steps_per_epoch, config.train.epochs),
         "world_size": prepared.world.world_size,
-        # All a rank's generators are seeded at the beginning of each step, so this is the whole of their states.
+        # Every step begins by seeding all generators of a rank, so these seeds are the whole state of the generators.
         "rng": [step_seed(config.seed, step, rank) for rank in range(prepared.world.world_size)],
         "inputs": dict(inputs),
         "config": to_dict(config),
@@ -54,11 +54,11 @@ def checkpoint_meta(progress: TrainingProgress, prepared: PreparedRun, inputs: M
 def restore(
     meta: Mapping[str, Any], prepared: PreparedRun, inputs: Mapping[str, str], *, override: bool
 ) -> tuple[TrainingProgress, list[str]]:
-    """What ``checkpoint_meta`` returned, and what has changed since, which is what the override allows.
+    """The progress in a checkpoint's ``meta``, and the settings and inputs that differ from the checkpoint's.
 
-    Raises RefusedError, with the differences, if there are any that change what is learned and ``override`` is not set.
+    Raises RefusedError with these differences, unless ``override`` is set.
     """
-    # What an earlier version did not know is at its default, and of inputs that it did not note nothing is known.
+    # What an earlier version did not write is at its default; inputs that it did not record are not compared.
     known = [field.name for field in dataclasses.fields(TrainingProgress) if field.name in meta]
     saved = TrainingProgress(**{name: meta[name] for name in known})
     now = checkpoint_meta(saved, prepared, inputs)
@@ -87,7 +87,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make drop path and whatever else a model draws a function of the step: no generator's state has to be saved."""
+    """Make all random numbers of a model, such as drop path's, a function of the step: no state has to be saved."""
     drawn = step_seed(seed, step, rank)
     random.seed(drawn)
     np.random.seed(drawn & 0xFFFFFFFF)

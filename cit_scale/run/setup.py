@@ -1,4 +1,4 @@
-"""A run that is known to be able to start: the configuration checked, the data opened, the networks tried."""
+"""Prepare a run: check its configuration, open its data, try its networks, before anything is trained."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from cit_scale.teachers import Teacher, build_teacher, load_teacher
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A checked run on this machine: its data opened, and what follows from its configuration worked out once.
+    """A checked run on this machine, with its data opened and its engine's setup derived from the configuration.
 
-    teacher_runs: by teacher, the run that trains each one that has no weights. They read the same images.
+    teacher_runs: by teacher, the prepared run of each teacher that has no weights. It reads the same images.
     """
 
     config: RunConfig
@@ -129,10 +129,9 @@ class PreparedRun:
 def prepare(
     config: RunConfig, teacher_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
 ) -> PreparedRun:
-    """Collective. Raise ConfigError for what is known to fail, before any training; in the teachers' runs too.
+    """Collective. Check the run and its teachers' runs, and open the data. Raises ConfigError.
 
-    teacher_configs: as ``cli.resolve_teacher_runs`` returns them. same_run: whether what stands in the run folder has
-    to be of the same settings.
+    teacher_configs: from ``cli.resolve_teacher_runs``. same_run: refuse a run folder begun with other settings.
     """
     setups = run_on_all_ranks(world, lambda: prepare_engines(config, teacher_configs, world, same_run=same_run))
     train_source, eval_source = first_on_each_node(world, lambda: open_data(config.data))
@@ -144,7 +143,7 @@ def prepare(
 def prepare_engines(
     config: RunConfig, teacher_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
 ) -> dict[str, EngineSetup]:
-    """Check what the configurations alone can get wrong. Returns the engine's setup by teacher; "" is the student."""
+    """Check all that needs neither data nor networks. Returns the engine setups, by teacher; "" is the student."""
     setups = {"": check_settings(config, world, same_run=same_run)}
     for name, teacher_config in teacher_configs.items():
         with naming_teacher(name):
@@ -159,7 +158,7 @@ def with_images(
     train_images: Reader,
     eval_images: Reader,
 ) -> PreparedRun:
-    """setups: as ``prepare_engines`` returns them."""
+    """The prepared run. setups: from ``prepare_engines``."""
     teacher_runs = {
         name: PreparedRun(each, setups[name], train_images, eval_images, {}) for name, each in teacher_configs.items()
     }
@@ -167,7 +166,7 @@ def with_images(
 
 
 def check_settings(config: RunConfig, world: World, *, same_run: bool) -> EngineSetup:
-    """Check what one configuration alone can get wrong."""
+    """Check one configuration: all that needs neither data nor networks. Returns its engine's setup."""
     check_config(config)
     setup = prepare_engine(config, world)
     read_policy(config.augment.policy)
@@ -183,7 +182,10 @@ def check_settings(config: RunConfig, world: World, *, same_run: bool) -> Engine
 
 
 def check_networks(prepared: PreparedRun) -> None:
-    """Check what only the networks and the data together can get wrong, on the meta device: nothing is allocated."""
+    """Check that the networks can be built for this data, and that their weights fit.
+
+    On the meta device, where tensors have shapes and no memory: the networks that are trained are built later, once.
+    """
     config = prepared.config
     try:
         _ = prepared.steps_per_epoch
@@ -202,7 +204,7 @@ def check_networks(prepared: PreparedRun) -> None:
 
 @contextmanager
 def naming_teacher(name: str) -> Iterator[None]:
-    """Say whose run a mistake is in."""
+    """Begin the message of a ConfigError with the teacher's name."""
     try:
         yield
     except ConfigError as error:
@@ -223,7 +225,7 @@ def open_data(data: DataConfig) -> tuple[Source, Source]:
 
 
 def refuse_bad_index(sources: Sequence[Source], most: int) -> None:
-    """Raise ConfigError for more unusable images than the run would bear."""
+    """Raise ConfigError if the index lists more unusable images than data.max_bad_images."""
     bad = [f"{source.name(index)} ({source.rejects[index]})" for source in sources for index in sorted(source.rejects)]
     if len(bad) > most:
         raise ConfigError(
@@ -233,7 +235,7 @@ def refuse_bad_index(sources: Sequence[Source], most: int) -> None:
 
 
 def check_same_run(config: RunConfig) -> None:
-    """Refuse to go on with a run that was started with other settings."""
+    """Raise RefusedError if the run folder holds a run that was begun with other settings."""
     path = config.run_dir / CONFIG
     if not path.exists():
         return
@@ -253,9 +255,9 @@ def check_same_run(config: RunConfig) -> None:
 
 
 def set_aside(run_dir: Path, world: World) -> None:
-    """Collective. Move what stands in the run folder to run_dir.1 (or .2, ...), so that nothing is lost.
+    """Collective. Rename the run folder to run_dir.1 (or .2, ...), so that nothing is lost.
 
-    Raises RefusedError where other runs lie in it, as 'pets/large' does in 'pets'.
+    Raises RefusedError if other runs lie in the folder, as 'pets/large' does in 'pets'.
     """
 
     def move() -> None:
@@ -274,7 +276,7 @@ def set_aside(run_dir: Path, world: World) -> None:
 
 @contextmanager
 def writing(run_dir: Path) -> Iterator[None]:
-    """Make an OSError that all ranks raise one of ours, which one of them reports."""
+    """Turn an OSError that all ranks raise into a RunError, which only rank 0 prints."""
     try:
         yield
     except OSError as error:
