@@ -21,7 +21,8 @@ from cit_scale.errors import ConfigError, MissingInputError, RefusedError
 from cit_scale.run.folders import RunFolder, find_run
 from cit_scale.run.show import add_looking, list_runs, new_parser, reporting, say, show_run
 from cit_scale.text import outlive_readers
-from launchers.slurm import cancel_local_job, cancel_slurm_job
+from launchers.local_jobs import cancel_local_job
+from launchers.slurm import cancel_slurm_job
 from launchers.state import answer_for, state_now, state_of, states_of
 
 SUBMIT = Path(__file__).resolve().with_name("submit.py")

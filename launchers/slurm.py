@@ -1,18 +1,14 @@
-"""What Slurm and submitit say of jobs, and how they are cancelled."""
+"""What Slurm says of jobs, and how they are cancelled."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import psutil
-
 from cit_scale.errors import ConfigError
-from cit_scale.run.folders import Job
 
 STOPPED_STATES = {"CANCELLED", "COMPLETED", "PREEMPTED", "REVOKED", "TIMEOUT"}
 FAILED_STATES = {"BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -84,30 +80,3 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=SLURM_PATIENCE_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))
-
-
-def find_controller(job: Job) -> psutil.Process | None:
-    """The process of submitit's on this machine that looks after a local job, if it still does."""
-    try:
-        process = psutil.Process(int(job.job_id))
-        if process.create_time() > job.submitted + 60:
-            return None  # another one, which was given the same id since
-        # Where lines of shell come first, it is the shell's child.
-        family = [process, *process.children()]
-        return next((each for each in family if "submitit.local._local" in each.cmdline()), None)
-    except (psutil.Error, ValueError):
-        return None
-
-
-def cancel_local_job(job: Job, *, now: bool) -> None:
-    """now: without time to save."""
-    controller = find_controller(job)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if controller and not now:
-            controller.terminate()  # it passes that on to the ranks, and ends when they have saved
-        elif controller:
-            ranks = controller.children(recursive=True)
-            controller.kill()  # first, or it would look after what becomes of its ranks
-            for rank in ranks:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.kill()

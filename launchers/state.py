@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from cit_scale.errors import ConfigError
 from cit_scale.run.folders import RunFolder
 from cit_scale.run.show import State, say, state_in_folder
-from launchers.slurm import FAILED_STATES, SlurmJob, ask_slurm, find_controller
+from launchers.local_jobs import find_controller
+from launchers.slurm import FAILED_STATES, SlurmJob, ask_slurm
 
 
 def state_of(run: RunFolder, slurm: Mapping[str, SlurmJob]) -> State:

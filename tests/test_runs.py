@@ -17,7 +17,8 @@ from cit_scale.errors import ConfigError, MissingInputError, RefusedError
 from cit_scale.run.folders import Job, Phase, RunFolder, find_run
 from cit_scale.run.show import State
 from launchers import runs
-from launchers.slurm import SlurmJob, ask_slurm, find_controller, parse_jobs
+from launchers.local_jobs import find_controller
+from launchers.slurm import SlurmJob, ask_slurm, parse_jobs
 
 SCRIPT = Path(runs.__file__)
 
