@@ -12,8 +12,8 @@ from cit_scale.run.folders import RunFolder
 from cit_scale.run.plan import counted, estimate_memory, memory_text, plan_lines, plan_run, row
 from cit_scale.run.setup import Task, check_networks, check_settings, open_data
 from launchers.options import Options
-from launchers.partitions import Partition, format_minutes
 from launchers.resources import Resources, RunRequest
+from launchers.slurm import Partition, format_minutes
 from launchers.state import state_now
 
 

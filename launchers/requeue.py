@@ -27,9 +27,7 @@ import argparse
 import glob
 import json
 import os
-import re
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -49,9 +47,9 @@ from cit_scale.errors import (
 from cit_scale.run.folders import parse_lines, read_text
 from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, saved_steps
 from cit_scale.text import outlive_readers
+from launchers.slurm import PAUSES_S, SlurmError, ask_job_record, exclude_nodes, parse_seconds, requeue_job
 
 MAX_STOPS = 10
-PAUSES_S = (2, 5, 10, 20, 20)
 LAST_LINES = 100  # a traceback through torch takes forty
 
 DONE = 0
@@ -103,15 +101,8 @@ def read_fate(job: Mapping[str, str], restart: int) -> Fate:
         return Fate.REQUEUED
     if job["JobState"] == "RUNNING":
         return Fate.LEAVES
-    limit = job["TimeLimit"]
-    return Fate.LIMIT if limit != "UNLIMITED" and seconds(job["RunTime"]) >= seconds(limit) else Fate.CANCELLED
-
-
-def seconds(text: str) -> int:
-    """Of Slurm's [days-]hours:minutes:seconds."""
-    days, _, clock = text.rpartition("-")
-    hours, minutes, rest = map(int, clock.split(":"))
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+    limit_s, run_s = parse_seconds(job["TimeLimit"]), parse_seconds(job["RunTime"])
+    return Fate.LIMIT if limit_s is not None and run_s is not None and run_s >= limit_s else Fate.CANCELLED
 
 
 def decide(
@@ -176,33 +167,6 @@ def last_lines(log: Path) -> list[str]:
     return [line for path in by_rank for line in read_text(path).splitlines()[-LAST_LINES:]]
 
 
-def slurm(*command: str) -> str:
-    """What a Slurm command says. A controller that is busy or restarts is asked again for a minute.
-
-    Raises OSError with its last complaint.
-    """
-    for pause_s in (*PAUSES_S, None):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if not done.returncode:
-            return done.stdout
-        if pause_s is None or not re.search("timed out|Unable to contact|try again|Connection refused", done.stderr):
-            break
-        time.sleep(pause_s)
-    raise OSError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
-
-
-def show_job(job_id: str) -> dict[str, str]:
-    """What ``scontrol show job`` says, by name."""
-    words = slurm("scontrol", "show", "job", "-o", job_id).split()
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def exclude(job_id: str, job: Mapping[str, str], nodes: Sequence[str]) -> None:
-    """Have the job started without these nodes from now on. Raises OSError."""
-    before = [job["ExcNodeList"]] if job.get("ExcNodeList", "(null)") != "(null)" else []
-    slurm("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*before, *nodes])}")
-
-
 def say(job_id: str, message: str) -> None:
     print(f"job {job_id}: {message}", flush=True)
 
@@ -240,12 +204,14 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
     except OSError as error:
         say(job_id, f"the recipe cannot be read, and so not what was reached: {error}")
 
+    job, fate = {}, Fate.UNKNOWN
     try:
-        job = show_job(job_id)
+        job = ask_job_record(job_id)
         fate = read_fate(job, restart)
-    except OSError as error:
+    except SlurmError as error:
         say(job_id, str(error))
-        job, fate = {}, Fate.UNKNOWN
+    except ValueError as error:  # after a jump of the clock Slurm prints RunTime=INVALID
+        say(job_id, f"scontrol show job {job_id} cannot be read: {error}")
     unfit, steps = {}, 0
     earlier = [(asked.exit_code, steps)] * restart  # at worst
     try:
@@ -278,15 +244,15 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         return 0
     try:
         if fate is not Fate.REQUEUED:
-            slurm("scontrol", "requeue", job_id)  # from here on Slurm may end this process with the job
-    except OSError as error:
+            requeue_job(job_id)  # from here on Slurm may end this process with the job
+    except SlurmError as error:
         say(job_id, f"it ends here, and the same command continues: {error}")
         return 1
     try:
         if unfit:
-            exclude(job_id, job, list(unfit))
+            exclude_nodes(job_id, job, list(unfit))
             say(job_id, f"left out from now on: {', '.join(unfit)}")
-    except OSError as error:
+    except SlurmError as error:
         say(job_id, f"unfit nodes are not left out: {error}")
         return 1
     return 0

@@ -10,16 +10,8 @@ from cit_scale import cli
 from cit_scale.config import RunConfig, split_batch
 from cit_scale.errors import ConfigError
 from launchers.options import Options
-from launchers.partitions import (
-    NoSlurmError,
-    Partition,
-    ask_partitions,
-    choose,
-    format_minutes,
-    parse_minutes,
-    share_of_cores,
-    why_not,
-)
+from launchers.partitions import choose, share_of_cores, why_not
+from launchers.slurm import NoSlurmError, Partition, ask_partitions, format_minutes, parse_minutes
 
 if TYPE_CHECKING:
     from cit_scale.distributed.world import World

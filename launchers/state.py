@@ -8,7 +8,7 @@ from cit_scale.errors import ConfigError
 from cit_scale.run.folders import RunFolder
 from cit_scale.run.show import State, say, state_in_folder
 from launchers.local_jobs import find_controller
-from launchers.slurm import FAILED_STATES, SlurmJob, ask_slurm
+from launchers.slurm import FAILED_STATES, SlurmJob, ask_jobs
 
 
 def state_of(run: RunFolder, slurm: Mapping[str, SlurmJob]) -> State:
@@ -46,4 +46,4 @@ def states_of(runs: Sequence[RunFolder]) -> list[State]:
 
 def answer_for(runs: Sequence[RunFolder]) -> dict[str, SlurmJob] | None:
     """What Slurm says of the runs' newest jobs, in one question; None if it does not answer."""
-    return ask_slurm(sorted({run.job.job_id for run in runs if run.job and run.job.cluster == "slurm"}))
+    return ask_jobs(sorted({run.job.job_id for run in runs if run.job and run.job.cluster == "slurm"}))

@@ -24,8 +24,8 @@ from cit_scale.files import read_note, write_text
 from cit_scale.run.folders import RunFolder
 from cit_scale.run_folder import SUBMISSIONS
 from launchers.options import Options, option_argv, parse
-from launchers.partitions import ask_start
 from launchers.resources import RunRequest, allot, find_partitions
+from launchers.slurm import ask_start
 from launchers.state import state_now
 from launchers.sweep import sweep
 

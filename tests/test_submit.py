@@ -19,7 +19,7 @@ from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
 from launchers import executors, options, resources, submit
-from launchers.partitions import NoSlurmError
+from launchers.slurm import NoSlurmError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -328,6 +328,15 @@ def test_fresh_does_not_take_the_folder_from_under_a_job_that_works_there(call, 
     assert f"{run_dir} is running (process {os.getpid()} on " in error
     assert run_dir.exists()
     assert not (slurm / "queued.sh").exists()
+
+
+def test_an_sbatch_that_hangs_in_a_dry_run_is_a_line_and_the_script_is_shown(call, tiny, slurm, monkeypatch):
+    monkeypatch.setattr("launchers.slurm.TIMEOUT_S", 0.5)
+    (slurm / "sbatch").write_text("#!/bin/sh\nexec sleep 60\n")
+    code, printed, error = call("--dry-run", *tiny)
+    assert (code, error) == (0, "")
+    assert re.search(r"^sbatch says +timed out: no answer within 0.5 s$", printed, re.MULTILINE)
+    assert "\n#SBATCH --job-name=tiny\n" in printed
 
 
 def test_what_sbatch_refuses_is_told(call, tiny, slurm):
