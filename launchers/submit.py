@@ -170,5 +170,6 @@ def note_submission(run: RunRequest, job: submitit.Job, cluster: str, given: Map
 
 
 if __name__ == "__main__":
-    text.outlive_readers()
+    # What a dry run prints is its result. A submission goes on without its output: the log may be on a full disk.
+    text.outlive_readers(and_full_disks="--dry-run" not in sys.argv)
     raise SystemExit(main())

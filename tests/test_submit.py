@@ -385,6 +385,17 @@ def test_a_job_gets_the_environment_of_the_shell_and_nothing_that_was_found_on_t
     assert found - of_the_shell == set(env)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("argv", "code"), [(["--dry-run"], 6), ([], 0)])
+def test_a_full_disk_fails_a_dry_run_and_no_submission(argv, code, tiny, slurm):
+    command = [sys.executable, str(REPOSITORY / "launchers" / "submit.py"), *argv, *tiny]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code
+    assert done.stderr == ("error: [Errno 28] No space left on device\n" if code else "")
+    assert (slurm / "queued.sh").exists() != bool(code)
+
+
 def test_each_run_of_a_sweep_is_noted_in_its_own_folder(call, tiny, slurm, tmp_path):
     call("--sweep", "seed=0,1", "--array", 1, "--mem", "1G", *tiny)
     assert "#SBATCH --array=0-1%1\n" in (slurm / "queued.sh").read_text()
