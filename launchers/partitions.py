@@ -1,4 +1,4 @@
-"""Where a job could start: which partitions it names, why it would never fit one, how many cores a rank gets there."""
+"""Match a job with partitions: those it names, why it would never start in one, the cores of each rank."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from launchers.slurm import Partition, format_minutes
 
 
 def share_of_cores(partitions: Sequence[Partition], gpus_per_node: int, ranks_per_node: int) -> int | None:
-    """Cores for each rank: what falls to its GPU on the node where that is least, or of all where there are none.
+    """Cores for each rank: its GPU's share of a node's cores, or an equal share of all cores where a job takes no GPU.
 
-    None where nothing is known. Slurm's own default is one core, on which a rank's data stream starves.
+    The smallest share among the nodes that have enough GPUs. None where no such node is known. Slurm's own default is
+    one core, on which a rank's data stream starves.
     """
     shares = [
         cores * gpus_per_node // (gpus * ranks_per_node) if gpus_per_node else cores // ranks_per_node
@@ -23,7 +24,7 @@ def share_of_cores(partitions: Sequence[Partition], gpus_per_node: int, ranks_pe
 
 
 def choose(partitions: Sequence[Partition], names: str | None) -> list[Partition]:
-    """Those that --partition names, with commas between; the default one without it. Raises ConfigError."""
+    """The partitions that --partition names, comma-separated; the default partition without it. Raises ConfigError."""
     known = ", ".join(f"{each.name} (the default)" if each.is_default else each.name for each in partitions)
     if names is None:
         default = [each for each in partitions if each.is_default]
@@ -38,7 +39,7 @@ def choose(partitions: Sequence[Partition], names: str | None) -> list[Partition
 
 
 def why_not(partition: Partition, nodes: int, gpus_per_node: int, minutes: int | None) -> str | None:
-    """Why a job would never start there, or None. minutes: of --time, None without it."""
+    """Why a job would never start in the partition; None if it could. minutes: --time, None without it."""
     name = partition.name
     if nodes > partition.nodes:
         return f"--nodes={nodes}, but partition {name} has {partition.nodes}"

@@ -1,4 +1,4 @@
-"""Several runs out of one command line: ``--sweep lr=0.001,0.002 --sweep seed=0,1`` is four."""
+"""Expand a sweep into runs: ``--sweep lr=0.001,0.002 --sweep seed=0,1`` is four runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ NOT_SWEPT = ("name", "runs_dir")
 
 
 def sweep(config: RunConfig, axes: Sequence[str]) -> list[list[str]]:
-    """The further arguments of each run: every combination, the last axis fastest, each with a name of its own.
+    """The arguments that each run adds to the command line: its settings and its --name.
 
-    axes: SETTING=V1,V2 as typed. Raises ConfigError.
+    axes: SETTING=V1,V2 as typed. The runs are all combinations of the values; the last axis varies fastest. Raises
+    ConfigError.
     """
     known = list(setting_names(cli.to_dict(config)))
     values: dict[str, list[str]] = {}
@@ -47,7 +48,7 @@ def sweep(config: RunConfig, axes: Sequence[str]) -> list[list[str]]:
 
 
 def setting_names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all settings. tree: as ``cli.to_dict`` returns it."""
+    """The dotted names of all settings. tree: from ``cli.to_dict``."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from setting_names(value, f"{prefix}{key}.")
@@ -56,8 +57,8 @@ def setting_names(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def full_name(typed: str, known: Sequence[str]) -> str:
-    """The setting that ``typed`` names: itself, or the only one that ends so. Raises ConfigError with candidates."""
-    # Arguments of timm.create_model are many, and a recipe states few.
+    """The full name of a setting, typed in full or by an ending that no other has. Raises ConfigError."""
+    # timm.create_model takes any of many arguments, so the known settings do not list all kwargs.
     if typed in known or ".kwargs." in typed:
         return typed
     matches = [name for name in known if name.endswith(f".{typed}")]
@@ -74,7 +75,7 @@ def full_name(typed: str, known: Sequence[str]) -> str:
 
 
 def split_values(listed: str) -> list[str]:
-    """Cut at the commas outside brackets: ``[0.9,0.99],[0.9,0.95]`` is two values."""
+    """Split at commas outside brackets: ``[0.9,0.99],[0.9,0.95]`` is two values."""
     values, depth = [""], 0
     for character in listed:
         depth += (character in "[{") - (character in "]}")
@@ -86,6 +87,6 @@ def split_values(listed: str) -> list[str]:
 
 
 def short_names(settings: Sequence[str]) -> list[str]:
-    """The last part of each name, or all of it where two end alike."""
+    """The last part of each dotted name; the whole name where two end in the same part."""
     last = [setting.rsplit(".", 1)[-1] for setting in settings]
     return [part if last.count(part) == 1 else setting for setting, part in zip(settings, last, strict=True)]
