@@ -1,4 +1,4 @@
-"""What a submission is checked and planned with: the networks, the data and the memory of the runs. Takes seconds."""
+"""Check and plan the runs of a submission: build the networks, open the data, estimate memory. Takes seconds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cit_scale.run.folders import RunFolder
 from cit_scale.run.plan import counted, estimate_memory, memory_text, plan_lines, plan_run, row
 from cit_scale.run.setup import PreparedRun, check_networks, open_data, prepare_engines, with_images
 from launchers.options import Options
-from launchers.partitions import Partition, format_minutes
 from launchers.resources import Resources, RunRequest
+from launchers.slurm import Partition, format_minutes
 from launchers.state import state_now
 
 
 def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> PreparedRun:
-    """Raise what ``setup.prepare`` would raise when the runs start. Returns the first, ready to be planned."""
+    """Raise what ``setup.prepare`` would raise when the runs start. Returns the first run, prepared, for the plan."""
     opened: dict[DataConfig, tuple[Reader, Reader]] = {}
     tried: set[str] = set()
     prepared_runs = []
@@ -30,7 +30,7 @@ def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> P
             train_source, eval_source = open_data(config.data)
             opened[config.data] = Reader(train_source), Reader(eval_source)
         prepared = with_images(config, run.teacher_runs, setups, *opened[config.data])
-        # A sweep over learning rates or seeds builds the same networks in all its runs.
+        # The runs of a sweep over learning rates or seeds have the same networks: they are tried once.
         networks = repr((config.student, config.teachers, config.data, config.engine, config.train.global_batch_size))
         if networks not in tried:
             check_networks(prepared)
@@ -46,7 +46,7 @@ def submission_lines(
     prepared: PreparedRun,
     runs: Sequence[RunRequest],
 ) -> list[str]:
-    """The checked plan in lines."""
+    """The plan that submit.py prints: job, first run, runs already begun, memory on the fewest nodes, sweep."""
     lines = []
     if options.cluster == "slurm":
         lines.append(row("job", resources_text(options, resources, partitions)))
@@ -67,6 +67,7 @@ def submission_lines(
 
 
 def resources_text(options: Options, resources: Resources, partitions: Sequence[Partition] | None) -> str:
+    """The row "job" of the plan. partitions: None where Slurm was not asked."""
     fewest = f", {resources.min_nodes} at least" if resources.min_nodes < resources.nodes else ""
     kind = counted(resources.gpus_per_node, "GPU") if resources.gpus_per_node else "no GPU"
     cores = f" with {counted(resources.cores_per_rank, 'core')} each" if resources.cores_per_rank else ""

@@ -1,4 +1,4 @@
-"""Batch scripts and jobs by submitit: Slurm's, and those of this machine."""
+"""Submit jobs with submitit, to Slurm or to this machine, and write the batch script of a dry run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, environment_variables
 
 from cit_scale.config import REPOSITORY
-from cit_scale.errors import ConfigError
+from cit_scale.errors import ConfigError, one_line
 from cit_scale.job import TrainJob
 from launchers.environment import own_environment
 from launchers.options import Options
 from launchers.resources import Resources, RunRequest
 
-A_YEAR_MIN = 365 * 24 * 60  # submitit's local jobs want a limit
+A_YEAR_MIN = 365 * 24 * 60  # submitit's local jobs need a limit
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Slurm
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """submitit's, which writes a batch script also where there is no Slurm to take it."""
+    """submitit's executor without its check that srun is here: a dry run needs no Slurm."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -37,14 +37,15 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
 
 def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunRequest], folder: Path) -> SlurmExecutor:
+    """An executor with the parameters of these runs. folder: of its batch scripts, pickles and logs."""
     executor = SlurmExecutor(folder, python=None if options.container is None else "python3")
     additional: dict[str, Any] = {"requeue": True}
     if options.mem is not None:
-        additional["mem"] = options.mem  # submitit's own takes gigabytes only
+        additional["mem"] = options.mem  # submitit's mem_gb takes gigabytes only
     if resources.min_nodes < resources.nodes:
         additional["nodes"] = f"{resources.min_nodes}-{resources.nodes}"
-        # Told how many tasks a node has, Slurm gives the fewest nodes although more are free. setup_lines says it to
-        # env.sh, and the cores are those of a node.
+        # Given the tasks per node, Slurm allots the fewest nodes although more are free. setup_lines passes the ranks
+        # per node to env.sh instead, and Slurm sees one task per node with the cores of all its ranks.
         cores = resources.cores_per_rank and resources.cores_per_rank * resources.ranks_per_node
         tasks = {"cpus_per_task": cores}
     else:
@@ -54,7 +55,7 @@ def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunReq
         "nodes": resources.nodes,
         **tasks,
         "gpus_per_node": resources.gpus_per_node or None,
-        # Left out, they are the cluster's: submitit would write five minutes, and its name as the workload's.
+        # None leaves both to the cluster. submitit's defaults are five minutes and the workload key "submitit".
         "time": resources.minutes,
         "wckey": None,
         "partition": options.partition,
@@ -75,7 +76,7 @@ def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunReq
 
 
 def setup_lines(options: Options, resources: Resources, runs: Sequence[RunRequest]) -> list[str]:
-    """What a batch script does before the ranks start. slurm/env.sh reads the variables and the arguments."""
+    """Lines of shell before the ranks start: --setup, then the variables and arguments that slurm/env.sh reads."""
     checkout = shlex.quote(str(REPOSITORY))
     lines = [
         *options.setup,
@@ -94,7 +95,7 @@ def setup_lines(options: Options, resources: Resources, runs: Sequence[RunReques
 
 
 def container_arguments(image: str | None, runs: Sequence[RunRequest]) -> list[str]:
-    """Of srun, for pyxis."""
+    """Arguments of srun that make pyxis run the ranks in a container."""
     if image is None:
         return []
     mounts = ",".join(f"{path}:{path}" for path in needed_folders(runs))
@@ -102,7 +103,7 @@ def container_arguments(image: str | None, runs: Sequence[RunRequest]) -> list[s
 
 
 def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
-    """Whatever a rank reads or writes, by settings and arguments: folders, without those inside others."""
+    """The folders that a rank reads or writes, from settings and arguments; none lies inside another."""
     paths = {REPOSITORY, Path.cwd()}
     for run in runs:
         config = run.config
@@ -117,7 +118,7 @@ def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
 
 
 def batch_script(executor: SlurmExecutor, runs: Sequence[RunRequest]) -> str:
-    """What sbatch is given."""
+    """The text of the batch script that ``submit_slurm`` would give to sbatch."""
     shown = SlurmExecutor(executor.folder, python=executor.python)
     shown.parameters = dict(executor.parameters)
     if len(runs) > 1:
@@ -126,13 +127,13 @@ def batch_script(executor: SlurmExecutor, runs: Sequence[RunRequest]) -> str:
 
 
 def submit_slurm(executor: SlurmExecutor, runs: Sequence[RunRequest]) -> list[submitit.Job]:
-    """One job, or an array of them."""
+    """Queue one job, or an array of one job per run. Raises ConfigError if sbatch refuses."""
     try:
-        # submitit prints sbatch's complaint, and raises it.
+        # submitit prints sbatch's complaint and raises it as well: it is printed once, by main.
         with own_environment(), contextlib.redirect_stderr(io.StringIO()), executor.batch():
             return [executor.submit(TrainJob(run.argv)) for run in runs]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ConfigError(f"sbatch refuses: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"sbatch refuses: {one_line(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def submit_slurm(executor: SlurmExecutor, runs: Sequence[RunRequest]) -> list[su
 
 
 def submit_local(options: Options, resources: Resources, run: RunRequest, folder: Path) -> submitit.Job:
-    """In the background, on this machine; returns at once."""
+    """Start the ranks on this machine, in the background; returns at once."""
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(
         tasks_per_node=resources.ranks_per_node,
@@ -159,7 +160,7 @@ def submit_local(options: Options, resources: Resources, run: RunRequest, folder
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """What is started within it does not hold on to this process's output: whoever reads that need not wait for it."""
+    """Start background processes with /dev/null as their output, so that a pipe from this process ends with it."""
     kept = {number: os.dup(number) for number in (1, 2)}
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -174,12 +175,13 @@ def silenced() -> Iterator[None]:
 
 
 def visible_gpus(env: Mapping[str, str]) -> tuple[int, ...]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, by number; submitit would count from 0 whatever it says."""
+    """Numbers of the GPUs in CUDA_VISIBLE_DEVICES, which submitit ignores; empty for all GPUs, or for UUIDs."""
     names = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return tuple(int(name) for name in names) if all(name.isdigit() for name in names) else ()
 
 
 def free_port() -> int:
+    """A TCP port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The options of launchers/submit.py: what they are, what a file beside it says of them, what is left for train.py."""
+"""The options of launchers/submit.py, from cluster.yaml and the command line; all other arguments go to train.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 from cit_scale.config import RunConfig
-from cit_scale.errors import ConfigError
+from cit_scale.errors import ConfigError, one_line
 from cit_scale.text import ExampleParser
 
 CLUSTER_FILE = Path(__file__).with_name("cluster.yaml")
@@ -21,7 +21,7 @@ CLUSTER_FILE = Path(__file__).with_name("cluster.yaml")
 
 @dataclass(frozen=True)
 class Options:
-    """What this script is asked for, as parsed from cluster.yaml and the command line; the help says what each is."""
+    """The values of all options, as parsed from cluster.yaml and the command line. ``parser`` explains each."""
 
     nodes: int = 1
     min_nodes: int | None = None
@@ -46,7 +46,7 @@ class Options:
     dry_run: bool = False
 
 
-# What a command that submits one of the runs again leaves out: it is one run, and comes after nobody.
+# Options that a resubmission leaves out: it submits one run of the sweep, and waits for no other job.
 NOT_AGAIN = {"sweep", "array", "dependency", "dry_run"}
 NOT_IN_FILE = {"sweep", "dry_run"}
 
@@ -65,8 +65,8 @@ limit, a preemption or a broken node the job queues itself again and goes on.
 runs/cit_small-lr=0.001-seed=0.
 """
 EPILOG = """\
-What a cluster always wants stands in launchers/cluster.yaml, beside this
-script, by the names of the options; the command line overrides it, and its
+Options that your cluster always needs can stand in launchers/cluster.yaml,
+beside this script, under their names. The command line overrides the file; its
 --setup replaces the file's list:
 
     partition: gpu
@@ -82,12 +82,14 @@ The arguments of train.py are listed by: python cit_scale/train.py --help
 
 
 class OneLineParser(ExampleParser):
+    """Raises ConfigError, one line, instead of printing the usage and leaving."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
 def parser() -> OneLineParser:
-    """Holds only what was given: the defaults are those of Options."""
+    """The parser of submit.py. Its result holds only options that were given; the defaults are those of Options."""
     parser = OneLineParser(
         prog="submit.py",
         examples=EXAMPLES,
@@ -98,51 +100,51 @@ def parser() -> OneLineParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--nodes", type=positive, metavar="N", help="nodes of each run; 1 without it")
-    add("--min-nodes", type=positive, metavar="N", help="start on so many where --nodes are not free")
-    add("--gpus-per-node", type=not_negative, metavar="N", help="all that a node of the partition has, without it")
-    add("--ntasks-per-node", type=positive, metavar="N", help="ranks on a node without GPUs; 1 without it")
+    add("--nodes", type=positive, metavar="N", help="nodes of each run; default 1")
+    add("--min-nodes", type=positive, metavar="N", help="start on as few as N nodes where --nodes are not free")
+    add("--gpus-per-node", type=not_negative, metavar="N", help="default: all that a node of the partition has")
+    add("--ntasks-per-node", type=positive, metavar="N", help="ranks on a node without GPUs; default 1")
     add(
         "--cpus-per-task",
         type=positive,
         metavar="N",
-        help="cores of each rank; without it those of its GPU, or its share of all",
+        help="cores of each rank; default: its GPU's share of the node's cores, or an equal share",
     )
     add("--mem", help="memory of each node, as Slurm writes it: 64G")
-    add("--time", help="minutes, HH:MM:SS or D-HH:MM:SS; the partition's own limit without it")
-    add("--partition", help="the cluster's default one without it")
-    add("--account", help="whom the hours are charged to")
+    add("--time", help="minutes, HH:MM:SS or D-HH:MM:SS; default: the partition's limit")
+    add("--partition", help="default: the cluster's default partition")
+    add("--account", help="account to charge the hours to")
     add("--qos", help="quality of service")
     add("--constraint", help="features that nodes must have")
     add("--exclude", metavar="NAMES", help="nodes to leave out")
     add("--dependency", help="as Slurm writes it: afterok:123")
-    add("--setup", action="append", metavar="LINE", help="of shell, run before all: 'module load cuda'; repeatable")
+    add("--setup", action="append", metavar="LINE", help="line of shell to run first: 'module load cuda'; repeatable")
     add(
         "--container",
         metavar="IMAGE",
-        help="run the ranks in it, by pyxis; this project's dependencies have to be in it, and its Python is called "
-        "python3. Checkout, working folder, run folders, data and weights are mounted where they are",
+        help="run the ranks in this container, by pyxis; it needs this project's dependencies and a Python called "
+        "python3. Checkout, working folder, run folders, data and weights are mounted at their own paths",
     )
     add(
         "--max-restarts",
         type=not_negative,
         metavar="N",
-        help="failures in a row without progress that it takes to give up; 3",
+        help="failures in a row without progress after which to give up; default 3",
     )
     add(
         "--signal-delay",
         type=positive,
         metavar="N",
-        help="seconds before the time limit at which a run saves; 300",
+        help="seconds before the time limit at which a run saves; default 300",
     )
     add(
         "--sweep", action="append", metavar="SETTING=V1,V2", help="one run for each value; repeatable, all combinations"
     )
-    add("--array", type=positive, metavar="N", help="how many runs of a sweep at once; all without it")
+    add("--array", type=positive, metavar="N", help="how many runs of a sweep at once; default all")
     add(
         "--cluster",
         choices=("slurm", "local", "debug"),
-        help="slurm, without it; local: in the background on this machine; debug: one rank, in this process",
+        help="default slurm; local: in the background on this machine; debug: one rank, in this process",
     )
     add("--dry-run", action="store_true", help="check, show plan and batch script, queue nothing")
     return parser
@@ -166,7 +168,7 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def refuse_misspelt(train_argv: Sequence[str]) -> None:
-    """A name that is no setting of train.py and nearly one of the options here."""
+    """Raise ConfigError for an argument that is no setting of train.py and nearly an option of submit.py."""
     here = [spelled(field.name) for field in dataclasses.fields(Options)]
     trains = {"config", "fresh", "override-resume", "deepspeed_config", "deepspeed", "local_rank", "print_config"}
     trains |= {field.name for field in dataclasses.fields(RunConfig)}
@@ -179,14 +181,14 @@ def refuse_misspelt(train_argv: Sequence[str]) -> None:
 
 
 def read_cluster_file(path: Path) -> dict[str, Any]:
-    """The options that stand in it. Raises ConfigError."""
+    """The options in cluster.yaml; empty without the file. Raises ConfigError."""
     if not path.exists():
         return {}
     try:
-        # Everything is read as text, and then as if it had been typed: YAML would take 24:00:00 for a number.
+        # Every value is read as text and parsed like a typed option: YAML would read 24:00:00 as a number.
         content = yaml.BaseLoader(path.read_text()).get_single_data() or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no options; write one to a line, as in 'partition: gpu'")
     known = [spelled(field.name)[2:] for field in dataclasses.fields(Options) if field.name not in NOT_IN_FILE]
@@ -206,11 +208,12 @@ def read_cluster_file(path: Path) -> dict[str, Any]:
 
 
 def spelled(option: str) -> str:
+    """A field of Options as typed: dry_run is --dry-run."""
     return f"--{option.replace('_', '-')}"
 
 
 def option_argv(given: Mapping[str, Any]) -> list[str]:
-    """The options that submit one run again, also when cluster.yaml has changed."""
+    """The options that resubmit one run, with those of cluster.yaml, which may change in between."""
     argv = []
     for name, value in given.items():
         if name not in NOT_AGAIN:

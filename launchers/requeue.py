@@ -1,17 +1,17 @@
-"""What becomes of a Slurm job when its ranks have ended: done, given up, or back in the queue to go on.
+"""Decide what becomes of a Slurm job whose ranks have ended: done, given up, or requeued.
 
-slurm/env.sh runs this at the end of each batch script, on the job's first node:
+slurm/env.sh runs this script at the end of each batch script, on the job's first node:
 
     python launchers/requeue.py --exit-code 75 --max-restarts 3 -- ARGUMENTS OF train.py
 
-- Stopped on request (a time limit ahead, a preemption): the job goes back to the queue, as often as that happens, but
-  not ten times without one more step.
-- A real failure: it does too, at most ``--max-restarts`` times in a row without a new checkpoint in between. A node
-  that failed the check at the start is left out from then on.
-- What would fail again (a wrong setting, missing data, divergence, a full disk) does not, and a job that somebody
-  cancelled stays cancelled.
+- Stopped on request (a time limit ahead, a preemption): requeued, however often, but given up at the tenth stop
+  without one more step.
+- A failure that another try may cure: requeued, at most ``--max-restarts`` times in a row without a new checkpoint.
+  A node that failed the check at the start is excluded from then on.
+- A failure that would happen again (a wrong setting, missing data, divergence, a full disk): given up.
+- Cancelled by a user: stays cancelled.
 
-Each end is a line of ``attempts.jsonl`` in the run folder, with the last lines of the log where it was a failure.
+Each end is a line of ``attempts.jsonl`` in the run folder; the line of a failure holds the last lines of the log.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
-    # Run by path, Python looks for imports beside this file; the package stands one folder higher.
+    # Run by path, Python searches this file's folder for imports; the package lies one folder higher.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import glob
 import json
 import os
-import re
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -49,27 +47,27 @@ from cit_scale.errors import (
 from cit_scale.run.folders import parse_lines, read_text
 from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, saved_steps
 from cit_scale.text import outlive_readers
+from launchers.slurm import PAUSES_S, SlurmError, ask_job_record, exclude_nodes, parse_seconds, requeue_job
 
 MAX_STOPS = 10
-PAUSES_S = (2, 5, 10, 20, 20)
-LAST_LINES = 100  # a traceback through torch takes forty
+LAST_LINES = 100  # of each log; a traceback through torch takes forty
 
 DONE = 0
-# The same command would end the same way: somebody has to do something first.
+# Exit codes after which the same command would end the same way until a user changes something.
 HOPELESS = {
     error.exit_code
     for error in (ConfigError, MissingInputError, BadDataError, DivergedError, CannotWriteError, RefusedError)
 }
-# The signals are those of ranks that were asked to stop before they could listen. Nothing was reached by then.
+# Exit codes of a stop on request. A rank that is signalled before it has installed its handlers dies of the signal; it
+# has trained no step by then.
 STOPPED = {Stopped.exit_code, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How a job ended once: a line of attempts.jsonl.
+    """One end of a job: a line of attempts.jsonl.
 
-    steps: those in the newest checkpoints of the run and its teachers' runs, added up. fate: what Slurm had in mind.
-    unfit: reasons by node.
+    steps: from ``steps_saved``. fate: name of a Fate. unfit: from ``unfit_nodes``. decision: from ``decide``.
     """
 
     time: float
@@ -85,7 +83,7 @@ class Attempt:
 
 
 class Fate(Enum):
-    """What Slurm has in mind for the job whose script is about to end."""
+    """What Slurm will do with the job whose batch script is about to end."""
 
     LEAVES = "it ends with its script"
     LIMIT = "its time is up"
@@ -95,32 +93,23 @@ class Fate(Enum):
 
 
 def read_fate(job: Mapping[str, str], restart: int) -> Fate:
-    """From what ``scontrol show job`` says while the script still runs. restart: of this start.
+    """Read the fate from the job's record, taken while the batch script still runs. restart: number of this start.
 
-    Whatever Slurm does to a job, its state is COMPLETING then, so it is known by other signs.
+    Slurm sets the state to COMPLETING for a time limit, a requeue and a cancellation alike, so the count of restarts
+    and the run time tell these apart.
     """
     if int(job["Restarts"]) > restart:
         return Fate.REQUEUED
     if job["JobState"] == "RUNNING":
         return Fate.LEAVES
-    limit = job["TimeLimit"]
-    return Fate.LIMIT if limit != "UNLIMITED" and seconds(job["RunTime"]) >= seconds(limit) else Fate.CANCELLED
-
-
-def seconds(text: str) -> int:
-    """Of Slurm's [days-]hours:minutes:seconds."""
-    days, _, clock = text.rpartition("-")
-    hours, minutes, rest = map(int, clock.split(":"))
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
+    limit_s, run_s = parse_seconds(job["TimeLimit"]), parse_seconds(job["RunTime"])
+    return Fate.LIMIT if limit_s is not None and run_s is not None and run_s >= limit_s else Fate.CANCELLED
 
 
 def decide(
     exit_code: int, fate: Fate, steps: int, earlier: Sequence[tuple[int, int]], max_restarts: int
 ) -> tuple[bool, str]:
-    """Whether the job goes back to the queue, and why.
-
-    steps: as in Attempt. earlier: as ``earlier_ends`` reads them.
-    """
+    """Whether to requeue the job, and why. steps: from ``steps_saved``. earlier: from ``earlier_ends``."""
     if exit_code == DONE:
         return False, "done"
     if fate is Fate.CANCELLED:
@@ -138,7 +127,7 @@ def decide(
         return True, "stopped on request, goes on as soon as Slurm has nodes for it"
     if exit_code in HOPELESS:
         return False, f"exit code {exit_code}: another try would end the same way"
-    # One that gains ground may fail as often as it likes.
+    # Only failures at the same number of steps count: a job that makes progress may fail any number of times.
     failures = 1 + sum(has_failed(code) for code in here)
     count = f"exit code {exit_code}, failure {failures} in a row without progress, of at most {max_restarts}"
     if failures > max_restarts:
@@ -147,70 +136,45 @@ def decide(
 
 
 def has_failed(exit_code: int) -> bool:
+    """Whether the ranks ended neither well nor on request."""
     return exit_code != DONE and exit_code not in STOPPED
 
 
 def steps_saved(run_dir: Path) -> int:
-    """The steps in the newest checkpoints of a run and of its teachers' runs, added up."""
+    """Sum of the newest checkpoints' steps over a run and its teachers' runs. It grows with any progress."""
     return sum(max(saved_steps(folder), default=0) for folder in run_dir.rglob(CHECKPOINTS))
 
 
 def earlier_ends(run_dir: Path, job_id: str) -> list[tuple[int, int]]:
-    """How the job ended before by itself, in order: exit code and steps, as in Attempt."""
+    """(exit code, steps) of the job's earlier ends, in order, without those that Slurm caused by requeueing."""
     lines = [line for line in parse_lines(read_text(run_dir / ATTEMPTS)) if line.get("job_id") == job_id]
-    # Ranks that Slurm has killed to have their nodes have not failed.
+    # A rank killed by a preemption does not count as a failure.
     own = [line for line in lines if line.get("fate") != Fate.REQUEUED.name]
     return [(line.get("exit_code", DONE), line.get("steps", 0)) for line in own]
 
 
 def unfit_nodes(run_dir: Path, job_id: str) -> dict[str, str]:
-    """Those that failed the check at the start of this job, now or before, with the reasons."""
+    """Reasons by node, for the nodes that failed the check at any start of this job."""
     lines = [line for line in parse_lines(read_text(run_dir / UNFIT_NODES)) if line.get("job_id") == job_id]
     return {str(line["node"]): str(line.get("reason")) for line in lines if "node" in line}
 
 
 def last_lines(log: Path) -> list[str]:
-    """The end of a batch script's output, or, from submitit, of the file that each rank has for its own."""
+    """The end of a batch script's log; for a job of submitit the ends of all ranks' logs, in order of rank."""
     logs = log.parent.glob(glob.escape(log.name).replace("_0_log", "_*_log"))
     by_rank = sorted(logs, key=lambda path: (len(path.name), path.name))
     return [line for path in by_rank for line in read_text(path).splitlines()[-LAST_LINES:]]
 
 
-def slurm(*command: str) -> str:
-    """What a Slurm command says. A controller that is busy or restarts is asked again for a minute.
-
-    Raises OSError with its last complaint.
-    """
-    for pause_s in (*PAUSES_S, None):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if not done.returncode:
-            return done.stdout
-        if pause_s is None or not re.search("timed out|Unable to contact|try again|Connection refused", done.stderr):
-            break
-        time.sleep(pause_s)
-    raise OSError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
-
-
-def show_job(job_id: str) -> dict[str, str]:
-    """What ``scontrol show job`` says, by name."""
-    words = slurm("scontrol", "show", "job", "-o", job_id).split()
-    return dict(word.split("=", 1) for word in words if "=" in word)
-
-
-def exclude(job_id: str, job: Mapping[str, str], nodes: Sequence[str]) -> None:
-    """Have the job started without these nodes from now on. Raises OSError."""
-    before = [job["ExcNodeList"]] if job.get("ExcNodeList", "(null)") != "(null)" else []
-    slurm("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join([*before, *nodes])}")
-
-
 def say(job_id: str, message: str) -> None:
+    """Print a line to the job's log."""
     print(f"job {job_id}: {message}", flush=True)
 
 
 def find_run_dir(train_argv: Sequence[str]) -> Path | None:
-    """The run folder; None for arguments that make no run. A disk that fails is asked again for a minute.
+    """The run folder; None for arguments that train.py refuses.
 
-    Raises OSError with its last complaint.
+    A recipe on a disk that fails is read again for a minute. Raises the last OSError.
     """
     for pause_s in (*PAUSES_S, None):
         try:
@@ -225,9 +189,9 @@ def find_run_dir(train_argv: Sequence[str]) -> Path | None:
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ) -> int:
-    """Record how the ranks ended, and requeue or not. Returns 0, or 1 where Slurm did not do as it was told."""
+    """Record how the ranks ended; requeue the job or not. Returns 0, or 1 where Slurm refused or did not answer."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--exit-code", type=int, required=True, help="of srun")
+    parser.add_argument("--exit-code", type=int, required=True, help="exit code of srun")
     parser.add_argument("--max-restarts", type=int, default=3, help="failures in a row without progress")
     parser.add_argument("train", nargs="*", metavar="ARGUMENT", help="the arguments of train.py, after --")
     asked = parser.parse_args(argv)
@@ -238,20 +202,23 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         if run_dir is None:  # the ranks have said why
             return 0
     except OSError as error:
-        say(job_id, f"the recipe cannot be read, and so not what was reached: {error}")
+        say(job_id, f"the recipe cannot be read, so the run folder is not known: {error}")
 
+    job, fate = {}, Fate.UNKNOWN
     try:
-        job = show_job(job_id)
+        job = ask_job_record(job_id)
         fate = read_fate(job, restart)
-    except OSError as error:
+    except SlurmError as error:
         say(job_id, str(error))
-        job, fate = {}, Fate.UNKNOWN
+    except ValueError as error:  # after a jump of the clock Slurm prints RunTime=INVALID
+        say(job_id, f"scontrol show job {job_id} cannot be read: {error}")
     unfit, steps = {}, 0
-    earlier = [(asked.exit_code, steps)] * restart  # at worst
+    # Until the run folder is read, assume the worst: every earlier start ended like this one, without progress.
+    earlier = [(asked.exit_code, steps)] * restart
     try:
         if run_dir is not None:
             unfit, steps, earlier = unfit_nodes(run_dir, job_id), steps_saved(run_dir), earlier_ends(run_dir, job_id)
-    except OSError as error:  # what ended the ranks may well be met here, too
+    except OSError as error:  # the disk that ended the ranks may fail here, too
         say(job_id, f"{run_dir} cannot be read: {error}")
     again, reason = decide(asked.exit_code, fate, steps, earlier, asked.max_restarts)
     attempt = Attempt(
@@ -278,20 +245,20 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         return 0
     try:
         if fate is not Fate.REQUEUED:
-            slurm("scontrol", "requeue", job_id)  # from here on Slurm may end this process with the job
-    except OSError as error:
+            requeue_job(job_id)  # from now on Slurm may end this process with the job
+    except SlurmError as error:
         say(job_id, f"it ends here, and the same command continues: {error}")
         return 1
     try:
         if unfit:
-            exclude(job_id, job, list(unfit))
+            exclude_nodes(job_id, job, list(unfit))
             say(job_id, f"left out from now on: {', '.join(unfit)}")
-    except OSError as error:
+    except SlurmError as error:
         say(job_id, f"unfit nodes are not left out: {error}")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    outlive_readers()  # a log on a full disk is no reason to leave the job where it is
+    outlive_readers()  # a log on a full disk must not keep the job from being requeued
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""What each run of a submission gets: nodes, GPUs, ranks, cores and time, as asked for and as the cluster has them."""
+"""Decide what each run of a submission gets: nodes, GPUs, ranks, cores, time; from options and partitions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING
 from cit_scale.config import RunConfig, split_batch
 from cit_scale.errors import ConfigError
 from launchers.options import Options
-from launchers.partitions import (
-    NoSlurmError,
-    Partition,
-    ask_partitions,
-    choose,
-    format_minutes,
-    parse_minutes,
-    share_of_cores,
-    why_not,
-)
+from launchers.partitions import choose, share_of_cores, why_not
+from launchers.slurm import NoSlurmError, Partition, ask_partitions, format_minutes, parse_minutes
 
 if TYPE_CHECKING:
     from cit_scale.distributed.world import World
@@ -26,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """argv: of train.py. teacher_runs: by teacher, the run that trains each one that has no weights."""
+    """A run to submit.
+
+    argv: the arguments of train.py. teacher_runs: by teacher, the run that trains each teacher without weights.
+    """
 
     argv: tuple[str, ...]
     config: RunConfig
@@ -37,8 +32,8 @@ class RunRequest:
 class Resources:
     """What each run gets.
 
-    minutes, cores_per_rank: None for the partition's limit, and for what the cluster gives to one that does not say.
-    node_counts: on how many nodes the runs can go on, the most first; one only where their number is fixed.
+    minutes: None for the partition's limit. cores_per_rank: None for the cluster's default.
+    node_counts: the numbers of nodes that the runs can train on, descending; one number without --min-nodes.
     """
 
     nodes: int
@@ -49,6 +44,7 @@ class Resources:
     cores_per_rank: int | None = None
 
     def world_on(self, nodes: int) -> World:
+        """The world of a run on so many nodes, seen from rank 0."""
         from cit_scale.distributed.world import World
 
         return World(world_size=nodes * self.ranks_per_node, local_world_size=self.ranks_per_node)
@@ -59,7 +55,7 @@ class Resources:
 
 
 def find_partitions(options: Options) -> list[Partition] | None:
-    """Where the job may start; None where it is none of Slurm's, or in a dry run with no Slurm to ask."""
+    """The partitions that the job may start in; None for --cluster local and debug, and for a dry run without Slurm."""
     if options.cluster != "slurm":
         return None
     try:
@@ -71,12 +67,12 @@ def find_partitions(options: Options) -> list[Partition] | None:
 
 
 def allot(options: Options, partitions: Sequence[Partition] | None, runs: Sequence[RunRequest]) -> Resources:
-    """What each run gets. Raises ConfigError for what is contradictory, or never there."""
+    """What each run gets. Raises ConfigError for options that contradict each other or fit no partition."""
     if options.cluster != "slurm":
         return allot_here(options, runs)
     gpus = options.gpus_per_node
     if gpus is None:
-        # Where some nodes have none, they are not meant.
+        # Nodes without GPUs in the same partition do not count.
         known = [gpus for partition in partitions or () for gpus in partition.gpus if gpus]
         gpus = min(known, default=0) if options.ntasks_per_node is None else 0
     ranks = options.ntasks_per_node or gpus or 1
@@ -95,7 +91,7 @@ def allot(options: Options, partitions: Sequence[Partition] | None, runs: Sequen
 
 
 def allot_here(options: Options, runs: Sequence[RunRequest]) -> Resources:
-    """On this machine: all GPUs that are to be seen, or one rank."""
+    """What a run on this machine gets: a rank for each visible GPU, or one rank. Raises ConfigError."""
     if len(runs) > 1:
         raise ConfigError(f"a sweep is an array of Slurm's; with --cluster {options.cluster} start its runs one by one")
     minutes = read_time(options.time)
@@ -115,7 +111,7 @@ def allot_here(options: Options, runs: Sequence[RunRequest]) -> Resources:
 
 
 def read_time(text: str | None) -> int | None:
-    """In minutes; None for no limit of the run's own."""
+    """--time in minutes; None where the run sets no limit. Raises ConfigError."""
     if text is None:
         return None
     try:
@@ -128,6 +124,7 @@ def read_time(text: str | None) -> int | None:
 
 
 def check_signal_delay(delay_s: int, minutes: int | None, partitions: Sequence[Partition]) -> None:
+    """Raise ConfigError if the signal to save would come before the run starts. minutes: --time."""
     limits = [minutes] if minutes is not None else [each.limit_minutes for each in partitions]
     limit = min((each for each in limits if each is not None), default=None)
     if limit is not None and delay_s >= limit * 60:
@@ -138,7 +135,7 @@ def check_signal_delay(delay_s: int, minutes: int | None, partitions: Sequence[P
 
 
 def node_counts(options: Options, ranks_per_node: int, runs: Sequence[RunRequest]) -> tuple[int, ...]:
-    """From --nodes down to --min-nodes, those among which every run's global batch can be shared out evenly."""
+    """The numbers from --nodes down to --min-nodes whose ranks divide every run's global batch evenly."""
     nodes, fewest = options.nodes, options.min_nodes
     if fewest is None:
         return (nodes,)
@@ -148,7 +145,7 @@ def node_counts(options: Options, ranks_per_node: int, runs: Sequence[RunRequest
     if nodes in counts and any(count >= fewest for count in counts if count < nodes):
         counts = [count for count in counts if all(can_host(run, count * ranks_per_node) for run in runs)]
     if nodes not in counts:
-        return (nodes,)  # refused with the whole reason when the run itself is checked
+        return (nodes,)  # submit() refuses it with the whole reason when it checks the runs
     inside = tuple(count for count in counts if count >= fewest)
     if fewest < nodes and inside == (nodes,):
         fewer = ", ".join(str(count) for count in counts if count < nodes) or "none"
@@ -160,6 +157,7 @@ def node_counts(options: Options, ranks_per_node: int, runs: Sequence[RunRequest
 
 
 def can_share(run: RunRequest, world_size: int) -> bool:
+    """Whether so many ranks divide the global batches of the run and its teachers' runs."""
     try:
         for config in (run.config, *run.teacher_runs.values()):
             split_batch(config, world_size)
@@ -169,6 +167,7 @@ def can_share(run: RunRequest, world_size: int) -> bool:
 
 
 def can_host(run: RunRequest, world_size: int) -> bool:
+    """Whether the engines of the run and its teachers' runs work with so many ranks."""
     from cit_scale.distributed.world import World
     from cit_scale.engines.build import prepare_engine  # DeepSpeed's settings take seconds to import
 

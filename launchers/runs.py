@@ -1,4 +1,4 @@
-"""What stands in the run folders, and what Slurm says of their jobs: list, show, follow, cancel and resume runs."""
+"""List, show, follow, cancel and resume runs, from their run folders and from Slurm."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
-    # Run by path, Python looks for imports beside this file; the package stands one folder higher.
+    # Run by path, Python searches this file's folder for imports; the package lies one folder higher.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
@@ -21,7 +21,8 @@ from cit_scale.errors import ConfigError, MissingInputError, RefusedError
 from cit_scale.run.folders import RunFolder, find_run
 from cit_scale.run.show import add_looking, list_runs, new_parser, reporting, say, show_run
 from cit_scale.text import outlive_readers
-from launchers.slurm import cancel_local_job, cancel_slurm_job
+from launchers.local_jobs import cancel_local_job
+from launchers.slurm import cancel_slurm_job
 from launchers.state import answer_for, state_now, state_of, states_of
 
 SUBMIT = Path(__file__).resolve().with_name("submit.py")
@@ -34,24 +35,25 @@ EXAMPLES = (
     "python launchers/runs.py resume NAME     it is submitted once more, and goes on",
 )
 DESCRIPTION = (
-    "What stands in the run folders, and what Slurm says of their jobs. Run folders are read, never written. One "
-    "squeue answers for all runs; where there is no Slurm, the folders do."
+    "List, show, follow, cancel and resume runs, from their run folders, which are read and never written, and from "
+    "Slurm: one squeue answers for all runs. Without Slurm the folders alone tell the states."
 )
 
 ASK_SLURM_EVERY_S = 15
 SAVING_S = 120
-LAST_LOOK_S = 2  # tail looks every second, where the file system does not tell it
+LAST_LOOK_S = 2  # tail polls every second on file systems without inotify
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The commands. Each returns an exit code; cit_scale/errors.py has their list.
+# The commands. Each returns an exit code of cit_scale/errors.py.
 
 
 def logs(run: RunFolder, *, last: int, keep_on: bool) -> int:
+    """Print the last lines of the newest log. keep_on: go on until the run has ended."""
     path = run.log
     if path is None:
         raise MissingInputError(
-            f"no log of {run.name} is known of: it was not started by sbatch or launchers/submit.py, and what it "
-            "prints stands where it was started"
+            f"no log of {run.name} is known: it was not started by sbatch or launchers/submit.py, so its output went "
+            "where it was started"
         )
     if not keep_on and not path.is_file():
         raise MissingInputError(f"{path}, the log of {run.name}, is not there; -f waits for it")
@@ -65,7 +67,7 @@ def logs(run: RunFolder, *, last: int, keep_on: bool) -> int:
             while not has_ended(run):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     following.wait(ASK_SLURM_EVERY_S)
-                    return 0  # whoever reads this has seen enough
+                    return 0  # tail has ended: its reader is gone
             time.sleep(LAST_LOOK_S)
             say(f"{run.name} does not run any more")
         except KeyboardInterrupt:
@@ -76,13 +78,14 @@ def logs(run: RunFolder, *, last: int, keep_on: bool) -> int:
 
 
 def has_ended(run: RunFolder) -> bool:
-    """As it is now. While Slurm does not answer, nothing has."""
+    """Whether the run has ended by now; False while Slurm does not answer."""
     now = RunFolder(run.name, run.folder)
     slurm = answer_for([now])
     return slurm is not None and not state_of(now, slurm).is_active
 
 
 def cancel(run: RunFolder, *, now: bool) -> int:
+    """End the run's job for good. now: without time to save."""
     state, job = state_now(run), run.job
     if not state.is_active:
         print(f"{run.name} is {state}: there is nothing to cancel")
@@ -99,8 +102,9 @@ def cancel(run: RunFolder, *, now: bool) -> int:
 
 
 def resume(run: RunFolder) -> int:
+    """Submit the run again with the options and in the folder of its last submission."""
     state, deadline = state_now(run), time.monotonic() + SAVING_S
-    while state.word == "completing" and time.monotonic() < deadline:  # cancelled a moment ago, and still saving
+    while state.word == "completing" and time.monotonic() < deadline:  # cancelled a moment ago and still saving
         time.sleep(1)
         state = state_now(RunFolder(run.name, run.folder))
     if state.is_active:
@@ -120,6 +124,9 @@ def resume(run: RunFolder) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser, add = new_parser("runs.py", EXAMPLES, DESCRIPTION)
     add_looking(add)
@@ -153,5 +160,5 @@ def act(asked: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    outlive_readers(and_full_disks=False)  # whoever reads this may have seen enough
+    outlive_readers(and_full_disks=False)  # the output is the result, but its reader may leave early
     raise SystemExit(main())

@@ -1,28 +1,207 @@
-"""What Slurm and submitit say of jobs, and how they are cancelled."""
+"""The one door to Slurm: the launchers' Slurm commands are run here, and their answers become typed facts.
+
+Only the sbatch of a submission is not run here but by submitit (executors.py), and has no timeout.
+One policy for all commands: a command that has not ended after TIMEOUT_S is killed and counts as failed. With
+``retry``, a command that met a busy or restarting controller is run again after each of PAUSES_S, a minute in all.
+Parsers take text and return facts, so tests need no Slurm for them.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import subprocess
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from cit_scale.errors import ConfigError
-from cit_scale.run.folders import Job
+
+# Slurm's commands give up by themselves after its MessageTimeout, 10 s by default: a longer silence is a hang.
+TIMEOUT_S = 60
+PAUSES_S = (2, 5, 10, 20, 20)
+BUSY = re.compile("timed out|Unable to contact|try again|Connection refused")
 
 STOPPED_STATES = {"CANCELLED", "COMPLETED", "PREEMPTED", "REVOKED", "TIMEOUT"}
 FAILED_STATES = {"BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 
-SLURM_PATIENCE_S = 30
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+class SlurmError(ConfigError):
+    """A Slurm command failed, did not answer or could not be started. The message: the command and its complaint."""
+
+
+class NoSlurmError(ConfigError):
+    """This machine has no Slurm, or its Slurm does not answer."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command printed. complaint: why it failed, in one line; None where it did not."""
+
+    command: tuple[str, ...]
+    stdout: str = ""
+    stderr: str = ""
+    complaint: str | None = None
+
+    def checked(self) -> str:
+        """The standard output. Raises SlurmError where the command failed."""
+        if self.complaint is not None:
+            raise SlurmError(f"{' '.join(self.command)}: {self.complaint}")
+        return self.stdout
+
+
+def run_slurm(*command: str, stdin: str | None = None, retry: bool = False) -> Answer:
+    """Run a Slurm command; the module's docstring has the policy. Never raises for a command that fails.
+
+    retry: for commands that must get through. One that hangs at every try fails after 7 minutes.
+    """
+    for pause_s in (*PAUSES_S, None):
+        answer = _run_once(command, stdin)
+        if answer.complaint is None or not retry or pause_s is None or not BUSY.search(answer.complaint):
+            break
+        time.sleep(pause_s)
+    return answer
+
+
+def _run_once(command: tuple[str, ...], stdin: str | None) -> Answer:
+    try:
+        # Names and reasons are bytes to Slurm: one that is not UTF-8 must not cost the whole answer.
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
+    except OSError as error:
+        return Answer(command, complaint=str(error))
+    except subprocess.TimeoutExpired:
+        return Answer(command, complaint=f"timed out: no answer within {TIMEOUT_S} s")
+    complaint = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+    return Answer(command, done.stdout, done.stderr, complaint if done.returncode else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records and times
+
+
+def parse_records(text: str) -> list[dict[str, str]]:
+    """Each line of ``scontrol --oneliner show``, as its values by name."""
+    records = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
+    return [record for record in records if record]
+
+
+def parse_seconds(text: str) -> int | None:
+    """A duration as Slurm reads and writes it; None for no limit.
+
+    M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ValueError.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE", "NONE"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no time; write minutes, HH:MM:SS or D-HH:MM:SS")
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def parse_minutes(text: str) -> int | None:
+    """``parse_seconds``, rounded up to minutes as Slurm rounds time limits."""
+    seconds = parse_seconds(text)
+    return None if seconds is None else -(-seconds // 60)
+
+
+def format_minutes(minutes: int | None) -> str:
+    """A time limit as Slurm writes it: [D-]HH:MM:SS, or UNLIMITED."""
+    if minutes is None:
+        return "UNLIMITED"
+    days, rest = divmod(minutes, 24 * 60)
+    return f"{f'{days}-' if days else ''}{rest // 60:02d}:{rest % 60:02d}:00"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Partitions and their nodes
+
+
+@dataclass(frozen=True)
+class Partition:
+    """max_nodes: the most nodes of one job. Times are in minutes. None: no limit. gpus, cores: of each node."""
+
+    name: str
+    is_default: bool
+    nodes: int
+    max_nodes: int | None = None
+    default_minutes: int | None = None
+    max_minutes: int | None = None
+    gpus: tuple[int, ...] = ()
+    cores: tuple[int, ...] = ()
+
+    @property
+    def limit_minutes(self) -> int | None:
+        """The time limit of a job that asks for none."""
+        return self.default_minutes or self.max_minutes
+
+
+def ask_partitions() -> list[Partition]:
+    """The partitions of this machine's Slurm. Raises NoSlurmError where there is no Slurm or no answer."""
+    if shutil.which("sbatch") is None:
+        raise NoSlurmError(
+            "there is no Slurm here (no sbatch on the PATH); train on this machine with --cluster local or with "
+            "'deepspeed cit_scale/train.py', or see with --dry-run what would be submitted"
+        )
+    try:
+        partitions = run_slurm("scontrol", "--all", "show", "partition", "--oneliner").checked()
+        nodes = run_slurm("sinfo", "--all", "--noheader", "--Node", "--format=%R|%c|%G").checked()
+    except SlurmError as error:
+        raise NoSlurmError(f"Slurm does not answer, {error}") from error
+    return parse_partitions(partitions, parse_nodes(nodes))
+
+
+def parse_partitions(text: str, nodes: Mapping[str, Sequence[tuple[int, int]]]) -> list[Partition]:
+    """Read ``scontrol show partition --oneliner``. nodes: (cores, GPUs) of each node, by partition."""
+    found = []
+    for record in parse_records(text):
+        if "PartitionName" not in record:
+            continue
+        name, most = record["PartitionName"], record.get("MaxNodes", "UNLIMITED")
+        found.append(
+            Partition(
+                name=name,
+                is_default=record.get("Default") == "YES",
+                nodes=int(record.get("TotalNodes", 0)),
+                max_nodes=None if most == "UNLIMITED" else int(most),
+                default_minutes=parse_minutes(record.get("DefaultTime", "NONE")),
+                max_minutes=parse_minutes(record.get("MaxTime", "UNLIMITED")),
+                gpus=tuple(gpus for _, gpus in nodes.get(name, ())),
+                cores=tuple(cores for cores, _ in nodes.get(name, ())),
+            )
+        )
+    return found
+
+
+def parse_nodes(text: str) -> dict[str, list[tuple[int, int]]]:
+    """(cores, GPUs) of each node, by partition; reads ``sinfo --Node --format=%R|%c|%G``."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for line in text.splitlines():
+        partition, cores, resources = line.strip().split("|", 2)
+        # gpu:8, gpu:h100:8, gpu:h100:8(S:0-1), several with commas between, beside other resources such as shard:32
+        counts = re.findall(r"(?:^|,)gpu(?::[^:,()]+)??:(\d+)(?=[(,]|$)", resources)
+        found.setdefault(partition, []).append((int(cores.rstrip("+")), sum(map(int, counts))))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """state: Slurm's word in capitals. reason: why it waits, or ended as it did."""
+    """state: Slurm's word in capitals. reason: why the job waits, or why it ended."""
 
     state: str
     nodes: str = ""
@@ -30,33 +209,34 @@ class SlurmJob:
 
     @property
     def is_active(self) -> bool:
-        """Whether it waits, trains or is on its way between those: whatever is no end."""
+        """Whether the job waits, trains or is on its way between the two: any state that is not an end."""
         return self.state not in STOPPED_STATES | FAILED_STATES
 
 
-def ask_slurm(job_ids: Collection[str]) -> dict[str, SlurmJob] | None:
-    """What Slurm knows of these jobs; nothing where there is no Slurm, None if it does not answer."""
-    # One that is no id, out of a damaged file, would cost the answer for all others.
+def ask_jobs(job_ids: Collection[str]) -> dict[str, SlurmJob] | None:
+    """What Slurm knows of these jobs, by id; empty where there is no Slurm, None where Slurm does not answer."""
+    # squeue refuses the whole question for one word that is no id, which a damaged file may hold.
     job_ids = [job_id for job_id in job_ids if re.fullmatch(r"\d+(_\d+)?", job_id)]
     if not job_ids or not shutil.which("squeue"):
         return {}
     asked = f"--jobs={','.join(job_ids)}"
-    answer = _slurm("squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%N|%r", asked)
-    # That is what it says when it has forgotten the only job it is asked for. Of several it lists those it knows.
-    if answer.returncode and "Invalid job id" not in answer.stderr:
+    answer = run_slurm("squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%N|%r", asked)
+    # squeue fails with these words when it is asked for one job and has forgotten it. Asked for several, it lists those
+    # it knows.
+    if answer.complaint is not None and "Invalid job id" not in answer.complaint:
         return None
     jobs = parse_jobs(answer.stdout)
     if forgotten := [job_id for job_id in job_ids if job_id not in jobs]:
         # A cluster without accounting answers with an error and nothing else.
-        answer = _slurm("sacct", "-X", "-n", "-P", "-o", "JobID,JobIDRaw,State,NodeList", "-j", ",".join(forgotten))
+        answer = run_slurm("sacct", "-X", "-n", "-P", "-o", "JobID,JobIDRaw,State,NodeList", "-j", ",".join(forgotten))
         jobs |= parse_jobs(answer.stdout)
     return jobs
 
 
 def parse_jobs(text: str) -> dict[str, SlurmJob]:
-    """Jobs by each of their ids. text: what squeue or sacct prints for ``ask_slurm``.
+    """Jobs by each of their ids. text: what squeue or sacct prints for ``ask_jobs``.
 
-    A task of an array has two ids: 12_3, by which it was submitted, and one of its own, which it sees itself.
+    A task of an array has two ids: 12_3, by which it was submitted, and one of its own, which its processes see.
     """
     jobs = {}
     for fields in (line.split("|", 4) for line in text.splitlines()):
@@ -68,46 +248,49 @@ def parse_jobs(text: str) -> dict[str, SlurmJob]:
     return jobs
 
 
+def ask_start(script: str) -> str:
+    """What sbatch says of a batch script without queueing it, in one line: when it would start, or why it would not.
+
+    A hint, no more: sbatch also turns down a job that would wait for a broken node.
+    """
+    answer = run_slurm("sbatch", "--test-only", stdin=script)
+    said = " ".join(f"{answer.stdout} {answer.stderr}".split()).removeprefix("sbatch: ")
+    return said or answer.complaint or ""
+
+
 def cancel_slurm_job(job_id: str, *, now: bool) -> None:
-    """Have the job ended for good, waiting or not. now: without time to save."""
+    """End the job for good, whether it waits or runs. now: without time to save. Raises ConfigError."""
     if now:
-        # Not KILL: whatever else it is told, scancel makes that its own sequence of TERM, some patience, and KILL. HUP
-        # goes to the ranks, which do not catch it, and spares the batch script, which has yet to note how they ended.
-        _slurm("scancel", "--signal=HUP", job_id)  # refused for a job that has not started, which is as well
-    answer = _slurm("scancel", job_id)
-    if answer.returncode:
-        raise ConfigError(f"job {job_id} was not cancelled: {' '.join(answer.stderr.split())}")
+        # HUP rather than KILL: scancel turns KILL into TERM, a pause, then KILL. HUP goes to the ranks, which do not
+        # catch it, and spares the batch script, which has yet to record how the ranks ended. Slurm refuses a signal to
+        # a job that has not started; then there is nothing to kill.
+        run_slurm("scancel", "--signal=HUP", job_id)
+    answer = run_slurm("scancel", job_id)
+    if answer.complaint is not None:
+        raise ConfigError(f"job {job_id} was not cancelled: {answer.complaint}")
 
 
-def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SLURM_PATIENCE_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 1, "", str(error))
+# The three below run at the end of a job, where nobody could ask again: they retry.
+
+JOB_FIELDS = ("JobState", "Restarts", "RunTime", "TimeLimit")
 
 
-def find_controller(job: Job) -> psutil.Process | None:
-    """The process of submitit's on this machine that looks after a local job, if it still does."""
-    try:
-        process = psutil.Process(int(job.job_id))
-        if process.create_time() > job.submitted + 60:
-            return None  # another one, which was given the same id since
-        # Where lines of shell come first, it is the shell's child.
-        family = [process, *process.children()]
-        return next((each for each in family if "submitit.local._local" in each.cmdline()), None)
-    except (psutil.Error, ValueError):
-        return None
+def ask_job_record(job_id: str) -> dict[str, str]:
+    """All that ``scontrol show job`` says of one job, by name, JOB_FIELDS at least. Raises SlurmError."""
+    answer = run_slurm("scontrol", "show", "job", "--oneliner", job_id, retry=True)
+    record = (parse_records(answer.checked()) or [{}])[-1]
+    if missing := [name for name in JOB_FIELDS if name not in record]:
+        raise SlurmError(f"{' '.join(answer.command)}: the answer lacks {', '.join(missing)}")
+    return record
 
 
-def cancel_local_job(job: Job, *, now: bool) -> None:
-    """now: without time to save."""
-    controller = find_controller(job)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if controller and not now:
-            controller.terminate()  # it passes that on to the ranks, and ends when they have saved
-        elif controller:
-            ranks = controller.children(recursive=True)
-            controller.kill()  # first, or it would look after what becomes of its ranks
-            for rank in ranks:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.kill()
+def requeue_job(job_id: str) -> None:
+    """Put the job back into the queue. Slurm may end the calling process with the job. Raises SlurmError."""
+    run_slurm("scontrol", "requeue", job_id, retry=True).checked()
+
+
+def exclude_nodes(job_id: str, record: Mapping[str, str], nodes: Sequence[str]) -> None:
+    """Start the job without these nodes from now on. record: of ``ask_job_record``. Raises SlurmError."""
+    before = [record["ExcNodeList"]] if record.get("ExcNodeList", "(null)") != "(null)" else []
+    excluded = ",".join([*before, *nodes])
+    run_slurm("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}", retry=True).checked()

@@ -1,4 +1,4 @@
-"""How a run is, by what Slurm and submitit say of its newest job and what stands in its folder."""
+"""The state of a run: from Slurm or submitit while its newest job is active, otherwise from its run folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from cit_scale.errors import ConfigError
 from cit_scale.run.folders import RunFolder
 from cit_scale.run.show import State, say, state_in_folder
-from launchers.slurm import FAILED_STATES, SlurmJob, ask_slurm, find_controller
+from launchers.local_jobs import find_controller
+from launchers.slurm import FAILED_STATES, SlurmJob, ask_jobs
 
 
 def state_of(run: RunFolder, slurm: Mapping[str, SlurmJob]) -> State:
-    """From its newest job, while that waits or is at work, otherwise from what stands in its folder."""
+    """The state of a run. slurm: jobs by id, as ``answer_for`` returns them."""
     job = run.job
     known = slurm.get(job.job_id) if job and job.cluster == "slurm" else None
     if known and known.is_active:
@@ -28,7 +29,7 @@ def state_of(run: RunFolder, slurm: Mapping[str, SlurmJob]) -> State:
 
 
 def state_now(run: RunFolder) -> State:
-    """For those who act on it. Raises ConfigError if Slurm has to be asked and does not answer."""
+    """The state of a run, for a command that acts on it. Raises ConfigError if Slurm is needed and does not answer."""
     slurm = answer_for([run])
     if slurm is None:
         raise ConfigError(f"whether {run.name} runs cannot be told before Slurm answers; try again")
@@ -36,13 +37,13 @@ def state_now(run: RunFolder) -> State:
 
 
 def states_of(runs: Sequence[RunFolder]) -> list[State]:
-    """For those who look. Where Slurm does not answer, a line says so."""
+    """The state of each run, for commands that show it. Says on stderr if Slurm does not answer."""
     slurm = answer_for(runs)
     if slurm is None:
-        say("Slurm does not answer: what is known is what stands in the run folders")
+        say("Slurm does not answer: states are from the run folders alone")
     return [state_of(run, slurm or {}) for run in runs]
 
 
 def answer_for(runs: Sequence[RunFolder]) -> dict[str, SlurmJob] | None:
-    """What Slurm says of the runs' newest jobs, in one question; None if it does not answer."""
-    return ask_slurm(sorted({run.job.job_id for run in runs if run.job and run.job.cluster == "slurm"}))
+    """The runs' newest jobs by id, from one squeue for all of them; None if Slurm does not answer."""
+    return ask_jobs(sorted({run.job.job_id for run in runs if run.job and run.job.cluster == "slurm"}))

@@ -1,4 +1,4 @@
-"""Queue a training run with Slurm, after everything that could fail has been tried here, where somebody is watching."""
+"""Queue a training run with Slurm, after checking here, in front of the user, everything that could fail later."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
-    # Run by path, Python looks for imports beside this file; the package stands one folder higher.
+    # Run by path, Python searches this file's folder for imports; the package lies one folder higher.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import json
@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import launchers.environment  # first of all: it notes what this process was started with  # noqa: F401
+import launchers.environment  # first: it records the environment before other imports add to it  # noqa: F401
 from cit_scale import cli, text
 from cit_scale.config import RunConfig, check_config, split_batch
 from cit_scale.errors import BadImageError, ConfigError, RefusedError, RunError, exit_code_of
@@ -24,8 +24,8 @@ from cit_scale.files import read_note, write_text
 from cit_scale.run.folders import RunFolder
 from cit_scale.run_folder import SUBMISSIONS
 from launchers.options import Options, option_argv, parse
-from launchers.partitions import ask_start
 from launchers.resources import RunRequest, allot, find_partitions
+from launchers.slurm import ask_start
 from launchers.state import state_now
 from launchers.sweep import sweep
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, plan, submit. Returns the exit code; ``cit_scale.errors`` has their list."""
+    """Parse, check, plan, submit. Returns an exit code of ``cit_scale.errors``."""
     try:
         given, train_argv = parse(sys.argv[1:] if argv is None else argv)
         return submit(Options(**given), given, train_argv)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]) -> int:
-    """given: the options that were, which a command that submits one run again gives, too."""
+    """Check, plan and submit the runs. given: options set by the user; repeated when a run is resubmitted."""
     arguments = cli.parse_arguments(train_argv)
     runs = plan_runs(arguments, train_argv, options.sweep)
     partitions = find_partitions(options)
@@ -53,15 +53,15 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
         split_batch(run.config, resources.nodes * resources.ranks_per_node)
     same_run = not arguments.fresh and not arguments.override_resume
 
-    # Here, and not above: they take seconds, and help and mistakes in the arguments have been answered by now.
+    # Imported here because they take seconds: help and mistakes in the arguments are answered before.
     from launchers.checks import check_runs, submission_lines
     from launchers.executors import batch_script, slurm_executor, submit_local, submit_slurm
 
-    task = check_runs(runs, resources.world_on(resources.nodes), same_run=same_run)
-    if options.dependency is None:  # one that comes after the other may work in the same folder
+    prepared = check_runs(runs, resources.world_on(resources.nodes), same_run=same_run)
+    if options.dependency is None:  # a job that waits for the other job may use the same folder
         for run in runs:
             refuse_running(run)
-    for line in submission_lines(options, resources, partitions, task, runs):
+    for line in submission_lines(options, resources, partitions, prepared, runs):
         print(line, flush=True)
     folder = submission_folder(arguments.config, is_sweep=len(runs) > 1)
     executor = slurm_executor(options, resources, runs, folder) if options.cluster == "slurm" else None
@@ -94,8 +94,11 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
 
 
 def plan_runs(arguments: cli.Arguments, train_argv: Sequence[str], axes: Sequence[str]) -> list[RunRequest]:
-    """The runs that a command asks for: one, or those of the sweep. arguments: what ``train_argv`` says."""
-    # What stands there is set aside when the run is submitted. A job that queues itself again must not do it.
+    """The runs of the command line: one, or the runs of the sweep. Raises ConfigError.
+
+    arguments: ``train_argv``, parsed.
+    """
+    # --fresh sets the run folder aside once, on submission. In the job it would do so again at every requeue.
     argv = [argument for argument in train_argv if argument != "--fresh"]
     runs = []
     for more in sweep(arguments.config, axes) if axes else [[]]:
@@ -107,7 +110,7 @@ def plan_runs(arguments: cli.Arguments, train_argv: Sequence[str], axes: Sequenc
 
 
 def refuse_running(run: RunRequest) -> None:
-    """Raise RefusedError where a job of the same run waits or trains already; "%" in a name is Slurm's."""
+    """Raise RefusedError if a job of the same run waits or trains, ConfigError for a name with a % in it."""
     run_dir = run.config.run_dir
     if "%" in run.config.name:
         raise ConfigError(
@@ -122,11 +125,11 @@ def refuse_running(run: RunRequest) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Printed
 
 
 def show_script(script: str, *, can_ask: bool) -> None:
-    """can_ask: whether there is a Slurm that has an opinion of it."""
+    """Print a batch script, and what sbatch says of it. can_ask: whether this machine has a Slurm."""
     if can_ask:
         from cit_scale.run.plan import row
 
@@ -135,11 +138,11 @@ def show_script(script: str, *, can_ask: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is kept
+# Files
 
 
 def set_aside(run_dir: Path) -> None:
-    """Raises RefusedError where another job works in the folder."""
+    """Rename the run folder to NAME.1 or so. Raises RefusedError if another job works in the folder."""
     from cit_scale.distributed.lock import exclusive
     from cit_scale.distributed.stop import StopRequest
     from cit_scale.distributed.world import World
@@ -150,7 +153,7 @@ def set_aside(run_dir: Path) -> None:
 
 
 def submission_folder(config: RunConfig, *, is_sweep: bool) -> Path:
-    """Where batch scripts, logs and what else submitit writes lie; for a sweep beside its runs' folders."""
+    """The folder of submitit's files: batch scripts, pickles, logs. A sweep's lies beside its run folders."""
     run_dir = config.run_dir.absolute()
     return (run_dir.with_name(f"{run_dir.name}-sweep") if is_sweep else run_dir) / "slurm"
 
@@ -172,5 +175,6 @@ def note_submission(run: RunRequest, job: submitit.Job, cluster: str, given: Map
 
 
 if __name__ == "__main__":
-    text.outlive_readers()
+    # What a dry run prints is its result. A submission goes on without its output: the log may be on a full disk.
+    text.outlive_readers(and_full_disks="--dry-run" not in sys.argv)
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Several runs out of one command line: ``--sweep lr=0.001,0.002 --sweep seed=0,1`` is four."""
+"""Expand a sweep into runs: ``--sweep lr=0.001,0.002 --sweep seed=0,1`` is four runs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ NOT_SWEPT = ("name", "runs_dir")
 
 
 def sweep(config: RunConfig, axes: Sequence[str]) -> list[list[str]]:
-    """The further arguments of each run: every combination, the last axis fastest, each with a name of its own.
+    """The arguments that each run adds to the command line: its settings and its --name.
 
-    axes: SETTING=V1,V2 as typed. Raises ConfigError.
+    axes: SETTING=V1,V2 as typed. The runs are all combinations of the values; the last axis varies fastest. Raises
+    ConfigError.
     """
     known = list(flatten(to_dict(config)))
     values: dict[str, list[str]] = {}
@@ -46,8 +47,8 @@ def sweep(config: RunConfig, axes: Sequence[str]) -> list[list[str]]:
 
 
 def full_name(typed: str, known: Sequence[str]) -> str:
-    """The setting that ``typed`` names: itself, or the only one that ends so. Raises ConfigError with candidates."""
-    # Arguments of timm.create_model are many, and a recipe states few.
+    """The full name of a setting, typed in full or by an ending that no other has. Raises ConfigError."""
+    # timm.create_model takes any of many arguments, so the known settings do not list all kwargs.
     if typed in known or ".kwargs." in typed:
         return typed
     matches = [name for name in known if name.endswith(f".{typed}")]
@@ -64,7 +65,7 @@ def full_name(typed: str, known: Sequence[str]) -> str:
 
 
 def split_values(listed: str) -> list[str]:
-    """Cut at the commas outside brackets: ``[0.9,0.99],[0.9,0.95]`` is two values."""
+    """Split at commas outside brackets: ``[0.9,0.99],[0.9,0.95]`` is two values."""
     values, depth = [""], 0
     for character in listed:
         depth += (character in "[{") - (character in "]}")
@@ -76,6 +77,6 @@ def split_values(listed: str) -> list[str]:
 
 
 def short_names(settings: Sequence[str]) -> list[str]:
-    """The last part of each name, or all of it where two end alike."""
+    """The last part of each dotted name; the whole name where two end in the same part."""
     last = [setting.rsplit(".", 1)[-1] for setting in settings]
     return [part if last.count(part) == 1 else setting for setting, part in zip(settings, last, strict=True)]

@@ -2,7 +2,10 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "cit_scale"
@@ -47,6 +50,10 @@ ONLY_IMPORTERS = {
     "ffmpeg": {"datasets.video"},
 }
 
+# The one file of launchers/ that runs Slurm's commands, and the commands, with or without their folder.
+SLURM_DOOR = "slurm.py"
+SLURM_COMMAND = r"(\S*/)?(squeue|sacct|scontrol|sinfo|sbatch|scancel)"
+
 
 def modules() -> dict[str, Path]:
     """Every module by its name inside the package; a package goes by its folder's name."""
@@ -58,20 +65,60 @@ def modules() -> dict[str, Path]:
 
 
 def launchers() -> dict[str, Path]:
-    """The scripts above the package, which import what they like of it and of each other."""
+    """The modules above the package, which import what they like of it; those that run by path are scripts."""
     return {f"launchers.{path.stem}": path for path in sorted((REPOSITORY / "launchers").glob("*.py"))}
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
     """(line, absolute name) of everything a file imports, at its top and inside functions."""
+    return imports_in(path.read_text(), path)
+
+
+def imports_in(source: str, path: Path) -> list[tuple[int, str]]:
+    """As ``imports``. path: named where the source is refused."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import hides which level it reaches"
             names += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
     return names
+
+
+def is_script(source: str) -> bool:
+    """Whether a file does something when it is run by path."""
+    tests = [node.test for node in ast.walk(ast.parse(source)) if isinstance(node, ast.If)]
+    return any(isinstance(node, ast.Name) and node.id == "__name__" for test in tests for node in ast.walk(test))
+
+
+def slurm_commands(source: str) -> list[int]:
+    """The lines in which a file names a Slurm command for a process to run.
+
+    A text that is a command's name and no more counts wherever it stands: a list, a tuple, an argument of a helper. A
+    line of shell counts where a process is started with it. Docstrings and messages are neither.
+    """
+    tree = ast.parse(source)
+    starters = {"subprocess"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            starters |= {alias.asname or alias.name for alias in node.names if alias.name == "subprocess"}
+        elif isinstance(node, ast.ImportFrom) and node.module == "subprocess":
+            starters |= {alias.asname or alias.name for alias in node.names}
+    lines = {line for line, text in texts(tree) if re.fullmatch(SLURM_COMMAND, text)}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        function = ast.unparse(call.func)
+        if function.split(".")[0] in starters or re.match(r"os\.(system|popen|exec|spawn|posix_spawn)", function):
+            shell = rf"(^|[;&|(])\s*{SLURM_COMMAND}(?=\s|$)"
+            lines |= {line for line, text in texts(call) if re.search(shell, text)}
+    return sorted(lines)
+
+
+def texts(tree: ast.AST) -> list[tuple[int, str]]:
+    """(line, text) of the string literals below a node, without docstrings."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    literals = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings]
+    return [(node.lineno, node.value) for node in literals if isinstance(node.value, str)]
 
 
 def own_module(name: str, known: dict[str, Path]) -> str | None:
@@ -137,6 +184,61 @@ def test_each_large_library_has_one_door():
         if imported.split(".")[0] == library and name not in doors
     ]
     assert not strays, "\n".join(strays)
+
+
+def test_only_one_file_of_the_launchers_runs_slurms_commands():
+    strays = [
+        f"{path.relative_to(REPOSITORY)}:{line}: only launchers/{SLURM_DOOR} runs a Slurm command; add a question there"
+        for path in launchers().values()
+        if path.name != SLURM_DOOR
+        for line in slurm_commands(path.read_text())
+    ]
+    assert not strays, "\n".join(strays)
+    assert slurm_commands((REPOSITORY / "launchers" / SLURM_DOOR).read_text())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'import subprocess\nsubprocess.run(["squeue", "--me"])',
+        'from subprocess import check_output as ask\nask("/usr/bin/sinfo --all", shell=True)',
+        'import os\nos.popen(f"cd x && scancel {job_id}")',
+        'import subprocess, shlex\nsubprocess.Popen(shlex.split("sacct -X"))',
+        'COMMAND = ("scontrol", "requeue")',
+        'from elsewhere import run\nrun("sbatch", "--test-only")',
+    ],
+)
+def test_the_scan_finds_slurms_commands(source):
+    assert slurm_commands(source) == [source.count("\n") + 1]
+
+
+def test_the_scan_passes_over_what_is_only_said_of_slurm():
+    said = '"""sbatch takes it."""\nimport subprocess\nsubprocess.run(["tail", "-n", "1"])\n'
+    assert not slurm_commands(said + 'print(f"sbatch refuses: {error}")')
+
+
+def test_no_launcher_imports_a_script():
+    scripts = {name for name, path in launchers().items() if is_script(path.read_text())}
+    assert scripts == {"launchers.submit", "launchers.runs", "launchers.requeue"}
+    strays = [
+        f"{path.relative_to(REPOSITORY)}:{line}: {script} is a script; what both need belongs in a module of its own"
+        for path in launchers().values()
+        for line, script in imported_scripts(path.read_text(), path, scripts)
+    ]
+    assert not strays, "\n".join(strays)
+
+
+def imported_scripts(source: str, path: Path, scripts: set[str]) -> list[tuple[int, str]]:
+    found = [(line, ".".join(imported.split(".")[:2])) for line, imported in imports_in(source, path)]
+    return [(line, name) for line, name in found if name in scripts]
+
+
+@pytest.mark.parametrize(
+    "source", ["import launchers.runs", "from launchers import runs", "def f():\n    from launchers.runs import logs"]
+)
+def test_the_scan_finds_an_imported_script(source):
+    found = imported_scripts(source, Path("planted.py"), {"launchers.runs"})
+    assert found == [(source.count("\n") + 1, "launchers.runs")]
 
 
 def test_package_init_files_are_empty_but_the_one_that_registers_models():

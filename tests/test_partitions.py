@@ -3,17 +3,17 @@
 import pytest
 
 from cit_scale.errors import ConfigError
-from launchers.partitions import (
+from launchers.partitions import choose, share_of_cores, why_not
+from launchers.slurm import (
     NoSlurmError,
     Partition,
     ask_partitions,
-    choose,
     format_minutes,
     parse_minutes,
     parse_nodes,
     parse_partitions,
-    share_of_cores,
-    why_not,
+    parse_records,
+    parse_seconds,
 )
 
 # As Slurm 22.05 prints them, but for three numbers in the last line.
@@ -76,6 +76,19 @@ def test_without_a_time_the_limit_is_the_partitions():
 )  # fmt: skip
 def test_times_are_read_in_all_of_slurms_spellings(text, minutes):
     assert parse_minutes(text) == minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("00:00:08", 8), ("90", 5400), ("90:01", 5401), ("23:59:59", 86_399), ("1-00:00:01", 86_401), ("UNLIMITED", None)],
+)
+def test_a_duration_is_read_to_the_second(text, seconds):
+    assert parse_seconds(text) == seconds
+
+
+def test_each_line_of_scontrol_is_a_record_of_its_values_by_name():
+    records = parse_records("PartitionName=a TRES=cpu=32,node=8 words\n\nPartitionName=b JobDefaults=\n")
+    assert records == [{"PartitionName": "a", "TRES": "cpu=32,node=8"}, {"PartitionName": "b", "JobDefaults": ""}]
 
 
 @pytest.mark.parametrize("text", ["", "1:2:3:4", "2h", "-5", "1.5", "1-"])

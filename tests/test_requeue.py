@@ -10,6 +10,7 @@ import pytest
 
 from launchers import requeue
 from launchers.requeue import Fate, decide, read_fate
+from launchers.slurm import Answer, SlurmError, run_slurm
 
 
 @pytest.mark.parametrize(
@@ -84,13 +85,15 @@ def slurm(monkeypatch, tmp_path):
 
     recorder = SimpleNamespace(job=JOB, calls=[])
 
-    def answer(*command):
+    def answer(*command, retry):
+        assert retry
         if command[1] == "show":
-            return " ".join(f"{name}={value}" for name, value in recorder.job.items())
+            return Answer(command, " ".join(f"{name}={value}" for name, value in recorder.job.items()))
         recorder.calls.append(command[1:])
-        return ""
+        return Answer(command)
 
-    monkeypatch.setattr(requeue, "slurm", answer)
+    monkeypatch.setattr("launchers.slurm.run_slurm", answer)
+    recorder.answer = answer
     recorder.log = tmp_path / "job.log"
     recorder.log.write_text("".join(f"line {i}\n" for i in range(300)))
     recorder.env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "CIT_HOSTS": "a b", "CIT_LOG": str(recorder.log)}
@@ -170,10 +173,10 @@ def test_the_lines_of_submitits_other_ranks_are_kept_too(slurm, tmp_path):
 
 
 def test_slurms_refusal_is_said(slurm, monkeypatch, capsys):
-    def refuse(*command):
-        raise OSError(f"{' '.join(command)}: Job is not requeueable")
+    def refuse(*command, retry):
+        return Answer(command, complaint="Job is not requeueable")
 
-    monkeypatch.setattr(requeue, "slurm", refuse)
+    monkeypatch.setattr("launchers.slurm.run_slurm", refuse)
     assert requeue.main(["--exit-code", "75", *slurm.train], slurm.env) == 1
     assert "it ends here, and the same command continues: scontrol requeue 7: Job is" in capsys.readouterr().out
     assert attempts(slurm.run_dir)[0]["fate"] == "UNKNOWN"  # the end is on record all the same
@@ -182,17 +185,17 @@ def test_slurms_refusal_is_said(slurm, monkeypatch, capsys):
 def test_a_job_is_requeued_although_a_node_cannot_be_left_out(slurm, monkeypatch, capsys):
     slurm.run_dir.mkdir()
     (slurm.run_dir / "unfit_nodes.jsonl").write_text('{"job_id": "7", "node": "a.b"}\n{"job_id": "7"}\n')
-    answer = requeue.slurm
 
-    def refuse_update(*command):
+    def refuse_update(*command, retry):
         if command[1] == "update":
-            raise OSError("scontrol update: Invalid node name specified")
-        return answer(*command)
+            return Answer(command, complaint="Invalid node name specified")
+        return slurm.answer(*command, retry=retry)
 
-    monkeypatch.setattr(requeue, "slurm", refuse_update)
+    monkeypatch.setattr("launchers.slurm.run_slurm", refuse_update)
     assert requeue.main(["--exit-code", "8", *slurm.train], slurm.env) == 1
     assert slurm.calls == [("requeue", "7")]
-    assert "unfit nodes are not left out: scontrol update: Invalid node name" in capsys.readouterr().out
+    expected = "unfit nodes are not left out: scontrol update JobId=7 ExcNodeList=a.b: Invalid node name"
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -202,10 +205,45 @@ def test_a_busy_controller_is_asked_again_and_a_clear_no_is_not(complaint, calls
     script = tmp_path / "scontrol"
     script.write_text(f"#!/bin/sh\necho x >> {tmp_path}/calls\necho '{complaint}' >&2\nexit 1\n")
     script.chmod(0o755)
-    monkeypatch.setattr(requeue, "PAUSES_S", (0, 0))
-    with pytest.raises(OSError, match=complaint):
-        requeue.slurm(str(script), "show")
+    monkeypatch.setattr("launchers.slurm.PAUSES_S", (0, 0))
+    with pytest.raises(SlurmError, match=complaint):
+        run_slurm(str(script), "show", retry=True).checked()
     assert (tmp_path / "calls").read_text().count("x") == calls
+    run_slurm(str(script), "show")
+    assert (tmp_path / "calls").read_text().count("x") == calls + 1
+
+
+def test_a_requeue_that_hangs_is_ended_and_tried_again_and_said_in_a_line(tmp_path, monkeypatch, capsys):
+    record = " ".join(f"{name}={value}" for name, value in JOB.items())
+    script = tmp_path / "scontrol"
+    hangs = f"echo x >> {tmp_path}/calls; exec sleep 60"
+    script.write_text(f"#!/bin/sh\ncase $1 in show) echo '{record}';; *) {hangs};; esac\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("launchers.slurm.PAUSES_S", (0, 0))
+    monkeypatch.setattr("launchers.slurm.TIMEOUT_S", 0.5)
+    train = ["--", "--runs_dir", str(tmp_path), "--name", "run"]
+    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": JOB["Restarts"]}
+    assert requeue.main(["--exit-code", "75", *train], env) == 1
+    assert (tmp_path / "calls").read_text().count("x") == 3
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "job 7: it ends here, and the same command continues: scontrol requeue 7: timed out: no answer within 0.5 s"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"JobState": "COMPLETING", "RunTime": "INVALID"}, "scontrol show job 7 cannot be read: 'INVALID' is no time"),
+        ({"JobState": None}, "scontrol show job --oneliner 7: the answer lacks JobState"),
+    ],
+)
+def test_a_record_that_cannot_be_read_does_not_keep_the_job_from_going_back(slurm, capsys, changes, said):
+    slurm.job = {name: value for name, value in {**JOB, **changes}.items() if value is not None}
+    assert requeue.main(["--exit-code", "75", *slurm.train], slurm.env) == 0
+    assert said in capsys.readouterr().out
+    assert slurm.calls == [("requeue", "7")]
+    assert attempts(slurm.run_dir)[0]["fate"] == "UNKNOWN"
 
 
 def test_stops_without_one_more_step_are_bounded():

@@ -17,7 +17,8 @@ from cit_scale.errors import ConfigError, MissingInputError, RefusedError
 from cit_scale.run.folders import Job, Phase, RunFolder, find_run
 from cit_scale.run.show import State
 from launchers import runs
-from launchers.slurm import SlurmJob, ask_slurm, find_controller, parse_jobs
+from launchers.local_jobs import find_controller
+from launchers.slurm import SlurmJob, ask_jobs, parse_jobs
 
 SCRIPT = Path(runs.__file__)
 
@@ -175,7 +176,7 @@ def test_what_sacct_prints_is_read_without_who_cancelled():
 
 def test_sacct_is_asked_for_what_squeue_has_forgotten(slurm):
     slurm.answers(SQUEUE, sacct=SACCT)
-    jobs = ask_slurm(["3_0", "7", "8_1"])
+    jobs = ask_jobs(["3_0", "7", "8_1"])
     assert (jobs["3_0"].state, jobs["7"].state, jobs["8_1"].state) == ("RUNNING", "COMPLETED", "CANCELLED")
     squeue, sacct = slurm.calls
     assert "--array" in squeue
@@ -185,28 +186,28 @@ def test_sacct_is_asked_for_what_squeue_has_forgotten(slurm):
 
 def test_a_cluster_without_accounting_has_forgotten_its_old_jobs(slurm, capfd):
     slurm.answers(error=FORGOTTEN)
-    assert ask_slurm(["7"]) == {}
+    assert ask_jobs(["7"]) == {}
     assert capfd.readouterr().err == ""
 
 
 def test_a_controller_that_is_gone_is_no_answer_and_no_slurm_is_an_empty_one(slurm, monkeypatch):
     slurm.answers(error=NO_CONTROLLER)
-    assert ask_slurm(["7"]) is None
+    assert ask_jobs(["7"]) is None
     monkeypatch.setenv("PATH", "")
-    assert ask_slurm(["7"]) == {}
+    assert ask_jobs(["7"]) == {}
 
 
 def test_what_is_no_id_does_not_cost_the_others_their_answer(slurm):
     slurm.answers(SQUEUE)
-    assert ask_slurm(["None", "5", "3;4"])["5"].state == "RUNNING"
-    assert ask_slurm(["None"]) == {}
+    assert ask_jobs(["None", "5", "3;4"])["5"].state == "RUNNING"
+    assert ask_jobs(["None"]) == {}
     assert [call.split()[-1] for call in slurm.calls] == ["--jobs=5"]
 
 
 def test_a_command_that_hangs_is_no_answer(slurm, monkeypatch):
     (slurm.folder / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr("launchers.slurm.SLURM_PATIENCE_S", 0.2)
-    assert ask_slurm(["7"]) is None
+    monkeypatch.setattr("launchers.slurm.TIMEOUT_S", 0.2)
+    assert ask_jobs(["7"]) is None
 
 
 # The list
@@ -516,14 +517,14 @@ def test_following_ends_with_the_job_and_asks_slurm_seldom(tmp_path, slurm, monk
     log = tmp_path / "12.log"
     log.write_text("a line\n")
     make_run(tmp_path / "runs/mine", jobs=[submission("12", log=log)])
-    answered = ask_slurm
+    answered = ask_jobs
 
     def ask(job_ids):
         jobs = answered(job_ids)
         slurm.answers("12|12|COMPLETED|node1|None\n")
         return jobs
 
-    monkeypatch.setattr("launchers.state.ask_slurm", ask)
+    monkeypatch.setattr("launchers.state.ask_jobs", ask)
     assert runs.main(["logs", "mine", "-f", "--runs-dir", str(tmp_path / "runs")]) == 0
     assert capfd.readouterr().out == "a line\n"
     assert len(slurm.calls) == 2

@@ -20,7 +20,7 @@ from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
 from cit_scale.settings import to_yaml
 from launchers import executors, options, resources, submit
-from launchers.partitions import NoSlurmError
+from launchers.slurm import NoSlurmError
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -331,6 +331,15 @@ def test_fresh_does_not_take_the_folder_from_under_a_job_that_works_there(call, 
     assert not (slurm / "queued.sh").exists()
 
 
+def test_an_sbatch_that_hangs_in_a_dry_run_is_a_line_and_the_script_is_shown(call, tiny, slurm, monkeypatch):
+    monkeypatch.setattr("launchers.slurm.TIMEOUT_S", 0.5)
+    (slurm / "sbatch").write_text("#!/bin/sh\nexec sleep 60\n")
+    code, printed, error = call("--dry-run", *tiny)
+    assert (code, error) == (0, "")
+    assert re.search(r"^sbatch says +timed out: no answer within 0.5 s$", printed, re.MULTILINE)
+    assert "\n#SBATCH --job-name=tiny\n" in printed
+
+
 def test_what_sbatch_refuses_is_told(call, tiny, slurm):
     complaint = "sbatch: error: Batch job submission failed:\nInvalid qos specification"
     (slurm / "sbatch").write_text(f"#!/bin/sh\necho '{complaint}' >&2\nexit 1\n")
@@ -375,6 +384,17 @@ def test_a_job_gets_the_environment_of_the_shell_and_nothing_that_was_found_on_t
     found = {line.split("=")[0] for line in (slurm / "env.txt").read_text().splitlines()}
     of_the_shell = {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     assert found - of_the_shell == set(env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("argv", "code"), [(["--dry-run"], 6), ([], 0)])
+def test_a_full_disk_fails_a_dry_run_and_no_submission(argv, code, tiny, slurm):
+    command = [sys.executable, str(REPOSITORY / "launchers" / "submit.py"), *argv, *tiny]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code
+    assert done.stderr == ("error: [Errno 28] No space left on device\n" if code else "")
+    assert (slurm / "queued.sh").exists() != bool(code)
 
 
 def test_each_run_of_a_sweep_is_noted_in_its_own_folder(call, tiny, slurm, tmp_path):
