@@ -169,7 +169,7 @@ def find_files(
 ) -> dict[str, list[str]]:
     """Find the files with these extensions in a folder of class folders, at any depth below a class folder.
 
-    extensions: in lower case, with the dot. what: the word for such files in messages, as "images". enter: called with
+    extensions: in lower case, with the dot. what: the word for them in messages, as "images". enter: called with
     the relative path of each folder before the folder is listed.
     Returns class -> paths relative to `folder`, both in sorted order.
     Raises ConfigError where there are no class folders, a class has no such file, or a link leads in a circle.
@@ -192,7 +192,7 @@ def _find_inside(folder: Path, inside: str, extensions: Collection[str], enter: 
         if is_folder(entry):
             # A link to one of its own parents would be followed for ever.
             if entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(Path(entry.path).resolve()):
-                raise ConfigError(f"{printable(entry.path)} is a link to a folder that it stands in; remove it")
+                raise ConfigError(f"{printable(entry.path)} is a link to a folder that contains the link; remove it")
             yield from _find_inside(folder, f"{inside}/{entry.name}", extensions, enter)
         elif os.path.splitext(entry.name)[1].lower() in extensions:
             yield f"{inside}/{entry.name}"

@@ -325,7 +325,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot encode must not end the command
     out = Path(arguments.out).expanduser()
-    goes_on = f"what is whole in {printable(out)} stays, and the same command continues there"
+    goes_on = f"complete shards in {printable(out)} are kept, and the same command continues there"
     warnings.filterwarnings("ignore", module="PIL")  # rejected.tsv has the reason for each bad image
     try:
         # Shards inside SOURCE would be taken for a class of it.
@@ -359,7 +359,9 @@ def _print_summary(summary: Summary, out: Path) -> None:
     print(f"images    {summary.images}")
     print(f"shards    {summary.shards}, {summary.mib_before:.1f} MiB of images in {summary.mib_after:.1f} MiB")
     print(f"rejected  {summary.rejected}{f', listed in {printable(out / REJECTED)}' if summary.rejected else ''}")
-    done = f"{summary.images_per_s:.0f} images/s, {summary.seconds:.1f} s" if summary.images_per_s else "all was there"
+    done = (
+        f"{summary.images_per_s:.0f} images/s, {summary.seconds:.1f} s" if summary.images_per_s else "nothing to pack"
+    )
     print(f"speed     {done}")
     print(f"data set  {printable(out)}")
     if summary.empty_classes:

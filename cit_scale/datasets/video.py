@@ -568,7 +568,7 @@ def run(arguments: argparse.Namespace) -> int:
     if stopped.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot encode must not end the command
-    goes_on = f"what is whole in {printable(arguments.out)} stays, and the same command continues there"
+    goes_on = f"finished frames in {printable(arguments.out)} are kept, and the same command continues there"
     try:
         return _run(arguments)
     except ConfigError as error:
