@@ -336,7 +336,7 @@ def _checked_teachers(teachers: Sequence[str]) -> tuple[str, ...]:
         if name in ("cls", "average", "label") or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"teacher {name!r} needs another name: this one is taken by the trainer or by torch")
     if len(set(teachers)) < len(teachers):
-        raise ValueError(f"teachers={teachers}: each name stands once; drop or rename the repeated ones")
+        raise ValueError(f"teachers={teachers}: each name may occur only once; drop or rename the repeated ones")
     return teachers
 
 

@@ -49,7 +49,7 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
     expected, answer = network(example), folded(example)
     # Written with `not`, so that NaN counts as different.
     if not (answer - expected).abs().max() <= TOLERANCE * expected.abs().max():
-        warn_once_per_job(f"{kept}: folded, it answers {(answer - expected).abs().max():.1e} away from what it did")
+        warn_once_per_job(f"{kept}: folding them changes its output by {(answer - expected).abs().max():.1e}")
         return network
     return folded
 

@@ -42,17 +42,23 @@ class BuildError(Exception):
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
-    """x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
+    """Compute the involution of x. x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
     _call("involution_forward", _shape(x, kernel, stride), x, kernel, out)
 
 
 def grad_x(grad_out: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
-    """grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W)."""
+    """Compute the gradient with respect to x.
+
+    grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W).
+    """
     _call("involution_grad_x", _shape(out, kernel, stride), grad_out, kernel, out)
 
 
 def grad_kernel(grad_out: Tensor, x: Tensor, stride: int, out: Tensor) -> None:
-    """grad_out: (B, C, H', W'). x: (B, C, H, W). out: (B, G, K, K, H', W')."""
+    """Compute the gradient with respect to the kernel.
+
+    grad_out: (B, C, H', W'). x: (B, C, H, W). out: (B, G, K, K, H', W').
+    """
     _call("involution_grad_kernel", _shape(x, out, stride), grad_out, x, out)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
-    """x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
+    """Compute the involution of x. x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
     padded = _pad_and_group(x, kernel)
     total = out.new_zeros(1, dtype=padded.dtype)  # broadcast to the full shape by the first tap
     for kernel_tap, x_tap in zip(_kernel_taps(kernel), _shifted_slices(padded, kernel, stride), strict=True):
@@ -22,7 +22,10 @@ def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
 
 
 def grad_x(grad_out: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
-    """grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W)."""
+    """Compute the gradient with respect to x.
+
+    grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W).
+    """
     grads = _group(grad_out, kernel)
     padded = torch.zeros_like(_pad_and_group(out, kernel))
     for kernel_tap, grad_tap in zip(_kernel_taps(kernel), _shifted_slices(padded, kernel, stride), strict=True):
@@ -33,7 +36,10 @@ def grad_x(grad_out: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
 
 
 def grad_kernel(grad_out: Tensor, x: Tensor, stride: int, out: Tensor) -> None:
-    """grad_out: (B, C, H', W'). x: (B, C, H, W). out: (B, G, K, K, H', W')."""
+    """Compute the gradient with respect to the kernel.
+
+    grad_out: (B, C, H', W'). x: (B, C, H, W). out: (B, G, K, K, H', W').
+    """
     grads, padded = _group(grad_out, out), _pad_and_group(x, out)
     for out_tap, x_tap in zip(_kernel_taps(out), _shifted_slices(padded, out, stride), strict=True):
         out_tap.copy_((x_tap * grads).sum(2, keepdim=True))

@@ -37,13 +37,16 @@ def _autotune(*layout: str) -> Callable[[Callable[..., None]], Callable[..., Non
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
-    """x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
+    """Compute the involution of x. x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
     positions = out.shape[0] * out.shape[2] * out.shape[3]
     _launch(_forward, (positions, 1), x, kernel, stride, (x, kernel, out))
 
 
 def grad_x(grad_out: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
-    """grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W)."""
+    """Compute the gradient with respect to x.
+
+    grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W).
+    """
     # At stride 2, a position of x is read by every second tap only; by which ones depends on whether its row and its
     # column are even or odd. Each of these stride * stride classes of positions has its own programs.
     positions = grad_out.shape[0] * grad_out.shape[2] * grad_out.shape[3]
@@ -51,7 +54,10 @@ def grad_x(grad_out: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
 
 
 def grad_kernel(grad_out: Tensor, x: Tensor, stride: int, out: Tensor) -> None:
-    """grad_out: (B, C, H', W'). x: (B, C, H, W). out: (B, G, K, K, H', W')."""
+    """Compute the gradient with respect to the kernel.
+
+    grad_out: (B, C, H', W'). x: (B, C, H, W). out: (B, G, K, K, H', W').
+    """
     positions = grad_out.shape[0] * grad_out.shape[2] * grad_out.shape[3]
     _launch(_grad_kernel, (positions, 1), x, out, stride, (grad_out, x, out))
 

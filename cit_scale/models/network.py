@@ -23,9 +23,9 @@ MOST = 400  # characters of a library's error message: one about a state dict th
 # Arguments of timm.create_model that a run's kwargs may not set, and the setting that determines each.
 RUN_OWNS = {
     "num_classes": "it follows from the data set",
-    "img_size": "data.image_size says it for every network",
+    "img_size": "data.image_size sets it for every network",
     "in_chans": "images have three channels",
-    "teachers": "they are those of the run's own setting teachers",
+    "teachers": "the run's own setting teachers names them",
 }
 
 
