@@ -163,7 +163,7 @@ def test_without_teachers_it_is_a_plain_vit():
         ({"teachers": ("_conv",)}, "identifier"),
         ({"teachers": ("cls",)}, "'cls' needs another name"),
         ({"teachers": ("items",)}, "'items' needs another name"),
-        ({"teachers": ("conv", "conv")}, "each name stands once"),
+        ({"teachers": ("conv", "conv")}, "each name may occur only once"),
         ({"teachers": ("conv", "swin")}, "'swin'.*known: conv, inv, patch"),
         ({"teachers": ("conv", "swin"), "stems": {"swin": "window"}}, "'window'; known: conv, inv, patch"),
         ({"teachers": ("conv",), "stems": {"swin": "conv"}}, r"\['swin'\].*\['conv'\]"),

@@ -72,7 +72,7 @@ TEACHERS = {
     "of another class count": (
         lambda path: write_teacher(path, TEACHER["model"], TEACHER["kwargs"], classes=7),
         2,
-        ["answer 7 classes, the data set has 3"],
+        ["have 7 classes, the data set has 3"],
     ),
     "damaged": (damaged, 2, ["cannot be read"]),
 }

@@ -85,7 +85,7 @@ def test_missing_damaged_and_foreign_weights_are_refused_in_one_line(tmp_path):
 
 def test_weights_of_another_class_count_are_refused_with_both_counts(tmp_path):
     save_file(small_cit(num_classes=7).model.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(ConfigError, match=r"answer 7 classes, the data set has 5"):
+    with pytest.raises(ConfigError, match=r"have 7 classes, the data set has 5"):
         load_weights(small_cit(), tmp_path / "w.safetensors")
 
 
@@ -94,7 +94,7 @@ def test_a_model_with_a_convolution_for_its_classifier_loads_its_weights(tmp_pat
     save_file(network.model.state_dict(), tmp_path / "w.safetensors")
     load_weights(network, tmp_path / "w.safetensors")
     other = build_network("resnetv2_50", {}, num_classes=7, image_size=32)
-    with pytest.raises(ConfigError, match=r"answer 5 classes, the data set has 7"):
+    with pytest.raises(ConfigError, match=r"have 5 classes, the data set has 7"):
         load_weights(other, tmp_path / "w.safetensors")
 
 

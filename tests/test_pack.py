@@ -268,7 +268,7 @@ def test_a_file_that_goes_away_is_no_bad_image(arguments, folder, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(pack_module, "decode", unmount)
         assert main(arguments) == 1
-    assert re.match(r"error: .*No such file or directory: '.*/set/ant/\d\d.png'; what is", capsys.readouterr().err)
+    assert re.match(r"error: .*No such file or directory: '.*/set/ant/\d\d.png'; complete", capsys.readouterr().err)
     (tmp_path / "unmounted").rename(folder)
     assert main(arguments) == 0
     assert len(TarShards(tmp_path / "out")) == 48
@@ -484,7 +484,7 @@ def test_the_command_packs_and_says_what_came_of_it(arguments, folder, tmp_path,
     assert re.search(rf"^rejected  1, listed in {tmp_path}/out/rejected.tsv$", out, re.MULTILINE)
     assert re.search(r"^speed     \d+ images/s, \d+\.\d s$", out, re.MULTILINE)
     assert main(arguments) == 0
-    assert re.search(r"^speed     all was there$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^speed     nothing to pack$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_both_spellings_of_an_option_are_accepted(folder, tmp_path):
@@ -520,7 +520,7 @@ def test_a_full_disk_ends_in_one_line_and_exit_code_1_and_the_command_continues(
         assert main(arguments) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r"error: .*No space left on device; what is whole in .*out stays, and the same .*\n", err)
+    assert re.fullmatch(r"error: .*No space left on device; complete shards in .*out are kept, and the same .*\n", err)
     assert sorted(contents(tmp_path / "out")) == [
         "000000.part.npz", "000000.tar", "000001.part.npz", "000001.tar", "pack.json",
     ]  # fmt: skip
@@ -543,7 +543,7 @@ def test_ctrl_c_ends_in_one_line_and_the_command_continues(arguments, tmp_path, 
             assert main(arguments) == 130
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert re.fullmatch(r"stopped; what is whole in .*out stays, and the same command .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"stopped; complete shards in .*out are kept, and the same .*\n", capsys.readouterr().err)
     assert not list((tmp_path / "out").glob(".*"))
     assert main(arguments) == 0
     assert len(TarShards(tmp_path / "out")) == 48

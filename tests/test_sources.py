@@ -943,7 +943,7 @@ def test_what_is_no_file_is_a_reject_and_nothing_is_waited_for(tmp_path):
 def test_a_link_in_a_circle_is_named(tmp_path):
     folder = make_folder(tmp_path / "set", {"ant": 1})
     (folder / "ant" / "again").symlink_to("../ant")
-    with pytest.raises(ConfigError, match="ant/again is a link to a folder that it stands in; remove it"):
+    with pytest.raises(ConfigError, match="ant/again is a link to a folder that contains the link; remove it"):
         ImageFolder(folder, tmp_path / "cache")
 
 

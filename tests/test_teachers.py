@@ -74,7 +74,7 @@ def test_the_hash_is_that_of_the_weights_file(weights):
 
 
 def test_a_teacher_of_another_class_count_is_refused(weights):
-    with pytest.raises(ConfigError, match="answer 5 classes, the data set has 10"):
+    with pytest.raises(ConfigError, match="have 5 classes, the data set has 10"):
         load_teacher(
             "conv",
             teacher_config("regnety_002", weights),

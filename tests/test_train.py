@@ -186,7 +186,7 @@ def test_a_teacher_of_another_class_count_is_refused(tiny, tmp_path, capsys):
 
     save_file(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
     assert main([*tiny, "--teachers.conv.weights", str(tmp_path / "seven.safetensors")]) == 2
-    assert "answer 7 classes, the data set has 10" in capsys.readouterr().err
+    assert "have 7 classes, the data set has 10" in capsys.readouterr().err
 
 
 def test_help_and_print_config_leave_with_0(capsys):

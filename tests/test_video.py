@@ -525,7 +525,7 @@ def test_a_command_that_is_asked_to_stop_leaves_whole_videos_only_and_no_process
     process.send_signal(signum)
     said, _ = process.communicate(timeout=10)
     assert process.returncode == 128 + signum
-    assert said == f"stopped; what is whole in {tmp_path}/out stays, and the same command continues there\n"
+    assert said == f"stopped; finished frames in {tmp_path}/out are kept, and the same command continues there\n"
     assert not is_running(ffmpeg_pid)
     assert not (tmp_path / "out" / ".partial").exists()
     assert sorted(path.name for path in (tmp_path / "out" / "dog").iterdir()) == ["a.mp4"]
@@ -540,7 +540,7 @@ def test_a_full_disk_ends_the_command_and_is_no_fault_of_the_video(tmp_path, vid
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(stand_in))
     assert main([str(videos), str(tmp_path / "out"), "--fps", "1"]) == 1
     said = capsys.readouterr()
-    assert "No space left on device; what is whole" in said.err
+    assert "No space left on device; finished frames" in said.err
     assert "skipped" not in said.out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["video.json"]
 
@@ -631,4 +631,4 @@ def test_a_link_in_a_circle_is_named(tmp_path, capsys):
     (tmp_path / "videos" / "cat").mkdir(parents=True)
     (tmp_path / "videos" / "cat" / "again").symlink_to("../cat")
     assert main([str(tmp_path / "videos"), str(tmp_path / "out"), "--fps", "1"]) == 2
-    assert "cat/again is a link to a folder that it stands in; remove it" in capsys.readouterr().err
+    assert "cat/again is a link to a folder that contains the link; remove it" in capsys.readouterr().err

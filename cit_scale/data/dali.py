@@ -1,7 +1,8 @@
-"""What DALI computes: decoding, crops, resizing and the policies' operations, on a GPU or on the CPU.
+"""DALI pipelines for training and evaluation: decoding, crops, resizing and the policies' operations, on GPU or CPU.
 
-Nothing here draws or decides: every number is an input. What DALI does otherwise than PIL, or slowly, PyTorch does in
-the midst of the same pipeline: equalize, and on a CPU the resize.
+The pipelines contain no randomness and no decisions: every number is an input, drawn by `cit_scale.data.draws`. Where
+DALI's result differs from PIL's, or DALI is slow, the same pipeline calls PyTorch: for equalize, and on a CPU for the
+resize.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from torch.utils import dlpack
 from cit_scale.config import DataConfig
 from cit_scale.data.draws import NAMES, Draw
 
-FILL = (124, 116, 104)  # what a warp uncovers: ImageNet's mean colour, as timm fills it
-CUT_OFF = -0.499 / 255  # of the range: DALI then rounds to where PIL cuts off
-FRAME = 1  # pixels of that colour around an image that is warped
+FILL = (124, 116, 104)  # colour of the area that a warp uncovers: ImageNet's mean, as in timm
+CUT_OFF = -0.499 / 255  # a shift by nearly half a grey value: DALI rounds, and then gets the result of PIL's truncation
+FRAME = 1  # pixels of FILL on each side of an image that is warped
 
-# --- The pipelines. `feed` returns their inputs, batch by batch, and ends with StopIteration. ---
+# --- Pipelines. `feed` returns the inputs of one batch per call, and raises StopIteration at the end ---
 
 
 def train_arguments(draw: Draw, image_size: int) -> tuple[np.ndarray, ...]:
-    """The inputs of `train_pipeline` beside the encoded images, B rows each."""
+    """Return the inputs of `train_pipeline` after the encoded images: arrays of B rows.
+
+    They are start and shape of the crop (B, 2), flip (B,), and for each layer of the policy the branch (B,), the
+    operation's argument (B,) and the warp's matrix (B, 2, 3).
+    """
     matrices = warp_matrices(draw.operations, draw.arguments, draw.flip, image_size)
     layers = zip(BRANCH_OF[draw.operations], draw.arguments, matrices, strict=True)
     arguments = draw.crop[:, :2], draw.crop[:, 2:], draw.flip.astype(np.int32), *itertools.chain.from_iterable(layers)
@@ -43,7 +48,11 @@ def train_arguments(draw: Draw, image_size: int) -> tuple[np.ndarray, ...]:
 
 @pipeline_def(enable_conditionals=True)
 def train_pipeline(feed: Callable, data: DataConfig, num_layers: int) -> DataNode:
-    """Crop, resize, the policy's layers, flip: (B, 3, image_size, image_size) float32 in [0, 1]."""
+    """Decode the crop, resize it, apply the policy's layers, flip.
+
+    Returns (B, 3, image_size, image_size) float32 in [0, 1].
+    feed: returns the encoded images and the arrays of `train_arguments`. num_layers: of the policy.
+    """
     layer_types = [types.INT32, types.FLOAT, types.FLOAT]
     encoded, start, shape, flip, *layers = fn.external_source(
         source=feed,
@@ -56,11 +65,15 @@ def train_pipeline(feed: Callable, data: DataConfig, num_layers: int) -> DataNod
     for layer in range(num_layers):
         branch, argument, matrix = layers[3 * layer : 3 * layer + 3]
         images = select(BRANCHES, branch, images, argument, matrix)
+    # The flip comes last, where it costs nothing; `warp_matrices` makes up for timm's flipping before the policy.
     return _to_unit_range(images, mirror=flip)
 
 
 def eval_arguments(heights: np.ndarray, widths: np.ndarray, data: DataConfig) -> tuple[np.ndarray, ...]:
-    """The inputs of `eval_pipeline` beside the encoded images: size (B, 2) and start of the crop (B, 2)."""
+    """Return the inputs of `eval_pipeline` after the encoded images: resized size (B, 2), start of the crop (B, 2).
+
+    Both are (height, width) in pixels. heights, widths: (B,), of the decoded images.
+    """
     sides = np.stack((heights, widths), axis=1)
     sizes = round(data.image_size / data.crop_ratio) * sides // sides.min(axis=1, keepdims=True)
     return sizes.astype(np.int32), np.rint((sizes - data.image_size) / 2).astype(np.int32)
@@ -68,7 +81,11 @@ def eval_arguments(heights: np.ndarray, widths: np.ndarray, data: DataConfig) ->
 
 @pipeline_def
 def eval_pipeline(feed: Callable, data: DataConfig) -> DataNode:
-    """Resize, crop: (B, 3, image_size, image_size) float32 in [0, 1]."""
+    """Decode, resize and crop.
+
+    Returns (B, 3, image_size, image_size) float32 in [0, 1].
+    feed: returns the encoded images and the arrays of `eval_arguments`.
+    """
     encoded, size, start = fn.external_source(
         source=feed, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT32], ndim=1
     )
@@ -78,12 +95,16 @@ def eval_pipeline(feed: Callable, data: DataConfig) -> DataNode:
 
 
 def reserve_pinned_memory(mib: int) -> None:
-    """Take page-locked host memory for all pipelines of this process, before they are built."""
+    """Allocate page-locked host memory for all pipelines of this process. Call it before a pipeline is built."""
     PreallocatePinnedMemory(mib << 20)
 
 
 def undecodable(encoded: Sequence[np.ndarray], crops: np.ndarray) -> list[int]:
-    """The places of the images whose crop, a row of (B, 4), DALI's decoder on the CPU refuses. One by one: not fast."""
+    """Return the indices of the images that DALI's CPU decoder refuses to decode.
+
+    encoded: B images. crops: (B, 4), the crop of each: y, x, height, width. Slow, as it decodes one image at a time:
+    DALI's error for a batch need not say which image has failed.
+    """
 
     @pipeline_def(
         batch_size=1, num_threads=1, device_id=None, exec_dynamic=False, exec_async=False, exec_pipelined=False
@@ -104,29 +125,30 @@ def undecodable(encoded: Sequence[np.ndarray], crops: np.ndarray) -> list[int]:
             while place < len(encoded):
                 pipeline.run()
                 place += 1
-        except RuntimeError:  # ends this pipeline; the next one goes on behind the image
+        except RuntimeError:  # the pipeline ends with the error; a new one continues behind the bad image
             refused.append(place)
             place += 1
     return refused
 
 
 def _on_gpu() -> bool:
+    """Whether the pipeline that is being defined runs on a GPU."""
     return Pipeline.current().device_id is not None
 
 
 def _decoder(data: DataConfig) -> dict[str, object]:
-    """How a decoder is set up."""
+    """Return the options of a decoder. "mixed": it takes encoded images from the CPU and leaves pixels on the GPU."""
     if not _on_gpu():
         return {"device": "cpu", "output_type": types.RGB}
     return {"device": "mixed", "output_type": types.RGB, "hw_decoder_load": data.hw_decoder_load}
 
 
 def _resize(images: DataNode, size: DataNode) -> DataNode:
-    """PIL's bicubic resize. size: (B, 2), height and width.
+    """Resize as PIL's bicubic filter does. size: (B, 2), height and width.
 
-    A GPU uses DALI's, whose filter reaches over a repeated border where PIL's is cut off: seen where a few pixels
-    become many. A CPU uses PyTorch's for 8-bit images: PIL's arithmetic, vectorised, at a third of PIL's time and a
-    seventh of DALI's.
+    On a GPU this is DALI's resize. Its filter repeats the border pixels where PIL's filter is cut off at the border;
+    the difference is visible where a few pixels become many. On a CPU it is PyTorch's resize of 8-bit images, which has
+    PIL's arithmetic, vectorised, and takes a third of PIL's time and a seventh of DALI's (docs/measurements/data.md).
     """
     if _on_gpu():
         size = fn.cast(size, dtype=types.FLOAT)
@@ -135,7 +157,10 @@ def _resize(images: DataNode, size: DataNode) -> DataNode:
 
 
 def _in_torch(function: Callable[..., Tensor], images: DataNode, *arguments: DataNode) -> DataNode:
-    """`function` of each image, (H, W, 3) uint8, and its row of the arguments, to another image."""
+    """Apply a function of tensors to each image of a DALI node. Returns a node of the images that it returns.
+
+    function: takes an image (H, W, 3) uint8 and its row of each argument.
+    """
     pipeline = Pipeline.current()
     on_batch = _OnBatch(function, pipeline.num_threads, pipeline.device_id)
     return fn.dl_tensor_python_function(
@@ -144,7 +169,7 @@ def _in_torch(function: Callable[..., Tensor], images: DataNode, *arguments: Dat
 
 
 class _OnBatch:
-    """Runs a function of tensors on each of a batch of DLPack capsules."""
+    """Applies a function of tensors to a batch that DALI passes as DLPack capsules, which share its memory."""
 
     def __init__(self, function: Callable[..., Tensor], num_threads: int, device_id: int | None) -> None:
         self._function = function
@@ -155,7 +180,7 @@ class _OnBatch:
         if self._device_id is None:
             return list(_pool(self._num_threads).map(self._on_sample, *columns))
         results = [self._on_sample(*sample) for sample in zip(*columns, strict=True)]
-        torch.cuda.current_stream(self._device_id).synchronize()  # DALI reads them on a stream of its own
+        torch.cuda.current_stream(self._device_id).synchronize()  # DALI reads the results on another stream
         return results
 
     def _on_sample(self, *sample: object) -> object:
@@ -164,38 +189,43 @@ class _OnBatch:
 
 @cache
 def _pool(num_threads: int) -> ThreadPoolExecutor:
-    """The process's threads beside DALI's own. Kept: no one can tell when DALI lets go of a pipeline's functions."""
+    """Return the process's thread pool for functions of `_in_torch`, beside DALI's own threads.
+
+    It lives as long as the process: nothing tells when DALI releases the functions of a pipeline.
+    """
     return ThreadPoolExecutor(num_threads, "torch")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process inherits the pool without its threads
 
 
 def resize(image: Tensor, size: Tensor) -> Tensor:
-    """(H, W, 3) uint8 to size (2,): height and width."""
+    """Resize an (H, W, 3) uint8 image with PyTorch's bicubic filter, antialiased. size: (2,), height and width."""
     height, width = size.tolist()
     resized = F.interpolate(image.permute(2, 0, 1)[None], size=(height, width), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0)
 
 
 def _to_unit_range(images: DataNode, mirror: DataNode | int) -> DataNode:
-    """HWC bytes -> CHW float32 in [0, 1], mirrored left and right where asked."""
+    """Convert (H, W, 3) uint8 to (3, H, W) float32 in [0, 1]; exchange left and right where `mirror` is 1."""
     return fn.crop_mirror_normalize(
         images, mirror=mirror, dtype=types.FLOAT, output_layout="CHW", mean=[0.0] * 3, std=[255.0] * 3
     )
 
 
-# --- The operations of a policy: what timm does with PIL, on (H, W, 3) uint8 ---
+# --- Operations of the policies: what timm does with PIL, on (H, W, 3) uint8 ---
 
 
 def warp_matrices(operations: np.ndarray, arguments: np.ndarray, flip: np.ndarray, image_size: int) -> np.ndarray:
-    """The affine map of each drawn warp, from output to framed input pixels: (L, B) -> (L, B, 2, 3) float32.
+    """Return the affine matrix of each drawn warp, (L, B, 2, 3) float32. operations, arguments: (L, B). flip: (B,).
 
-    As PIL writes them, for an image that is mirrored, where `flip` (B,) says so, not before the warp but after it, and
-    that has a frame around it. Operations that do not warp get the identity.
+    A matrix maps output pixels to input pixels, as PIL's do, with two changes: the input has a frame of FRAME pixels
+    (see `_warp`), and an image with `flip` is mirrored after the warp here, while timm mirrors it before.
+    Operations that do not warp get the identity.
     """
     matrices = np.zeros((*operations.shape, 2, 3))
     matrices[..., 0, 0] = matrices[..., 1, 1] = 1
+    # Name -> row and column of the matrix entry that the argument sets, and the argument's unit in pixels.
     entries = {
         "shear_x": (0, 1, 1),
         "shear_y": (1, 0, 1),
@@ -208,9 +238,10 @@ def warp_matrices(operations: np.ndarray, arguments: np.ndarray, flip: np.ndarra
     rotated = operations == NAMES.index("rotate")
     angles = np.deg2rad(arguments[rotated].astype(np.float64))
     cos, sin, centre = np.cos(angles), np.sin(angles), image_size / 2
+    # A rotation about the centre of the image.
     rows = (cos, -sin, centre * (1 - cos + sin)), (sin, cos, centre * (1 - sin - cos))
     matrices[rotated] = np.moveaxis(np.array(rows), -1, 0)
-    # With F: x -> image_size - x, mirroring and then M is the same as F M F and then mirroring.
+    # With F: x -> image_size - x, mirroring and then M is the same as F M F and then mirroring. The result of F M F:
     a, b, c, d, e, f = np.moveaxis(matrices.reshape(*operations.shape, 6), -1, 0)
     mirrored = np.stack((a, -b, image_size * (1 - a) - c, -d, e, f + d * image_size), axis=-1)
     matrices = np.where(flip[:, None, None], mirrored.reshape(matrices.shape), matrices)
@@ -223,10 +254,11 @@ def _identity(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNod
 
 
 def _warp(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
-    """Bilinear; DALI has no bicubic warp.
+    """Warp bilinearly, since DALI has no bicubic warp.
 
-    DALI fills with one value for all channels. So the image gets a frame of the fill colour, whose pixels are repeated
-    outwards, and the arithmetic stays 8-bit: twice as fast as subtracting the colour, filling with 0 and adding it.
+    DALI can only fill uncovered areas with one value for all channels. Instead the image gets a frame of the fill
+    colour, and the warp repeats the border pixels. The arithmetic stays 8-bit, which is about twice as fast as
+    subtracting the colour, filling with 0 and adding it again (docs/measurements/data.md).
     """
     size = images.shape(dtype=types.INT32)[:2]
     framed = fn.slice(
@@ -241,19 +273,24 @@ def _warp(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
 
 
 def _auto_contrast(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
+    """Stretch each channel to 0 ... 255, as PIL's ImageOps.autocontrast."""
     low = fn.reductions.min(images, axis_names="HW", keep_dims=True)
     high = fn.reductions.max(images, axis_names="HW", keep_dims=True)
-    span = high - low + 255 * (low == high)  # a channel of one value stays as it is
+    span = high - low + 255 * (low == high)  # 255 for a channel of one value, which is left unchanged
     return fn.cast((images - low * (low < high)) * 255 // span, dtype=types.UINT8)
 
 
 def _equalize(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
-    """DALI has OpenCV's formula, which is 2 of 255 away from PIL's at 224 x 224 pixels and 13 at 32 x 32."""
+    """Equalize in PyTorch: DALI has OpenCV's formula, which differs from PIL's by 2 of 255 at 224 pixels, 13 at 32."""
     return _in_torch(equalize, images)
 
 
 def equalize(image: Tensor) -> Tensor:
-    """PIL's ImageOps.equalize of an (H, W, 3) uint8 image: each step of the new values is a whole number of pixels."""
+    """Compute PIL's ImageOps.equalize of an (H, W, 3) uint8 image.
+
+    As in PIL, `step` is the number of pixels per new grey value, rounded down; a channel with step 0 stays unchanged.
+    """
+    # Channel c has the values 256 c ... 256 c + 255, so that one histogram and one table serve all three channels.
     values = image.flatten(0, 1).int() + torch.arange(0, 768, 256, dtype=torch.int32, device=image.device)  # (H W, 3)
     counts = torch.bincount(values.flatten(), minlength=768).reshape(3, 256)
     last = 255 - (counts.flip(1) > 0).int().argmax(dim=1, keepdim=True)  # the highest value that occurs
@@ -269,10 +306,12 @@ def _invert(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
 
 
 def _posterize(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
+    # A mask of the `argument` highest bits.
     return images & fn.cast(256 - dali_math.pow(2.0, 8 - argument), dtype=types.UINT8)
 
 
 def _solarize(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
+    # x ^ 255 = 255 - x, in 8 bits.
     return images ^ ((images >= argument) * types.Constant(255, dtype=types.UINT8))
 
 
@@ -280,7 +319,8 @@ def _solarize_add(images: DataNode, argument: DataNode, matrix: DataNode) -> Dat
     return images + (images < 128) * fn.cast(argument, dtype=types.UINT8)  # at most 127 + 110: no overflow
 
 
-# PIL's Image.blend with black, with the mean grey and with the grey image: cut off and not rounded, as PIL does it.
+# The next three are PIL's Image.blend with black, with the mean grey value and with the grey image. PIL truncates the
+# result instead of rounding it, hence CUT_OFF.
 
 
 def _brightness(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
@@ -289,22 +329,24 @@ def _brightness(images: DataNode, argument: DataNode, matrix: DataNode) -> DataN
 
 def _contrast(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
     mean = dali_math.floor(fn.reductions.mean(_grey(images)) + 0.5)
-    mean = mean.cpu() if images.device == "gpu" else mean
+    mean = mean.cpu() if images.device == "gpu" else mean  # per-sample arguments of an operator are on the CPU
     return fn.brightness_contrast(images, contrast=argument, contrast_center=mean, brightness_shift=CUT_OFF)
 
 
 def _color(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
-    blended = images * argument + _grey(images) * (1 - argument)  # float; fn.cast would be ten times as slow
+    blended = images * argument + _grey(images) * (1 - argument)  # float; the next line makes bytes of it
+    # fn.cast to bytes would take over ten times as long (docs/measurements/data.md).
     return fn.brightness_contrast(blended, brightness_shift=CUT_OFF, dtype=types.UINT8)
 
 
 def _grey(images: DataNode) -> DataNode:
-    """(H, W, 1) by ITU-R 601, as PIL's."""
+    """Convert to grey, (H, W, 1), by ITU-R 601, as PIL does."""
     return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
 
 
 def _sharpness(images: DataNode, argument: DataNode, matrix: DataNode) -> DataNode:
-    """Away from, or towards, PIL's smoothed image."""
+    """Blend with PIL's smoothed image (ImageFilter.SMOOTH): towards it below an argument of 1, away from it above."""
+    # Blending is linear, so it is done with the kernels: one filter instead of a filter and a blend.
     smooth = types.Constant(np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13)
     same = types.Constant(np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]], np.float32))
     kernel = same * argument + smooth * (1 - argument)
@@ -315,6 +357,7 @@ def _gaussian_blur(images: DataNode, argument: DataNode, matrix: DataNode) -> Da
     return fn.gaussian_blur(images, sigma=argument)
 
 
+# Operation -> the function of (images, argument, matrix) that computes it. Each uses the inputs that it needs.
 COMPUTED_BY: dict[str, Callable[[DataNode, DataNode, DataNode], DataNode]] = {
     "auto_contrast": _auto_contrast,
     "equalize": _equalize,
@@ -335,6 +378,7 @@ COMPUTED_BY: dict[str, Callable[[DataNode, DataNode, DataNode], DataNode]] = {
     "identity": _identity,
 }
 
-# What `select` chooses from, and by operation which of them it is. The warps share one: its batches are larger.
+# The branches of `select`, and for each operation of NAMES the index of its branch. All warps share one branch: DALI
+# splits a batch by branch, and fewer branches get larger batches.
 BRANCHES = list(dict.fromkeys(COMPUTED_BY.values()))
 BRANCH_OF = np.array([BRANCHES.index(COMPUTED_BY[name]) for name in NAMES], np.int32)

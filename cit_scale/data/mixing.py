@@ -1,8 +1,9 @@
-"""Mixup and cutmix over groups of neighbours in the global batch.
+"""Mixup (arXiv:1710.09412) and cutmix (arXiv:1905.04899) over groups of neighbours in the global batch.
 
-A group of `group_size` neighbours shares one mode and one lambda, drawn from (seed, step, group), and every image in it
-mixes with its mirror, as a batch mixes with its flip in timm's Mixup. Ranks and micro-steps hold whole groups, so the
-mixed global batch is the same at every layout. Without a group size each micro-batch is one group, which is timm's way.
+A group of `group_size` neighbouring images shares one mode and one lambda, drawn from (seed, step, group). Image i of a
+group of n is mixed with its partner, image n - 1 - i, as timm's Mixup mixes a batch with its flip. Ranks and
+micro-steps hold complete groups, so the mixed global batch is the same for every number of them. Without a group size
+each micro-batch is one group, as in timm.
 """
 
 from __future__ import annotations
@@ -16,27 +17,28 @@ from torch import Tensor
 from cit_scale.batch import Batch, MixedBatch
 from cit_scale.config import MixingConfig
 
-MIXING_TAG = 0x313C  # keeps the seed of mixing apart from every other use of (seed, step)
+MIXING_TAG = 0x313C  # keeps the seed of mixing apart from all other seeds made from (seed, step)
 
 
 @dataclass(frozen=True)
 class GroupMix:
-    """How one group is mixed: `lam` is each image's own share of its target, 1 - lam its mirror's."""
+    """How one group is mixed. lam: each image's own share of its target; 1 - lam is the share of its partner."""
 
     lam: float
     box: tuple[slice, slice] | None
-    """Rows and columns that cutmix takes from the mirror; None for mixup."""
+    """Rows and columns that cutmix takes from the partner; None for mixup."""
 
 
 def draw_group(mixing: MixingConfig, seed: int, step: int, group: int, height: int, width: int) -> GroupMix:
-    """Draw mode, lambda and box of one group as timm's Mixup does for a batch.
+    """Draw mode, lambda and box of one group, with the distributions of timm's Mixup for a batch.
 
-    The area of cutmix's box may be cut off at the border; lambda then follows the area that is left.
+    step: global step. group: number of the group in the global batch. height, width: of the images, in pixels.
+    The cutmix box is cut off at the border of the image; lambda then follows from the remaining area.
     """
     random = np.random.default_rng(np.random.SeedSequence([seed, step, group, MIXING_TAG]))
     alphas = mixing.mixup_alpha, mixing.cutmix_alpha
     if max(alphas) == 0 or random.random() >= mixing.prob:
-        return GroupMix(1.0, None)
+        return GroupMix(1.0, None)  # lambda 1: not mixed
     is_cutmix = random.random() < (mixing.switch_prob if min(alphas) > 0 else float(mixing.cutmix_alpha > 0))
     lam = random.beta(alphas[is_cutmix], alphas[is_cutmix])
     if not is_cutmix:
@@ -50,15 +52,18 @@ def draw_group(mixing: MixingConfig, seed: int, step: int, group: int, height: i
 
 
 def smooth_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """labels (B,) -> (B, K) float32: `smoothing` is spread evenly over all classes, the rest stands on the label."""
+    """Return smoothed targets, (B, K) float32. labels: (B,).
+
+    `smoothing` is spread evenly over all K classes; the label gets the remaining 1 - smoothing in addition.
+    """
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / num_classes)
 
 
 def mix(batch: Batch, mixing: MixingConfig, num_classes: int, seed: int, step: int) -> MixedBatch:
-    """Mix the images and labels of a micro-batch of global step `step`.
+    """Return the mixed images (B, 3, H, W) in [0, 1] and targets (B, K) of a micro-batch of global step `step`.
 
-    The images stay in [0, 1]; the batch is left as it was. Raises ValueError unless the batch holds whole groups.
+    `batch` itself is not changed. Raises ValueError unless the micro-batch consists of complete groups.
     """
     size = mixing.group_size or len(batch.positions)
     first = int(batch.positions[0])
@@ -70,8 +75,8 @@ def mix(batch: Batch, mixing: MixingConfig, num_classes: int, seed: int, step: i
     height, width = batch.images.shape[-2:]
     targets = smooth_one_hot(batch.labels, num_classes, mixing.smoothing)
     mixed = MixedBatch(torch.empty_like(batch.images), torch.empty_like(targets))
-    # One group at a time: a kernel over several groups may round differently, and how many of them a rank holds must
-    # not show in the images.
+    # One group at a time: a kernel over several groups may round differently, and the images must not depend on how
+    # many groups a rank holds.
     for start in range(0, len(targets), size):
         group = slice(start, start + size)
         how = draw_group(mixing, seed, step, (first + start) // size, height, width)

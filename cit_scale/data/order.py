@@ -1,8 +1,9 @@
-"""Which sample comes next: for the whole job, then for one rank.
+"""The order of the training samples, for the whole job and for one rank.
 
-The order is a pure function of (seed, epoch). Positions 0 ... N-1 of an epoch are cut into global batches of G; the
-incomplete last one is dropped, as DeiT does. Rank r of W owns positions [r * G / W, (r + 1) * G / W) of every global
-batch, and its micro-steps cut that share in order, so the global batch is the same at every rank layout.
+The order is a pure function of (seed, epoch). Positions 0 ... N-1 of an epoch are cut into global batches of G images;
+the incomplete last batch is dropped, as in DeiT. Rank r of W gets positions [r * G / W, (r + 1) * G / W) of every
+global batch and cuts them into micro-batches in order. The global batch is therefore the same for every number of ranks
+and micro-steps.
 """
 
 from __future__ import annotations
@@ -11,25 +12,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SPREAD = 64  # places between two repeats of a sample
-ORDER_TAG = 0x0EDE  # keeps the order's seed apart from every other use of (seed, epoch)
+SPREAD = 64  # positions between two repeats of a sample
+ORDER_TAG = 0x0EDE  # keeps the seed of the order apart from all other seeds made from (seed, epoch)
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """The whole state of the training stream: `samples_seen` of `epoch` are done, counted over all ranks."""
+    """The complete state of the training stream. samples_seen: samples of `epoch` consumed so far by all ranks."""
 
     epoch: int = 0
     samples_seen: int = 0
 
     @classmethod
     def at_step(cls, step: int, num_samples: int, global_batch_size: int) -> Cursor:
-        """Where the stream stands after `step` updates from the start of the run."""
+        """Return the cursor after `step` updates from the start of the run. num_samples: N of the data set."""
         epoch, step_in_epoch = divmod(step, steps_per_epoch(num_samples, global_batch_size))
         return cls(epoch, step_in_epoch * global_batch_size)
 
     def step(self, num_samples: int, global_batch_size: int) -> int:
-        """How many updates lead here: the inverse of `at_step`. Raises ValueError off a step's boundary."""
+        """Return the number of updates from the start of the run to this cursor: the inverse of `at_step`.
+
+        Raises ValueError if the cursor is not at the beginning of a global batch.
+        """
         if self.samples_seen % global_batch_size:
             raise ValueError(
                 f"samples_seen={self.samples_seen} is not a multiple of global_batch_size={global_batch_size}; "
@@ -40,20 +44,20 @@ class Cursor:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """One rank's share of one global batch: row i is micro-step i. All are (micro_steps, micro_batch_size) int64."""
+    """One rank's share of one global batch. Arrays are (micro_steps, micro_batch_size) int64; row i is micro-step i."""
 
     positions: np.ndarray
-    """Places in the global batch."""
+    """Positions in the global batch, 0 ... G-1."""
 
     samples: np.ndarray
     """Indices into the source."""
 
     repeats: np.ndarray
-    """Which of its repetitions in this epoch a sample stands for; tells their augmentations apart."""
+    """The number of the sample's repetition in this epoch, from 0; gives each repetition another augmentation."""
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Full global batches in one epoch. Raises ValueError when there is none."""
+    """Return the number of complete global batches in one epoch. Raises ValueError if there is none."""
     if num_samples < global_batch_size:
         raise ValueError(
             f"{num_samples} training images do not fill one global batch of {global_batch_size}; "
@@ -63,27 +67,34 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
 
 
 def permutation(num_samples: int, *entropy: int) -> np.ndarray:
-    """A permutation of 0 ... num_samples-1, (num_samples,) int64, that `entropy` fixes for good.
+    """Return a permutation of 0 ... num_samples-1, (num_samples,) int64, as a pure function of `entropy`.
 
-    Sorts raw generator bits: numpy promises those forever, but not what Generator.permutation makes of them.
+    The permutation sorts raw bits of PCG64. NumPy guarantees the stream of raw bits across versions, but not the
+    results of Generator.permutation.
     """
     bits = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(num_samples)
-    return np.argsort(bits, kind="stable")
+    return np.argsort(bits, kind="stable")  # stable: two equal words must not leave the order to the sorting algorithm
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, repeats: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """The order of one epoch: samples (N,) and repeats (N,), both int64.
+    """Return the order of one epoch: samples (N,) and repeats (N,), both int64.
 
-    With repeats=1 every sample stands once. With more, the first N / repeats samples of the permutation stand `repeats`
-    times each, numbered 0 ... repeats-1, so an epoch keeps its length and sees fewer images more often (repeated
-    augmentation, arXiv:1902.05509, as DeiT samples it). They come in runs of SPREAD different samples, `repeats` times
-    over: in one global batch, but not among the neighbours that mixup and cutmix would then mix with themselves. (DeiT
-    hands an image's repeats to different ranks.)
+    With repeats=1 every sample occurs once. With more, each of the first N / repeats samples of the permutation occurs
+    `repeats` times, numbered 0 ... repeats-1: the epoch keeps its length and shows fewer images more often (repeated
+    augmentation, arXiv:1902.05509, sampled as in DeiT).
+
+    A run of SPREAD different samples is repeated `repeats` times, so the repeats of a sample fall into one global batch
+    but are not neighbours: mixup and cutmix would mix neighbouring repeats of an image with each other. (DeiT gives the
+    repeats of an image to different ranks.)
+
+    Raises ValueError for repeats below 1.
     """
     if repeats < 1:
-        raise ValueError(f"repeats={repeats}; every sample stands at least once in the order, so use 1 or more")
+        raise ValueError(f"repeats={repeats} is below 1, so no sample would occur in an epoch; use 1 or more")
     places = np.arange(num_samples)
+    # Fewer samples than SPREAD x repeats make one shorter run, so that its last repeats are not cut off.
     spread = min(SPREAD, -(-num_samples // repeats))
+    # A chunk is one run with all its repeats; the place in it gives sample and repeat.
     chunk, place = np.divmod(places, spread * repeats)
     samples = permutation(num_samples, seed, epoch, ORDER_TAG)[chunk * spread + place % spread]
     return samples, place // spread
@@ -97,9 +108,10 @@ def rank_slice(
     rank: int,
     world_size: int,
 ) -> MicroBatches:
-    """This rank's micro-batches of the global batch that starts at `samples_seen` of an `epoch_order`.
+    """Return one rank's micro-batches of the global batch that starts at position `samples_seen` of the epoch.
 
-    Raises ValueError when the global batch is not a whole number of micro-steps on every rank.
+    order: the result of `epoch_order`.
+    Raises ValueError unless global_batch_size is a multiple of micro_batch_size x world_size.
     """
     per_micro_step = micro_batch_size * world_size
     if global_batch_size % per_micro_step:

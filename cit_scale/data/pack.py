@@ -1,4 +1,4 @@
-"""The former name of ``cit-scale pack``, for commands that call ``python -m cit_scale.data.pack``."""
+"""Keeps ``python -m cit_scale.data.pack``, the former name of ``cit-scale pack``, working."""
 
 import sys
 

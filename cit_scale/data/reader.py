@@ -1,6 +1,7 @@
-"""Reads a data set that may hold bad images: each is reported, and a good one stands in for it.
+"""Reads the images of a data set, and replaces each bad image by a good one.
 
-Which one stands in depends on the images alone, so every rank layout and every resumed run trains on the same pictures.
+The replacement depends only on which images are bad, so all numbers of ranks and all resumed runs train on the same
+images.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from cit_scale.errors import BadImageError
 
 
 class Reader:
-    """Encoded images of a source as DALI can decode them. Safe to use from several threads."""
+    """Reads encoded images of a source in a form that DALI can decode. Thread-safe."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.bad: dict[int, str] = dict(source.rejects)
-        """Index to reason, of every bad image that was met so far; those that the index knows come first."""
-        self._hopeless = set(source.rejects)
+        """Index -> reason of every bad image found so far; at first those that the source lists as rejects."""
+        self._hopeless = set(source.rejects)  # are not read again
 
     def read(self, sample: int, doubtful: Collection[int] = ()) -> tuple[int, bytes]:
-        """A sample that can be decoded, this one or else the first good one after it, and its encoded bytes.
+        """Return the index and the encoded bytes of a sample that can be decoded.
 
-        doubtful: samples that DALI could not decode, so that PIL has to. That is the caller's doubt, for one batch: of
-        an image that breaks off in its midst, another batch may ask for a part that is good.
-        Raises BadImageError when no image is good.
+        This is `sample` itself or, if it is bad, the first good sample after it; the search wraps around at the end.
+        doubtful: samples of the current batch that DALI could not decode; these are decoded by PIL. The doubt ends with
+        the batch: the crop of another batch may lie in the intact part of the same image.
+        Raises BadImageError when no image of the source is good, and OSError where reading fails.
         """
         num_samples = len(self.source)
         for candidate in range(sample, sample + num_samples):
@@ -38,6 +40,7 @@ class Reader:
                 return candidate, self._read(candidate, candidate in doubtful)
             except BadImageError as error:
                 self.bad[candidate] = str(error)
+                # A doubtful image is bad for this batch only: PIL has to decode all of it, DALI only the crop.
                 if candidate not in doubtful:
                     self._hopeless.add(candidate)
         raise BadImageError(
@@ -45,17 +48,19 @@ class Reader:
         )
 
     def bad_image_lines(self, samples: Iterable[int]) -> list[str]:
-        """``name<TAB>reason`` of bad images."""
+        """Return ``name<TAB>reason`` of each bad image in `samples`, the lines of bad_images.tsv."""
         return [f"{self.source.name(sample)}\t{self.bad[sample]}" for sample in samples]
 
     def _read(self, sample: int, is_doubtful: bool) -> bytes:
+        """Return the encoded image, or PIL's pixels of it as PPM. Raises BadImageError."""
         try:
             data = self.source.read(sample)
-        except UNUSABLE as error:  # any other OSError is the disk's, not the image's
+        except UNUSABLE as error:  # any other OSError is a fault of the disk, not of the image
             raise BadImageError(reason_text(error)) from None
         if not is_doubtful and is_usual(data):
             return data
         image = decode(data)
+        # Crops have been drawn for the size in the index; an image of another size was overwritten since.
         expected = self.source.heights[sample], self.source.widths[sample]
         if (image.height, image.width) != expected:
             raise BadImageError(

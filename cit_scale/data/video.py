@@ -1,4 +1,4 @@
-"""The former name of ``cit-scale video``, for commands that call ``python -m cit_scale.data.video``."""
+"""Keeps ``python -m cit_scale.data.video``, the former name of ``cit-scale video``, working."""
 
 import sys
 

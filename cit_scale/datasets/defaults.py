@@ -1,5 +1,5 @@
-"""Numbers that the commands and the functions behind them share. Imports nothing."""
+"""Defaults that the command line and the functions behind it share. Imports nothing, so that --help stays fast."""
 
 SHARD_MIB = 512
-PACK_QUALITY = 90  # of libjpeg, 1 to 100
-FRAME_QUALITY = 2  # ffmpeg's qscale, 2 to 31, from fine to coarse
+PACK_QUALITY = 90  # libjpeg's scale, 1 (coarse) to 100 (fine)
+FRAME_QUALITY = 2  # ffmpeg's qscale, 2 (fine) to 31 (coarse): the other way round than libjpeg's

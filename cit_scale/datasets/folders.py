@@ -1,4 +1,4 @@
-"""Images in files of their own: a folder with a sub-folder per class, or a table of paths and labels."""
+"""Data sets with one file per image: a folder with one sub-folder per class, or a table of paths and labels."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from cit_scale.datasets.index import (
 )
 from cit_scale.errors import BadImageError, ConfigError
 
-CLOCK_TICK_S = 0.02  # two changes of a folder closer than this may bear the same time
+CLOCK_TICK_S = 0.02  # two changes of a folder within this time may leave the same modification time
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class _ImageFiles(Indexed):
-    """Image files by their paths relative to `folder`."""
+    """Image files, addressed by their paths relative to `folder`."""
 
     def __init__(self, folder: Path, columns: Columns) -> None:
         super().__init__(columns)
@@ -51,16 +51,17 @@ class _ImageFiles(Indexed):
 class ImageFolder(_ImageFiles):
     """A folder with one sub-folder of images per class; the classes are the sub-folders' names in sorted order.
 
-    The index is kept at `index_path` and is good for as long as no folder in it has changed, by its time, and no file
-    that could not be read has become readable. So opening asks for some thousand folders' times and not for a million
-    files'; the price is that a file overwritten in place goes unnoticed here, and is noticed, where its size in pixels
-    has changed, when it is decoded. Deleting `index_path` makes the index anew.
+    The index is cached at `index_path`. It is reused while the modification times of all folders are unchanged and no
+    file that could not be read has become readable. Opening therefore checks a few thousand folders instead of a
+    million files. The price: a file overwritten in place is not noticed here, but only when it is decoded, and only if
+    its size in pixels has changed. Delete `index_path` to rebuild the index.
 
-    Raises ConfigError for a folder that is no data set, or has a class without a readable image.
+    Raises ConfigError for a folder without class folders, or with a class without a readable image.
     """
 
     def __init__(self, folder: Path, cache_dir: Path) -> None:
-        # With the folder's time in its name, machines that have other images at the same path can share a cache.
+        # The folder's time is part of the name, so that machines with different images at the same path can share a
+        # cache folder.
         self.index_path = cache_path(cache_dir, "folder", folder.resolve(), folder.stat().st_mtime_ns)
 
         def is_valid(columns: Columns) -> bool:
@@ -73,14 +74,14 @@ class ImageFolder(_ImageFiles):
 
 class Manifest(_ImageFiles):
     """A table of paths and labels: a .csv or .tsv file with two columns. The classes are the labels in sorted order,
-    by number where all are numbers.
+    in numeric order if all labels are numbers.
 
-    Paths are relative to the file's folder. The first line is a header if what it names in its first column neither is
-    a file nor has an image's extension. Cells are quoted as Python's csv module reads them. The index is kept at
-    `index_path` until the table changes or a file that was missing appears; as with ImageFolder, files that are
-    overwritten in place go unnoticed.
+    Paths are relative to the table's folder. The first line is skipped as a header if its first column neither names an
+    existing file nor has an image's extension. Quoting follows Python's csv module. The index is cached at `index_path`
+    until the table changes or an unreadable file becomes readable; as with ImageFolder, files that are overwritten in
+    place are not noticed.
 
-    Raises ConfigError for lines that cannot be understood, and for a class without a readable image.
+    Raises ConfigError for lines that cannot be parsed, and for a class without a readable image.
     """
 
     def __init__(self, path: Path, cache_dir: Path) -> None:
@@ -101,7 +102,11 @@ class Manifest(_ImageFiles):
 
 
 def _read_file(folder: Path, name: bytes, size: int = -1) -> bytes:
-    """Raises BadImageError for a path that no file can have, and for what is no file: a pipe would be waited for."""
+    """Return the first `size` bytes of folder/name, all for -1.
+
+    Raises BadImageError for an impossible path and for anything but a regular file, and OSError where reading fails.
+    """
+    # O_NONBLOCK: opening a named pipe would otherwise wait for a writer. Regular files ignore the flag.
     try:
         descriptor = os.open(os.path.join(folder, os.fsdecode(name)), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError:
@@ -118,7 +123,7 @@ def _read_file(folder: Path, name: bytes, size: int = -1) -> bytes:
 
 
 def _folder_time(folder: Path, name: bytes) -> int | None:
-    """When a folder was last changed, in nanoseconds; None for one that has gone."""
+    """Return the modification time of folder/name in nanoseconds; None if the folder no longer exists."""
     try:
         return os.stat(os.path.join(os.fsencode(folder), name)).st_mtime_ns
     except FileNotFoundError:
@@ -126,7 +131,7 @@ def _folder_time(folder: Path, name: bytes) -> int | None:
 
 
 def _any_readable(folder: Path, columns: Columns) -> bool:
-    """Whether one of the images that were unusable no longer is."""
+    """Whether one of the images listed as unusable can be read now."""
     names = columns["names"]
 
     def is_readable(index: int) -> bool:
@@ -141,6 +146,7 @@ def _any_readable(folder: Path, columns: Columns) -> bool:
 
 
 def _index_folder(folder: Path, index_path: Path) -> Columns:
+    """Return the columns of `read_image_headers` and the name and modification time of every folder."""
     times: list[tuple[bytes, int]] = []
     found = find_files(folder, EXTENSIONS, "images", lambda inside: times.append(_settled_time(folder, inside)))
     classes = list(found)
@@ -161,10 +167,12 @@ def _index_folder(folder: Path, index_path: Path) -> Columns:
 def find_files(
     folder: Path, extensions: Collection[str], what: str, enter: Callable[[str], None] = lambda inside: None
 ) -> dict[str, list[str]]:
-    """By class, in sorted order: the files with these extensions in a folder of class folders, and below, by their
-    paths relative to `folder`. enter: called with each folder's relative path before its names are read.
+    """Find the files with these extensions in a folder of class folders, at any depth below a class folder.
 
-    Raises ConfigError where there are no classes, a class without `what`, or links in a circle.
+    extensions: in lower case, with the dot. what: the word for them in messages, as "images". enter: called with
+    the relative path of each folder before the folder is listed.
+    Returns class -> paths relative to `folder`, both in sorted order.
+    Raises ConfigError where there are no class folders, a class has no such file, or a link leads in a circle.
     """
     classes = [entry.name for entry in _entries(folder, "", enter) if is_folder(entry)]
     if not classes:
@@ -182,23 +190,25 @@ def find_files(
 def _find_inside(folder: Path, inside: str, extensions: Collection[str], enter: Callable[[str], None]) -> Iterator[str]:
     for entry in _entries(folder, inside, enter):
         if is_folder(entry):
+            # A link to one of its own parents would be followed for ever.
             if entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(Path(entry.path).resolve()):
-                raise ConfigError(f"{printable(entry.path)} is a link to a folder that it stands in; remove it")
+                raise ConfigError(f"{printable(entry.path)} is a link to a folder that contains the link; remove it")
             yield from _find_inside(folder, f"{inside}/{entry.name}", extensions, enter)
         elif os.path.splitext(entry.name)[1].lower() in extensions:
             yield f"{inside}/{entry.name}"
 
 
 def _entries(folder: Path, inside: str, enter: Callable[[str], None]) -> list[os.DirEntry[str]]:
-    """What is shown in folder/inside, in sorted order."""
+    """Return the entries of folder/inside that are not hidden, sorted by name."""
     enter(inside)
     return sorted(filter(is_shown, os.scandir(folder / inside)), key=lambda entry: entry.name)
 
 
 def _settled_time(folder: Path, inside: str) -> tuple[bytes, int | None]:
-    """A folder's name and time, at a moment after which every change shows in the time."""
+    """Return a folder's name and modification time, read so late that every later change gets another time."""
     name = os.fsencode(inside)
     time_ns = _folder_time(folder, name)
+    # Changed just now: a file added within the same clock tick would leave the time as it is, and the index stale.
     if time_ns is not None and 0 <= time.time_ns() - time_ns < CLOCK_TICK_S * 1e9:
         time.sleep(CLOCK_TICK_S)
         time_ns = _folder_time(folder, name)
@@ -206,7 +216,7 @@ def _settled_time(folder: Path, inside: str) -> tuple[bytes, int | None]:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """A link that leads nowhere is none; what it is called says whether it counts as a broken image."""
+    """Whether an entry is a folder or a link to one. A dangling link is none: by its name it may be a broken image."""
     try:
         return entry.is_dir()
     except OSError:
@@ -214,14 +224,16 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_shown(entry: os.DirEntry[str]) -> bool:
-    return not entry.name.startswith(".")  # not .git, .ipynb_checkpoints, or the ._ files that some systems leave
+    """Whether an entry is not hidden: .git, .ipynb_checkpoints and the ._ files of some systems are no data."""
+    return not entry.name.startswith(".")
 
 
 def _read_manifest(path: Path) -> tuple[list[bytes], list[str]]:
-    """Paths and labels. Raises ConfigError with the numbers of the lines that cannot be understood."""
+    """Return the paths and the labels of a table. Raises ConfigError with the numbers of all lines that are wrong."""
     names: list[bytes] = []
     texts: list[str] = []
     mistakes: list[str] = []
+    # utf-8-sig drops a byte order mark; surrogateescape keeps file names that are not UTF-8.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
         is_first = True

@@ -1,4 +1,4 @@
-"""idx files, the format of MNIST and its likes: arrays of bytes, with or without gzip."""
+"""Reads idx files, the format of MNIST and Fashion-MNIST: arrays of bytes, plain or compressed with gzip."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 
 from cit_scale.errors import ConfigError
 
-UNSIGNED_BYTES = 0x08
+UNSIGNED_BYTES = 0x08  # the type code in the third byte of the header
 
 
 def labels_beside(images: Path) -> Path | None:
-    """The file of labels that belongs to a file of images: ...labels...idx1... for ...images...idx3..., if it is one.
+    """Return the file of labels that belongs to a file of images: ...labels...idx1... for ...images...idx3....
 
-    Either may be compressed. Raises ConfigError where there is none.
+    Either may end in .gz. Returns None if `images` is not named like a file of images.
+    Raises ConfigError where the file of labels is missing.
     """
     if not ("images" in images.name and "idx3" in images.name):
         return None
@@ -28,13 +29,16 @@ def labels_beside(images: Path) -> Path | None:
 
 
 def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
-    """An array of uint8. Raises ConfigError for a file that is none, or not whole."""
+    """Return the array in an idx file, uint8 with `num_dimensions` axes.
+
+    Raises ConfigError for a file that is damaged, incomplete, or not an idx file of bytes with that many axes.
+    """
     try:
         raw = path.read_bytes()
         data = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ConfigError(f"{path} is damaged ({error}); restore it") from error
-    start = 4 + 4 * num_dimensions
+    start = 4 + 4 * num_dimensions  # a magic number of 4 bytes, then the length of each axis in 4 bytes
     if data[:4] != bytes((0, 0, UNSIGNED_BYTES, num_dimensions)) or len(data) < start:
         raise ConfigError(f"{path} begins with {data[:4].hex()}, not as an idx file of bytes in {num_dimensions} axes")
     shape = np.frombuffer(data, ">u4", num_dimensions, offset=4).astype(int)

@@ -1,6 +1,7 @@
-"""What is known of a data set before any of its images is read: columns of numbers and texts, kept in one .npz file.
+"""The index of a data set: names, labels and image sizes as columns of numbers and texts, kept in one .npz file.
 
-Nothing in the file is pickled, and it appears by rename: whoever finds it finds all of it, on other machines too.
+Nothing in the file is pickled, so loading it executes no code. The file appears by rename, so a reader, also on another
+machine, finds a complete file or none.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from cit_scale.datasets.progress import ProgressBar
 from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import sync
 
-FORMAT = 2
-HEADER_BYTES = 1 << 16  # read of each image at first; a header that is longer costs a second, whole read
-THREADS = 32  # they hide the latency of a network's file system
-CHUNK = 256  # images that a thread measures in one go
+FORMAT = 2  # of the file; an index of another format is refused, not converted
+HEADER_BYTES = 1 << 16  # first read of each image; an image with a longer header is read a second time, completely
+THREADS = 32  # more than cores: they hide the latency of a network file system
+CHUNK = 256  # images that a thread measures per task
 
-# What is wrong with one file and not with the machine: that image is set aside, and the others are used.
+# Errors of a single file, not of the machine: that image is rejected and the others are used. Any other OSError is
+# raised, as a disk that fails for a moment must not make images disappear from the data set.
 UNUSABLE = (BadImageError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Texts:
-    """Byte strings in one block, each followed by a newline: a million names are two arrays, not a million objects.
+    """A sequence of N byte strings in one block: a million names take two arrays instead of a million objects.
 
-    block: uint8. ends: (N,) int64, where the newline after each text stands.
+    block: uint8, the texts, each followed by a newline. ends: (N,) int64, the position of the newline behind each text.
     """
 
     def __init__(self, block: np.ndarray, ends: np.ndarray) -> None:
@@ -45,6 +47,7 @@ class Texts:
 
     @classmethod
     def of(cls, texts: Sequence[bytes]) -> Texts:
+        """Pack byte strings. They may contain newlines themselves: only `ends` says where a text ends."""
         lengths = np.fromiter(map(len, texts), np.int64, len(texts))
         block = b"\n".join([*texts, b""])
         return cls(np.frombuffer(block, np.uint8), np.cumsum(lengths + 1) - 1)
@@ -64,12 +67,12 @@ Columns = Mapping[str, np.ndarray | Texts]
 
 
 def concatenate(parts: Sequence[Columns]) -> dict[str, np.ndarray | Texts]:
-    """The rows of all parts, which have the same columns."""
+    """Join the rows of all parts. Every part has the same columns."""
     joined: dict[str, np.ndarray | Texts] = {}
     for name, first in parts[0].items():
         columns = [part[name] for part in parts]
         if isinstance(first, Texts):
-            starts = np.cumsum([0, *(len(texts.block) for texts in columns)])
+            starts = np.cumsum([0, *(len(texts.block) for texts in columns)])  # of each part's block in the joined one
             ends = [texts.ends + start for texts, start in zip(columns, starts, strict=False)]
             joined[name] = Texts(np.concatenate([texts.block for texts in columns]), np.concatenate(ends))
         else:
@@ -77,11 +80,11 @@ def concatenate(parts: Sequence[Columns]) -> dict[str, np.ndarray | Texts]:
     return joined
 
 
-# --- The file ---
+# --- Saving, loading, caching ---
 
 
 def save(path: Path, columns: Columns) -> None:
-    """Write columns to `path`, which then has all of them or is as it was."""
+    """Write columns to `path`: the file is replaced completely or left as it was. Raises OSError."""
     arrays = {"format": np.array(FORMAT)}
     for name, column in columns.items():
         if isinstance(column, Texts):
@@ -94,16 +97,16 @@ def save(path: Path, columns: Columns) -> None:
         with partial.open("wb") as file:
             np.savez(file, **arrays)
         sync(partial)
-        partial.rename(path)  # two processes that do this at once replace each other's equal file
+        partial.rename(path)  # two processes may do this at the same time: they replace each other's equal file
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, np.ndarray | Texts]:
-    """What `save` wrote. Raises ConfigError for a file that it did not write, or that is damaged."""
+    """Read the columns that `save` wrote. Raises ConfigError for a damaged file and for one of another version."""
     try:
-        with np.load(path) as file:
+        with np.load(path) as file:  # refuses pickled objects unless told otherwise
             arrays = dict(file)
         if (found := int(arrays.pop("format"))) != FORMAT:
             raise ValueError(f"format {found} instead of {FORMAT}")
@@ -114,7 +117,7 @@ def load(path: Path) -> dict[str, np.ndarray | Texts]:
 
 
 def cached(path: Path, build: Callable[[], Columns], is_valid: Callable[[Columns], bool]) -> Columns:
-    """The columns kept at `path` if they are there and still valid, else those that are built, which are kept there."""
+    """Load the columns at `path` if the file exists and `is_valid(columns)`; otherwise build, save and return them."""
     if path.exists():
         columns = load(path)
         if is_valid(columns):
@@ -125,16 +128,20 @@ def cached(path: Path, build: Callable[[], Columns], is_valid: Callable[[Columns
 
 
 def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int) -> Path:
-    """A file name in `cache_dir` for everything that `key` tells apart."""
+    """Return a path in `cache_dir` that differs for every `kind` and `key`."""
     digest = hashlib.sha256(b"\0".join(os.fsencode(str(part)) if not isinstance(part, bytes) else part for part in key))
     return cache_dir / f"{kind}-{digest.hexdigest()[:24]}.npz"
 
 
-# --- What the columns say ---
+# --- The columns of a data set ---
 
 
 def number_classes(texts: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """The different texts as classes, in sorted order, by number where all are numbers; and the label of each, (N,)."""
+    """Return the distinct texts as sorted classes, and the class of each of the N texts, (N,) int64.
+
+    The order is numeric if all texts are numbers: 2 before 10.
+    """
+    # Numbered in the order of appearance first: `texts` may be a million long and is read only once.
     seen: dict[str, int] = {}
     order_seen = np.array([seen.setdefault(text, len(seen)) for text in texts], np.int64)
     are_numbers = all(text.isascii() and text.isdigit() for text in seen)
@@ -152,14 +159,17 @@ def read_image_headers(
     where: Path,
     index_path: Path,
 ) -> dict[str, np.ndarray | Texts]:
-    """The columns of a data set: what is given, and sizes and rejects from the images' headers, read in parallel.
+    """Return the columns of a data set; image sizes and rejects come from the images' headers, read in parallel.
 
-    read(index, size): an image's first `size` bytes, all for -1. Raises ConfigError for a class without any readable.
+    classes: K names. names, labels: of the N images. read(index, size): the first `size` bytes of an image, all for -1.
+    where, index_path: for messages. A rejected image keeps its row, with height and width 0.
+    Raises ConfigError for a class without a readable image.
     """
     count = len(names)
     heights, widths = np.zeros((2, count), np.int64)
     rejects: dict[int, str] = {}
 
+    # The threads write to disjoint ranges of `heights` and `widths`, so no lock is needed.
     def measure(start: int) -> dict[int, str]:
         bad = {}
         for index in range(start, min(start + CHUNK, count)):
@@ -185,7 +195,7 @@ def read_image_headers(
         ]
         raise ConfigError(
             f"{printable(where)} has no readable image for {len(missing)} of {len(classes)} classes: "
-            f"{shorten(missing)}; what is wrong: {shorten(bad)}; repair or remove them"
+            f"{shorten(missing)}; rejected: {shorten(bad)}; repair or remove them"
         )
     return {
         "classes": Texts.of([os.fsencode(name) for name in classes]),
@@ -199,23 +209,24 @@ def read_image_headers(
 
 
 def measure_image(read: Callable[[int, int], bytes], index: int) -> tuple[int, int]:
-    """Height and width of the upright image, or one of UNUSABLE."""
+    """Return height and width of the upright image in pixels. Raises one of UNUSABLE."""
     try:
         return read_size(io.BytesIO(read(index, HEADER_BYTES)))
-    except BadImageError:
+    except BadImageError:  # broken, or its header is longer than HEADER_BYTES
         return read_size(io.BytesIO(read(index, -1)))
 
 
 def fingerprint(classes: Sequence[str], names: Texts, *numbers: np.ndarray) -> str:
+    """Return a SHA-256 in hexadecimal of the classes, names and columns of numbers, the same on every machine."""
     digest = hashlib.sha256(os.fsencode("\n".join(classes)) + b"\0")
     digest.update(names.block)
     for column in numbers:
-        digest.update(column.astype("<i8").tobytes())
+        digest.update(column.astype("<i8").tobytes())  # one width and byte order, whatever the column has
     return digest.hexdigest()
 
 
 class Indexed:
-    """A source as far as its index goes; what it is a source of adds `read` and `name`."""
+    """The part of a `Source` that the index answers; subclasses add `read` and `name`."""
 
     def __init__(self, columns: Columns) -> None:
         self.classes = tuple(os.fsdecode(name) for name in columns["classes"])
@@ -236,16 +247,16 @@ class Indexed:
         return fingerprint(self.classes, self._names, self.labels, self.heights, self.widths)
 
 
-# --- What is said of them ---
+# --- Text for messages ---
 
 
 def reason_text(error: Exception) -> str:
-    """The reason in one line, without the file's name."""
+    """Return the reason of an error in one line, without the file's name."""
     return printable(error.strerror or str(error)) if isinstance(error, OSError) else printable(error)
 
 
 def printable(name: object) -> str:
-    """A name of any bytes in one line that every terminal takes."""
+    """Return a name in one printable line: control characters, line separators and bytes that are not UTF-8 escaped."""
     raw = name if isinstance(name, bytes) else os.fsencode(str(name))
     text = raw.decode("utf-8", "backslashreplace")
     return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029]", _escape, text)
@@ -257,5 +268,6 @@ def _escape(found: re.Match[str]) -> str:
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:
+    """Join the first `most` names with commas and say how many more there are; ``none`` for no names."""
     shown = ", ".join(names[:most]) or "none"
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,7 +1,7 @@
-"""Any data set to tar shards with an index: every image checked by decoding it, and scaled down if wanted.
+"""Packs any data set into tar shards with an index. Every image is decoded as a check, and scaled down on request.
 
-A few large files are read faster than a million small ones, above all over a network. Whatever interrupts it, the same
-command continues after the last whole shard and comes to the same bytes.
+A few large files are read faster than a million small ones, above all over a network. After any interruption the same
+command continues behind the last complete shard, and the result has the same bytes as without the interruption.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from cit_scale.files import changed, sync, write_text
 
 REJECTED = "rejected.tsv"
 MIB = 1 << 20
-AHEAD = 8  # images per worker that are prepared before their turn, so that a slow one does not stop the others
-LONGEST_JPEG = 65_500  # pixels, of libjpeg
+AHEAD = 8  # images per worker prepared ahead of the writer, so that one slow image does not stall the others
+LONGEST_JPEG = 65_500  # pixels a side; libjpeg's limit
+# What a setting was for a folder that was begun by a version without that setting.
 DEFAULTS = {"shard_mib": SHARD_MIB, "shorter_side": None, "quality": PACK_QUALITY}
 
 Item = TypeVar("Item")
@@ -46,7 +47,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of it. Counts and sizes are of the whole set; seconds and images_per_s are of this call."""
+    """The result of `pack`. Counts and sizes describe the whole data set; seconds and images_per_s only this call."""
 
     images: int
     shards: int
@@ -56,11 +57,14 @@ class Summary:
     seconds: float
     images_per_s: float
     empty_classes: tuple[str, ...]
-    """Classes whose every image was rejected."""
+    """Classes without an image left, because all were rejected."""
 
 
 class Prepared(NamedTuple):
-    """What a worker makes of an image: a row for the shard, or the reason why there is none."""
+    """An image after a worker has checked it: a row for the shard, or the reason why it is rejected.
+
+    size_before: bytes of the image in the source.
+    """
 
     index: int
     size_before: int = 0
@@ -77,14 +81,17 @@ def pack(
     shorter_side: int | None = None,
     quality: int = PACK_QUALITY,
 ) -> Summary:
-    """Write the images of `source`, in its order, to the shards of `out`, or go on where an earlier call stopped.
+    """Write the images of `source`, in its order, to shards in `out`, or continue where an earlier call stopped.
 
-    `out` is a data set once all is written. Images that cannot be decoded, and those that the source knows to be
-    unusable, are left out and listed in its rejected.tsv.
-    Those whose shorter side is longer than `shorter_side` pixels are scaled down to it and encoded as JPEG; all others
-    keep their bytes. How many workers there are changes nothing but the time.
+    `out` becomes a data set when everything is written. Images that cannot be decoded, and those that the source lists
+    as rejects, are left out and listed in out/rejected.tsv.
 
-    Raises ConfigError for an `out` that holds something else, and OSError where reading or writing fails.
+    shard_mib: a shard is closed when it has reached this size. workers: threads; they change the time, not the result.
+    shorter_side: images with a longer shorter side, in pixels, are scaled down to it and encoded as JPEG of `quality`;
+    all other images keep their bytes. None: all keep them.
+
+    Raises ConfigError for a value out of range, for an `out` with other content or other settings, while another
+    process packs to it, and when no image can be decoded; OSError where reading or writing fails.
     """
     started_s = time.monotonic()
     for name, value in {"shard_mib": shard_mib, "workers": workers, "shorter_side": shorter_side}.items():
@@ -97,18 +104,19 @@ def pack(
         return _prepare(source, index, shorter_side, quality)
 
     settings = {
-        "source": source.fingerprint,
+        "source": source.fingerprint,  # of its content, not its path: a data set may be moved
         "shard_mib": shard_mib,
         "shorter_side": shorter_side,
         "quality": quality,
     }
     with _claimed(out, settings):
-        first = len(source)
+        first = len(source)  # nothing to do if the index is there
         if not (out / INDEX).exists():
             parts = _committed_parts(out)
             first = _end(parts)
             _write_missing(parts, source, out, prepare, workers, shard_mib * MIB)
             _finish(out, source, parts)
+        # Only now: until the index exists, the parts are all that says which shards are complete.
         for leftover in (*out.glob("*.part.npz"), *out.glob(".*.partial")):
             leftover.unlink()
         return _summarise(out, len(source) - first, time.monotonic() - started_s)
@@ -116,7 +124,10 @@ def pack(
 
 @contextmanager
 def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold `out` against other processes; refuse what was not begun with these settings."""
+    """Lock `out` against other processes, and write the settings to it or compare them with those it was begun with.
+
+    Raises ConfigError for a folder with other content, a locked one, and one that was begun with other settings.
+    """
     if out.exists() and not (out.is_dir() and ((out / SETTINGS).exists() or not any(out.iterdir()))):
         raise ConfigError(f"{printable(out)} holds something else; give a folder that is new or empty")
     out.mkdir(parents=True, exist_ok=True)
@@ -125,6 +136,7 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process is packing to {printable(out)}; wait for it or stop it") from None
+        # Before the first shard is complete, other settings lose no work and simply replace the old ones.
         if (out / INDEX).exists() or _part_path(out, 0).exists():
             file.seek(0)
             changes = changed(json.load(file), settings, DEFAULTS)
@@ -142,15 +154,16 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-# --- Shard by shard ---
+# --- Writing shards ---
 
 
 def _part_path(out: Path, number: int) -> Path:
-    """The index of one shard, until there is one of all. Once it is there, the shard counts."""
+    """Return the path of one shard's index. A shard counts as complete once this file exists."""
     return out / f"{number:06d}.part.npz"
 
 
 def _committed_parts(out: Path) -> list[Columns]:
+    """Load the indices of the complete shards, from number 0 to the first that is missing."""
     parts: list[Columns] = []
     while (path := _part_path(out, len(parts))).exists():
         parts.append(load(path))
@@ -158,7 +171,7 @@ def _committed_parts(out: Path) -> list[Columns]:
 
 
 def _end(parts: Sequence[Columns]) -> int:
-    """How many images of the source are done."""
+    """Return how many images of the source the parts cover, rejected images included."""
     return int(parts[-1]["ends"][0]) if parts else 0
 
 
@@ -170,7 +183,7 @@ def _write_missing(
     workers: int,
     shard_bytes: int,
 ) -> None:
-    """Write the shards that come after `parts`, and append to it what is in each."""
+    """Write the shards that are missing after `parts`, and append the columns of each to `parts`."""
     threads = ThreadPoolExecutor(workers)
     first = _end(parts)
     try:
@@ -180,16 +193,19 @@ def _write_missing(
                 number = len(parts)
                 with ShardWriter(out / shard_name(number), source.classes) as shard:
                     part = _fill(shard, prepared, shard_bytes, progress)
-                save(_part_path(out, number), part)
+                save(_part_path(out, number), part)  # after the shard itself: this file declares it complete
                 parts.append(part)
     finally:
-        threads.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)  # otherwise an error would wait for all images prepared ahead
 
 
 def _in_order(
     threads: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """function(item) for each item, at most `ahead` of them before they are asked for."""
+    """Yield function(item) for each item in order, computed by the threads at most `ahead` items in advance.
+
+    Executor.map would submit all items at once, and keep the results of a whole data set in memory.
+    """
     waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(threads.submit(function, item))
@@ -200,7 +216,7 @@ def _in_order(
 
 
 def _fill(shard: ShardWriter, prepared: Iterator[Prepared], shard_bytes: int, progress: ProgressBar) -> Columns:
-    """Write the next images until the shard is as large as it should be, and commit it."""
+    """Write the next images until the shard has reached `shard_bytes`, and commit it. Returns the shard's columns."""
     sizes_before: list[int] = []
     rejects: dict[int, str] = {}
     for image in prepared:
@@ -211,6 +227,7 @@ def _fill(shard: ShardWriter, prepared: Iterator[Prepared], shard_bytes: int, pr
             sizes_before.append(image.size_before)
         progress.advance()
         end = image.index + 1
+        # A shard ends behind an image, so its content depends on the images only, not on workers or interruptions.
         if shard.size >= shard_bytes:
             break
     return {
@@ -223,10 +240,12 @@ def _fill(shard: ShardWriter, prepared: Iterator[Prepared], shard_bytes: int, pr
 
 
 def _prepare(source: Source, index: int, shorter_side: int | None, quality: int) -> Prepared:
+    """Read, check and scale one image. Raises OSError where the source cannot be read."""
     if index in source.rejects:
         return Prepared(index, reason=source.rejects[index])
     key = source.key(index)
-    before = data = source.read(index)  # a file that was there and is gone says something of the disk, not of the image
+    # Outside the try block: a file that was indexed and cannot be read now is a fault of the disk, not a bad image.
+    before = data = source.read(index)
     try:
         image = decode(data)
         suffix = os.path.splitext(os.fsdecode(key))[1].lower()
@@ -236,21 +255,23 @@ def _prepare(source: Source, index: int, shorter_side: int | None, quality: int)
     except BadImageError as error:
         return Prepared(index, reason=str(error))
     if suffix not in EXTENSIONS:
-        suffix = ".jpg"  # for readers that choose by it; all decoders go by the content
+        suffix = ".jpg"  # some readers select members by suffix; decoders look at the content anyway
     row = Row(index, key, suffix, int(source.labels[index]), image.height, image.width, data)
     return Prepared(index, len(before), row)
 
 
 def _scale_down(image: Image.Image, shorter_side: int) -> Image.Image:
-    """By Lanczos' filter, which averages over all pixels that become one, as bicubic does, and keeps more detail.
+    """Scale an image so that its shorter side has `shorter_side` pixels, with the Lanczos filter.
 
-    What a 224-pixel crop then shows was nearer to the crop of the original in each of 24 comparisons on photographs.
+    Like bicubic, PIL's Lanczos averages over all source pixels of a target pixel, and it keeps more detail: in each of
+    24 comparisons on photographs, a 224-pixel crop of the result was nearer to the same crop of the original.
     """
     size = [round(side * shorter_side / min(image.size)) for side in image.size]
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _to_jpeg(image: Image.Image, quality: int) -> bytes:
+    """Encode an image. Raises BadImageError for one that is too long for a JPEG."""
     if max(image.size) > LONGEST_JPEG:
         raise BadImageError(f"{image.width} x {image.height} pixels do not fit into a JPEG")
     buffer = io.BytesIO()
@@ -258,10 +279,14 @@ def _to_jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-# --- The end ---
+# --- Finishing ---
 
 
 def _finish(out: Path, source: Source, parts: Sequence[Columns]) -> None:
+    """Write rejected.tsv, then the index, which makes the folder a data set.
+
+    Raises ConfigError when no image is left.
+    """
     whole = concatenate(parts)
     rejects = zip(whole["rejects"].tolist(), whole["reasons"], strict=True)
     write_text(
@@ -269,10 +294,12 @@ def _finish(out: Path, source: Source, parts: Sequence[Columns]) -> None:
     )
     if not len(whole["labels"]):
         raise ConfigError(f"none of {len(source)} images can be decoded; {printable(out / REJECTED)} says why")
+    # A part without images has no shard. It can only be the last: a shard ends behind an image that fills it.
     write_index(out, source.classes, [part for part in parts if len(part["labels"])])
 
 
 def _summarise(out: Path, images_done: int, seconds: float) -> Summary:
+    """Collect the summary from the files in `out`. images_done, seconds: of this call."""
     index = load(out / INDEX)
     per_class = np.bincount(index["labels"], minlength=len(index["classes"]))
     shards = [out / os.fsdecode(name) for name in index["shard_names"]]
@@ -288,19 +315,20 @@ def _summarise(out: Path, images_done: int, seconds: float) -> Summary:
     )
 
 
-# --- The command ---
+# --- Command line ---
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Pack and report. arguments: as ``commands.pack_parser`` parses them.
+    """Pack a data set and print a summary. arguments: as parsed by ``commands.pack_parser``.
 
-    Returns the exit code: 0, 2 for a mistake of the user's, 1 where reading or writing fails, 130 on Ctrl-C.
+    Returns the exit code: 0 success, 1 reading or writing failed, 2 wrong option or data set, 130 Ctrl-C.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot encode must not end the command
     out = Path(arguments.out).expanduser()
-    goes_on = f"what is whole in {printable(out)} stays, and the same command continues there"
-    warnings.filterwarnings("ignore", module="PIL")  # what matters of an image is in the reasons
+    goes_on = f"complete shards in {printable(out)} are kept, and the same command continues there"
+    warnings.filterwarnings("ignore", module="PIL")  # rejected.tsv has the reason for each bad image
     try:
+        # Shards inside SOURCE would be taken for a class of it.
         folder = Path(arguments.source).expanduser()
         if arguments.source not in BUILT_IN and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(f"OUT={printable(out)} is inside SOURCE={printable(folder)}; give a folder elsewhere")
@@ -327,10 +355,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print_summary(summary: Summary, out: Path) -> None:
+    """Print the summary on stdout, a line for each kind of figure."""
     print(f"images    {summary.images}")
     print(f"shards    {summary.shards}, {summary.mib_before:.1f} MiB of images in {summary.mib_after:.1f} MiB")
     print(f"rejected  {summary.rejected}{f', listed in {printable(out / REJECTED)}' if summary.rejected else ''}")
-    done = f"{summary.images_per_s:.0f} images/s, {summary.seconds:.1f} s" if summary.images_per_s else "all was there"
+    done = (
+        f"{summary.images_per_s:.0f} images/s, {summary.seconds:.1f} s" if summary.images_per_s else "nothing to pack"
+    )
     print(f"speed     {done}")
     print(f"data set  {printable(out)}")
     if summary.empty_classes:

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a line now and then in a file, nothing where the job is short."""
+"""Progress of a long job on stderr: a bar on a terminal, a line every 30 s in a file, nothing for a short job."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-SHORT_S = 3.0  # a job that ends sooner says nothing
+SHORT_S = 3.0  # a job that ends sooner prints nothing
 LINE_EVERY_S = 30.0
 
 
 class ProgressBar:
-    """Counts `unit`s up to `total`, on stderr, while used as a context manager. To be advanced from one thread."""
+    """Shows a count of `unit`s up to `total` on stderr, while used as a context manager. Not thread-safe.
+
+    done: units that an earlier call has finished; they count for the progress, but not for the rate.
+    """
 
     def __init__(self, title: str, total: int, unit: str = "images", done: int = 0) -> None:
         self.done = self._first = done
@@ -34,6 +37,7 @@ class ProgressBar:
             self._bar.stop()
 
     def advance(self, count: int = 1) -> None:
+        """Add `count` finished units, and show them if the job is a long one."""
         self.done += count
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done)

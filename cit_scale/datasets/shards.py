@@ -1,7 +1,7 @@
-"""Tar shards in the WebDataset layout: NAME.jpg beside NAME.cls, which holds the label.
+"""Writes and reads tar shards in the WebDataset layout: an image NAME.jpg beside its label in NAME.cls.
 
-A reader of ours goes by an index of where each image's bytes begin, so any image is one read away. Nothing is ever
-extracted: the name of a member decides no path.
+Reading goes by an index of the offset and size of each image in its shard, so an image costs one read. Members are
+never extracted: a name such as ../../x in a foreign tar file cannot lead to a path.
 """
 
 from __future__ import annotations
@@ -45,20 +45,25 @@ from cit_scale.datasets.progress import ProgressBar
 from cit_scale.errors import ConfigError
 from cit_scale.files import sync
 
-INDEX = "index.npz"  # comes last: a folder that has it is whole
-SETTINGS = "pack.json"  # a folder that has it and no index is being packed
+INDEX = "index.npz"  # written last: a folder with an index is complete
+SETTINGS = "pack.json"  # a folder with settings and without an index is still being packed
 CLASSES = "classes.txt"
-KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)  # WebDataset's: a key ends at the first dot of the last part
+# WebDataset's rule: the key ends at the first dot of the last part of the path.
+KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)
 LABEL = ".cls"
-PLACE = ("shards", "offsets", "sizes")  # the columns that say where an image's bytes are
-OPEN_SHARDS = 256  # of each set at once; Linux gives a process 1024 files unless told otherwise
+PLACE = ("shards", "offsets", "sizes")  # columns: number of the shard, first byte in it, number of bytes
+OPEN_SHARDS = 256  # files that a data set keeps open; a process on Linux may open 1024 by default
 
 
 # --- Writing ---
 
 
 class Row(NamedTuple):
-    """One image for a shard. index: its number among all. height, width: of the upright image, in pixels."""
+    """One image for a shard.
+
+    index: its number in the data set. name: its key in the source. suffix: the extension with its dot. label: the
+    number of its class. height, width: of the upright image, in pixels. data: the encoded image.
+    """
 
     index: int
     name: bytes
@@ -70,7 +75,10 @@ class Row(NamedTuple):
 
 
 class ShardWriter:
-    """One shard while it is written; used as a context manager. It appears when it is committed, or not at all."""
+    """Writes one shard, as a context manager. The file appears at `path` when `commit` is called, or not at all.
+
+    classes: the names of all classes, which become folders inside the tar file.
+    """
 
     def __init__(self, path: Path, classes: Sequence[str]) -> None:
         self.path = path
@@ -83,27 +91,34 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # a full disk refuses the last bytes once more
+        # Close the file and not the TarFile, which would write an end marker. On a full disk closing fails once more;
+        # the error that led here is the one to report.
+        with suppress(OSError):
             self._tar.fileobj.close()
         self._partial.unlink(missing_ok=True)
 
     @property
     def size(self) -> int:
-        """Bytes written so far."""
+        """Bytes of the tar file written so far."""
         return self._tar.offset
 
     def add(self, row: Row) -> None:
+        """Append an image and its label."""
         key = member_key(self._classes[row.label], row.name, row.index)
         self._add_member(key + row.suffix, row.data)
-        offset = self.size - -(-len(row.data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE  # the data ends in padding
+        # tarfile has padded the data to whole blocks; step back over them to where the data begins.
+        offset = self.size - -(-len(row.data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         self._rows.append((row.name, row.label, row.height, row.width, offset, len(row.data)))
         self._add_member(key + LABEL, str(row.label).encode())
 
     def commit(self) -> Columns:
-        """Make the shard appear; the index of what is in it. Without images there is no shard, and an empty index."""
+        """Finish the shard, rename it to `path`, and return the columns of its images.
+
+        Without images no file appears, and the columns are empty.
+        """
         self._tar.close()
         if self._rows:
-            sync(self._partial)
+            sync(self._partial)  # before the rename: after a power cut the name must not lead to an incomplete file
             self._partial.rename(self.path)
             sync(self.path.parent)
         numbers = np.array([numbers for _, *numbers in self._rows], np.int64).reshape(-1, 5)
@@ -111,23 +126,31 @@ class ShardWriter:
         return {"names": Texts.of([name for name, *_ in self._rows]), **dict(columns)}
 
     def _add_member(self, name: str, data: bytes) -> None:
+        # TarInfo's defaults (time 0, owner 0) stay: the same images make the same bytes at any time, for any user.
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._tar.addfile(member, io.BytesIO(data))
 
 
 def member_key(class_name: str, name: bytes, index: int) -> str:
-    """A member's name before its suffix: legible, safe to extract anywhere, and unique in the data set by its index."""
+    """Return a member's name without its suffix, CLASS/STEM-INDEX: legible, safe to extract on any file system, unique.
+
+    index: the image's number in the data set, which makes the name unique.
+    """
     stem = os.path.splitext(os.path.basename(os.fsdecode(name)))[0]
     return f"{_safe(class_name)}/{_safe(stem)}-{index:08d}"
 
 
 def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
     return f"{number:06d}.tar"
 
 
 def write_index(folder: Path, classes: Sequence[str], parts: Sequence[Columns]) -> None:
-    """Make the shards of `folder`, numbered from 0 and each described by one of `parts`, a data set."""
+    """Write classes.txt and the index of the shards in `folder`, which makes the folder a complete data set.
+
+    parts: the columns of each shard, in the order of their numbers from 0.
+    """
     (folder / CLASSES).write_text("".join(f"{printable(name)}\n" for name in classes), encoding="utf-8")
     sync(folder / CLASSES)
     columns = {
@@ -144,9 +167,11 @@ def write_index(folder: Path, classes: Sequence[str], parts: Sequence[Columns]) 
 def write_shards(
     folder: Path, classes: Sequence[str], images: Iterable[tuple[str, int, bytes]], images_per_shard: int = 10_000
 ) -> None:
-    """Write images, each (name with extension, label, encoded bytes), as the shards of `folder`.
+    """Write images as a new folder of shards with an index.
 
-    The folder appears whole or not at all. If another process makes it appear first, that one stays.
+    images: (name with extension, label, encoded bytes) each.
+    The folder appears completely or not at all. If another process creates it meanwhile, its folder is kept.
+    Raises ValueError for no images.
     """
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir(parents=True)
@@ -163,7 +188,7 @@ def write_shards(
         write_index(partial, classes, parts)
         try:
             partial.rename(folder)
-        except OSError:
+        except OSError:  # not an error if another process has finished the same folder
             if not (folder / INDEX).exists():
                 raise
         sync(folder.parent)
@@ -172,12 +197,16 @@ def write_shards(
 
 
 def _rows(images: Iterable[tuple[str, int, bytes]]) -> Iterator[Row]:
+    """Number the images and read their sizes."""
     for index, (name, label, data) in enumerate(images):
         yield Row(index, os.fsencode(name), Path(name).suffix, label, *read_size(io.BytesIO(data)), data)
 
 
 def _safe(text: str) -> str:
-    """Letters, digits, - and _ only; 60 of them leave room for the rest in the 255 bytes of a file name."""
+    """Replace everything but letters, digits, - and _ by _, and keep at most 60 characters; ``x`` where none are left.
+
+    60 characters leave room for the rest of the name within the 255 bytes of a file name.
+    """
     return re.sub(r"[^\w-]+", "_", text)[:60].strip("_-") or "x"
 
 
@@ -185,18 +214,20 @@ def _safe(text: str) -> str:
 
 
 class TarShards(Indexed):
-    """Tar shards with an index, so that any image is one read away and a shuffle is one over all of them.
+    """A data set of tar shards with an index: an image costs one read, so a shuffle can cover all shards.
 
-    Raises ConfigError when a shard is shorter than the index says.
+    Raises ConfigError when a shard is missing or shorter than the index says.
     """
 
     def __init__(self, folder: Path, columns: Columns | None = None) -> None:
-        """columns: the index, where it is not in the folder itself."""
+        """columns: the index; None: read it from the folder."""
         columns = load(folder / INDEX) if columns is None else columns
         super().__init__(columns)
         self._shards, self._offsets, self._sizes = (columns[name] for name in PLACE)
         self._paths = [folder / os.fsdecode(name) for name in columns["shard_names"]]
         self._open = lru_cache(OPEN_SHARDS)(_OpenFile)
+        # Compare the length of each shard with the end of its last image: a shard cut short is found now and not in
+        # the middle of an epoch.
         ends = np.zeros(len(self._paths), np.int64)
         np.maximum.at(ends, self._shards, self._offsets + self._sizes)
         for path, end in zip(self._paths, ends, strict=True):
@@ -215,7 +246,10 @@ class TarShards(Indexed):
 
 
 class _OpenFile:
-    """A file that closes when nobody uses it any more: a thread may still read what a cache has let go."""
+    """A file opened for reading, closed when its last user lets go of it.
+
+    The cache may drop a file that another thread is still reading, so the cache must not close files itself.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -223,8 +257,10 @@ class _OpenFile:
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from `offset` on. Raises OSError where the file ends before."""
         parts = []
-        while size:
+        while size:  # pread may return fewer bytes than were asked for
+            # pread keeps no position in the file: threads and forked processes can share the descriptor.
             part = os.pread(self._descriptor, size, offset)
             if not part:
                 raise OSError(errno.EIO, "the file ends too early", str(self._path))
@@ -233,17 +269,19 @@ class _OpenFile:
         return b"".join(parts)
 
 
-# --- Other people's shards ---
+# --- Shards without an index ---
 
 
 def open_foreign_shards(folder: Path, cache_dir: Path) -> TarShards:
-    """The *.tar files of a folder, in WebDataset's layout and without an index: they are looked through once.
+    """Open the *.tar files of a folder in WebDataset's layout that have no index: scan them once and cache an index.
 
-    An image is a regular file with an image's extension. Its label is what NAME.cls beside it holds, a number or a
-    class's name. The classes are the lines of classes.txt in the folder, which numbers count from 0; without that file
-    they are the labels in sorted order. The index is kept in `cache_dir` until a name, size or time of a file changes.
+    An image is a regular member with an image's extension. Its label is the content of NAME.cls beside it: a number or
+    the name of a class. If the folder has a classes.txt, its lines are the classes, and numbers count them from 0;
+    otherwise the classes are the labels in sorted order. The index is kept in `cache_dir` until the name, size or
+    modification time of a file changes.
 
-    Raises ConfigError for a file that is no whole tar file, and for images without a label.
+    Raises ConfigError for a file that is not a complete, uncompressed tar file, for images without a label, and for
+    labels that classes.txt does not have.
     """
     paths = tar_files(folder)
     classes_file = folder / CLASSES
@@ -274,15 +312,19 @@ def open_foreign_shards(folder: Path, cache_dir: Path) -> TarShards:
 
 
 def tar_files(folder: Path) -> list[Path]:
+    """Return the *.tar files of a folder in sorted order, without hidden ones."""
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def _scan_shards(paths: Sequence[Path]) -> tuple[list[bytes], list[str], np.ndarray]:
-    """Names, texts of the labels, and (N, 3) shards, offsets and sizes of all images in some tar files."""
+    """Find the N images in the tar files. Returns their names, their labels as text, and the columns of PLACE, (N, 3).
+
+    Raises ConfigError where there is no image.
+    """
     names: list[bytes] = []
     texts: list[str] = []
     places: list[tuple[int, int, int]] = []
-    title = f"looking through {printable(paths[0].parent)}"
+    title = f"scanning {printable(paths[0].parent)}"
     with ProgressBar(title, len(paths), "shards") as progress, ThreadPoolExecutor(THREADS) as threads:
         for shard, found in enumerate(threads.map(_scan_shard, paths)):
             for name, offset, size, text in found:
@@ -299,13 +341,16 @@ def _scan_shards(paths: Sequence[Path]) -> tuple[list[bytes], list[str], np.ndar
 
 
 def _scan_shard(path: Path) -> list[tuple[bytes, int, int, str]]:
-    """The images in a tar file: name, offset, size and the text of the label."""
+    """Find the images in a tar file. Returns (name, offset, size, text of the label) of each.
+
+    Raises ConfigError for a file that is damaged or compressed, two images of one key, and images without a label.
+    """
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:") as tar:  # "r:" refuses compressed files, in which offsets would be useless
             for member in tar:
-                if member.size < 0:
+                if member.size < 0:  # damaged: tarfile accepts it and would look for the next header before this one
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
                 key, suffix = split_key(member.name)
                 if not member.isreg() or member.issparse():
@@ -319,7 +364,7 @@ def _scan_shard(path: Path) -> list[tuple[bytes, int, int, str]]:
                     images[key] = member
                 elif suffix == LABEL:
                     labels[key] = tar.extractfile(member).read(1 << 10).decode("utf-8", "surrogateescape").strip()
-            # tarfile takes a header that it cannot read for the end.
+            # tarfile takes a header that it cannot parse for the end of the file. A complete file has zeros there.
             if any(os.pread(tar.fileobj.fileno(), tarfile.BLOCKSIZE, tar.offset)):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except tarfile.TarError as error:
@@ -336,13 +381,16 @@ def _scan_shard(path: Path) -> list[tuple[bytes, int, int, str]]:
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """A member's key and its suffix in small letters. Both are empty where WebDataset sees none."""
+    """Split a member's name into key and lower-case suffix by WebDataset's rule. Both are empty if it has no key."""
     found = KEY.fullmatch(name)
     return (found[1], found[2].lower()) if found else ("", "")
 
 
 def _labels_by_file(classes_file: Path, classes: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-    """Labels as numbers of lines, if all of them can be; else as names."""
+    """Return the class of each label, (N,) int64: labels are line numbers if all of them can be, otherwise names.
+
+    Raises ConfigError for labels that are neither.
+    """
     by_number = {str(number): number for number in range(len(classes))}
     by_name = {name: number for number, name in enumerate(classes)}
     known = by_number if set(texts) <= by_number.keys() else by_name

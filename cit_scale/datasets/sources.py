@@ -1,8 +1,7 @@
-"""Where images come from: an index -> encoded bytes, with label, height and width known beforehand.
+"""Opens data sets. A source maps an index to an encoded image, and knows all labels, heights and widths beforehand.
 
-Heights and widths are those of the upright image (EXIF orientation applied), as the decoder delivers it; the crops are
-drawn from them before anything is decoded. They are read once, with everything else that is known of a data set, and
-kept in the cache folder.
+Heights and widths are those of the upright image (EXIF orientation applied), as the decoder returns it. Crops are drawn
+from them before anything is decoded. They are read once, together with names and labels, and kept in the cache folder.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from cit_scale.datasets.index import cache_path, printable, shorten
 from cit_scale.datasets.shards import INDEX, SETTINGS, TarShards, open_foreign_shards, tar_files, write_shards
 from cit_scale.errors import ConfigError, MissingInputError
 
-HOLDOUT_TAG = 0x401D  # keeps the seed of the held-out part apart from every other
+HOLDOUT_TAG = 0x401D  # keeps the seed of the held-out part apart from all other seeds
 
 
 class Source(Protocol):
-    """N encoded images. All arrays are (N,) int64; heights and widths are in pixels."""
+    """The interface of a data set of N encoded images. All arrays are (N,) int64; heights and widths are in pixels."""
 
     classes: tuple[str, ...]
     labels: np.ndarray
@@ -38,26 +37,26 @@ class Source(Protocol):
     widths: np.ndarray
 
     rejects: Mapping[int, str]
-    """Index -> reason of the images already known to be unusable. They keep their place; height and width are 0."""
+    """Index -> reason of each image known to be unusable. Such an image keeps its index; its height and width are 0."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Safe to call from several threads, and in a forked process. Raises OSError."""
+        """Return the encoded image. Thread-safe, and safe in a forked process. Raises OSError, BadImageError."""
 
     def key(self, index: int) -> bytes:
-        """What the image is called inside the data set, wherever that stands; usually CLASS/FILE."""
+        """Return the image's name inside the data set, usually CLASS/FILE; independent of the data set's location."""
 
     def name(self, index: int) -> str:
-        """Where the image stands, for messages."""
+        """Return the image's path, for messages."""
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two sources that hold the same keys, labels and sizes in the same order."""
+        """A digest, equal for two sources with the same classes, keys, labels and sizes in the same order."""
 
 
 class Subset:
-    """The images of `source` at `indices`, (N,)."""
+    """A source of some images of another: image i is `source`'s image indices[i]. indices: (N,) int64."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source = source
@@ -66,6 +65,7 @@ class Subset:
         self.labels = source.labels[indices]
         self.heights = source.heights[indices]
         self.widths = source.widths[indices]
+        # The rejects under their new indices.
         places = np.flatnonzero(np.isin(indices, list(source.rejects)))
         self.rejects: Mapping[int, str] = {int(place): source.rejects[int(indices[place])] for place in places}
 
@@ -86,26 +86,27 @@ class Subset:
         return hashlib.sha256(self.source.fingerprint.encode() + self.indices.astype("<i8").tobytes()).hexdigest()
 
 
-# --- Arrays, kept as PNG in tar shards ---
+# --- Data sets of arrays, converted once to PNG in tar shards ---
 
 
 def digits(cache_dir: Path) -> TarShards:
-    """scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 pixels in ten classes."""
-    folder = cache_dir / "digits-v2"
+    """Return scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 pixels in ten classes."""
+    folder = cache_dir / "digits-v2"  # "digits" has an index of the former format
     if not (folder / INDEX).exists():
-        from sklearn.datasets import load_digits  # a second's import that only the first run needs
+        from sklearn.datasets import load_digits  # takes a second, and only the first run needs it
 
         data = load_digits()
-        pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
+        pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)  # scikit-learn stores 0 to 16
         write_shards(folder, [str(name) for name in data.target_names], _pngs(pixels, data.target))
     return TarShards(folder)
 
 
 def idx_images(images: Path, labels: Path, cache_dir: Path) -> TarShards:
-    """Grey images and their labels from a pair of idx files; the classes are the labels' numbers.
+    """Return a data set from a pair of idx files, grey images and their labels; the classes are the labels' numbers.
 
-    Raises ConfigError for files that are damaged or do not belong together.
+    Raises ConfigError for files that are damaged, empty, or do not belong together.
     """
+    # Size and time of both files are part of the folder's name, so changed files are converted again.
     stats = [part for path in (images, labels) for part in (path.stat().st_size, path.stat().st_mtime_ns)]
     folder = cache_path(cache_dir, "idx", images.resolve(), labels.resolve(), *stats).with_suffix("")
     if not (folder / INDEX).exists():
@@ -121,23 +122,26 @@ def idx_images(images: Path, labels: Path, cache_dir: Path) -> TarShards:
 
 
 def _pngs(pixels: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, int, bytes]]:
-    """What `write_shards` takes, from images (N, H, W) and labels (N,)."""
+    """Yield the rows that `write_shards` takes. pixels: (N, H, W) uint8. labels: (N,)."""
     for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         yield f"{index:04d}.png", int(label), buffer.getvalue()
 
 
-# --- Opening ---
+# --- Opening a data set by its path or name ---
 
 BUILT_IN = {"digits": digits}
 
 
 def open_sources(data: DataConfig) -> tuple[Source, Source]:
-    """The training and the evaluation source. Raises ConfigError for what cannot be trained on.
+    """Open the training source and the evaluation source.
 
-    Without `data.eval`, the part `data.holdout` of every class is held out for evaluation, by a permutation that never
-    changes. Caches appear in `data.cache_dir` by rename: let one process come first, and the others find them.
+    Without `data.eval`, the share `data.holdout` of every class is held out for evaluation. The choice is a function of
+    the class's label, its number of images and the share alone, so it is the same in every run.
+    Caches appear in `data.cache_dir` by rename. Let one process open the sources first; the others then read its cache.
+
+    Raises ConfigError, or its subclass MissingInputError for a path that does not exist.
     """
     if data.eval is None and not 0 < data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is not between 0 and 1; use 0.2, or set data.eval to a folder")
@@ -156,7 +160,10 @@ def open_sources(data: DataConfig) -> tuple[Source, Source]:
 
 
 def open_source(where: str, cache_dir: Path, option: str) -> Source:
-    """A data set by its place or its name. Raises ConfigError, naming the option that gave it."""
+    """Open a data set by its path or built-in name. option: the setting that `where` comes from, for messages.
+
+    Raises ConfigError for a path that is not a data set, and MissingInputError for one that does not exist.
+    """
     if where in BUILT_IN:
         return BUILT_IN[where](cache_dir)
     path = Path(where).expanduser()
@@ -175,6 +182,7 @@ def open_source(where: str, cache_dir: Path, option: str) -> Source:
 
 
 def _open_folder(folder: Path, cache_dir: Path) -> Source:
+    """Open a folder of packed shards, of tar files without an index, or of class folders."""
     if (folder / INDEX).exists():
         return TarShards(folder)
     if (folder / SETTINGS).exists():
@@ -182,6 +190,7 @@ def _open_folder(folder: Path, cache_dir: Path) -> Source:
             f"{folder} is not packed to the end; give the command that packs it again, which continues, "
             f"or delete the folder"
         )
+    # Class folders take precedence over tar files that lie beside them.
     has_folders = any(is_folder(entry) for entry in os.scandir(folder) if is_shown(entry))
     if tar_files(folder) and not has_folders:
         return open_foreign_shards(folder, cache_dir)
@@ -193,7 +202,10 @@ def _names(classes: Iterable[str]) -> str:
 
 
 def _hold_out(source: Source, share: float) -> tuple[Source, Source]:
-    """The rest, and `share` of every class: at least one image, never all. Raises ConfigError where that cannot be."""
+    """Split every class by `share`. Returns the rest and the held-out part; each has at least one image of every class.
+
+    Raises ConfigError for a class with fewer than two images.
+    """
     held_out = []
     for label, name in enumerate(source.classes):
         members = np.flatnonzero(source.labels == label)

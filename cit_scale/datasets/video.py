@@ -1,9 +1,9 @@
-"""Class folders of videos to labelled frames: a folder of images, or shards.
+"""Takes labelled frames from class folders of videos, and writes them as a folder of images or as shards.
 
-VIDEOS/cat/a.mp4 becomes OUT/cat/a.mp4/000000.jpg, 000001.jpg, ..., which --data.train OUT trains on. Folders inside a
-class are searched as well; names that begin with a dot are passed over. The frames of a video appear together, once all
-of it has been decoded without an error. A broken video is reported, listed with the reason in OUT/rejected.tsv, and
-skipped. The same command goes on where it was stopped, and in a folder takes up videos that are new or have changed.
+VIDEOS/cat/a.mp4 becomes OUT/cat/a.mp4/000000.jpg, 000001.jpg, ..., which --data.train OUT trains on. Sub-folders of a
+class are searched, too; names that begin with a dot are ignored. The frames of a video appear together, once the whole
+video has been decoded without an error. A broken video is reported, listed with the reason in OUT/rejected.tsv, and
+skipped. The same command continues where it was stopped; in a folder of images it also adds new and changed videos.
 """
 
 from __future__ import annotations
@@ -47,28 +47,30 @@ EXTENSIONS = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 }
-POLL_S = 0.1
+POLL_S = 0.1  # between two checks for a stop request
 CLOCK_ERROR_S = 0.001  # Matroska rounds the time of a frame to milliseconds
 
-# In OUT. Readers of images pass over files beside the classes, and over what begins with a dot.
+# Files in OUT. ImageFolder ignores files beside the class folders, and names that begin with a dot.
 SETTINGS = "video.json"
 PARTIAL = ".partial"
-RECORD = ".video.json"  # in the folder of one video's frames
+RECORD = ".video.json"  # in the folder of each video's frames
 
 SOMETHING_ELSE = "holds something else; give a folder that is new or empty as OUT"
 
 
 class BadVideoError(ValueError):
-    """A video that no frames can be taken from. The message is the reason, in one line and without the name."""
+    """No frames can be taken from a video. The message is the reason, in one line and without the video's name."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames of a video to take, by exactly one of three rules. Raises ConfigError for anything else.
+    """The rule by which frames of a video are selected; exactly one of the three fields is set.
 
-    fps: so many a second: the first frame, then the first at or after each tick, and none twice.
-    count: so many: the middle ones of as many equal parts; all frames where there are fewer.
-    scene: the first frame, then each that differs from the one before it by more than this, between 0 and 1.
+    fps: frames per second: the first frame, then the first frame at or after each tick; no frame is taken twice.
+    count: frames per video: the middle frame of each of `count` equal parts; all frames of a video with fewer.
+    scene: the first frame, then each frame whose scene score (ffmpeg's, 0 to 1, against the frame before) exceeds this.
+
+    Raises ConfigError unless one field is set, to a value in its range.
     """
 
     fps: float | None = None
@@ -87,11 +89,17 @@ class Sampling:
             raise ConfigError(f"scene={self.scene} is not between 0 and 1; 0.3 finds most cuts, less finds more")
 
     def expression(self, num_frames: int) -> str:
-        """The rule in the language of ffmpeg's filter `select`. num_frames: of the whole video; used by `count`."""
+        """Return the rule as an expression for ffmpeg's filter `select`, which keeps a frame if the value is not 0.
+
+        num_frames: frames of the whole video; used by `count` only.
+        """
         if self.count is not None:
+            # Part k of `count` has its middle at (k + 0.5) * num_frames / count. Frame n is taken if a middle lies in
+            # [n, n + 1): if more middles lie before n + 1 than before n.
             middles_before = f"ceil({{}}*{self.count}/{num_frames}-0.5)"
             return f"gt({middles_before.format('(n+1)')},{middles_before.format('n')})"
         if self.fps is not None:
+            # A frame is taken if a tick has passed since the last frame taken; NaN: none has been taken.
             ticks_until = f"floor(({{}}-start_t+{CLOCK_ERROR_S})*{self.fps})"
             return f"isnan(prev_selected_t)+gt({ticks_until.format('t')},{ticks_until.format('prev_selected_t')})"
         return f"isnan(prev_selected_t)+gt(scene,{self.scene})"
@@ -99,7 +107,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a video's header says, or None where it does not. height, width: of the upright frame, in pixels."""
+    """The header of a video. height, width: of the upright frame, in pixels. None: the header does not say."""
 
     codec: str
     height: int
@@ -110,7 +118,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Record:
-    """What the frames of one video were taken from. software: why by the CPU, where the hardware failed."""
+    """The file in the folder of a video's frames that says from which version of the video they were taken.
+
+    size, mtime_ns: of the video file, to notice a change. num_frames: frames taken. duration_s: by the header, 0 if
+    unknown. software: the error of the hardware decoder if the CPU has decoded the video instead; otherwise empty.
+    """
 
     size: int
     mtime_ns: int
@@ -121,7 +133,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `extract_all` found, by CLASS/VIDEO. orphans: frames in OUT whose videos have gone."""
+    """The result of `extract_all`. Keys are CLASS/VIDEO.
+
+    records: the videos whose frames are there. rejected: the reasons for the broken ones. orphans: frames in OUT of
+    videos that no longer exist; they are kept.
+    """
 
     records: Mapping[str, Record]
     rejected: Mapping[str, str]
@@ -132,7 +148,8 @@ class Summary:
 
 
 def probe(video: Path) -> Probe:
-    """Read a video's header. Raises BadVideoError where there is no video in it."""
+    """Read a video's header. Raises BadVideoError for a file without a video stream, or one that cannot be read."""
+    # The wheel imageio-ffmpeg has no ffprobe, so this parses what ffmpeg logs when it copies no frames (t=0).
     log = _run_ffmpeg(_read(video)["V:0"].output("-", f="null", c="copy", t=0))
     header, _, chosen = log.partition("Output #0")
     found = re.search(r"Stream #0:0.*?: Video: (\w+).*?, (\d+)x(\d+)", chosen)
@@ -159,12 +176,17 @@ def extract(
     threads: int = 1,
     stop: StopRequest | None = None,
 ) -> int:
-    """Write frames of a video as folder/000000.jpg, 000001.jpg, ..., and say how many.
+    """Write frames of a video as folder/000000.jpg, 000001.jpg, .... Returns the number of frames.
 
-    Frames are upright, have square pixels and JPEG's colours whatever the video's are, and are made smaller, never
-    larger, for their shorter side to be `shorter_side`. The folder appears whole or not at all. Raises BadVideoError
-    for a video that is broken anywhere, and OSError where frames cannot be written. What ends between two frames, in a
-    format that does not say how much should come, such as MPEG-TS, FLV or WMV, cannot be told from a shorter video.
+    Frames are upright and have square pixels and JPEG's colour space, whatever the video has. The folder appears
+    completely or not at all.
+
+    shorter_side: frames with a longer shorter side, in pixels, are scaled down to it; smaller ones keep their size.
+    quality: ffmpeg's JPEG quality, 2 (fine) to 31 (coarse). hwaccel: ffmpeg's name of a hardware decoder; None: CPU.
+    threads: of ffmpeg. stop: when a stop is requested, the work ends with Stopped.
+
+    Raises BadVideoError for a video that is broken anywhere, and OSError where frames cannot be written. Not detected:
+    a file cut off between two frames in a format that does not state its length, such as MPEG-TS, FLV and WMV.
     """
     unfinished = folder.with_name(f".{uuid.uuid4().hex}.partial")
 
@@ -178,6 +200,7 @@ def extract(
             .filter("setsar", 1)
             .filter("format", "yuv420p")
         )
+        # passthrough: ffmpeg would otherwise repeat or drop frames for a constant rate.
         options = {"start_number": 0, "fps_mode": "passthrough", "threads": 1, "q:v": quality}
         _run_ffmpeg(frames.output("%06d.jpg", **options), unfinished, stop)
         return len(os.listdir(unfinished))
@@ -190,7 +213,8 @@ def extract(
         num_frames = count_frames(c="copy") if sampling.count else 0
         num_taken = take(num_frames)
         if sampling.count and num_taken != min(sampling.count, num_frames):
-            # Packets are counted without decoding, and nearly always are the frames. Here they are not.
+            # c="copy" counts packets without decoding, which is nearly always the number of frames. Not here: count
+            # again by decoding.
             shutil.rmtree(unfinished)
             num_taken = take(count_frames(fps_mode="passthrough"))
         if not num_taken:
@@ -202,14 +226,17 @@ def extract(
 
 
 def _scale(shorter_side: int | None) -> dict[str, str]:
-    """Options of ffmpeg's filter `scale`. Without the colour matrix, the colours of HD video would be off in a JPEG."""
+    """Return options of ffmpeg's filter `scale` for frames of at most this shorter side, with square pixels.
+
+    The colour matrix is JPEG's: HD video uses another one, and its colours would be wrong in a JPEG.
+    """
     factor = f"min(1,{shorter_side or 10**9}/min(iw*sar,ih))"
     size = {"w": f"max(1,round(iw*sar*{factor}))", "h": f"max(1,round(ih*{factor}))"}
     return {**size, "flags": "bicubic+accurate_rnd", "out_color_matrix": "bt601", "out_range": "full"}
 
 
 def _read(video: Path, **options: Any) -> Any:
-    """The beginning of a command line: read a video, and end with its first error."""
+    """Return ffmpeg-python's node that reads a video and ends with the first error. Raises BadVideoError."""
     size, _ = _identify(video)
     try:
         with video.open("rb") as file:
@@ -217,15 +244,18 @@ def _read(video: Path, **options: Any) -> Any:
     except OSError as error:
         raise BadVideoError(reason_text(error)) from error
     whole = int.from_bytes(head[4:], "little") + 8
-    if head.startswith(b"RIFF") and size < whole:  # ffmpeg would take an AVI that was cut short for a shorter one
+    if head.startswith(b"RIFF") and size < whole:  # ffmpeg takes an AVI file that was cut off for a shorter video
         raise BadVideoError(f"the file ends after {size} of {whole} bytes")
     plain = {"hide_banner": None, "nostdin": None, "nostats": None, "loglevel": "level+info", "xerror": None}
-    # "file:" keeps a name from being taken for an option or an address, and bytes are names in any encoding.
+    # "file:" keeps ffmpeg from taking a name for an option or an address; bytes allow names in any encoding.
     return ffmpeg.input(os.fsencode(f"file:{video.absolute()}"), **plain, **options)
 
 
 def _identify(video: Path) -> tuple[int, int]:
-    """Size in bytes and time in nanoseconds, by which a changed file is known."""
+    """Return size in bytes and modification time in nanoseconds, by which a changed video is noticed.
+
+    Raises BadVideoError for an empty file, for anything but a regular file, and where it cannot be read.
+    """
     try:
         found = video.stat()
     except OSError as error:
@@ -238,15 +268,15 @@ def _identify(video: Path) -> tuple[int, int]:
 
 
 def _run_ffmpeg(output: Any, folder: Path | None = None, stop: StopRequest | None = None) -> str:
-    """Run a command line in `folder`; what ffmpeg said. Raises BadVideoError with the first thing that went wrong."""
+    """Run ffmpeg in `folder` and return its log. Raises BadVideoError with ffmpeg's first error, OSError, Stopped."""
     process = subprocess.Popen(
         ffmpeg.compile(output, cmd=get_ffmpeg_exe()),
-        cwd=folder,  # and not part of the output's name, where a % would count frames
+        cwd=folder,  # not part of the output's name, in which ffmpeg would replace a % by the frame number
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         errors="replace",
-        process_group=0,  # Ctrl-C is for us: ffmpeg would answer it with half a result
+        process_group=0,  # keeps Ctrl-C from ffmpeg, which would end with an incomplete result
     )
     with process:
         try:
@@ -255,8 +285,8 @@ def _run_ffmpeg(output: Any, folder: Path | None = None, stop: StopRequest | Non
             process.kill()
             raise
     errors = re.findall(r"^(?:\[(\w+).*?\] )?\[(?:error|fatal)\] (.+)", log, re.MULTILINE)
-    # A decoder may complain and succeed. A file that ends too early is also called a success, but its reader complains:
-    # "in", or the format's name in older ffmpegs.
+    # A decoder may log an error and still succeed. A file that ends too early also gives exit status 0, but then the
+    # error comes from the reader: "in", or the format's name in older versions of ffmpeg.
     readers = {"in", *re.findall(r"^\[info\] Input #0, (\w+)", log, re.MULTILINE)}
     if process.returncode == 0 and not readers & dict(errors).keys():
         return log
@@ -269,7 +299,7 @@ def _run_ffmpeg(output: Any, folder: Path | None = None, stop: StopRequest | Non
 
 
 def _wait(process: subprocess.Popen[str], stop: StopRequest | None) -> str:
-    """What a process says on stderr until it ends. Raises Stopped when asked to stop."""
+    """Wait until a process ends and return its stderr. Raises Stopped when a stop is requested."""
     while True:
         try:
             return process.communicate(timeout=POLL_S)[1]
@@ -279,9 +309,10 @@ def _wait(process: subprocess.Popen[str], stop: StopRequest | None) -> str:
 
 
 def find_hwaccel(wanted: str) -> str | None:
-    """The hardware decoder to use: `wanted`, or for "auto" the first that decodes a short clip here; None: the CPU.
+    """Return the name of the hardware decoder to use: `wanted`, or for "auto" the first that decodes a short test clip.
 
-    Raises ConfigError for one that ffmpeg does not know, or that decodes nothing here.
+    Returns None, for the CPU, where "auto" finds none. Raises ConfigError for a `wanted` decoder that ffmpeg does not
+    know or that fails on the test clip.
     """
     listing = subprocess.run([get_ffmpeg_exe(), "-hide_banner", "-hwaccels"], capture_output=True, text=True)
     known = listing.stdout.partition(":")[2].split()
@@ -293,7 +324,7 @@ def find_hwaccel(wanted: str) -> str | None:
         for name in known if wanted == "auto" else [wanted]:
             try:
                 _run_ffmpeg(source.output(str(clip), vcodec="libx264", pix_fmt="yuv420p"))
-                # ffmpeg goes over to the CPU without a word, but hwdownload accepts nothing from there.
+                # ffmpeg falls back to the CPU silently. The filter hwdownload fails on frames in the CPU's memory.
                 frames = _read(clip, hwaccel=name, hwaccel_output_format=name)["V:0"].filter("hwdownload")
                 _run_ffmpeg(frames.filter("format", "nv12").output("-", f="null"))
             except BadVideoError as error:
@@ -305,7 +336,7 @@ def find_hwaccel(wanted: str) -> str | None:
     raise ConfigError(f"hwaccel={wanted!r} decodes nothing here ({reason}); use auto or leave it out")
 
 
-# --- All videos ---
+# --- All videos of a folder ---
 
 
 def extract_all(
@@ -319,13 +350,16 @@ def extract_all(
     workers: int = 1,
     stop: StopRequest | None = None,
 ) -> Summary:
-    """Write frames of videos/CLASS/VIDEO to out/CLASS/VIDEO, from `workers` videos at once; those there are kept.
+    """Write frames of each videos/CLASS/VIDEO to the folder out/CLASS/VIDEO, from `workers` videos at once.
 
-    Names the broken videos as it meets them. Raises ConfigError, OSError, and Stopped when asked to stop.
+    Frames of videos that have not changed are kept. Prints the name of each broken video when it is found. The other
+    arguments are those of `extract`.
+    Raises ConfigError for a folder without class folders or videos, OSError, and Stopped when a stop is requested.
     """
     names = find_videos(videos)
     scratch = out / PARTIAL
     shutil.rmtree(scratch, ignore_errors=True)  # from a run that was killed
+    # Each ffmpeg gets an equal share of the cores: with fewer videos than workers, a larger one.
     threads = max(1, len(os.sched_getaffinity(0)) // min(workers, len(names)))
     options = {"shorter_side": shorter_side, "quality": quality, "threads": threads, "stop": stop}
     take = partial(extract, sampling=sampling, **options)
@@ -344,33 +378,39 @@ def extract_all(
                     print(f"skipped {printable(videos / name)}: {error}", flush=True)
                 progress.advance()
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # before `scratch` goes: running jobs still write to it
             shutil.rmtree(scratch, ignore_errors=True)
     for name in rejected:
         with suppress(OSError):
-            os.removedirs((out / name).parent)  # a class is empty once its last video has been broken
+            os.removedirs((out / name).parent)  # removes only empty folders: an empty class is no part of a data set
     there = {str(path.parent.relative_to(out)) for path in out.rglob(RECORD)}
     return Summary(records, rejected, sorted(there - set(names)))
 
 
 def find_videos(folder: Path) -> list[str]:
-    """CLASS/VIDEO of each video in a folder, in sorted order. Raises ConfigError for a folder that is no data set."""
+    """Return CLASS/VIDEO of each video in a folder, in sorted order.
+
+    Raises ConfigError for a path that is not a folder, has no class folders, or has a class without videos.
+    """
     if not folder.is_dir():
         raise ConfigError(f"{printable(folder)} is not a folder; give one with a sub-folder of videos per class")
     return [name for names in find_files(folder, EXTENSIONS, "videos").values() for name in names]
 
 
 def _renew(video: Path, folder: Path, scratch: Path, take: Callable[..., int], hwaccel: str | None) -> Record:
-    """The record of the frames in `folder`. They are taken now, unless they are there and the video has not changed."""
+    """Take the frames of a video unless `folder` has them and the video has not changed. Returns their record.
+
+    scratch: a folder on the same disk for unfinished frames. take: `extract` with its other arguments.
+    """
     size, mtime_ns = _identify(video)
-    with suppress(FileNotFoundError, ValueError, TypeError):  # not there, or damaged as by a power cut
+    with suppress(FileNotFoundError, ValueError, TypeError):  # missing, or damaged, as by a power cut
         record = Record(**json.loads((folder / RECORD).read_text()))
         if (record.size, record.mtime_ns) == (size, mtime_ns):
             return record
     fresh = scratch / uuid.uuid4().hex
     scratch.mkdir(parents=True, exist_ok=True)
     if folder.exists():
-        folder.rename(scratch / f"{fresh.name}.old")
+        folder.rename(scratch / f"{fresh.name}.old")  # in one step: no half-deleted frames remain after a kill
     duration_s = probe(video).duration_s or 0.0
     software = ""
     try:
@@ -378,21 +418,25 @@ def _renew(video: Path, folder: Path, scratch: Path, take: Callable[..., int], h
     except BadVideoError as error:
         if hwaccel is None:
             raise
-        num_frames = take(video, fresh)  # hardware knows fewer formats; of a broken video, the CPU says so again
+        # The CPU decodes more formats than the hardware. For a broken video it raises BadVideoError, too.
+        num_frames = take(video, fresh)
         software = str(error)
     record = Record(size, mtime_ns, num_frames, duration_s, software)
-    (fresh / RECORD).write_text(json.dumps(asdict(record)))
+    (fresh / RECORD).write_text(json.dumps(asdict(record)))  # before the rename: the frames appear with their record
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh.rename(folder)
     return record
 
 
-# --- The command ---
+# --- Command line ---
 
 
 @contextmanager
 def _claim(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold a folder for this command alone. Raises ConfigError where another holds it, or something else is in it."""
+    """Lock a folder for this process, and write the settings to it.
+
+    Raises ConfigError for a folder that another process has locked, that has other content, or other settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -406,11 +450,11 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         write_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         yield
     finally:
-        os.close(descriptor)  # which releases the lock, as the end of the process does
+        os.close(descriptor)  # releases the lock; the end of the process would do so, too
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a folder was written with other settings."""
+    """Raise ConfigError if `folder` was begun with other settings. A folder without settings passes."""
     if not (folder / SETTINGS).exists():
         return
     changes = changed(json.loads((folder / SETTINGS).read_text()), settings, {"quality": FRAME_QUALITY})
@@ -422,6 +466,7 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _print_summary(summary: Summary, sampling: Sampling, out: Path, rejected: Path) -> None:
+    """Print the summary on stdout. rejected: the file with the list of broken videos."""
     records = summary.records.values()
     frames: Counter[str] = Counter()
     for name, record in summary.records.items():
@@ -449,10 +494,12 @@ def _print_summary(summary: Summary, sampling: Sampling, out: Path, rejected: Pa
 
 
 def _class_of(name: str) -> str:
+    """Return CLASS of CLASS/VIDEO."""
     return name.partition("/")[0]
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    """Check the arguments, take the frames, pack them if wanted, and print a summary. Returns the exit code."""
     videos, out = arguments.videos, arguments.out
     sampling = Sampling(arguments.fps, arguments.count, arguments.scene)
     if not 2 <= arguments.quality <= 31:
@@ -466,8 +513,9 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{printable(out)} is the root; give a folder that is new or empty as OUT")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{printable(out)} is a file; give a folder that is new or empty as OUT")
-    find_videos(videos)  # before anything is written
+    find_videos(videos)  # raises for a wrong VIDEOS before anything is written
     settings = {
+        # JSON has no bytes: escape what is not UTF-8 in the name.
         "videos": os.fsencode(videos.resolve()).decode(errors="backslashreplace"),
         **asdict(sampling),
         "shorter_side": arguments.shorter_side,
@@ -478,7 +526,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.hwaccel:
         hwaccel = find_hwaccel(arguments.hwaccel)
         print(f"decoding with {hwaccel}" if hwaccel else "no hardware decoder works here; decoding with the CPU")
-    # Shards stand alone in OUT: the frames on the way to them stand beside it.
+    # `pack` accepts only a folder of its own, so the frames that become shards are kept in a hidden folder beside OUT.
     folder = out.resolve().with_name(f".{out.resolve().name}.frames") if arguments.shards else out
     if arguments.shards and (out / SETTINGS).exists():
         _check_settings(out, settings)
@@ -503,21 +551,24 @@ def _run(arguments: argparse.Namespace) -> int:
             pack(ImageFolder(folder, folder / ".cache"), out, shard_mib=arguments.shard_mib, workers=arguments.workers)
         rejected = (out if summary.records else folder) / REJECTED
         lines = (f"{printable(videos / name)}\t{reason}\n" for name, reason in sorted(summary.rejected.items()))
-        write_text(rejected, "".join(lines))
+        write_text(rejected, "".join(lines))  # with --shards in the place of the list of `pack`, which names frames
         if arguments.shards and summary.records:
-            write_text(out / SETTINGS, (folder / SETTINGS).read_text())  # from here on, all is done
+            # Settings in OUT mark the shards as complete. Written before the frames are deleted: a command killed in
+            # between finds the mark and deletes them.
+            write_text(out / SETTINGS, (folder / SETTINGS).read_text())
             shutil.rmtree(folder)
     _print_summary(summary, sampling, out, rejected)
     return 0 if summary.records else 1
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Take frames and report. arguments: as ``commands.video_parser`` parses them.
+    """Take frames from videos and print a summary. arguments: as parsed by ``commands.video_parser``.
 
-    Returns the exit code: 0, 1 without a frame or where a disk fails, 2 for a mistake, 128 + signal if stopped.
+    Returns the exit code: 0 success, 1 no frames, or reading or writing failed, 2 wrong option or folder, 128 + signal
+    if stopped.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
-    goes_on = f"what is whole in {printable(arguments.out)} stays, and the same command continues there"
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot encode must not end the command
+    goes_on = f"finished frames in {printable(arguments.out)} are kept, and the same command continues there"
     try:
         return _run(arguments)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Importing this package registers our models with timm."""
+"""CiT and RedNet. Importing this package registers them with timm."""
 
 from cit_scale.models import cit as cit
 from cit_scale.models import rednet as rednet

@@ -1,11 +1,13 @@
-"""CiT, the co-advised vision transformer ("Co-advise: Cross Inductive Bias Distillation", CVPR 2022), on timm's
-VisionTransformer. Registered with timm.
+"""CiT, the student of "Co-advise: Cross Inductive Bias Distillation" (CVPR 2022), built on timm's VisionTransformer.
+
+Importing this module registers the models with timm:
 
     timm.create_model("cit_small_patch16_224")                                    # aligned, teachers conv and inv
     timm.create_model("cit_tiny_patch16_224", teachers=("conv",), aligned=False)  # one learned token, as in DeiT
     timm.create_model("cit_tiny_patch16_224", teachers=("conv", "swin"), stems={"swin": "patch"})
 
-Each teacher brings the student a token, which stands behind the class token in the order of the teachers, and a head.
+The student has one token and one head per teacher. The sequence is the class token, the teachers' tokens in the order
+of `teachers`, and the patches.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ SIZES = {
     "cit_base_patch16_224": {"embed_dim": 768, "depth": 12, "num_heads": 12},
 }
 
-# Options of timm's VisionTransformer that would change what the tokens are, and the value that CiT stands on.
+# Options of timm's VisionTransformer that would change the number or the order of the tokens: CiT works with these
+# values only.
 FIXED_OPTIONS = {
     "class_token": True,
     "global_pool": "token",
@@ -44,8 +47,9 @@ FIXED_OPTIONS = {
 
 
 class ConvStem(nn.Module):
-    """The convolution teacher's bias: 7x7 stride 2, then two 3x3, all of one width; BatchNorm and ReLU after each.
+    """The stem with the convolution teacher's inductive bias: a 7x7 convolution of stride 2 and two 3x3 convolutions.
 
+    All have `width` channels, and BatchNorm and ReLU follow each.
     Forward: (B, in_chans, H, W) -> (B, num_features, ceil(H / 2), ceil(W / 2)).
     """
 
@@ -68,7 +72,10 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Identity):
-    """No bias beyond the patches: the projection sees the pixels, as in a plain ViT. For transformer teachers."""
+    """The identity, for transformer teachers: the projection reads pixels, as in a plain ViT.
+
+    Forward: (B, in_chans, H, W) -> the same.
+    """
 
     stride = 1
 
@@ -77,6 +84,7 @@ class PatchStem(nn.Identity):
         self.num_features = in_chans
 
 
+# Kind of stem -> module. A teacher with the name of a kind gets that stem; see CiT's argument `stems`.
 STEMS = {
     "conv": ConvStem,
     "inv": InvolutionStem,
@@ -85,14 +93,16 @@ STEMS = {
 
 
 class AlignedEmbed(nn.Module):
-    """Token alignment: each teacher has a stem of its inductive bias and a projection of its features to patches.
+    """Token alignment: for each teacher a stem with its inductive bias and a projection of the stem's features.
 
-    The patch tokens are the sum of the projections. A teacher's token is the mean of its projection over all positions.
+    The patch tokens are the sum of all projections. A teacher's token is the mean of its own projection over all
+    positions.
 
-    stems: teacher -> kind, a row of STEMS; not empty.
+    Replaces timm's PatchEmbed, so its attributes and methods are those that VisionTransformer uses of a PatchEmbed.
+
+    stems: teacher -> kind of stem, a key of STEMS; not empty.
     Forward: (B, in_chans, H, W) -> (B, T + N, embed_dim), the T teachers' tokens in front of the N patches.
-
-    Stands in the place of timm's PatchEmbed, so the attributes are those that VisionTransformer reads from it.
+    Raises ValueError for an image size or a patch size that does not fit.
     """
 
     strict_img_size = True
@@ -122,6 +132,7 @@ class AlignedEmbed(nn.Module):
                 raise ValueError(
                     f"patch_size={self.patch_size} is not a multiple of {stem.stride}, the stride of {name!r}'s stem"
                 )
+            # The stem has already reduced the image by its stride, so a patch has fewer positions than pixels.
             kernel = tuple(size // stem.stride for size in self.patch_size)
             self.stems[name] = stem
             self.projections[name] = nn.Conv2d(stem.num_features, embed_dim, kernel, stride=kernel, bias=bias)
@@ -129,7 +140,7 @@ class AlignedEmbed(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def init_weights(self) -> None:
-        """Kaiming-normal convolutions."""
+        """Initialize all convolutions Kaiming-normal."""
         init_convolutions(self)
 
     def set_input_size(
@@ -137,7 +148,7 @@ class AlignedEmbed(nn.Module):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Expect images of another size from now on. The patch size stays."""
+        """Set the image size for all further calls. Raises ValueError for another patch size, which is fixed."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             raise ValueError(f"patch_size={patch_size}: the stems were built for patches of {self.patch_size}")
         if img_size is not None:
@@ -147,11 +158,11 @@ class AlignedEmbed(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def feat_ratio(self) -> int:
-        """Pixels per patch, along the longer side."""
+        """Return the number of pixels per patch, along the longer side."""
         return max(self.patch_size)
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches in an image of this size."""
+        """Return the number of rows and columns of patches in an image of this size."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -166,16 +177,19 @@ class AlignedEmbed(nn.Module):
 class CiT(VisionTransformer):
     """A vision transformer with a token and a head for each teacher.
 
-    teachers: names, in order; Python identifiers, as they become fields of StudentLogits. None at all make a plain ViT.
-    aligned: each teacher's token comes from a stem of its inductive bias, and the sum of the stems embeds the patches
-    (AlignedEmbed). Otherwise, and without teachers, timm's patch embedding and learned tokens.
-    stems: the kind of stem (a row of STEMS) of each teacher of an aligned model that is not named after its stem.
-    Nobody falls back to a learned token: with a misspelt name the model would train, silently unaligned.
-    vit: what timm's VisionTransformer takes; img_size is a multiple of patch_size, which is even where a stem is.
+    teachers: names, in the order of the tokens. They become fields of StudentLogits, so they must be identifiers. An
+    empty sequence gives a plain ViT.
+    aligned: whether the teachers' tokens and the patches come from stems with the teachers' inductive biases
+    (AlignedEmbed). Otherwise, and without teachers, timm's patch embedding and learned tokens, as in DeiT.
+    stems: teacher -> kind of stem (a key of STEMS), for the teachers of an aligned model that are not named after a
+    kind. A teacher without a stem raises ValueError instead of getting a learned token: a misspelt name would otherwise
+    train an unaligned model without a warning.
+    vit: arguments of timm's VisionTransformer. img_size must be a multiple of patch_size; with a stem of stride 2,
+    patch_size must be even.
 
-    Forward, images (B, in_chans, H, W): in training mode StudentLogits(cls, *teachers), each (B, num_classes); in
-    evaluation mode, and after set_distilled_training(False), their average (B, num_classes).
-    A state dict of another image size loads: its position embedding is resampled.
+    Forward: images (B, in_chans, H, W) -> in training mode StudentLogits(cls, *teachers), each (B, num_classes); in
+    evaluation mode, and after set_distilled_training(False), the mean of all heads, (B, num_classes).
+    Loading a state dict of another image size resamples its position embedding.
     Raises ValueError for teachers, stems and sizes that do not fit.
     """
 
@@ -191,12 +205,15 @@ class CiT(VisionTransformer):
         _check_vit_options(**vit)
         if aligned and teachers:
             vit["embed_layer"] = partial(AlignedEmbed, _stem_kinds(teachers, stems or {}))
+        # Weights are initialized at the end, when the teachers' tokens and heads exist, too.
         super().__init__(weight_init="skip", **vit)
 
         factory = get_device_dtype(self)
         self.teachers = teachers
         self.logits_type = student_logits_type(teachers)
         self.distilled_training = True
+        # timm has counted the class token only: make the prefix, the position embedding and the patch dropout count the
+        # teachers' tokens, too.
         self.num_prefix_tokens = 1 + len(teachers)
         num_tokens = self.num_prefix_tokens + self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim, **factory))
@@ -215,56 +232,64 @@ class CiT(VisionTransformer):
             self.init_weights(needs_reset=False)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """timm's initialization of a ViT; learned teacher tokens like the position embedding."""
+        """Initialize as timm does for a ViT; learned teacher tokens are initialized like the position embedding."""
         super().init_weights(mode, needs_reset)
         if self.teacher_tokens is not None:
             trunc_normal_(self.teacher_tokens, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters without weight decay, part of timm's contract for models."""
         return {"cls_token", "pos_embed", "teacher_tokens"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns that assign parameters to layers, part of timm's contract for models."""
         return {
             "stem": r"^(?:cls_token|pos_embed|patch_embed|teacher_tokens)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Whether training mode returns the logits of every head (the default) or their average."""
+        """Make training mode return the logits of every head (the default) or, with False, their mean."""
         self.distilled_training = enable
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
-        """The heads, in the order of StudentLogits."""
+        """Return the heads in the order of StudentLogits."""
         return self.head, *self.teacher_heads.values()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Fresh heads for num_classes; 0 leaves the tokens."""
+        """Replace all heads by new ones for `num_classes`; 0: by identities, which return the tokens.
+
+        Raises ValueError for a `global_pool` other than "token".
+        """
         if global_pool not in (None, "", "token"):
-            raise ValueError(f"global_pool={global_pool!r}: each head of CiT reads its own token, so 'token'")
+            raise ValueError(f"global_pool={global_pool!r}: each head of CiT reads its own token; use 'token' or None")
         super().reset_classifier(num_classes)
         factory = get_device_dtype(self)
         for name in self.teachers:
             head = nn.Linear(self.embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
-            self.teacher_heads[name] = head.train(self.training)
+            self.teacher_heads[name] = head.train(self.training)  # new modules start in training mode
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Learned teacher tokens go where AlignedEmbed puts its own; timm adds the class token and the positions."""
+        """Put learned teacher tokens where AlignedEmbed puts its own; timm adds the class token and the positions."""
         if self.teacher_tokens is not None:
             x = torch.cat([self.teacher_tokens.expand(x.shape[0], -1, -1), x], dim=1)
         return super()._pos_embed(x)
 
     def _head_logits(self, features: Tensor) -> StudentLogits:
-        """features: (B, 1 + T + N, C), normalized."""
+        """Return the logits of every head. features: (B, 1 + T + N, C), after the last LayerNorm."""
         tokens = self.head_drop(features[:, : self.num_prefix_tokens]).unbind(1)
         heads = self.get_classifier()
         return self.logits_type(*(head(token) for head, token in zip(heads, tokens, strict=True)))
 
     def forward_heads(self, images: Tensor) -> StudentLogits:
-        """Logits of every head, in training and evaluation mode alike: StudentLogits, each (B, num_classes)."""
+        """Return the logits of every head in training and in evaluation mode: StudentLogits, each (B, num_classes)."""
         return self._head_logits(self.forward_features(images))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> StudentLogits | Tensor:
-        """x: (B, 1 + T + N, C) from forward_features. pre_logits: the average of the heads' tokens, (B, C)."""
+        """Return the logits, as described for the class. x: (B, 1 + T + N, C) from forward_features.
+
+        pre_logits: return the mean of the heads' tokens instead, (B, C).
+        """
         if pre_logits:
             return self.head_drop(x[:, : self.num_prefix_tokens]).mean(1)
         logits = self._head_logits(x)
@@ -280,9 +305,10 @@ def _check_vit_options(
     num_heads: int = 12,
     **options: Any,
 ) -> None:
+    """Raise ValueError for arguments of VisionTransformer that CiT does not support. Defaults are timm's."""
     for option, value in FIXED_OPTIONS.items():
         if options.get(option, value) != value:
-            raise ValueError(f"{option}={options[option]!r}: CiT's token per head and per position needs {value!r}")
+            raise ValueError(f"{option}={options[option]!r} would change the tokens of a CiT; use {value!r}")
     _check_image_fits_patches(to_2tuple(img_size), to_2tuple(patch_size))
     if embed_dim % num_heads:
         fits = -(-embed_dim // num_heads) * num_heads
@@ -290,29 +316,35 @@ def _check_vit_options(
 
 
 def _check_image_fits_patches(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Raise ValueError unless the image is a whole number of patches high and wide."""
     if any(pixels % patch for pixels, patch in zip(img_size, patch_size, strict=True)):
         fits = tuple(max(pixels // patch, 1) * patch for pixels, patch in zip(img_size, patch_size, strict=True))
         raise ValueError(f"img_size={img_size} is not a multiple of patch_size={patch_size}; {fits} is")
 
 
 def _checked_teachers(teachers: Sequence[str]) -> tuple[str, ...]:
+    """Return the names as a tuple. Raises ValueError for names that are taken, repeated, or not identifiers."""
     if isinstance(teachers, str):
-        raise ValueError(f"teachers={teachers!r}: a sequence of names, such as ({teachers!r},)")
+        raise ValueError(f"teachers={teachers!r} is a string; give a sequence of names, such as ({teachers!r},)")
     teachers = tuple(teachers)
     for name in teachers:
         if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
             raise ValueError(
-                f"teacher {name!r} becomes a field of StudentLogits, so its name is an identifier like 'conv_2'"
+                f"teacher {name!r} becomes a field of StudentLogits; name it by an identifier, such as 'conv_2'"
             )
+        # Names that the trainer has for other heads and terms, and attributes of ModuleDict, which holds the heads.
         if name in ("cls", "average", "label") or hasattr(nn.ModuleDict(), name):
             raise ValueError(f"teacher {name!r} needs another name: this one is taken by the trainer or by torch")
     if len(set(teachers)) < len(teachers):
-        raise ValueError(f"teachers={teachers}: each name stands once")
+        raise ValueError(f"teachers={teachers}: each name may occur only once; drop or rename the repeated ones")
     return teachers
 
 
 def _stem_kinds(teachers: tuple[str, ...], stems: Mapping[str, str]) -> dict[str, str]:
-    """The kind of stem of each teacher: the one given, otherwise the one it is named after."""
+    """Return the kind of stem of each teacher: the given one, otherwise the one with the teacher's name.
+
+    Raises ValueError for a kind that STEMS does not have, and for stems of unknown teachers.
+    """
     strangers = [name for name in stems if name not in teachers]
     if strangers:
         raise ValueError(f"stems are given for {strangers}, which are not among the teachers {list(teachers)}")
@@ -327,9 +359,10 @@ def _stem_kinds(teachers: tuple[str, ...], stems: Mapping[str, str]) -> dict[str
 
 
 def _resample_pos_embed(model: CiT, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Load hook: bring a position embedding that was made for another grid, a square one, to this model's grid.
+    """Resample a position embedding of another square grid to this model's grid. A hook of load_state_dict.
 
-    Any other is left for load_state_dict to refuse, such as that of a model with another number of teachers.
+    An embedding of any other length, as from a model with another number of teachers, is left unchanged, and
+    load_state_dict refuses it.
     """
     key = f"{prefix}pos_embed"
     if key not in state_dict:
@@ -342,6 +375,7 @@ def _resample_pos_embed(model: CiT, state_dict: dict[str, Tensor], prefix: str, 
 
 
 def _cfg() -> dict[str, Any]:
+    """Return timm's pretrained_cfg of a CiT with the default teachers. There are no weights to download."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),

@@ -1,5 +1,7 @@
-"""Released checkpoints under our names: the authors' student and RedNet teachers (CiT, CVPR 2022), and the RedNets of
-the involution paper (CVPR 2021), which are mmcls checkpoints. Only keys are renamed; opening files is not done here.
+"""Renames the keys of released checkpoints to those of our models. Opens no files.
+
+The checkpoints are the student and the RedNet teachers of the CiT authors (CVPR 2022), and the RedNets of the
+involution paper (CVPR 2021), which are mmcls checkpoints.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-# Released name -> ours, applied to each key from top to bottom. Keys of ours match none of them.
+# Released name -> our name. All patterns are applied to each key from top to bottom, so later ones see earlier results.
+# Our own keys match none of them.
 RENAMES = (
     # A RedNet: model + classifier as a teacher of CiT, backbone + head.fc in the involution release.
     (r"^(model|backbone)\.", ""),
@@ -20,14 +23,14 @@ RENAMES = (
     (r"^(conv|inv)_embed\.proj\.", r"patch_embed.projections.\1."),
     (r"^conv_embed\.conv\.", "patch_embed.stems.conv."),
     (r"^inv_embed\.stem\.", "patch_embed.stems.inv."),
-    # The convolution stem numbers its layers, ReLUs included.
+    # The released convolution stem numbers its layers, ReLUs (2, 5) included.
     (r"^(patch_embed\.stems\.conv)\.0\.", r"\1.conv1."),
     (r"^(patch_embed\.stems\.conv)\.1\.", r"\1.bn1."),
     (r"^(patch_embed\.stems\.conv)\.3\.", r"\1.conv2."),
     (r"^(patch_embed\.stems\.conv)\.4\.", r"\1.bn2."),
     (r"^(patch_embed\.stems\.conv)\.6\.", r"\1.conv3."),
     (r"^(patch_embed\.stems\.conv)\.7\.", r"\1.bn3."),
-    # So does the involution stem, with convolution and BatchNorm together in its layers 0 and 4.
+    # The involution stem, too; its layers 0 and 4 contain convolution and BatchNorm.
     (r"^(stem|patch_embed\.stems\.inv)\.0\.(conv|bn)\.", r"\1.\g<2>1."),
     (r"^(stem|patch_embed\.stems\.inv)\.1\.", r"\1.conv2."),
     (r"^(stem|patch_embed\.stems\.inv)\.2\.", r"\1.bn2."),
@@ -38,6 +41,7 @@ RENAMES = (
     (r"\.conv2\.conv2\.conv\.", ".conv2.span."),
 )
 
+# All keys that a state dict of our CiT or RedNet can have.
 OURS = re.compile(
     r"""
     cls_token | pos_embed | teacher_tokens
@@ -52,10 +56,10 @@ OURS = re.compile(
 
 
 def convert(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the keys of a released CiT or RedNet to ours; keys that are ours already stay.
+    """Return the state dict of a released CiT or RedNet under our names. Keys that are ours already stay.
 
-    checkpoint: a state dict, or a dictionary that holds one under 'state_dict' or 'model'.
-    Raises ValueError naming the keys that belong to neither network.
+    checkpoint: a state dict, or a dictionary with a state dict under 'state_dict' or 'model'.
+    Raises ValueError that names the keys of neither network.
     """
     state_dict = _unwrap(checkpoint)
     converted = {_rename(key): tensor for key, tensor in state_dict.items()}
@@ -69,6 +73,7 @@ def convert(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return the state dict in a checkpoint."""
     for key in ("state_dict", "model"):
         if isinstance(checkpoint.get(key), Mapping):
             return checkpoint[key]
@@ -76,6 +81,7 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 def _rename(key: str) -> str:
+    """Apply all RENAMES to a key."""
     for released, ours in RENAMES:
         key = re.sub(released, ours, key)
     return key

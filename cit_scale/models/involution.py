@@ -1,8 +1,9 @@
 """Involution, the operator and the module ("Involution: Inverting the Inherence of Convolution for Visual Recognition",
-CVPR 2021): a convolution turned inside out. Its kernel differs from position to position, as it is computed from the
-features there, and is shared by the channels of a group.
+CVPR 2021). Compared with a convolution, the roles of positions and channels are exchanged: the kernel differs from
+position to position, computed from the features there, and is shared by the channels of a group.
 
-Letters in formulas: G groups, K kernel size, P = (K - 1) / 2 padding, S stride, H' = ceil(H / S), W' = ceil(W / S).
+Letters in formulas: B images, C channels, G groups, K kernel size, P = (K - 1) / 2 padding, S stride,
+H' = ceil(H / S), W' = ceil(W / S).
 """
 
 from __future__ import annotations
@@ -22,32 +23,35 @@ from cit_scale.distributed.world import warn_once_per_job
 from cit_scale.models import involution_cpu, involution_loop
 
 GROUP_CHANNELS = 16
-"""Channels that share one kernel, in every published network."""
+"""Number of channels that share one kernel, in all published networks."""
 
 REDUCTION = 4
-"""The kernel is computed from channels / REDUCTION features, in every published network."""
+"""The kernel is computed from channels / REDUCTION features, in all published networks."""
 
 
 def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
-    """Filter each position of x with the kernel that stands there.
+    """Filter each position of x with its own kernel.
 
         out[b, c, i, j] = sum over u, v of  kernel[b, g(c), u, v, i, j] * x[b, c, S*i + u - P, S*j + v - P]
 
-    where g(c) = c // (C / G) and x is zero outside its borders.
+    where g(c) = c // (C / G), and x is zero outside its borders.
 
-    x: (B, C, H, W). kernel: (B, G, K, K, H', W') with C a multiple of G and K odd. stride: 1 or 2.
-    Returns (B, C, H', W') in the dtype and memory format of x. Products and sums are in float32 at least; the output
-    and each gradient are rounded once. Differentiable in x and kernel any number of times, in reverse mode.
-    Memory stays near that of inputs and outputs: no (B, C, K*K, H', W') buffer of unfolded patches is made.
-    Under autocast both inputs take its dtype, as for a convolution; float64 stays.
-    Raises ValueError where shapes, dtypes or devices do not fit.
+    x: (B, C, H, W). kernel: (B, G, K, K, H', W'), with C a multiple of G and K odd. stride: 1 or 2.
+    Returns (B, C, H', W') in the dtype and memory format of x. Products and sums are computed in float32 or float64;
+    the output and each gradient are rounded once. Differentiable in x and kernel to any order, in reverse mode only.
+    Allocates little more than its output: no (B, C, K*K, H', W') buffer of unfolded patches.
+    Under autocast both inputs are cast to the autocast dtype, as for a convolution; float64 inputs are not cast.
+    Raises ValueError if shapes, dtypes or devices do not fit.
     """
     return torch.ops.cit_scale.involution(x, kernel, stride)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The operators. The sum of grad_out * involution(x, kernel) is linear in each of its three tensors, so its gradient
-# with respect to each is an operator of the other two, and the gradients of these three are the same three again.
+# The operators and their gradients
+#
+# The scalar sum(grad_out * involution(x, kernel)) is linear in each of its three tensors. Its gradient with respect to
+# one tensor is therefore an operator of the other two: three operators, whose gradients are the same three operators.
+# Custom operators and not traced Python: tracing the backward of the loop tripled the compile time.
 
 
 @torch.library.custom_op("cit_scale::involution", mutates_args=())
@@ -74,9 +78,11 @@ def _grad_kernel(
     if grad_out.numel() > 0:
         _implementation(out.device.type, out.dtype).grad_kernel(grad_out, x, stride, out)
         return out
-    return out.zero_()  # no channels
+    return out.zero_()  # no channels: the sum over them is empty
 
 
+# The functions that allocate the outputs also serve as fake implementations, so that shapes are checked alike when
+# torch.compile and torch.export trace.
 @_forward.register_fake
 def _empty_output(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     _check(x.shape, kernel.shape, stride, (x, kernel))
@@ -99,6 +105,7 @@ def _empty_grad_kernel(
     shape = (x.shape[0], groups, kernel_size, kernel_size, *grad_out.shape[2:])
     _check(x.shape, shape, stride, (grad_out, x), grad_out.shape)
     if channels_last:
+        # In memory (B, H', W', G, K, K): the taps of a position lie side by side.
         return x.new_empty([shape[i] for i in (0, 4, 5, 1, 2, 3)]).permute(0, 3, 4, 5, 1, 2)
     return x.new_empty(shape)
 
@@ -109,7 +116,7 @@ def _empty_image(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> T
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether channels (of a kernel: taps), and not columns, lie side by side in memory."""
+    """Whether channels (in a kernel: taps) instead of columns are adjacent in memory."""
     return tensor.stride(-1) > tensor.stride(-3)
 
 
@@ -126,7 +133,8 @@ def _backward_of_forward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...
     return grad_x, grad_kernel, None
 
 
-# What arrives at the gradient operators has the shape and the role of what they gave out.
+# The argument `x` or `kernel` of the next two is the gradient of the operator's output; it has the shape of an x or a
+# kernel, and takes their place in the formulas.
 def _backward_of_grad_x(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
     grad_out, kernel = ctx.saved_tensors
     wants_out, wants_kernel, *_ = ctx.needs_input_grad
@@ -144,13 +152,13 @@ def _backward_of_grad_kernel(ctx: Any, kernel: Tensor) -> tuple[Tensor | None, .
 
 
 def _toward_x(grad_out: Tensor, x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    """In the shape and memory format of x, which is not read."""
+    """Return the gradient with respect to x, in the shape and memory format of x; the values of x are not read."""
     height, width = x.shape[2:]
     return torch.ops.cit_scale.involution_grad_x(grad_out, kernel, stride, height, width, _is_channels_last(x))
 
 
 def _toward_kernel(grad_out: Tensor, x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    """In the shape and memory format of kernel, which is not read."""
+    """Return the gradient with respect to the kernel, in its shape and memory format; its values are not read."""
     groups, size = kernel.shape[1:3]
     return torch.ops.cit_scale.involution_grad_kernel(grad_out, x, stride, groups, size, _is_channels_last(kernel))
 
@@ -160,17 +168,19 @@ _grad_x.register_autograd(_backward_of_grad_x, setup_context=_save)
 _grad_kernel.register_autograd(_backward_of_grad_kernel, setup_context=_save)
 
 
-AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)  # float64 and integers are not cast
 
-# By hand, since register_autocast would fix one dtype for every autocast of a device.
+# Autocast is implemented by hand: register_autocast would fix one dtype per device, whatever autocast is told.
 _LIBRARY = torch.library.Library("cit_scale", "FRAGMENT")
 
 
 def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    """Make the operator cast its inputs to the current autocast dtype of a device."""
+
     def cast_and_call(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         cast = (tensor.to(dtype) if tensor.dtype in AUTOCAST_FROM else tensor for tensor in (x, kernel))
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(device_type, enabled=False):  # otherwise the call would lead here again
             return involution(*cast, stride)
 
     _LIBRARY.impl("involution", cast_and_call, dispatch_key)
@@ -182,7 +192,10 @@ _register_autocast("cuda", "AutocastCUDA")
 
 @functools.cache
 def _implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
-    """Who computes: a module with the functions forward, grad_x and grad_kernel."""
+    """Return the module that computes the operators, with the functions forward, grad_x and grad_kernel.
+
+    Warns once per job if this is the slow loop in PyTorch.
+    """
     match device_type:
         case "cpu" if dtype not in involution_cpu.DTYPES:
             reason = f"the C++ library has no {dtype}"
@@ -193,7 +206,7 @@ def _implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
             except involution_cpu.BuildError as error:
                 reason = f"{error}. Install a C++ compiler, such as g++, or name one in CXX"
         case "cuda" if importlib.util.find_spec("triton") is not None:
-            from cit_scale.models import involution_triton
+            from cit_scale.models import involution_triton  # here, as it imports Triton
 
             return involution_triton
         case "cuda":
@@ -211,7 +224,10 @@ def _check(
     tensors: tuple[Tensor, Tensor],
     grad_out: Sequence[int] | None = None,
 ) -> None:
-    """x, kernel, grad_out: shapes. tensors: the two that are there."""
+    """Raise ValueError unless shapes, dtypes and devices fit.
+
+    x, kernel, grad_out: shapes. tensors: the operator's two tensors.
+    """
     x, kernel = tuple(x), tuple(kernel)
     if len(x) != 4 or len(kernel) != 6:
         raise ValueError(f"involution takes x (B, C, H, W) and kernel (B, G, K, K, H', W'), not {x}, {kernel}")
@@ -241,10 +257,10 @@ def _check(
 
 
 class Involution2d(nn.Module):
-    """Involution with the kernel computed from its own input; takes the place of a convolution that keeps the width.
+    """Involution whose kernel is computed from its input; replaces a convolution that keeps the number of channels.
 
     kernel = span(ReLU(BatchNorm(reduce(x)))), where reduce and span are 1x1 convolutions C -> C / 4 -> K*K*C / 16. At
-    stride 2 it is computed from x averaged over 2x2 windows; at odd sizes the last window holds what is left.
+    stride 2 the kernel is computed from x averaged over 2x2 windows; at odd sizes the last window is smaller.
 
     Forward: (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)).
     Raises ValueError unless channels is a multiple of 16.
@@ -256,7 +272,7 @@ class Involution2d(nn.Module):
             below = max(channels // GROUP_CHANNELS * GROUP_CHANNELS, GROUP_CHANNELS)
             raise ValueError(
                 f"an involution of {channels} channels cannot be split into groups of {GROUP_CHANNELS}; "
-                f"near by are {below} and {below + GROUP_CHANNELS}"
+                f"use {below} or {below + GROUP_CHANNELS}"
             )
         self.kernel_size = kernel_size
         self.stride = stride
@@ -275,7 +291,7 @@ class Involution2d(nn.Module):
 
 
 class _Span(nn.Conv2d):
-    """The 1x1 convolution that gives an involution its kernel."""
+    """The 1x1 convolution that computes an involution's kernel, with a layout that suits the device."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
@@ -290,9 +306,10 @@ def _span(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _planar_span(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The 1x1 convolution as a product of matrices for each image, (G*K*K, C / 4) x (C / 4, H'*W').
+    """Compute the 1x1 convolution as one matrix product per image, (G*K*K, C / 4) x (C / 4, H'*W').
 
-    Neighbouring positions then are adjacent in memory, as involution_triton wants them, however features lie.
+    Neighbouring positions of the result are adjacent in memory, which involution_triton is made for, in whatever memory
+    format the features are.
     """
     weight = weight.flatten(1).expand(len(features), -1, -1)
     return torch.baddbmm(bias[:, None], weight, features.flatten(2)).unflatten(2, features.shape[2:])

@@ -1,8 +1,11 @@
-"""Involution on a GPU, in Triton. Each function fills ``out``; any strides will do, and nothing else is allocated.
+"""Involution on a GPU, in Triton. forward, grad_x and grad_kernel write their result to ``out``.
 
-A program computes BLOCK positions times the channels of one group, in float32 at least. It is made for a
-channels-last x, where the 16 channels of a group are one sector of a cache line in bf16, and for a kernel whose
-positions are adjacent in memory: neighbouring threads read neighbouring values, which serve all channels of a group.
+Tensors may have any strides; only those beyond 32 bits are copied. No other memory is allocated.
+
+A program computes BLOCK positions times the channels of one group, in float32 or float64. The kernels are designed for
+a channels-last x, in which the 16 channels of a group fill one 32-byte sector of a cache line in bf16, and for an
+involution kernel whose positions are adjacent in memory: neighbouring threads then read neighbouring values, and each
+value serves all channels of a group.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# BLOCK, warps: from few positions a program, for small maps, to many. In bf16 a thread computes 8 channels of one
-# position; with more, the compiler goes through shared memory. The interpreter cannot time them, so it gets one.
+# (BLOCK, warps): few positions per program for small feature maps, many for large ones. In bf16 a thread computes 8
+# channels of one position; with more, the compiler goes through shared memory. The interpreter cannot measure times, so
+# it gets a single configuration.
 _BLOCKS = ((16, 1), (32, 2), (64, 4), (128, 8))
 _CONFIGS = [
     triton.Config({"BLOCK": block}, num_warps=warps)
@@ -24,27 +28,36 @@ _CONFIGS = [
 
 
 def _autotune(*layout: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Choose anew for another shape, dtype, and value of the steps that tell memory formats apart."""
+    """Return the autotuning decorator, which measures again for each shape, dtype and memory format.
+
+    layout: names of the strides that tell memory formats apart.
+    """
     shape = ("batch", "groups", "out_height", "out_width", "GROUP_CHANNELS", "KERNEL_SIZE", "STRIDE")
     return triton.autotune(_CONFIGS, key=[*shape, *layout], cache_results=True)
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
-    """x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
+    """Compute the involution of x. x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
     positions = out.shape[0] * out.shape[2] * out.shape[3]
     _launch(_forward, (positions, 1), x, kernel, stride, (x, kernel, out))
 
 
 def grad_x(grad_out: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
-    """grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W)."""
-    # A position of x is met by every stride-th tap; which ones these are depends on whether its row and its column are
-    # even or odd. Each of these classes has programs of its own.
+    """Compute the gradient with respect to x.
+
+    grad_out: (B, C, H', W'). kernel: (B, G, K, K, H', W'). out: (B, C, H, W).
+    """
+    # At stride 2, a position of x is read by every second tap only; by which ones depends on whether its row and its
+    # column are even or odd. Each of these stride * stride classes of positions has its own programs.
     positions = grad_out.shape[0] * grad_out.shape[2] * grad_out.shape[3]
     _launch(_grad_x, (positions, stride * stride), out, kernel, stride, (grad_out, kernel, out))
 
 
 def grad_kernel(grad_out: Tensor, x: Tensor, stride: int, out: Tensor) -> None:
-    """grad_out: (B, C, H', W'). x: (B, C, H, W). out: (B, G, K, K, H', W')."""
+    """Compute the gradient with respect to the kernel.
+
+    grad_out: (B, C, H', W'). x: (B, C, H, W). out: (B, G, K, K, H', W').
+    """
     positions = grad_out.shape[0] * grad_out.shape[2] * grad_out.shape[3]
     _launch(_grad_kernel, (positions, 1), x, out, stride, (grad_out, x, out))
 
@@ -57,10 +70,15 @@ def _launch(
     stride: int,
     tensors: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """work: positions, and classes of them. x, kernel: tensors of these shapes. tensors: the function's own."""
+    """Launch a kernel.
+
+    work: number of positions and of classes of positions. x, kernel: tensors with the shapes of x and kernel, inputs or
+    outputs. tensors: the arguments of `function`, the output last.
+    """
     positions, classes = work
     batch, channels, height, width = x.shape
     groups, size, _, out_height, out_width = kernel.shape[1:]
+    # Copies inputs only: the operator has allocated the output densely, so its steps are short.
     tensors = tuple(tensor if _has_short_steps(tensor) else tensor.contiguous() for tensor in tensors)
     with torch.cuda.device_of(x):  # Triton launches on the current device; no-op for the interpreter's CPU tensors
         function[lambda meta: (triton.cdiv(positions, meta["BLOCK"]) * groups, classes)](
@@ -81,7 +99,7 @@ def _launch(
 
 
 def _has_short_steps(tensor: Tensor) -> bool:
-    """Whether 32 bits reach every element of an image from its first; 64 lead from image to image."""
+    """Whether 32-bit offsets reach all elements of an image from its first. Offsets between images have 64 bits."""
     sizes_and_steps = list(zip(tensor.shape, tensor.stride(), strict=True))
     return sum((size - 1) * step for size, step in sizes_and_steps[1:]) < 2**31
 
@@ -126,7 +144,7 @@ def _grad_x(
     g = tl.program_id(0) % groups
     first_row = tl.program_id(1) // STRIDE
     first_column = tl.program_id(1) % STRIDE
-    # ceil(H / STRIDE) rows of each class are H', or one less; so are the columns.
+    # A class has H' rows or one fewer, and W' columns or one fewer: positions beyond the image are masked.
     b, row, column, is_position = _positions(tl.program_id(0) // groups, batch, out_height, out_width, BLOCK)
     row = row * STRIDE + first_row
     column = column * STRIDE + first_column
@@ -136,14 +154,14 @@ def _grad_x(
     kernel += b * k_b + g * k_g  # (BLOCK,)
     grad_out += (b * g_b)[:, None] + channel * g_c  # (BLOCK, CHANNELS)
     total = tl.zeros((BLOCK, CHANNELS), SUM_DTYPE)
-    # Output row i met this row with tap u where STRIDE * i + u - P = row.
+    # Output row i has read this row with tap u where STRIDE * i + u - P = row.
     first_u = (first_row + KERNEL_SIZE // 2) % STRIDE
     first_v = (first_column + KERNEL_SIZE // 2) % STRIDE
     for nth_u in range((KERNEL_SIZE + STRIDE - 1) // STRIDE):
         u = first_u + nth_u * STRIDE
         down = row + KERNEL_SIZE // 2 - u
         i = down // STRIDE
-        # u < KERNEL_SIZE, as a block of positions: the interpreter has no masks out of scalars.
+        # Means u < KERNEL_SIZE, written with a block of positions: the interpreter has no masks from scalars.
         is_tap = down >= row - KERNEL_SIZE // 2
         met_row = is_position & is_tap & (down >= 0) & (i < out_height)
         for nth_v in tl.static_range((KERNEL_SIZE + STRIDE - 1) // STRIDE):
@@ -188,8 +206,8 @@ def _grad_kernel(
 
 @triton.jit
 def _positions(tile, batch, height, width, BLOCK: tl.constexpr):
-    """Image, row and column of each position of a tile, (BLOCK,), and whether there is such a position."""
+    """Return image, row and column of each position of a tile, (BLOCK,) each, and whether the position exists."""
     position = tile * BLOCK + tl.arange(0, BLOCK)
     pixel = position % (height * width)
-    b = (position // (height * width)).to(tl.int64)  # steps between images can lead beyond 2**31 elements
+    b = (position // (height * width)).to(tl.int64)  # offsets between images can exceed 2**31 elements
     return b, pixel // width, pixel % width, position < batch * height * width

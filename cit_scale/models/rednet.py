@@ -1,9 +1,8 @@
-"""RedNet: ResNet whose 3x3 convolutions are 7x7 involutions (Involution, CVPR 2021). Registered with timm.
+"""RedNet: ResNet with 7x7 involutions instead of 3x3 convolutions ("Involution: Inverting the Inherence of Convolution
+for Visual Recognition", CVPR 2021). Importing this module registers the models with timm:
 
     timm.create_model("rednet101", num_classes=1000)
-    timm.create_model("rednet26", layers=(1, 1, 1, 1), base_width=32, stem_width=16, num_classes=10)
-
-The second is a small one, for small images.
+    timm.create_model("rednet26", layers=(1, 1, 1, 1), base_width=32, stem_width=16, num_classes=10)  # for small images
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from cit_scale.models.involution import Involution2d
 
-# Bottlenecks in each of the four stages.
+# Number of bottlenecks in each of the four stages.
 LAYERS = {
     "rednet26": (1, 2, 4, 1),
     "rednet38": (2, 3, 5, 2),
@@ -30,7 +29,7 @@ LAYERS = {
 
 
 def init_convolutions(network: nn.Module) -> None:
-    """Kaiming-normal weights and zero biases in every convolution of the network."""
+    """Initialize every convolution of the network with Kaiming-normal weights and zero biases."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -39,8 +38,10 @@ def init_convolutions(network: nn.Module) -> None:
 
 
 class InvolutionStem(nn.Module):
-    """RedNet's stem up to its max pooling: 3x3 stride 2 to width, 3x3 involution, 3x3 to 2 x width; BatchNorm and ReLU
-    after each.
+    """RedNet's stem without its max pooling; also the stem of CiT's involution teacher.
+
+    A 3x3 convolution of stride 2 to `width` channels, a 3x3 involution, a 3x3 convolution to 2 x width; BatchNorm and
+    ReLU follow each.
 
     Forward: (B, in_chans, H, W) -> (B, num_features, ceil(H / 2), ceil(W / 2)).
     """
@@ -64,7 +65,7 @@ class InvolutionStem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet's bottleneck with a 7x7 involution, which carries the stride, in the middle.
+    """ResNet's bottleneck with a 7x7 involution in the middle, which has the stride.
 
     Forward: (B, in_chans, H, W) -> (B, 4 x width, ceil(H / stride), ceil(W / stride)).
     """
@@ -95,21 +96,24 @@ class Bottleneck(nn.Module):
 
 
 def _stage(in_chans: int, width: int, depth: int, stride: int) -> nn.Sequential:
+    """Return `depth` bottlenecks, of which the first has the stride."""
     out_chans = width * Bottleneck.expansion
     first = Bottleneck(in_chans, width, stride)
     return nn.Sequential(first, *(Bottleneck(out_chans, width) for _ in range(depth - 1)))
 
 
 class RedNet(nn.Module):
-    """RedNet under timm's contract for image models.
+    """RedNet, with the methods that timm expects of an image model.
 
-    layers: bottlenecks in each of the four stages.
-    base_width: width of the first stage's bottlenecks. Each stage doubles it and gives out four times its own.
-    stem_width: width of the stem, which gives out twice as much. Both are multiples of 16, the channels that share an
-    involution kernel; ValueError otherwise.
+    layers: number of bottlenecks in each of the four stages.
+    base_width: width of the bottlenecks in the first stage; each further stage doubles it. The output of a stage has
+    four times its width.
+    stem_width: width of the stem; its output has twice as many channels. base_width and stem_width must be multiples of
+    16, the number of channels that share an involution kernel.
     drop_rate: dropout before the classifier.
 
-    Forward: (B, in_chans, H, W) -> (B, num_classes); 32 pixels become one position of the last feature map.
+    Forward: (B, in_chans, H, W) -> (B, num_classes). The last feature map has 1/32 of the height and width.
+    Raises ValueError for widths or layers that do not fit.
     """
 
     def __init__(
@@ -140,6 +144,7 @@ class RedNet(nn.Module):
         self.layer2 = _stage(outputs[0], widths[1], layers[1], stride=2)
         self.layer3 = _stage(outputs[1], widths[2], layers[2], stride=2)
         self.layer4 = _stage(outputs[2], widths[3], layers[3], stride=2)
+        # timm's features_only reads from this where to take feature maps, and their strides.
         self.feature_info = [
             {"num_chs": self.stem.num_features, "reduction": 2, "module": "stem"},
             *(
@@ -154,23 +159,29 @@ class RedNet(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def init_weights(self) -> None:
-        """Kaiming-normal convolutions; each residual branch starts at zero."""
+        """Initialize all convolutions Kaiming-normal, and each residual branch such that it returns zero."""
         init_convolutions(self)
         for module in self.modules():
             if isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Return patterns that assign parameters to layers, part of timm's contract for models."""
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for num_classes; 0 leaves the pooled features."""
+        """Replace the classifier by a new one for `num_classes`; 0: by an identity, which returns the pooled features.
+
+        global_pool: timm's name of another pooling; None keeps it.
+        """
         factory = get_device_dtype(self)
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
@@ -178,7 +189,7 @@ class RedNet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, num_features, H / 32, W / 32), rounded up."""
+        """Return the last feature map, (B, num_features, ceil(H / 32), ceil(W / 32)). x: (B, in_chans, H, W)."""
         x = self.maxpool(self.stem(x))
         stages = [self.layer1, self.layer2, self.layer3, self.layer4]
         if self.grad_checkpointing:
@@ -188,7 +199,7 @@ class RedNet(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, num_features, h, w) -> (B, num_classes), or the pooled features before the classifier."""
+        """Return the logits (B, num_classes); with pre_logits the pooled features. x: (B, num_features, h, w)."""
         x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
@@ -197,6 +208,7 @@ class RedNet(nn.Module):
 
 
 def _cfg() -> dict[str, Any]:
+    """Return timm's pretrained_cfg. There are no weights to download."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
