@@ -1,18 +1,18 @@
-"""How a run can end other than well: one exception, and one exit code, for each kind of thing a user has to do next.
+"""Exceptions and exit codes of a run: one of each for every kind of action that the user has to take next.
 
     0   done
     2   bad usage: a setting, an argument or a file of settings is wrong
     3   an input is missing or cannot be read: a data set, weights, a recipe, a checkpoint
-    4   bad data: more images cannot be used than data.max_bad_images
-    5   diverged: train.max_bad_steps steps in a row were not finite, or the weights no longer are
+    4   bad data: more images are unusable than data.max_bad_images allows
+    5   diverged: train.max_bad_steps steps in a row were not finite, or the weights are no longer finite
     6   cannot write: the run folder's disk is full, read-only or gone
-    7   refused for safety: going on would mix two runs, start over by accident, or run what a file contains
-    8   a node is not fit to take part: it is named, and another try without it may go well
+    7   refused: continuing would mix two runs, start over by accident, or execute code from a file
+    8   a node is unfit or missing: the message names it, and a start without the node may succeed
     14  hung: no step ended within train.step_timeout_s, or the preparation of several ranks took far too long
-    75  stopped on request, everything saved: the same command continues (EX_TEMPFAIL of sysexits.h)
+    75  stopped on request with everything saved: the same command continues (EX_TEMPFAIL of sysexits.h)
 
-1, Python's own, is left to what nobody foresaw, and to the machine, its network and its disks failing for a moment: the
-same command may well go on, so a queued job is queued again.
+Exit code 1, Python's own, stands for unforeseen errors and for passing failures of the machine, its network or its
+disks. The same command may succeed later, so launchers/requeue.py queues the job again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from __future__ import annotations
 import errno
 import re
 
-HUNG = 14
+HUNG = 14  # the number of SIGALRM, with which the watchdog ends a rank (distributed/overseer.py)
 
-# What is wrong with a path, and stays wrong until somebody does something about it.
+# Errors of a path that last until the user changes something.
 WRONG_PATH = {
     errno.ENOENT,
     errno.EACCES,
@@ -32,48 +32,51 @@ WRONG_PATH = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
 }
-# A disk that takes no more.
+# Errors of a disk that is full, over quota or read-only.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 class RunError(Exception):
-    """One line with the values and the way out. The entry points print it and exit with its code."""
+    """Base of all expected errors. The message is one line with the values and the way out.
+
+    The entry points print the message and exit with ``exit_code``.
+    """
 
     exit_code: int
 
 
 class ConfigError(RunError, ValueError):
-    """A mistake of the user's."""
+    """A setting, an argument or a file of settings is wrong."""
 
     exit_code = 2
 
 
 class MissingInputError(ConfigError):
-    """What the run is to read is not there."""
+    """An input of the run is missing or cannot be read."""
 
     exit_code = 3
 
 
 class BadDataError(RunError):
-    """More of the data than the run would bear cannot be used."""
+    """More images are unusable than data.max_bad_images allows."""
 
     exit_code = 4
 
 
 class DivergedError(RunError):
-    """Training has no finite way on."""
+    """Loss, gradient or weights are not finite, and training cannot continue."""
 
     exit_code = 5
 
 
 class CannotWriteError(RunError, OSError):
-    """What has to be kept could not be written."""
+    """A checkpoint or another file of the run could not be written."""
 
     exit_code = 6
 
 
 class TransientError(RunError, OSError):
-    """The machine, its network or a network disk failed for a moment; another try may go well."""
+    """The machine, its network or a network disk failed for a moment; the same command may succeed later."""
 
     exit_code = 1
 
@@ -85,24 +88,28 @@ class RefusedError(ConfigError):
 
 
 class BadImageError(ValueError):
-    """An image that nothing can be learned from. The message is the reason, in one line and without the name."""
+    """An image cannot be used. The message is the reason, in one line and without the image's name."""
 
     exit_code = BadDataError.exit_code
 
 
 class UnfitNodeError(RunError):
-    """A node failed the check at the start."""
+    """A node is missing or failed the preflight check."""
 
     exit_code = 8
 
 
 class Stopped(RunError):  # noqa: N818  an outcome, not an error
-    """The run saved its state and left because it was asked to. signum: the signal; None on a rank that got none."""
+    """The run saved its state and ends because it was asked to stop.
+
+    step: number of updates done. signum: the signal; None on a rank that received none.
+    """
 
     exit_code = 75
 
     def __init__(self, step: int, signum: int | None) -> None:
-        super().__init__(step, signum)  # what unpickling on another rank calls it with
+        # Exceptions travel between ranks as pickles, and unpickling passes ``args`` to the constructor again.
+        super().__init__(step, signum)
         self.step = step
         self.signum = signum
 
@@ -111,15 +118,16 @@ class Stopped(RunError):  # noqa: N818  an outcome, not an error
 
 
 def one_line(error: object, most: int | None = None) -> str:
-    """What an error says, in one line of at most ``most`` characters; its type where it says nothing."""
+    """Returns an error's message in one line, cut after ``most`` characters; the type's name if there is no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if most is None or len(text) <= most else f"{text[:most]} ..."
 
 
 def exit_code_of(error: RunError | BadImageError | OSError) -> int:
-    """The exit code of a process that ends with ``error``.
+    """Returns the exit code of a process that ends with ``error``.
 
-    An OSError without a number is a file that a library cannot make sense of, such as PIL's UnidentifiedImageError.
+    An OSError without an errno counts as a damaged input (3): libraries raise it for files that they cannot parse, such
+    as PIL's UnidentifiedImageError.
     """
     if isinstance(error, (RunError, BadImageError)):
         return error.exit_code
@@ -131,18 +139,21 @@ def exit_code_of(error: RunError | BadImageError | OSError) -> int:
 
 
 def os_error(error: Exception, message: str, lasting: type[RunError]) -> RunError:
-    """What to raise, saying ``message``, for an OSError, or for what Rust or C++ made of one.
+    """Returns the exception to raise with ``message`` for an OSError, or for an OSError that Rust or C++ has wrapped.
 
-    lasting: for what another try would meet again. A disk that takes no more is a CannotWriteError; a wrong path is
-    a MissingInputError where it would be a mistake of the user's; anything else is a TransientError.
+    lasting: the type for errors that another try would meet again. A full or read-only disk is always a
+    CannotWriteError. If ``lasting`` is ConfigError, a wrong path is a MissingInputError. Any error that may pass is a
+    TransientError.
     """
     code = error.errno if isinstance(error, OSError) else None
     if code is None and (written := re.search(r"os error (\d+)", str(error))):
-        code = int(written[1])  # as Rust spells it, in which safetensors is written
+        # safetensors is written in Rust and reports an OSError as text: "No such file or directory (os error 2)".
+        code = int(written[1])
     if code in NO_ROOM:
         return CannotWriteError(message)
     if code in WRONG_PATH and lasting is ConfigError:
         return MissingInputError(message)
-    # A name that is taken by a file of another kind stays taken, and a limit to the size of files stays set.
+    # EEXIST and EFBIG last as well: a file in the place of a folder, and a limit on the size of files, stay as they
+    # are. Without an errno the content is wrong, which does not pass either.
     is_lasting = code is None or code in WRONG_PATH | {errno.EEXIST, errno.EFBIG}
     return lasting(message) if is_lasting else TransientError(message)

@@ -1,4 +1,7 @@
-"""What submitit runs on each rank for launchers/submit.py: train.py with its arguments. The pickle holds only them."""
+"""The job that launchers/submit.py gives to submitit: train.py with its arguments, on each rank.
+
+submitit pickles the job; the pickle holds only the arguments.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,25 @@ from cit_scale.distributed.stop import StopRequest
 from cit_scale.errors import Stopped
 from cit_scale.text import outlive_readers
 
-# By which a rank of submitit's local executor asks to be started again; there it is a constant of a private module.
+# Exit code with which a rank asks submitit's local executor to start the job again. submitit defines the number in a
+# private module, so it is repeated here.
 LOCAL_REQUEUE = 144
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """argv: arguments of train.py."""
+    """One rank of a job. argv: arguments of train.py."""
 
     argv: tuple[str, ...]
 
     def __call__(self) -> int:
-        """Train. Returns 0, or leaves the process with the exit code."""
+        """Train. Returns 0; for any other exit code the process exits with it."""
         outlive_readers()
-        # Before the slow import: until the signal is ours, submitit's answer to it is to requeue the job at once, from
-        # rank 0, before all ranks could save together.
+        # Before the slow import of the trainer: until StopRequest replaces submitit's signal handler, a signal makes
+        # submitit requeue the job at once, from rank 0, before all ranks can save together.
         with StopRequest() as stop:
-            from cit_scale.train import main  # here, so that a login node needs no GPU stack to submit
+            # Imported here, so that submitting from a login node does not need the GPU libraries.
+            from cit_scale.train import main
 
             code = main(self.argv, stop)
         if code:
@@ -36,9 +41,10 @@ class TrainJob:
 
 
 def exit_code(code: int, signum: int | None, env: Mapping[str, str]) -> int:
-    """What submitit has to see: its local executor starts a job that ran into its time limit again, if told so.
+    """Translate the trainer's exit code for submitit.
 
-    Under Slurm slurm/env.sh decides by the code as it is.
+    After a time limit (SIGUSR2) submitit's local executor starts the job again only for the code LOCAL_REQUEUE. Under
+    Slurm the code stays as it is, because launchers/requeue.py, called by slurm/env.sh, decides by it.
     """
     is_time_limit = code == Stopped.exit_code and signum == signal.SIGUSR2
     return LOCAL_REQUEUE if is_time_limit and env.get("SUBMITIT_EXECUTOR") == "local" else code

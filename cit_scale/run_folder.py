@@ -1,4 +1,7 @@
-"""What lies where in a run folder, for those who write it and for those who only look. Imports nothing heavy."""
+"""Names of the files and folders in a run folder. Imports the standard library only.
+
+The launchers read run folders on login nodes, where importing torch takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,24 @@ ENVIRONMENT = "env.json"  # a list: one entry per start
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 CHECKPOINTS = "ckpt"
-TEACHERS = "teachers"  # their runs
-SUBMISSIONS = "job.json"  # a list: what launchers/submit.py has queued
-ATTEMPTS = "attempts.jsonl"  # how each Slurm job ended, from launchers/requeue.py
-UNFIT_NODES = "unfit_nodes.jsonl"  # from the check at the start
+TEACHERS = "teachers"  # one run folder per teacher that this run trains
+SUBMISSIONS = "job.json"  # a list: one entry per job that launchers/submit.py has queued
+ATTEMPTS = "attempts.jsonl"  # how each Slurm job ended; written by launchers/requeue.py
+UNFIT_NODES = "unfit_nodes.jsonl"  # nodes that failed the preflight check, with the reasons
 
-# Folders of a run in which no other runs are to be found.
+# Folders that belong to a run itself. A search for runs skips them, and --name refuses them as parts of a name.
 INSIDE = {TEACHERS, CHECKPOINTS, "tensorboard", "bad_steps", "slurm"}
 
 
 def step_path(checkpoints: Path, step: int) -> Path:
-    """The folder of a checkpoint."""
+    """Path of the checkpoint after update ``step``. checkpoints: the folder ckpt/ of a run."""
     return checkpoints / f"step_{step:06d}"
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Steps of the complete checkpoints in no order."""
+    """Returns the steps of all complete checkpoints, in no particular order; empty if the folder does not exist."""
     if not checkpoints.is_dir():
         return []
+    # Other names, such as step_000123.partial, are not complete checkpoints (checkpoint/store.py).
     matches = (re.fullmatch(r"step_(\d{6,})", path.name) for path in checkpoints.iterdir())
     return [int(match[1]) for match in matches if match]

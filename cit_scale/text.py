@@ -1,4 +1,4 @@
-"""What a command says, and to whom: nobody who stops reading takes the command with them."""
+"""Output of the commands: keeps a process alive if nobody reads its output, and prints help with examples."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# A reader that has gone, a terminal that was closed.
+# Errors of a write whose reader is gone: a closed pipe or a closed terminal.
 NOBODY_READS = {errno.EPIPE, errno.EIO, errno.ENXIO}
 
 
 class _Lasting(io.FileIO):
-    """The raw end of a stream, which takes all of a text at once. What nobody reads is dropped."""
+    """Raw file under a text stream whose ``write`` never fails because the reader is gone; the text is then dropped."""
 
     drops_everything = False
-    """Also what a full disk does not take."""
+    """Whether text is also dropped on any other error, such as a full disk."""
 
     def write(self, text: Any) -> int:
+        """Write all of ``text``, in several parts if need be. Returns its length, also if it was dropped."""
         left = memoryview(text)
         try:
             while left:
                 written = super().write(left)
-                if written is None:  # a pipe that does not block, and has no room just now
+                if written is None:  # a non-blocking pipe that is full: wait until it has room
                     select.select([], [self], [])
                 left = left[written or 0 :]
         except OSError as error:
@@ -36,34 +37,36 @@ class _Lasting(io.FileIO):
 
 
 def outlive_readers(*, and_full_disks: bool = True) -> None:
-    """From here on, output that nobody reads is lost, and the process goes on without it.
+    """Replace stdout and stderr by streams that drop output which nobody reads, so that the process goes on.
 
-    Otherwise ``| head -3``, a pager that is quit or a dead ``tee`` ends a run at its next line: Python raises, rich
-    leaves with exit code 1. Called by what is started as a process of its own; a stream that is none of the process's,
-    as under a test, is left alone.
+    Without this, ``| head -3``, a closed pager or a dead ``tee`` ends a run at its next line: Python raises
+    BrokenPipeError, and rich exits with code 1. Every entry point calls this function. A stream that was replaced
+    already, as under pytest, stays as it is.
 
-    and_full_disks: the same for a log on a full disk; False where what is printed is the result.
+    and_full_disks: also drop output that a full disk does not take. False for a command whose output is its result.
     """
-    for descriptor in range(3):  # one that was closed from the start would become some other file
+    # A closed descriptor 0, 1 or 2 would be given to the next file that the process opens, and prints would go there.
+    for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # open returns the lowest free number, which is this one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # started with it closed
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process lives
+        if stream is None:  # Python's value for a stream that was closed when the process started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  stays open as long as the process lives
         if not isinstance(stream, io.TextIOWrapper):
             continue
         try:
             stream.flush()
             descriptor = stream.fileno()
-        except (OSError, ValueError):  # closed, or not of a file
+        except (OSError, ValueError):  # the stream is closed, or is not backed by a file
             continue
+        # The old stream still owns the descriptor: closefd=False.
         raw = _Lasting(descriptor, "wb", closefd=False)
         raw.drops_everything = and_full_disks
         lasting = io.TextIOWrapper(
-            raw if stream.write_through else io.BufferedWriter(raw),  # as Python has it under -u, and without
+            raw if stream.write_through else io.BufferedWriter(raw),  # unbuffered only under python -u
             encoding=stream.encoding,
             errors=stream.errors,
             line_buffering=stream.line_buffering or name == "stderr",
@@ -73,7 +76,7 @@ def outlive_readers(*, and_full_disks: bool = True) -> None:
 
 
 class ExampleParser(argparse.ArgumentParser):
-    """A parser whose help begins with commands that work. Options are never abbreviated."""
+    """Argument parser whose help starts with example commands. Options cannot be abbreviated."""
 
     def __init__(self, *, examples: Sequence[str], **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)

@@ -1,12 +1,12 @@
 #!/bin/bash
-# CiT-Ti on one node of eight GPUs. Run in the checkout, with its Python environment active; whatever stands here is
-# overridden on the command line, and what follows the script's name goes to train.py:
+# CiT-Ti on one node of eight GPUs. Run in the checkout, with its Python environment active. Options before the
+# script's name override the #SBATCH lines below, and arguments after it go to train.py:
 #
 #   sbatch --partition=NAME slurm/cit_tiny.sh --data.train DIR --data.eval DIR
 #   sbatch --nodes=2 --gpus-per-node=0 --cpus-per-task=16 slurm/cit_tiny.sh --config digits
 #
-# The cores are those of a node, which its ranks share; so is the memory, of which 0 is all. Not --exclusive: Slurm 22.05
-# never starts such a job again when it has lost a node (BadConstraints).
+# --cpus-per-task is the number of cores of a node, which its ranks share; --mem=0 is all of its memory. Not
+# --exclusive: Slurm 22.05 never starts such a job again after it has lost a node (BadConstraints).
 #
 #SBATCH --job-name=cit_tiny
 #SBATCH --nodes=1
@@ -17,7 +17,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #SBATCH --signal=USR2@300
-# No --time: under whatever limit the partition has, the run saves before it, queues again and goes on.
+# USR2@300: Slurm sends SIGUSR2 to the ranks 300 s before the time limit; the run then saves and is queued again.
+# No --time: the limit of the partition applies. USR2 and not USR1, which some plugins of NCCL catch.
 
 export CIT_SCALE=${CIT_SCALE:-$SLURM_SUBMIT_DIR}
 set -- --config cit_tiny "$@"

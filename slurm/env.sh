@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# Sourced by a batch script in the checkout, with the arguments of train.py as the script's own: how many ranks there
-# are, where they meet, and what becomes of the job when they have ended. All of it is read by srun and by the ranks
-# from the environment, so the line that starts them is a bare "srun python cit_scale/train.py".
+# Sourced by a batch script in the checkout, whose arguments are those of train.py. Sets how many ranks there are and
+# where they meet, and queues the job again at its end if that is right. srun and the ranks read everything from the
+# environment, so the line that starts them is a bare "srun python cit_scale/train.py".
 
-# Fewer nodes than were allotted are used where only so many cut the global batch evenly (--min-nodes of submit.py).
+# Use fewer nodes than Slurm allotted if the global batch is not a multiple of all of them (--min-nodes of submit.py).
+# CIT_NODE_COUNTS lists the possible counts, largest first.
 nodes=$SLURM_JOB_NUM_NODES
 for count in ${CIT_NODE_COUNTS:-$nodes}; do
   if (( count <= nodes )); then
@@ -11,25 +12,26 @@ for count in ${CIT_NODE_COUNTS:-$nodes}; do
     break
   fi
 done
-# One rank per GPU; where there are none, as many as --ntasks-per-node or --ntasks says, or one on each node.
+# One rank per GPU. Without GPUs as many as --ntasks-per-node or --ntasks says, otherwise one per node.
 gpus=${SLURM_GPUS_ON_NODE:-0}
 ranks=${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : ${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES} / SLURM_JOB_NUM_NODES))}
 cpus=$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))
 export SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes SLURM_NTASKS_PER_NODE=$ranks SLURM_NTASKS=$((nodes * ranks))
 
-# Each rank keeps to its own share of the cores. Without that its threads, those of DALI among them, wander between
-# sockets; without OMP_NUM_THREADS every rank would start a thread for each core that it may use or not.
+# Bind each rank to its own share of the cores. Otherwise its threads, including DALI's, move between sockets. Without
+# OMP_NUM_THREADS each rank would start a thread for every core of the node.
 export SLURM_CPU_BIND=cores SRUN_CPUS_PER_TASK=$cpus SLURM_CPUS_PER_TASK=$cpus
-unset SLURM_TRES_PER_TASK # newer Slurms say there what a task of the batch script has, and srun refuses two answers
+# Newer versions of Slurm set this to the resources of the batch script's task, and srun refuses it beside the above.
+unset SLURM_TRES_PER_TASK
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 
-# When a rank dies, the others notice and leave; those that do not are ended six minutes later. Not before: rank 0 waits
-# for train.start_timeout_s, five minutes, before it names the node of a rank that did not arrive. Ending them at once,
-# as --kill-on-bad-exit would, takes ranks that have not left yet for failed whenever a run is asked to stop.
+# When a rank dies, the others notice and exit; srun ends those that do not six minutes later. Not earlier, because rank
+# 0 waits train.start_timeout_s, five minutes, before it names the node of a rank that did not arrive. Ending the others
+# at once (--kill-on-bad-exit) would count ranks that are still exiting as failed whenever a run is asked to stop.
 export SLURM_WAIT=360 SLURM_KILL_BAD_EXIT=0
 
-# The ranks meet on the first node, at a port that two jobs on one node do not share, nor two starts of one job; the
-# range is below the one from which Linux gives ports to programs that do not care.
+# The ranks meet on the first node. The port follows from job id and restart count, so that two jobs on one node, or two
+# starts of one job, use different ports. The range lies below Linux's range of ephemeral ports.
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines="$nodes")
 MASTER_ADDR=$(head --lines=1 <<< "$hosts")
 MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:-0}) % 12000))}
@@ -37,15 +39,17 @@ export MASTER_ADDR MASTER_PORT
 CIT_HOSTS=${hosts//$'\n'/ }
 CIT_LOG=$(readlink "/proc/$$/fd/1")
 export CIT_HOSTS CIT_LOG
-export SLURM_EXPORT_ENV=ALL # to the ranks, also where sbatch was told to export nothing
+export SLURM_EXPORT_ENV=ALL # srun passes all variables to the ranks, also under sbatch --export=NONE
 
-# No NCCL_* here: its choice of interfaces and algorithms is right on most clusters, and what is wrong with it on yours
-# cannot be known. Set it before sbatch, which passes the environment on.
+# No NCCL_* variables: NCCL's choice of interfaces and algorithms is right on most clusters. If it is wrong on yours,
+# set them before sbatch, which passes the environment on.
 
-# Slurm's signals are for the ranks, which save and leave. This shell has to live on to send the job back to the queue.
+# The ranks handle Slurm's signals: they save and exit. This shell ignores them, because it must survive to queue the
+# job again. ':' rather than '': a signal ignored with '' would be ignored by srun and the ranks as well.
 trap ':' TERM INT USR1 USR2
 after_the_ranks() {
   code=$?
+  # From here on signals are also ignored by requeue.py, which must not be interrupted.
   trap '' TERM INT USR1 USR2
   "${CIT_PYTHON:-python}" "$CIT_SCALE/launchers/requeue.py" --exit-code "$code" \
     --max-restarts "${CIT_MAX_RESTARTS:-3}" -- "$@"

@@ -1,10 +1,10 @@
-"""How long training stands for a checkpoint, how long it takes to write and to read, against torch.save of the same.
+"""Benchmark of checkpoints: stall of training, time to write, time to verify and load, each against torch.save.
 
 python -m cit_scale.bench.checkpoint
 python -m cit_scale.bench.checkpoint --model cit_tiny_patch16_224 --rounds 9 --folder /data/runs
 
-One process under the plain engine, with moments and a moving average. torch.save stands for a trainer that writes one
-file in its loop, neither synced nor checked nor renamed; the third way is the same with what ours does for safety.
+One process with the plain engine, AdamW's moments and a moving average. "torch.save" writes one file in the training
+loop, without sync, checksum or rename. "torch.save, synced and summed" adds a sync and a SHA-256, as ours do.
 """
 
 from __future__ import annotations
@@ -37,19 +37,24 @@ PEER_OF = {STALL: SAVE, WRITE: SAVE_SYNCED, READ: LOAD}
 
 
 def build_engine(model: str) -> Engine:
+    """A plain engine with random weights of ``model`` for 1,000 classes and 224 pixels, and a moving average."""
     network = build_network(model, {}, num_classes=1000, image_size=224, teachers=("conv", "inv"))
     config = RunConfig(optim=OptimConfig(ema_decay=0.999), engine=EngineConfig(name="plain"))
     return PlainEngine(network, prepare_engine(config, World()))
 
 
 def seconds(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each way, in turns, and a checkpoint's bytes. The first round warms up and is left out."""
+    """Time every way once per round. Returns way to seconds, one figure per round, and the bytes of a checkpoint.
+
+    One more round than ``rounds`` is run: the first one warms up and is dropped.
+    """
     times: dict[str, list[float]] = {way: [] for way in (STALL, WRITE, READ, SAVE, SAVE_SYNCED, LOAD)}
     costs: list[dict[str, float]] = []
     checkpointer = AsyncCheckpointer(
@@ -65,9 +70,10 @@ def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[f
         sync(synced)
         file_sha256(synced)
 
+    # All ways take turns within a round: a disk whose speed drifts affects them alike.
     for turn in range(1, rounds + 2):
         checkpointer.save(turn, {})
-        checkpointer.settle(insist=True)
+        checkpointer.settle(insist=True)  # wait for the thread, and fail if nothing was written
         taken = {
             STALL: costs[-1]["save_stall_s"],
             WRITE: costs[-1]["save_write_s"],
@@ -76,7 +82,7 @@ def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[f
             READ: seconds(lambda: engine.load_state(load_newest(folder, World()).state)),
             LOAD: seconds(lambda: engine.load_state(torch.load(plain, weights_only=True))),
         }
-        os.sync()  # what one way left to the kernel must not be paid by the next
+        os.sync()  # flush the page cache, so that the next round does not pay for the writes of this one
         for way, taken_s in taken.items() if turn > 1 else ():
             times[way].append(taken_s)
     return times, sum(file.stat().st_size for file in checkpoint.path(folder, turn).iterdir())
@@ -85,8 +91,8 @@ def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="cit_base_patch16_224", help="a CiT (default: cit_base_patch16_224)")
-    parser.add_argument("--rounds", type=int, default=5, help="figures that a median is of (default: 5)")
-    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (default: a temporary one)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of (default: 5)")
+    parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: a temporary folder)")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="checkpoint_", dir=arguments.folder))
     try:

@@ -1,11 +1,12 @@
-"""How many images a second the training stream makes on a CPU, against timm's loader and DALI's own file reader.
+"""Benchmark of the training stream on a CPU, in images per second, against timm's loader and DALI's own file reader.
 
 python -m cit_scale.bench.decode --synthetic 400
 python -m cit_scale.bench.decode --data photos --threads 8 --batch 256 --images 12800
 python -m cit_scale.bench.decode --data photos --rows recipe timm_recipe
 
-Every stream is opened once and never ends; they take turns. A stream works ahead until its queues are full, also while
-another one is timed. So a turn begins when all streams rest, and with untimed batches: as many as can have been ready.
+All streams are opened once, never end, and take turns. A stream prefetches until its queues are full, also during
+another stream's turn. A turn therefore starts when all streams are idle, and first takes, untimed, as many batches as
+can have been prefetched.
 """
 
 from __future__ import annotations
@@ -50,26 +51,27 @@ from cit_scale.run.results import environment_record
 
 CPU = torch.device("cpu")
 
-# --- Images to decode where none are at hand ---
+# --- Synthetic images ---
 
-HEIGHT, WIDTH = 375, 500  # the commonest size in ImageNet
+HEIGHT, WIDTH = 375, 500  # the most common size in ImageNet
 LARGE_HEIGHT, LARGE_WIDTH = 768, 1024  # the usual size in Open Images
-QUALITY = 90  # about 90 KB
-FALL = 1.15  # of amplitude with frequency; near a photograph's, and with the bytes of one
+QUALITY = 90  # of the JPEG; gives about 90 KB an image
+# Amplitude falls with frequency ** -FALL: close to the spectrum of photographs, and gives files of their size.
+FALL = 1.15
 SHAPES = 5
 
 
 def photo(height: int, width: int, seed: int) -> np.ndarray:
-    """A made-up picture that costs about what a photograph costs, (height, width, 3) uint8.
+    """Draw a synthetic image that takes about as long to decode as a photograph. Returns (height, width, 3) uint8.
 
-    Clouds whose spectrum falls as a photograph's does, in brightness and weaker in colour, with shaded ellipses before
-    them for the edges.
+    Noise with a photograph's spectrum, in brightness and more weakly in colour, and in front of it shaded ellipses,
+    which add edges.
     """
     rng = np.random.default_rng(seed)
     y, x = np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width
     amplitude = np.hypot(y, x).clip(min=1) ** -FALL
     light, red_cyan, blue_yellow = (_clouds(rng, amplitude, height, width) for _ in range(3))
-    light += 0.4 * np.linspace(1, -1, height)[:, None]  # brighter above
+    light += 0.4 * np.linspace(1, -1, height)[:, None]  # brighter at the top, as a sky
     y, x = np.mgrid[:height, :width] / max(height, width)
     for _ in range(SHAPES):
         centre_y, centre_x = rng.random(2) * (height, width) / max(height, width)
@@ -84,20 +86,21 @@ def photo(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def _clouds(rng: np.random.Generator, amplitude: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(height, width) of variance 1: noise with a given spectrum."""
+    """Noise with a given amplitude spectrum. Returns (height, width), with a standard deviation of 1."""
     noise = np.fft.rfft2(rng.standard_normal((height, width)))
     clouds = np.fft.irfft2(noise * amplitude, s=(height, width))
     return clouds / clouds.std()
 
 
 def to_jpeg(pixels: np.ndarray) -> bytes:
+    """Encode (height, width, 3) uint8 as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
 
 
 def make_photos(folder: Path, count: int, size: tuple[int, int], threads: int) -> None:
-    """Write `count` pictures as JPEG to a new folder with two classes. size: height and width."""
+    """Write ``count`` synthetic images as JPEG to a new folder with two classes. size: (height, width) in pixels."""
     for name in ("even", "odd"):
         (folder / name).mkdir(parents=True)
 
@@ -109,12 +112,12 @@ def make_photos(folder: Path, count: int, size: tuple[int, int], threads: int) -
         list(pool.map(write, range(count)))
 
 
-# --- The streams: each yields (B, 3, image_size, image_size) float32 without end ---
+# --- Streams: each yields (B, 3, image_size, image_size) float32 without end ---
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows have in common."""
+    """Settings of all rows. threads: decoding threads, or timm's worker processes. image_size: in pixels."""
 
     threads: int
     batch: int
@@ -125,6 +128,8 @@ Open = Callable[[Source, Setting], Iterator[Tensor]]
 
 
 def ours(augment: AugmentConfig) -> Open:
+    """Our training stream with ``augment``."""
+
     def batches(source: Source, setting: Setting) -> Iterator[Tensor]:
         data = DataConfig(image_size=setting.image_size, decode_threads=setting.threads)
         sizes = setting.batch, setting.batch
@@ -136,13 +141,14 @@ def ours(augment: AugmentConfig) -> Open:
 
 
 def timm_loader(**augment: object) -> Open:
-    """timm.data.create_loader as timm's training script calls it: workers make bytes, and the main process, in
-    PrefetchLoader, makes normalised float32 of them and erases. On a CPU that is as fast as use_prefetcher=False.
+    """timm.data.create_loader as timm's training script calls it.
 
-    use_multi_epochs_loader lets the workers go on from one epoch to the next.
+    The workers produce uint8; PrefetchLoader, in the main process, converts to normalised float32 and erases. On a CPU
+    this is as fast as use_prefetcher=False. use_multi_epochs_loader keeps the workers alive from one epoch to the next.
     """
 
     def batches(source: Source, setting: Setting) -> Iterator[Tensor]:
+        # Patched while the loader is built: RandAugment looks its operations up then.
         with mock.patch.dict(auto_augment.NAME_TO_OP, PosterizeIncreasing=posterize):
             loader = create_loader(
                 ImageDataset("", reader=_TimmReader(source)),
@@ -163,7 +169,7 @@ def timm_loader(**augment: object) -> Open:
 
 
 class _TimmReader:
-    """What timm's ImageDataset reads from, over a source of ours: so every row gets the same bytes."""
+    """Adapts one of our sources to the reader interface of timm's ImageDataset: all rows read the same bytes."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -176,13 +182,18 @@ class _TimmReader:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """timm's, but for the 0 bits that it draws at magnitude 10: Pillow 13 raises ValueError for them, and before it
-    made a black image."""
+    """timm's posterize that also accepts 0 bits, which timm draws at magnitude 10.
+
+    Pillow 13 raises ValueError for 0 bits; earlier versions returned a black image, as this function does.
+    """
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep else Image.new("RGB", image.size)
 
 
 def dali_reader(source: Subset, setting: Setting) -> Iterator[Tensor]:
-    """What DALI's examples do, on the CPU and with timm's crops: it draws them itself, and they cannot be repeated."""
+    """The pipeline of DALI's examples, on the CPU and with timm's distribution of crops.
+
+    DALI draws the crops and flips itself, so that they cannot be reproduced.
+    """
 
     @pipeline_def(batch_size=setting.batch, num_threads=setting.threads, device_id=None, prefetch_queue_depth=2)
     def read_and_crop() -> tuple[DataNode, DataNode]:
@@ -207,10 +218,11 @@ def dali_reader(source: Subset, setting: Setting) -> Iterator[Tensor]:
 
 
 class Row(NamedTuple):
+    """A line of the table. open: opens the stream. peers: names of the rows that this row is compared with."""
+
     title: str
     open: Open
     peers: tuple[str, ...] = ()
-    """The rows that it is compared with."""
 
 
 RECIPE = ours(AugmentConfig())
@@ -232,7 +244,8 @@ ROWS = {
     "large_shards": Row("ours, whole recipe, shards of larger images", RECIPE),
     "large_packed": Row("ours, whole recipe, the same packed at shorter side 256", RECIPE, ("large_shards",)),
 }
-LARGE = {"large_shards", "large_packed"}
+LARGE = {"large_shards", "large_packed"}  # read the larger synthetic images
+# Rows that read shards: the shorter side to which pack resizes the images, in pixels; None keeps them as they are.
 SHORTER_SIDES = {
     "crop_shards": None,
     "crop_packed": 256,
@@ -243,13 +256,16 @@ SHORTER_SIDES = {
 }
 
 
-# --- Figures ---
+# --- Timing ---
 
 
 def take_turns(
     streams: Mapping[str, Iterator[Tensor]], batches: int, rounds: int, ahead: int
 ) -> dict[str, list[float]]:
-    """Seconds for so many batches of each stream, one figure a round. ahead: how many may be ready before a turn."""
+    """Time the streams in turns. Returns name to seconds per ``batches`` batches, one figure per round.
+
+    ahead: number of batches that a stream may have prefetched; they are taken before the clock starts.
+    """
     times: dict[str, list[float]] = {name: [] for name in streams}
     for _ in range(rounds):
         for name, stream in streams.items():
@@ -260,12 +276,13 @@ def take_turns(
 
 
 def take(stream: Iterator[Tensor], count: int) -> None:
+    """Take ``count`` batches from a stream and drop them."""
     for _ in itertools.islice(stream, count):
         pass
 
 
 def wait_for_rest(every_s: float = 0.1, share: float = 0.2) -> None:
-    """Until this process and its workers use less than that share of a core."""
+    """Wait until this process and its workers use less than ``share`` of a core over ``every_s`` seconds."""
     used_s = _cpu_s()
     while True:
         time.sleep(every_s)
@@ -275,31 +292,36 @@ def wait_for_rest(every_s: float = 0.1, share: float = 0.2) -> None:
 
 
 def _cpu_s() -> float:
+    """CPU seconds that this process and its children have used so far."""
     this = psutil.Process()
     used = [process.cpu_times() for process in (this, *this.children(recursive=True))]
     return sum(times.user + times.system for times in used)
 
 
-# --- The command ---
+# --- Command ---
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print a table in Markdown."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # with more, timm's main process and our erasing lose time to threads that wait
+    # With more threads timm's main process and our erasing lose time to threads that wait.
+    torch.set_num_threads(1)
     setting = Setting(arguments.threads, arguments.batch, arguments.image_size)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
         try:
             sources = open_sources(arguments, Path(temporary))
         except ConfigError as error:
             parser.error(str(error))
-        sizes = {name: image_sizes_text(source) for name, source in sources.items()}  # and now all are in memory
+        # Reads every image once, so that all rows find the files in the page cache.
+        sizes = {name: image_sizes_text(source) for name, source in sources.items()}
         streams = {name: ROWS[name].open(source, setting) for name, source in sources.items()}
+        # Start timm's streams first: they fork workers, which is safest before DALI has started threads.
         for name in sorted(streams, key=lambda name: not name.startswith("timm")):
             opened.enter_context(closing(streams[name]))
-            take(streams[name], 1)  # timm's first: they fork, which is best done before DALI has threads
+            take(streams[name], 1)
         batches = max(1, arguments.images // arguments.batch)
-        # timm's workers have 2 batches each and its PrefetchLoader one; our stream and DALI's reader have fewer.
+        # timm's workers prefetch 2 batches each and its PrefetchLoader 1; our stream and DALI's reader prefetch fewer.
         times = take_turns(streams, batches, arguments.rounds, ahead=2 * arguments.threads + 1)
     print(
         f"{library_versions_text()}; {setting.threads} threads or workers, batches of {setting.batch} images,", end=" "
@@ -312,22 +334,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     images = parser.add_mutually_exclusive_group(required=True)
-    images.add_argument("--data", metavar="FOLDER", help="images or shards, as data.train takes them")
-    images.add_argument("--synthetic", type=int, metavar="N", help=f"make N pictures of {WIDTH} x {HEIGHT} pixels")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that the data allow")
+    images.add_argument("--data", metavar="FOLDER", help="images or shards, as for data.train")
+    images.add_argument("--synthetic", type=int, metavar="N", help=f"draw N images of {WIDTH} x {HEIGHT} pixels")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="rows to measure (default: all that the data allow)")
     parser.add_argument(
-        "--packed", action="store_true", help="with --data: by default also the rows that pack it first"
+        "--packed", action="store_true", help="with --data: add the rows that pack the images to shards first"
     )
-    parser.add_argument("--threads", type=int, default=2, help="ours and DALI's; timm's workers (default: 2)")
-    parser.add_argument("--batch", type=int, default=64, help="images (default: 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="figures that a median is of (default: 5)")
-    parser.add_argument("--images", type=int, default=1536, help="timed in a round, chosen from larger data at random")
+    parser.add_argument("--threads", type=int, default=2, help="decoding threads, or timm's workers (default: 2)")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch (default: 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of (default: 5)")
+    parser.add_argument("--images", type=int, default=1536, help="images per round, chosen from larger data at random")
     parser.add_argument("--image_size", type=int, default=224, help="pixels (default: 224)")
     return parser
 
 
 def open_sources(arguments: argparse.Namespace, temporary: Path) -> dict[str, Source]:
-    """The images of each row that is asked for. Raises ConfigError for what cannot be."""
+    """Returns row name to its images, for the rows of --rows or all possible rows.
+
+    temporary: folder for synthetic images and shards. Raises ConfigError for a row that the data do not allow, or for
+    fewer images than a batch.
+    """
     is_synthetic = arguments.synthetic is not None
     if is_synthetic:
         make_photos(temporary / "photos", arguments.synthetic, (HEIGHT, WIDTH), arguments.threads)
@@ -341,6 +367,7 @@ def open_sources(arguments: argparse.Namespace, temporary: Path) -> dict[str, So
             f"{len(source)} images do not fill a batch of {arguments.batch}; give more or a smaller batch"
         )
 
+    # dali_crop passes paths of image files to DALI, so the data must not be shards.
     impossible = set() if isinstance(whole, ImageFolder | Manifest) else {"dali_crop"}
     impossible |= set() if is_synthetic else LARGE
     if refused := impossible & set(arguments.rows or ()):
@@ -360,19 +387,20 @@ def open_sources(arguments: argparse.Namespace, temporary: Path) -> dict[str, So
 
 
 def image_sizes_text(source: Source) -> str:
-    """What an image is on average."""
+    """Mean width, height and file size of the images, as text. Reads every image."""
     kilobytes = sum(len(source.read(index)) for index in range(len(source))) / len(source) / 1e3
     return f"{source.widths.mean():.0f} x {source.heights.mean():.0f}, {kilobytes:.0f} KB"
 
 
 def library_versions_text() -> str:
+    """Commit, hardware and library versions in one line."""
     packages = environment_record(World())["packages"]
     dali_version = next(version for name, version in packages.items() if name.startswith("nvidia-dali"))
     return f"{machine_text(CPU)}, DALI {dali_version}, Pillow {PIL.__version__}"
 
 
 def report(times: Mapping[str, list[float]], sizes: Mapping[str, str], images: int) -> str:
-    """times: seconds that so many images took, by row."""
+    """The table in Markdown. times: row name to the seconds for ``images`` images, one figure per round."""
     rows = []
     for name, row_times in times.items():
         row = ROWS[name]

@@ -1,9 +1,10 @@
-"""How far our pictures are from PIL's, torchvision's and timm's with the same draws.
+"""Compares our augmented images with those of PIL, torchvision and timm for the same random draws.
 
 python -m cit_scale.bench.fidelity
 
-A figure is the mean absolute error of bytes, 0 to 255, over all pixels of an image: the mean over all images, their
-median, the largest. The exit code is 1 where a mean is larger than allowed at the first of the image sizes.
+The error of an image is the mean absolute difference of bytes, 0 to 255, over its pixels and channels. The table shows
+the mean, the median and the largest error over all images. The exit code is 1 if a mean exceeds its limit at the first
+of the image sizes.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from cit_scale.datasets.folders import ImageFolder
 from cit_scale.datasets.sources import Source
 from cit_scale.distributed.world import World
 
-EPOCHS = 4  # of the photographs, in what is drawn
+EPOCHS = 4  # passes over the photographs, each with new draws
 THREADS = 2
 
-# What is allowed of the mean.
+# Limits of the mean error.
 CROP, EVALUATION, OPERATION, EQUALIZE = 0.5, 0.5, 1.0, 0.5
 
-# --- PIL's pictures ---
+# --- Reference images by PIL ---
 
 
 def _blur(image: Image.Image, sigma: float, **_: object) -> Image.Image:
@@ -76,7 +77,7 @@ FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
 
 
 def operate(image: Image.Image, name: str, argument: float, resample: Resampling) -> Image.Image:
-    """timm's operation of that name, with a drawn argument."""
+    """Apply timm's operation ``name`` with a drawn argument. resample: PIL's filter for warps."""
     if name == "identity":
         return image
     arguments = [] if name in NO_ARGUMENT else [int(argument) if name in WHOLE_NUMBERS else float(argument)]
@@ -84,7 +85,7 @@ def operate(image: Image.Image, name: str, argument: float, resample: Resampling
 
 
 def augment_image(image: Image.Image, draw: Draw, i: int, data: DataConfig, resample: Resampling) -> Image.Image:
-    """Everything that the draws say of the image, but for the erasing."""
+    """Apply the draws of image ``i`` with PIL and timm: crop, resize, flip, operations; no erasing."""
     y, x, height, width = map(int, draw.crop[i])
     image = image.crop((x, y, x + width, y + height)).resize((data.image_size,) * 2, Resampling.BICUBIC)
     image = ImageOps.mirror(image) if draw.flip[i] else image
@@ -93,32 +94,37 @@ def augment_image(image: Image.Image, draw: Draw, i: int, data: DataConfig, resa
     return image
 
 
-# --- The distance of ours from them ---
+# --- Errors of our images ---
 
-RESAMPLE = Resampling.BILINEAR, Resampling.BICUBIC  # of PIL's warps: as ours, and as timm's recipes
+# Filters of PIL's warps: bilinear as in our stream, and bicubic as in timm's recipes. DALI has no bicubic warps.
+RESAMPLE = Resampling.BILINEAR, Resampling.BICUBIC
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean absolute error of each image, (N,), where PIL's warps are bilinear and where they are bicubic."""
+    """Mean absolute error of each image, (N,), against PIL with bilinear and with bicubic warps.
+
+    allowed: limit of the mean of ``bilinear``; None: no limit.
+    """
 
     bilinear: np.ndarray
     bicubic: np.ndarray
     allowed: float | None = None
-    """The largest mean, with bilinear warps."""
 
     @property
     def is_broken(self) -> bool:
+        # Not "mean > allowed": a mean that is NaN must count as broken.
         return self.allowed is not None and not self.bilinear.mean() <= self.allowed
 
 
 def errors_of(ours: Tensor, theirs: Sequence[Image.Image]) -> np.ndarray:
-    """(B,), from ours (B, 3, H, W) in [0, 1]."""
+    """Mean absolute error of each image in bytes. Returns (B,). ours: (B, 3, H, W) in [0, 1]."""
     ours = (ours * 255).round().permute(0, 2, 3, 1).numpy()
     return np.abs(ours - np.stack([np.asarray(image) for image in theirs])).mean(axis=(1, 2, 3))
 
 
 def measure(source: Source, image_size: int) -> dict[str, Errors]:
+    """All comparisons at one image size. Returns the row's name to its errors."""
     data = DataConfig(image_size=image_size, decode_threads=THREADS)
     photos = [Image.open(io.BytesIO(source.read(index))) for index in range(len(source))]
     return {
@@ -137,23 +143,26 @@ def measure_training(
     policy: str | None,
     allowed: float | None = None,
 ) -> Errors:
-    """The training stream, but for the erasing."""
+    """Compare the training stream, without erasing, with PIL over EPOCHS epochs."""
     augment = AugmentConfig(policy=policy, erase_prob=0.0)
     sizes = len(source), len(source)
     errors = []
     with closing(train_stream(Reader(source), augment, data, 0, Cursor(), *sizes, World(), CPU)) as stream:
         for epoch, batch in enumerate(itertools.islice(stream, EPOCHS)):
             samples = batch.samples.numpy()
+            # The stream's draws are a function of seed, epoch, sample and repeat, so they can be drawn again here.
             repeats = np.zeros_like(samples)
             heights, widths = source.heights[samples], source.widths[samples]
             draw = draws.draw(0, epoch, samples, repeats, heights, widths, augment, data.image_size)
             for resample in RESAMPLE:
                 theirs = [augment_image(photos[sample], draw, i, data, resample) for i, sample in enumerate(samples)]
                 errors.append(errors_of(batch.images, theirs))
+    # ``errors`` alternates between the two filters of RESAMPLE.
     return Errors(np.concatenate(errors[::2]), np.concatenate(errors[1::2]), allowed)
 
 
 def measure_evaluation(source: Source, photos: Sequence[Image.Image], data: DataConfig) -> Errors:
+    """Compare the evaluation stream with torchvision's Resize and CenterCrop on PIL images."""
     resize = transforms.Resize(round(data.image_size / data.crop_ratio), transforms.InterpolationMode.BICUBIC)
     transform = transforms.Compose([resize, transforms.CenterCrop(data.image_size)])
     (batch,) = eval_stream(Reader(source), data, len(source), World(), CPU)
@@ -162,10 +171,10 @@ def measure_evaluation(source: Source, photos: Sequence[Image.Image], data: Data
 
 
 def measure_operations(photos: Sequence[Image.Image], data: DataConfig) -> dict[str, Errors]:
-    """RandAugment's at the recipe's magnitude of 9, at 1 and at 10; 3-Augment's blur."""
+    """Compare each operation alone: RandAugment's at magnitudes 1, 9 (the recipe's) and 10, and 3-Augment's blur."""
     size = data.image_size, data.image_size
     images = [photo.convert("RGB").resize(size, Resampling.BICUBIC) for photo in photos]
-    # Every other one in fog, so that there is contrast to gain.
+    # Reduce the contrast of every other image, so that operations which raise contrast have an effect.
     images = [image.point(lambda value: value // 2 + 40) if i % 2 else image for i, image in enumerate(images)]
 
     allowed = {
@@ -197,13 +206,16 @@ def operation_text(name: str, arguments: Sequence[float]) -> str:
 
 
 def arguments_at(level: float, name: str) -> tuple[float, ...]:
-    """What RandAugment gives an operation at this level (a tenth of the magnitude), with either sign."""
+    """Arguments that RandAugment passes to an operation, for both signs. level: magnitude / 10."""
     arguments = draws.INCREASING_OPERATIONS[name](np.full(2, level), np.array((-1.0, 1.0)))
     return tuple(np.unique(arguments).tolist())
 
 
 def compute(images: Sequence[Image.Image], cases: Sequence[tuple[str, float]], data: DataConfig) -> Iterator[Tensor]:
-    """(B, 3, H, W) for each operation and argument: by the training pipeline, whose crop takes all of the image."""
+    """Apply each (operation, argument) with the training pipeline. Yields (B, 3, H, W) in [0, 1] for each case.
+
+    The crop takes the whole image, and the image is passed as PPM, without loss, so that only the operation differs.
+    """
     count = len(images)
     encoded = [np.frombuffer(to_ppm(image), np.uint8) for image in images]
 
@@ -227,13 +239,13 @@ def compute(images: Sequence[Image.Image], cases: Sequence[tuple[str, float]], d
         yield torch.from_dlpack(computed.as_tensor())
 
 
-# --- The command ---
+# --- Command ---
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 where a mean is larger than allowed."""
+    """Print the table. Returns the exit code: 1 if a mean exceeds its limit at the first image size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=int, default=16, help="made-up photographs to compare (default: 16)")
+    parser.add_argument("--photos", type=int, default=16, help="synthetic photographs to compare (default: 16)")
     parser.add_argument("--image_sizes", type=int, nargs="+", default=[224, 32], help="pixels (default: 224 32)")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
@@ -250,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(by_size: Mapping[int, Mapping[str, Errors]]) -> str:
+    """The table in Markdown. by_size: image size in pixels to the result of ``measure``. Limits apply to the first."""
     judged, *_ = by_size
     header = ["compared"]
     for image_size in by_size:

@@ -1,11 +1,11 @@
-"""Involution, every way to compute it, against the unfold formulation in the same run.
+"""Benchmark of the involution: every implementation against the unfold formulation in the same run.
 
     python -m cit_scale.bench.involution --shapes rednet101@224 rednet101@64x64 --dtype float32
     python -m cit_scale.bench.involution --device cuda --dtype bfloat16 --shapes rednet101@224x256
 
-NAME@SIZExBATCH stands for every involution of a RedNet on a batch of images of SIZE pixels; without xBATCH the batch is
-8. For each: time of the forward pass and of forward and backward, peak memory, error against float64; beside them the
-time of copying all inputs and outputs once.
+NAME@SIZExBATCH stands for every involution of the RedNet NAME on BATCH images of SIZE pixels; without xBATCH the batch
+is 8. Measured for each: time of the forward pass and of forward and backward, peak memory, error against float64. The
+row "copy" is the time to copy all inputs and outputs once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COPY = "copy"
 
 @dataclass(frozen=True)
 class Case:
-    """One involution of a network."""
+    """Shapes of one involution: a batch of images (batch, channels, height, width) in pixels, and its kernel."""
 
     batch: int
     channels: int
@@ -61,14 +61,14 @@ class Case:
         return f"{self.batch} x {self.channels} x {self.height} x {self.width}, {kind}"
 
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """x, a kernel and a gradient of the output, contiguous."""
+        """Draw x, a kernel and a gradient of the output, contiguous, in the shapes of ``shapes``."""
         torch.manual_seed(0)
         return tuple(torch.randn(shape, device=device).to(dtype) for shape in self.shapes)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of x, the kernel and the output."""
-        out_size = -(-self.height // self.stride), -(-self.width // self.stride)
+        """Shapes of x (B, C, H, W), the kernel (B, G, K, K, H', W') and the output (B, C, H', W')."""
+        out_size = -(-self.height // self.stride), -(-self.width // self.stride)  # rounded up
         return (
             (self.batch, self.channels, self.height, self.width),
             (self.batch, self.groups, self.kernel_size, self.kernel_size, *out_size),
@@ -80,7 +80,10 @@ TINY = Case(batch=1, channels=1, groups=1, kernel_size=1, stride=1, height=1, wi
 
 
 def cases_of(network: str, image_size: int, batch: int) -> Counter[Case]:
-    """The involutions that a RedNet computes for a batch of images, and how often each; nothing is computed."""
+    """The involutions that a RedNet computes for a batch of images, with the number of times that each occurs.
+
+    The network runs on the meta device, which computes shapes only.
+    """
     cases: Counter[Case] = Counter()
 
     def record(module: Involution2d, inputs: tuple[Tensor], _: Tensor) -> None:
@@ -97,13 +100,16 @@ def cases_of(network: str, image_size: int, batch: int) -> Counter[Case]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ways to compute it
+# Implementations
 
 
 @dataclass(frozen=True)
 class Way:
-    """forward: (x, kernel, stride) to out. gradients: (x, kernel, stride, grad_out) to out, grad_x, grad_kernel.
-    images_channels_last, kernel_channels_last: how x and grad_out, and the kernel, lie that it is given."""
+    """An implementation, and the memory layout of its inputs.
+
+    forward: (x, kernel, stride) to out. gradients: (x, kernel, stride, grad_out) to (out, grad_x, grad_kernel).
+    images_channels_last: layout of x and grad_out. kernel_channels_last: layout of the kernel.
+    """
 
     forward: Callable[..., Tensor]
     gradients: Callable[..., tuple[Tensor, ...]]
@@ -111,19 +117,23 @@ class Way:
     kernel_channels_last: bool = True
 
     def laid_out(self, *tensors: Tensor) -> list[Tensor]:
-        wanted = {4: self.images_channels_last, 6: self.kernel_channels_last}
+        """Returns the tensors in the layout that the implementation expects."""
+        wanted = {4: self.images_channels_last, 6: self.kernel_channels_last}  # by number of dimensions: images, kernel
         return [channels_last(tensor) if wanted[tensor.ndim] else tensor for tensor in tensors]
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """The same values with channels, or the taps of a kernel, side by side in memory."""
+    """Returns the same values with the channels of images, or the K x K weights of a kernel, contiguous in memory."""
     if tensor.ndim == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor.permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
 
 
 def unfold(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
-    """The usual port: a (B, G, C / G, K*K, H', W') buffer of patches, weighted and summed."""
+    """Involution as most PyTorch ports compute it, with a (B, G, C / G, K*K, H', W') buffer of patches.
+
+    x: (B, C, H, W). kernel: (B, G, K, K, H', W'). Returns (B, C, H', W').
+    """
     batch, channels = x.shape[:2]
     groups, size, _, height, width = kernel.shape[1:]
     patches = F.unfold(x, size, padding=size // 2, stride=stride)
@@ -132,6 +142,8 @@ def unfold(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
 
 
 def by_autograd(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Returns the ``gradients`` function of a ``forward`` that autograd can differentiate."""
+
     def gradients(x: Tensor, kernel: Tensor, stride: int, grad_out: Tensor) -> tuple[Tensor, ...]:
         inputs = x.detach().requires_grad_(), kernel.detach().requires_grad_()
         out = forward(*inputs, stride)
@@ -141,6 +153,8 @@ def by_autograd(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, .
 
 
 def way_of(implementation: ModuleType) -> Way:
+    """A module with forward, grad_x and grad_kernel, which write to given outputs, called without autograd."""
+
     def forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
         out = channels_last(x.new_empty(*x.shape[:2], *kernel.shape[4:]))
         implementation.forward(x, kernel, stride, out)
@@ -157,7 +171,10 @@ def way_of(implementation: ModuleType) -> Way:
 
 
 def choose_ways(device: torch.device, inductor: bool) -> dict[str, Way]:
-    """By name; the reference first. Each gets the layout that suits it, the operator others too."""
+    """Returns name to implementation; the reference comes first.
+
+    Each has the layout that suits it best; the operator also appears in other layouts.
+    """
     operator = involution, by_autograd(involution)
     chosen = {REFERENCE: Way(unfold, by_autograd(unfold), False, False)}
     if inductor:
@@ -174,15 +191,15 @@ def choose_ways(device: torch.device, inductor: bool) -> dict[str, Way]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures
+# Measuring
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one way to compute one case. Pairs hold the forward pass first, then forward and backward together.
+    """Figures of one implementation in one case. Pairs hold the forward pass, then forward and backward together.
 
-    times: ms, one a round. first_s: of the first calls of both. peaks_mib: outputs included.
-    error: relative root mean square against float64, the worst of output and gradients.
+    times: milliseconds, one figure per round. first_s: seconds of the first two calls together. peaks_mib: peak memory,
+    outputs included. error: relative root mean square error against float64, the largest of output and gradients.
     """
 
     times: tuple[list[float], list[float]]
@@ -192,20 +209,22 @@ class Figures:
 
     @property
     def medians_s(self) -> tuple[float, float]:
+        """Median seconds of the forward pass, and of forward and backward together."""
         return statistics.median(self.times[0]) / 1e3, statistics.median(self.times[1]) / 1e3
 
 
 def measure(
     case: Case, ways: dict[str, Way], dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, Figures]:
-    """By way; under COPY what it takes to copy all inputs and outputs once."""
+    """Returns name to figures; under COPY the figures of copying all inputs and outputs once."""
     x, kernel, grad_out = case.draw(dtype, device)
     forward, both = {}, {}
     for name, way in ways.items():
         inputs = (*way.laid_out(x, kernel), case.stride)
         forward[name] = partial(torch.no_grad()(way.forward), *inputs)
         both[name] = partial(way.gradients, *inputs, *way.laid_out(grad_out))
-    # An output has the shape of its gradient, a gradient that of its input.
+    # Forward reads x and kernel and writes out, which has grad_out's shape. Both passes together also read grad_out and
+    # write gradients in the shapes of x and kernel.
     forward[COPY] = copy_all([x, kernel, grad_out])
     both[COPY] = copy_all([x, kernel, grad_out, grad_out, x, kernel])
     first_s = {name: seconds(forward[name], device) + seconds(both[name], device) for name in forward}
@@ -222,6 +241,7 @@ def measure(
 
 
 def copy_all(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Returns a function that copies all ``tensors`` to memory allocated beforehand."""
     targets = [torch.empty_like(tensor) for tensor in tensors]
 
     def copy() -> None:
@@ -232,7 +252,10 @@ def copy_all(tensors: Sequence[Tensor]) -> Callable[[], None]:
 
 
 def error_of(way: Way, case: Case, x: Tensor, kernel: Tensor, grad_out: Tensor) -> float:
-    """On the first image of the batch, against unfold in float64 on the same rounded inputs."""
+    """Relative error on the first image of the batch, against unfold in float64 on the same rounded inputs.
+
+    ||actual - expected|| / ||expected||, the largest of output and both gradients.
+    """
     x, kernel, grad_out = x[:1], kernel[:1], grad_out[:1]
     expected = by_autograd(unfold)(x.double(), kernel.double(), case.stride, grad_out.double())
     actual = way.gradients(*way.laid_out(x, kernel), case.stride, *way.laid_out(grad_out))
@@ -251,6 +274,7 @@ HEADER = (
 
 
 def row(case: str, name: str, by_way: dict[str, Figures], shares: tuple[float, float]) -> list[str]:
+    """Cells of one line under HEADER. shares: from ``bandwidth_shares``."""
     figures = by_way[name]
     cells = [case, name]
     for which, share in enumerate(shares):
@@ -261,25 +285,30 @@ def row(case: str, name: str, by_way: dict[str, Figures], shares: tuple[float, f
 
 
 def compare(by_way: dict[str, Figures], name: str, which: int) -> tuple[float, float, float]:
-    """How many times faster than unfold, how many times slower than a copy, and its memory as a share of unfold's."""
+    """Returns speed-up over unfold, slow-down against a copy, and memory as a share of unfold's.
+
+    which: 0 for the forward pass, 1 for forward and backward.
+    """
     times = {way: figures.times[which] for way, figures in by_way.items()}
     memory = by_way[name].peaks_mib[which] / by_way[REFERENCE].peaks_mib[which]
     return ratio(times[REFERENCE], times[name]), ratio(times[name], times[COPY]), memory
 
 
 def bandwidth_shares(case: Case, figures: Figures, itemsize: int, copy_bandwidth: float) -> tuple[float, float]:
-    """Bytes moved / time, of the forward pass and of the backward pass alone, as shares of a large copy's bandwidth.
+    """Bytes moved / time / copy_bandwidth, of the forward pass and of the backward pass alone.
 
-    Bytes moved: each input read once and each output written once; a copy reads and writes each of its bytes.
+    Bytes moved: each input read once and each output written once. copy_bandwidth counts the same way: a copy reads and
+    writes each of its bytes.
     """
     x, kernel, out = (itemsize * math.prod(shape) for shape in case.shapes)
     forward_s, both_s = figures.medians_s
     moved = x + kernel + out, out + x + kernel + x + kernel
+    # Backward alone is a difference of two medians, which noise can make negative.
     return moved[0] / forward_s / copy_bandwidth, moved[1] / max(both_s - forward_s, 1e-9) / copy_bandwidth
 
 
 def summary(results: dict[Case, dict[str, Figures]], ways: Iterable[str]) -> str:
-    """Over all cases: geometric means, and the least favourable case in brackets."""
+    """Table of geometric means over all cases, with the least favourable case in brackets."""
     rows = []
     for name in ways:
         cells = [name]
@@ -298,14 +327,15 @@ def summary(results: dict[Case, dict[str, Figures]], ways: Iterable[str]) -> str
 
 
 def main() -> None:
+    """Run the benchmark and print two tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     parser.add_argument("--shapes", nargs="+", type=parse_shapes, metavar="NAME@SIZE[xBATCH]",
                         default=[parse_shapes("rednet101@224"), parse_shapes("rednet101@64x64")])  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=7, help="figures that a median is of (default: 7)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1, the least noisy)")
-    parser.add_argument("--inductor", action="store_true", help="also unfold under Inductor, which compiles each shape")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, the least noisy)")
+    parser.add_argument("--inductor", action="store_true", help="add unfold under Inductor, which compiles each shape")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
@@ -313,7 +343,7 @@ def main() -> None:
     print(
         f"{machine_text(device)}; {arguments.dtype}; median (minimum to maximum) of {arguments.rounds} rounds in turns"
     )
-    # Before all cases, so that it is not counted as the first one's.
+    # Called before the cases: the first call builds the C++ library or the kernels, which is no cost of the first case.
     first_s = seconds(partial(involution, *(torch.ones(shape, device=device) for shape in TINY.shapes[:2])), device)
     print(f"the operator's very first call, which builds what is not cached: {first_s:.2f} s")
     copy_bandwidth = copy_bytes_per_s(device, arguments.rounds)
@@ -323,7 +353,8 @@ def main() -> None:
     ways = choose_ways(device, arguments.inductor)
     results = {}
     for case, count in sum(arguments.shapes, Counter()).items():
-        torch.compiler.reset()  # or after some cases compiled ways would run eager: too many shapes of one function
+        # Without a reset torch.compile gives up after eight shapes of one function and runs the rest eager.
+        torch.compiler.reset()
         results[case] = measure(case, ways, dtype, device, arguments.rounds)
         for name in (COPY, *ways):
             shares = bandwidth_shares(case, results[case][name], dtype.itemsize, copy_bandwidth)
@@ -334,6 +365,7 @@ def main() -> None:
 
 
 def parse_shapes(text: str) -> Counter[Case]:
+    """Parse NAME@SIZE[xBATCH]. Returns the cases of that network. Raises ArgumentTypeError with the known names."""
     match = re.fullmatch(r"(\w+)@(\d+)(?:x(\d+))?", text)
     known = timm.list_models(module="rednet")
     if match is None or match[1] not in known:

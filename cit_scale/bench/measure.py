@@ -1,4 +1,4 @@
-"""What the benchmarks share: times taken in turns, peak memory, the machine they were taken on, tables."""
+"""Tools of the benchmarks: timing in turns, peak memory, a line on the machine, tables in Markdown."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ import torch
 from cit_scale.distributed.world import World
 from cit_scale.run.results import environment_record
 
-PAGE_KIB = 4
+PAGE_KIB = 4  # the smallest figure of peak_extra_mib on a CPU
 
 
 def take_turns(
     functions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, at_least_ms: float = 5.0
 ) -> dict[str, list[float]]:
-    """Milliseconds a call of each function, one figure a round: A B C, A B C ..., so that a machine whose speed drifts
-    is equally unfair to all. After one call to warm up, a figure is the mean of as many calls as fill at_least_ms."""
+    """Time functions in turns: A B C, A B C, ... Returns name to milliseconds per call, one figure per round.
+
+    In turns, because the speed of a machine drifts: all functions of a round are affected alike. A figure is the mean
+    of as many calls as take at_least_ms. Each function is called once before to warm up.
+    """
     calls = {}
     for name, function in functions.items():
         function()
@@ -37,7 +40,7 @@ def take_turns(
 
 
 def seconds(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
-    """How long a call takes, the mean of so many."""
+    """Seconds of a call, the mean over ``calls`` calls; on a GPU until its kernels have finished."""
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -52,7 +55,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def ratio(times: Sequence[float], reference_times: Sequence[float]) -> float:
-    """The median over rounds of how much longer one took than the other."""
+    """Median over rounds of times / reference_times. Both hold one figure per round, of the same rounds."""
     return statistics.median(one / other for one, other in zip(times, reference_times, strict=True))
 
 
@@ -61,7 +64,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def spread(times: Sequence[float]) -> str:
-    """Median (minimum to maximum)."""
+    """Text "median (minimum to maximum)", with three significant digits."""
     median, low, high = (
         f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
         for value in (statistics.median(times), min(times), max(times))
@@ -70,10 +73,10 @@ def spread(times: Sequence[float]) -> str:
 
 
 def peak_extra_mib(function: Callable[[], Any], device: torch.device) -> float:
-    """What a call needs at its peak beyond what is held before it, its results included.
+    """Peak memory of a call in MiB, beyond the memory in use before it, including its results.
 
-    On a GPU what PyTorch allocates; on a CPU the resident memory of the process, so that no allocator escapes. In a
-    process with a large, fragmented heap that can come out too high: freed memory is not always the next to be taken.
+    On a GPU, memory allocated by PyTorch. On a CPU, resident memory of the process, which covers every allocator. In a
+    process with a large, fragmented heap the figure may be too high, because freed memory is not always reused first.
     """
     gc.collect()
     if device.type == "cuda":
@@ -82,13 +85,15 @@ def peak_extra_mib(function: Callable[[], Any], device: torch.device) -> float:
         function()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed, but kept for later, would hide what is asked for
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        # Return freed memory to the kernel: reused by the call, it would not show as additional memory.
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # 5 resets the peak, VmHWM; see proc(5)
     before = _resident_kib("VmRSS")
     result = function()
     peak = _resident_kib("VmHWM")
-    del result
-    return max(peak - before, PAGE_KIB) / 1024  # the kernel counts in batches of pages, so a few can go missing
+    del result  # kept until here, so that the peak includes it
+    # The kernel counts pages in batches, so the difference may miss a few and even be 0.
+    return max(peak - before, PAGE_KIB) / 1024
 
 
 def _resident_kib(field: str) -> int:
@@ -97,7 +102,7 @@ def _resident_kib(field: str) -> int:
 
 
 def copy_bytes_per_s(device: torch.device, rounds: int) -> float:
-    """Bytes read and written a second by a copy of 256 MiB."""
+    """Bandwidth of a copy of 256 MiB: bytes read plus bytes written per second."""
     source = torch.zeros(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     (times,) = take_turns({"copy": lambda: target.copy_(source)}, rounds, device).values()
@@ -105,7 +110,7 @@ def copy_bytes_per_s(device: torch.device, rounds: int) -> float:
 
 
 def machine_text(device: torch.device) -> str:
-    """Commit, hardware and versions in a line."""
+    """Commit, hardware and versions in one line."""
     about = environment_record(World())
     cpu = _cpu_model() or about["device"]
     hardware = about["device"] if device.type == "cuda" else f"{cpu}, {about['cpus']} cores"
@@ -124,6 +129,6 @@ def _cpu_model() -> str | None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown, the first column left and the others right."""
+    """A table in Markdown, with the first column aligned left and the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,12 +1,12 @@
-"""Does a run end bit for bit as an undisturbed one, whatever happens to it meanwhile?
+"""Soak test: does a run under random kills, signals and damage end bit for bit like an undisturbed run?
 
 python -m cit_scale.bench.soak --minutes 10 --seed 1
 python -m cit_scale.bench.soak --minutes 10 --seed 2 --engine fsdp2 --keep runs/soak --json soak.json
 
 Starts the trainer with the deepspeed command, first undisturbed, then in another run folder under kills and signals,
-with damage to its newest checkpoint between the starts. The seed decides which faults come and in which order; the
-machine's speed has a say in when. Exit code 0: the runs are identical, no request to stop lost a step, and no kill more
-than two intervals between checkpoints. Otherwise the folder is kept.
+with damage to its newest checkpoint between the starts. The seed determines the faults and their order; their moments
+also depend on the speed of the machine. Exit code 0: the runs are identical, no request to stop lost a step, and no
+kill lost more than two intervals between checkpoints. Otherwise the exit code is 1 and the folder is kept.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ENGINES = {
     "fsdp2": ["--engine.name=fsdp2"],
 }
 SAVE_EVERY_STEPS = 5
-STEPS_PER_EPOCH = 11  # 1,797 digits, a fifth held out, global batches of 128
+STEPS_PER_EPOCH = 11  # 1,797 digits, of which a fifth is held out, in global batches of 128
 RECIPE = """
 student:
   name: cit_tiny_patch16_224
@@ -68,23 +68,25 @@ optim: {lr: 2.0e-3, lr_batch_size: 128, warmup_epochs: 1, ema_decay: 0.99}
 train: {global_batch_size: 128, log_every_steps: 1, eval_every_epochs: 4, step_timeout_s: 90, save_every_minutes: 0}
 """
 
-# Of the time: what the steps of one run may take, and when the last fault comes.
+# Shares of --minutes: the steps of one run without interruption, and the time of the last fault.
 TRAINING_PART, FAULTS_PART = 0.12, 0.85
-START_LIMIT_S, END_LIMIT_S = 240, 120  # longer means that it hangs and that the watchdog, at 90 s, does not help
+# Limits for a start and for an end. Longer means that the job hangs and its watchdog, set to 90 s, does not end it.
+START_LIMIT_S, END_LIMIT_S = 240, 120
+# Keys of meta.json and metrics.jsonl that are not compared: times, costs, and the settings, which hold the run's name.
 OWN_META = ("useful_s", "config")
 OWN_METRICS = ("step", "images_per_s", "goodput", "save_stall_s", "save_write_s", "save_bytes")
 
 
 class Surprise(Exception):  # noqa: N818  what the soak looks for
-    """What must not happen, whatever the weights come to. Its arguments: a line, and the log of that start."""
+    """A start behaved as no start may, for instance it hung. Arguments: the message, and the log file of the start."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The plan
+# Plan of the faults
 
-OUT_OF_PATIENCE = "SIGTERM, a rank, then SIGKILL, all"  # a scheduler's
+OUT_OF_PATIENCE = "SIGTERM, a rank, then SIGKILL, all"  # as a scheduler does at the end of its grace time
 
-# What is sent, and to whom: a rank, the launcher (the command that a user typed), or all processes of the job.
+# Signal and target: one rank, the launcher (the deepspeed command), or all processes of the job.
 KINDS = {
     "SIGKILL, a rank": (SIGKILL, "rank"),
     "SIGKILL, all": (SIGKILL, "all"),
@@ -100,14 +102,19 @@ KINDS = {
     "SIGINT, all": (SIGINT, "all"),
     "SIGINT, launcher": (SIGINT, "launcher"),
 }
-# The others ask the run to stop with everything saved, also a launcher's end: it takes no rank along.
+# Faults after which steps may be lost. All others ask the run to stop with everything saved, also SIGKILL of the
+# launcher: the ranks survive it, notice it and save.
 KILLS = ("SIGKILL, a rank", "SIGKILL, all", OUT_OF_PATIENCE)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """startup_part: it comes after this part of a usual start-up; None: in training, after ``patience`` times the mean
-    number of steps. second: another signal soon after, to a rank. damage: before the next start."""
+    """A planned fault.
+
+    kind: a key of KINDS. startup_part: share of a usual start-up after which it comes; None: it comes in training,
+    after ``patience`` times the mean number of steps. second: another signal to a rank within a second. damage: key of
+    DAMAGES, done to the newest checkpoint before the next start. seed: of the remaining random choices.
+    """
 
     kind: str
     startup_part: float | None
@@ -118,7 +125,11 @@ class Fault:
 
 
 def plan(seed: int) -> Iterator[Fault]:
-    """Every kind comes once before any comes again; likewise every damage, before half of the starts."""
+    """Yields faults without end, determined by ``seed``.
+
+    Every kind comes once before any comes again, and so does every damage. Half of the starts have no damage before
+    them.
+    """
     rng = random.Random(seed)
     kinds, damages = _deck(rng, list(KINDS)), _deck(rng, [*DAMAGES, *[None] * len(DAMAGES)])
     while True:
@@ -129,6 +140,7 @@ def plan(seed: int) -> Iterator[Fault]:
 
 
 def _deck(rng: random.Random, cards: list[T]) -> Iterator[T]:
+    """Yields the cards in random order, each once, then again in a new order, without end."""
     while True:
         yield from rng.sample(cards, len(cards))
 
@@ -153,7 +165,7 @@ def cut(path: Path, rng: random.Random) -> None:
 
 
 def leave_partial(folder: Path, rng: random.Random) -> None:
-    """What a dead write leaves: files of a later step without a manifest, one of them cut."""
+    """Create what a killed save leaves behind: files of a later step without a manifest, one of them cut short."""
     partial = folder.with_name(f"step_{int(folder.name[5:]) + SAVE_EVERY_STEPS:06d}.partial")
     shutil.copytree(folder, partial, dirs_exist_ok=True)
     (partial / "MANIFEST.json").unlink()
@@ -161,6 +173,7 @@ def leave_partial(folder: Path, rng: random.Random) -> None:
 
 
 def scramble_times(folder: Path, rng: random.Random) -> None:
+    """Give all files of all checkpoints random times, by which nothing may be decided."""
     for path in sorted(folder.parent.rglob("*")):
         os.utime(path, (rng.uniform(0, 4e9), rng.uniform(0, 4e9)))
 
@@ -173,7 +186,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
     ".partial left over": leave_partial,
     "times scrambled": scramble_times,
 }
-HARMLESS = (".partial left over", "times scrambled")
+HARMLESS = (".partial left over", "times scrambled")  # the newest checkpoint stays good
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,9 +194,13 @@ HARMLESS = (".partial left over", "times scrambled")
 
 
 class Job:
-    """The trainer as a user starts it, in a session of its own. Leaving the context kills what is left of it."""
+    """One start of the trainer by the deepspeed command, in a session of its own.
+
+    Leaving the context kills all remaining processes of the session.
+    """
 
     def __init__(self, run_dir: Path, arguments: Sequence[str], ranks: int, log: Path) -> None:
+        # Let the system choose a free port.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -193,7 +210,8 @@ class Job:
         command = [*launcher, f"--master_port={port}", *trainer, *arguments]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         self.run_dir, self.log, self.started_s = run_dir, log, time.monotonic()
-        # A shell has what it starts in the background ignore Ctrl-C, which would then do nothing to the job either.
+        # A shell lets background processes ignore SIGINT, and child processes inherit that: the job would not react to
+        # SIGINT either.
         if signal.getsignal(SIGINT) is signal.SIG_IGN:
             signal.signal(SIGINT, signal.default_int_handler)
         with log.open("w") as file:
@@ -208,34 +226,38 @@ class Job:
 
     @property
     def began(self) -> int | None:
-        """The step that training went on from in this start; None before it did."""
+        """The step from which training continued in this start, 0 for a new run; None before training began."""
         found = re.search(r"continues after step (\d+)|starts in ", self.log.read_text(errors="replace"))
         return found and int(found[1] or 0)
 
     @property
     def last_step(self) -> int:
-        """The last one with a whole line of losses in metrics.jsonl, of this start or an earlier one."""
+        """The last step with a complete line of losses in metrics.jsonl, of this start or an earlier one."""
         with suppress(FileNotFoundError), (self.run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))  # the end suffices: this runs 50 times a second
             steps = re.findall(rb'^\{"step": (\d+), "loss".*\}$', file.read(), re.MULTILINE)
             return int(steps[-1]) if steps else 0
         return 0
 
     @property
     def is_done(self) -> bool:
+        """Whether the run is finished."""
         return (self.run_dir / "results.json").exists()
 
     @property
     def exit_code(self) -> int | None:
-        """The launcher's, once no process of the job is left."""
+        """The launcher's exit code; None while any process of the job is left."""
         code = self._launcher.poll()
         return None if code is None or self.targets("all") else code
 
     def targets(self, target: str) -> list[psutil.Process]:
-        """Those that live, also without their launcher: what it started stays in its session."""
+        """Living processes of the job: "all", the "launcher", or each "rank".
+
+        Found by session, which ranks keep after the launcher has died.
+        """
         found = []
         for pid in psutil.pids():
-            with suppress(psutil.Error, OSError):
+            with suppress(psutil.Error, OSError):  # a process may end between two calls
                 if os.getsid(pid) == self._launcher.pid:
                     process = psutil.Process(pid)
                     is_rank = any(word.startswith("--local_rank=") for word in process.cmdline())
@@ -250,18 +272,22 @@ class Job:
                 process.send_signal(signum)
 
     def wait(self, is_reached: Callable[[], bool], limit_s: float = math.inf) -> bool:
-        """Until something is reached. False if the job ended before."""
+        """Wait until ``is_reached`` returns True. Returns False if the job ended before.
+
+        Raises Surprise after ``limit_s`` seconds.
+        """
         deadline = time.monotonic() + limit_s
         while not is_reached():
             if self.exit_code is not None:
                 return False
             if time.monotonic() > deadline:
-                raise Surprise(f"neither went on nor ended within {limit_s:.0f} s", self.log)
+                raise Surprise(f"neither made progress nor ended within {limit_s:.0f} s", self.log)
             time.sleep(0.02)
         return True
 
 
 def strike(job: Job, fault: Fault, step_s: float) -> None:
+    """Send the signals of a fault at random moments: within a step, and a second one within a second."""
     (signum, target), rng = KINDS[fault.kind], random.Random(fault.seed)
 
     def draw(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -278,10 +304,14 @@ def strike(job: Job, fault: Fault, step_s: float) -> None:
 
 @dataclass
 class Start:
-    """What was seen of one start. began: the step it went on from; None if it did not come so far. struck_at, reached:
-    the last in metrics.jsonl when the fault came, and in the end. newest: the last good checkpoint then. startup_s:
-    until training began. kind: of the fault, None if none came in time. damage: what was done in the end, at the cost
-    of so many steps."""
+    """Record of one start.
+
+    began: step from which training continued; None if training did not begin. struck_at, reached: last step in
+    metrics.jsonl at the time of the fault and at the end. newest: step of the newest good checkpoint at the end.
+    seconds, startup_s: duration of the start, and of its start-up; startup_s is None if training did not begin.
+    kind: of the fault; None if the job ended before it. damage, lost_by_damage: done after the end, and its cost in
+    steps.
+    """
 
     began: int | None
     struck_at: int
@@ -298,6 +328,7 @@ class Start:
 
     @property
     def lost(self) -> int:
+        """Number of steps that were done but are not in a checkpoint."""
         return 0 if self.began is None else max(self.began, self.reached) - self.newest
 
     def __str__(self) -> str:
@@ -312,8 +343,12 @@ class Start:
 def watch(
     job: Job, fault: Fault | None, damaged: set[int], startup_s: float = 0, step_s: float = 0, mean_steps: float = 0
 ) -> Start:
-    """One start, with the fault when its time has come. damaged: steps whose checkpoints are; emptied once the trainer
-    has set them aside. startup_s, step_s: what is usual. mean_steps: until a fault comes."""
+    """Watch one start until it ends, and strike it with ``fault`` when its time has come. Returns the record.
+
+    damaged: steps of damaged checkpoints; emptied once the trainer has set them aside. startup_s, step_s: usual seconds
+    of a start-up and a step. mean_steps: mean number of steps before a fault. Raises Surprise for behaviour that is
+    wrong.
+    """
 
     def is_early() -> bool:
         is_time = time.monotonic() - job.started_s >= (fault.startup_part or math.inf) * startup_s
@@ -333,7 +368,7 @@ def watch(
     if job.began is not None:
         damaged.clear()
         if job.began != expected:
-            raise Surprise(f"went on from step {job.began}, but step {expected} was there", job.log)
+            raise Surprise(f"continued from step {job.began}; the newest good checkpoint is {expected}", job.log)
     start = Start(
         began=job.began,
         struck_at=struck_at,
@@ -352,34 +387,39 @@ def watch(
 
 
 def complaint(start: Start, is_done: bool, log: str) -> str | None:
-    """What was wrong with how a start ended, if anything. is_done: the run has left its results."""
+    """Returns what was wrong with the end of a start, or None. is_done: the run has written its results."""
     if start.kind is None:
-        return None if is_done and start.exit_code == 0 else "ended although nothing was done to it"
+        return None if is_done and start.exit_code == 0 else "failed although nothing disturbed it"
     if is_done:
+        # A signal near the end of training comes too late to stop the run; four intervals are plenty of time to react.
         is_deaf = start.began is not None and start.reached > start.struck_at + 4 * SAVE_EVERY_STEPS
-        return "trained on to the end, whatever it was told" if is_deaf else None
+        return "trained to the end in spite of a request to stop" if is_deaf else None
     if start.in_startup or start.kind in KILLS:
-        return None  # who is killed, or not yet ready for signals, has no say in how it ends
-    # A launcher that does not handle a signal ends by it, and leaves the ranks to stop without it.
+        return None  # a killed job, or one that does not handle signals yet, may end in any way
+    # The launcher's own exit code: it may die of the signal (-signum) while the ranks save and stop without it.
     signum, target = KINDS[start.kind]
     codes = {Stopped.exit_code} if target == "rank" else {Stopped.exit_code, -signum, 1}
     if start.exit_code not in codes or "; the same command continues there" not in log:
-        return "that is not how a run stops that was asked to"
-    return "a traceback" if re.search(r'File "[^"]*/cit_scale/[^"]*", line', log) else None
+        return f"a run that is asked to stop prints that it did, and ends with one of the exit codes {codes}"
+    return "printed a traceback" if re.search(r'File "[^"]*/cit_scale/[^"]*", line', log) else None
 
 
 def committed(run_dir: Path) -> dict[int, Path]:
-    """The folders of checkpoints by step, as anybody sees them."""
+    """Returns step to folder of the committed checkpoints, by folder name alone, without code of the trainer."""
     return {int(path.name[5:]): path for path in (run_dir / "ckpt").glob("step_*") if path.name[5:].isdigit()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two runs
+# The undisturbed and the disturbed run
 
 
 def prepare(folder: Path, engine: str, seed: int) -> list[str]:
-    """Write the recipe, and teachers' weights as drawn: the untrained advise as well, here. Returns arguments."""
-    for name in ("cit_scale", "ds_configs"):  # a copy, so that no edit comes between the two runs
+    """Write the recipe and the teachers' weights to ``folder``. Returns the trainer's arguments.
+
+    The teachers have random weights: the comparison of two runs does not need trained ones.
+    """
+    # Both runs use a copy of the code, so that an edit of the checkout meanwhile cannot make them differ.
+    for name in ("cit_scale", "ds_configs"):
         shutil.copytree(REPOSITORY / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
     recipe = yaml.safe_load(RECIPE) | {"seed": seed}
     recipe["train"] |= {"save_every_steps": SAVE_EVERY_STEPS, "keep_last": 3}
@@ -393,8 +433,9 @@ def prepare(folder: Path, engine: str, seed: int) -> list[str]:
 
 
 def measure_step_s(job: Job) -> float:
+    """Seconds of a step, the mean over 30 steps. Raises Surprise if the trainer does not get that far."""
     times = []
-    for step in (10, 40):
+    for step in (10, 40):  # the first ten steps are not timed
         if not job.wait(lambda step=step: job.last_step >= step, START_LIMIT_S):
             raise Surprise("the trainer does not run", job.log)
         times.append(time.monotonic())
@@ -409,38 +450,48 @@ def disturb(
     step_s: float,
     until_s: float,
 ) -> Iterator[Start]:
-    """Start the run until its ``steps`` steps are done. until_s: by time.monotonic(), when the last fault comes."""
+    """Start the run again and again until its ``steps`` steps are done. Yields the record of each start.
+
+    start_job: starts the job of a given number. startup_s, step_s: usual seconds of a start-up and a step.
+    until_s: time of the last fault, by time.monotonic(); after it a start runs to the end.
+    """
     damaged: set[int] = set()
     newest = 0
     for number in itertools.count():
         left_s = until_s - time.monotonic()
         fault = next(faults) if left_s > 0 else None
-        # As many steps on average as make the starts that there is time for reach the end.
+        # The mean number of steps between faults with which the run just reaches its end in the time that is left:
+        # remaining steps / number of start-ups for which there is time beside the steps.
         mean_steps = (steps - newest) / max(1.0, (left_s - (steps - newest) * step_s) / startup_s)
         with start_job(number) as job:
             start = watch(job, fault, damaged, startup_s, step_s, mean_steps)
         folders = committed(job.run_dir)
         good = folders.keys() - damaged
         newest = start.newest
+        # Damage only while an older good checkpoint remains: with none the trainer refuses to start over.
         if fault and fault.damage and not job.is_done and len(good) >= (1 if fault.damage in HARMLESS else 2):
             DAMAGES[fault.damage](folders[newest], random.Random(fault.seed))
             start.damage = fault.damage
             if fault.damage not in HARMLESS:
                 damaged.add(newest)
                 newest = max(good - damaged)
-                start.lost_by_damage = start.newest - newest  # and the next start has to go on from there
+                start.lost_by_damage = start.newest - newest  # the next start must continue from ``newest``
         yield start
         if job.is_done:
             return
 
 
 def learned(run_dir: Path) -> dict[str, Any]:
-    """All that a finished run has learned and logged, bit for bit, by where it stands; times are left out."""
+    """Collect everything that a finished run has learned and logged, without times, for a bitwise comparison.
+
+    Returns "file, key" to value. Tensors are (dtype, shape, bytes); metrics are lists of (step, value).
+    """
     step, last = max(committed(run_dir).items())
     found: dict[str, Any] = {"steps": step}
     for file in [*last.glob("*.safetensors"), *run_dir.glob("*.safetensors")]:
         for key, tensor in safetensors.torch.load_file(file).items():
-            bits = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()  # == takes -0 for 0, and NaN for another
+            # Bytes, because == treats -0 and 0 as equal, and NaN as different from itself.
+            bits = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
             found[f"{file.relative_to(run_dir)}, {key}"] = tensor.dtype, tensor.shape, bits
     for key, value in json.loads((last / "meta.json").read_text()).items():
         if key not in OWN_META:
@@ -452,14 +503,15 @@ def learned(run_dir: Path) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """A line for each key whose values differ, or that only one of the two has. Both are from ``learned``."""
     return [f"different: {key}" for key in {**one, **other} if one.get(key) != other.get(key)]
 
 
 def excess(starts: Sequence[Start]) -> list[str]:
-    """Where more was lost than may be."""
+    """A line for each start that lost too many steps: more than two save intervals by a kill, or any by a request."""
     may_lose = [2 * SAVE_EVERY_STEPS if start.kind in KILLS else 0 for start in starts]
     return [
-        f"start {number}, {start}: {most} may be lost"
+        f"start {number}, {start}: at most {most} steps may be lost"
         for number, (start, most) in enumerate(zip(starts, may_lose, strict=True))
         if start.lost > most
     ]
@@ -470,6 +522,8 @@ def excess(starts: Sequence[Start]) -> list[str]:
 
 
 def tables(starts: Sequence[Start]) -> str:
+    """Two tables in Markdown: one line per kind of fault, and one per kind of damage."""
+
     def most(lost: list[int]) -> str:
         return str(max(lost, default=""))
 
@@ -487,7 +541,7 @@ def tables(starts: Sequence[Start]) -> str:
 
 
 def soak(folder: Path, engine: str, ranks: int, seed: int, minutes: float) -> dict[str, Any]:
-    """Both runs and the report on them. Returns the raw record."""
+    """Run both runs and print the report. Returns the figures as JSON values; ``wrong`` lists what was not good."""
     arguments = prepare(folder, engine, seed)
 
     def start_job(name: str, epochs: int, number: int = 0) -> Job:
@@ -495,6 +549,7 @@ def soak(folder: Path, engine: str, ranks: int, seed: int, minutes: float) -> di
         return Job(folder / name, [*arguments, f"--train.epochs={epochs}"], ranks, log)
 
     until_s = time.monotonic() + FAULTS_PART * 60 * minutes
+    # A job of its own, with more epochs than it will ever do, is killed once the speed is known.
     with start_job("calibration", 10_000) as job:
         step_s = measure_step_s(job)
     epochs = max(2, round(TRAINING_PART * 60 * minutes / step_s / STEPS_PER_EPOCH))
@@ -532,13 +587,14 @@ def soak(folder: Path, engine: str, ranks: int, seed: int, minutes: float) -> di
 
 
 def main() -> int:
+    """Run the soak. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="for all of it (default: 10)")
+    parser.add_argument("--minutes", type=float, default=10, help="duration of the whole soak (default: 10)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--engine", choices=ENGINES, default="zero1")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work there, and leave everything")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the raw record")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in FOLDER, and keep it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     asked = parser.parse_args()
     folder = (asked.keep or Path(tempfile.mkdtemp(prefix="soak_"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How fast frozen teachers run: as a run loads them, eager, and, where there are involutions, over unfold.
+"""Benchmark of frozen teachers: as a run loads them, eager, and, for networks with involutions, eager with unfold.
 
 python -m cit_scale.bench.teachers --image_size 224 --batch 8
 python -m cit_scale.bench.teachers --device cuda --precision bf16 --batch 256
@@ -23,6 +23,8 @@ from cit_scale.teachers import freeze
 
 
 def over_unfold(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Returns ``forward`` with every involution computed by unfold instead of our operator."""
+
     def forward_over_unfold(images: Tensor) -> Tensor:
         with mock.patch.object(involution, "involution", unfold):
             return forward(images)
@@ -31,13 +33,17 @@ def over_unfold(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 
 def ways(name: str, image_size: int, precision: str, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """By what they are called in the table: the network as a run loads it first."""
+    """Ways to run a teacher. Returns label in the table to its forward function; first the way in which a run loads it.
+
+    The forward functions take images (B, 3, image_size, image_size).
+    """
 
     def frozen(compile: bool) -> Callable[[Tensor], Tensor]:
         network = build_network(name, {}, num_classes=1000, image_size=image_size)
         return freeze(network, image_size, device, precision=precision, compile=compile)
 
     chosen = {f"{name}, as loaded": frozen(compile=True), f"{name}, eager": frozen(compile=False)}
+    # On the meta device: only the types of the modules matter, so no weights are allocated.
     with torch.device("meta"):
         modules = build_network(name, {}, num_classes=1000, image_size=image_size).modules()
     if any(isinstance(module, involution.Involution2d) for module in modules):
@@ -48,14 +54,14 @@ def ways(name: str, image_size: int, precision: str, device: torch.device) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--models", nargs="+", default=["rednet101", "regnety_040"], help="the last is the others' peer"
+        "--models", nargs="+", default=["rednet101", "regnety_040"], help="networks to time, each against the last"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7, help="figures that a median is of (default: 7)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1, the least noisy)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, the least noisy)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
@@ -66,6 +72,7 @@ def main() -> None:
         for name in arguments.models
         for label, forward in ways(name, arguments.image_size, arguments.precision, device).items()
     }
+    # The first call compiles, so it is timed apart from the rounds.
     first_s = {label: seconds(run, device) for label, run in runs.items()}
     times = take_turns(runs, arguments.rounds, device)
 

@@ -1,15 +1,17 @@
-"""Checkpoints that are either whole or not there: written aside by all ranks, checked by sums, committed by one rename.
+"""Atomic checkpoints: all ranks write to a temporary folder, checksums are added, and one rename commits the folder.
 
-    run_dir/ckpt/step_000123/*.safetensors   the tensors, each rank its files; layout.py says which lies where
-                             meta.json       what else the run needs to go on
-                             index.json      which file each tensor of the training state lies in, and its key there
-                             MANIFEST.json   size and SHA-256 of all of them, written last
+    run_dir/ckpt/step_000123/*.safetensors   the tensors, one or more files per rank; see layout.py
+                             meta.json       everything else that a run needs to continue
+                             index.json      the file of each tensor of the training state, and the tensor's key there
+                             MANIFEST.json   size and SHA-256 of all other files, written last
 
-No file says which one is the latest: a folder that bears its final name is complete, and the newest that verifies is
-it. Neither clocks nor file times are asked. ``scores.json`` beside the folders says which are the best. Other names are
-not checkpoints: ``.partial`` is being written, or was when the run was killed, ``.deleted`` is on its way out,
-``.broken`` did not verify and is kept for a person to look at.
-Nothing in a checkpoint can be executed.
+There is no file that names the latest checkpoint. A folder with a final name is complete, and the newest folder whose
+checksums match is loaded; "newest" means the highest step, never a file's time. ``scores.json`` beside the folders
+holds the accuracies by which the best are kept. Folders with other names are not checkpoints: ``.partial`` is being
+written or was left by a killed run, ``.deleted`` is about to be removed, ``.broken`` failed verification and is kept
+for inspection.
+
+Loading a checkpoint never executes code: tensors are safetensors, everything else is JSON.
 """
 
 from __future__ import annotations
@@ -44,10 +46,10 @@ META = "meta.json"
 INDEX = "index.json"
 MANIFEST = "MANIFEST.json"
 SCORES = "scores.json"
-FORMAT = 2
+FORMAT = 2  # of the files above; a checkpoint of another format is refused, not converted
 
 Sums = dict[str, dict[str, Any]]
-"""By file: its bytes and sha256."""
+"""File name to {"bytes": size, "sha256": hexadecimal digest}."""
 
 T = TypeVar("T")
 
@@ -56,7 +58,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """step: updates done. state: the training state, read tensor by tensor. meta: what ``save`` was given."""
+    """A verified checkpoint.
+
+    step: number of updates done. state: the training state; each look-up reads a tensor. meta: as passed to ``save``.
+    """
 
     step: int
     state: Mapping[str, Tensor]
@@ -65,16 +70,24 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the ``last`` newest, multiples of ``every`` steps, the ``best`` by ``add_score``."""
+    """Rule for deleting checkpoints. A checkpoint is kept if any of the three applies.
+
+    last: the number of newest checkpoints to keep. every: keep multiples of this many steps; None keeps none for this
+    reason. best: the number of checkpoints with the highest scores (``add_score``) to keep.
+    """
 
     last: int = 2
     every: int | None = None
     best: int = 0
 
     def outdated(self, steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
-        """Which of ``steps`` to delete. scores: of those that were evaluated."""
+        """Returns those of ``steps`` to delete, in ascending order.
+
+        scores: step to top-1; a step without a score is never among the best.
+        """
+        # The step breaks ties between equal scores: the newer checkpoint counts as the better one.
         scored = sorted((scores[step], step) for step in steps if step in scores)
-        best = [step for _, step in scored[len(scored) - self.best :]]
+        best = [step for _, step in scored[len(scored) - self.best :]]  # [-0:] would be all of them
         newest = sorted(steps)[-self.last :]
         return [
             step
@@ -96,21 +109,24 @@ def save(
     world: World,
     retention: Retention,
 ) -> int:
-    """Collective. Commit a checkpoint after update ``step``, then delete what need not be kept. Returns its bytes.
+    """Collective. Write and commit a checkpoint of ``step``, then delete outdated ones. Returns the checkpoint's bytes.
 
-    state: this rank's part, on the CPU, as shares[rank] says. meta: rank 0's counts; JSON, numbers finite. A step that
-    is committed already is left as it is. Touches no tensor of the module: it may run while training goes on, in a
-    thread, if ``world`` has a process group of its own.
+    state: the tensors of shares[rank], on the CPU. shares: for each rank, state key to place (``layout.share_out``).
+    meta: contents of meta.json, JSON values with finite numbers; only rank 0's is written.
 
-    Raises, on every rank, CannotWriteError or TransientError if any rank cannot write, DivergedError for a tensor that
-    is not finite, and RefusedError if the folder holds a later step, which is another run's. Nothing is left of what
-    was not committed.
+    Returns 0 and writes nothing if the step is committed already. The function reads only ``state``, not the module, so
+    it may run in a thread beside training if ``world`` has a process group of its own.
+
+    Raises on every rank: CannotWriteError or TransientError if any rank cannot write, DivergedError if a tensor is not
+    finite, RefusedError if the folder holds a later step, which only another run can have written. An uncommitted
+    checkpoint is removed before the exception is raised.
     """
     folder = Path(run_dir) / CHECKPOINTS
     final = step_path(folder, step)
     partial = final.with_name(f"{final.name}.partial")
     if _agree(world, step, run_dir, lambda: _prepare(folder, final, partial, step)):
         return 0
+    # No rank raises before the gather: the others would wait there for it. Rank 0 raises for all of them in _commit.
     written: Sums | Exception
     try:
         _refuse_non_finite(state, step)
@@ -123,7 +139,10 @@ def save(
 
 
 def _agree(world: World, step: int, run_dir: Path, function: Callable[[], T]) -> T:
-    """Collective. What ``function`` returns on rank 0, on every rank; likewise what it raises."""
+    """Collective. Call ``function`` on rank 0 only. Returns its result, or raises its exception, on every rank.
+
+    An error of the disk becomes CannotWriteError or TransientError and names the checkpoint.
+    """
     result, failure = None, None
     if world.is_main:
         try:
@@ -142,8 +161,10 @@ def _agree(world: World, step: int, run_dir: Path, function: Callable[[], T]) ->
 
 
 def _prepare(folder: Path, final: Path, partial: Path, step: int) -> bool:
-    """On rank 0. Make room to write in. Returns whether the step is committed already."""
+    """On rank 0. Create the temporary folder. Returns whether the step is committed already."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Of a save that was killed; the lock of the run folder excludes another writer. A file is a half-written
+    # scores.json.
     for leftover in folder.glob("*.partial"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     committed = saved_steps(folder)
@@ -152,6 +173,7 @@ def _prepare(folder: Path, final: Path, partial: Path, step: int) -> bool:
             f"{folder} holds step {max(committed)}, later than the step {step} to be saved; "
             "another run writes there: give this one another --name"
         )
+    # The folder exists if an earlier attempt failed after its rename, such as in the sync. Keep it if it verifies.
     if final.exists():
         if _verify(final, step, World()) is None:
             return True
@@ -161,16 +183,18 @@ def _prepare(folder: Path, final: Path, partial: Path, step: int) -> bool:
 
 
 def _refuse_non_finite(state: Mapping[str, Tensor], step: int) -> None:
+    """Raise DivergedError with the name of the first tensor that is not finite."""
     bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise DivergedError(
-            f"{bad[0]}{more} is no longer finite at step {step}, and no checkpoint is made of that; the ones before "
-            "are good: go on from there with a lower optim.lr and --override-resume"
+            f"{bad[0]}{more} is no longer finite at step {step}, so this step is not saved; the checkpoints before it "
+            "are good: continue from the newest with a lower optim.lr and --override-resume"
         )
 
 
 def _write(files: Mapping[str, Mapping[str, Tensor]], partial: Path) -> Sums:
+    """Write this rank's files to the temporary folder and sync them. Returns their sizes and checksums."""
     sums = {}
     for name, tensors in files.items():
         write_tensors(tensors, partial / name)
@@ -187,9 +211,9 @@ def _commit(
     meta: Mapping[str, Any],
     retention: Retention,
 ) -> int:
-    """On rank 0. Every rename comes after everything it stands for has reached the disk.
+    """On rank 0. Write index, meta and manifest, and commit by renaming ``partial`` to ``final``. Returns the bytes.
 
-    everyone: by rank, what it wrote, or what went wrong there, which is raised.
+    everyone: for each rank the checksums of its files, or its exception, which is raised here.
     """
     try:
         sums: Sums = {}
@@ -200,23 +224,29 @@ def _commit(
         for name, content in {INDEX: index, META: meta}.items():
             (partial / name).write_text(json.dumps(content, indent=1, allow_nan=False))
             sums[name] = _sum(partial / name)
+        # The order matters: everything in the folder must be on the disk before the rename gives it its final name.
+        # Otherwise a power cut could leave a folder with a final name and half its content.
         (partial / MANIFEST).write_text(_manifest(step, sums))
         sync(partial / MANIFEST)
         sync(partial)
         partial.rename(final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not kept full
+        shutil.rmtree(partial, ignore_errors=True)  # frees the space again if the disk was full
         raise
+    # The rename itself is an entry in ckpt/, and ckpt/ is an entry in the run folder: both must reach the disk.
     sync(final.parent)
     sync(final.parent.parent)
+    # Only now delete: until here the older checkpoints were the newest good ones.
     try:
         _retain(final.parent, retention)
-    except OSError as error:  # what was committed stands; the next save tries again
+    except OSError as error:  # the new checkpoint is committed all the same; the next save tries again to delete
         log.warning("outdated checkpoints in %s were not deleted: %s", final.parent, error)
     return sum(numbers["bytes"] for numbers in sums.values())
 
 
 def _retain(folder: Path, retention: Retention) -> None:
+    """Delete outdated checkpoints."""
+    # Rename first: a deletion that is cut short must not leave half a folder with a final name.
     for step in retention.outdated(saved_steps(folder), _scores(folder)):
         step_path(folder, step).rename(folder / f"step_{step:06d}.deleted")
     for deleted in folder.glob("*.deleted"):
@@ -224,14 +254,17 @@ def _retain(folder: Path, retention: Retention) -> None:
 
 
 def add_score(run_dir: Path, step: int, top1: float) -> None:
-    """Remember how good the student is after ``step``, whether or not there is a checkpoint of it yet."""
+    """Store the student's top-1 accuracy in percent after ``step``, for ``Retention.best``.
+
+    The checkpoint of that step may be written later, or never.
+    """
     folder = Path(run_dir) / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SCORES, json.dumps({**_scores(folder), step: top1}))
 
 
 def _scores(folder: Path) -> dict[int, float]:
-    """By step; nothing where the file is damaged: then no checkpoint is among the best."""
+    """Step to top-1. Empty if scores.json is missing or damaged; no checkpoint is then kept for its score."""
     try:
         return {int(step): float(top1) for step, top1 in json.loads((folder / SCORES).read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
@@ -239,14 +272,17 @@ def _scores(folder: Path) -> dict[int, float]:
 
 
 def _sum(path: Path) -> dict[str, Any]:
-    """Of a file that has reached the disk."""
+    """Sync a file to the disk, then return its size and SHA-256."""
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file that others may read as far as the user's umask lets them; the library's own are private."""
-    path.touch()
+    """Write a safetensors file with the permissions of the user's umask.
+
+    safetensors itself creates files that only the user may read.
+    """
+    path.touch()  # has the permissions of the umask
     mode = path.stat().st_mode
     safetensors.torch.save_file(dict(tensors), path)
     path.chmod(mode)
@@ -257,12 +293,15 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
-    """Collective. The newest checkpoint that verifies, on every rank; None where there is none at all.
+    """Collective. Load the newest checkpoint whose checksums match. Returns it on every rank; None if there is none.
 
-    Each rank checks the sums of a share of the files, and all go by one verdict. What does not verify is passed over
-    for the next older one, and renamed aside, with the reason in the log, when there is a good one. Raises RefusedError
-    if there are checkpoints and none verifies: a run must not start over by accident. Raises MissingInputError, or
-    TransientError, if one cannot be read, which says nothing of what is in it.
+    Each rank verifies a share of the files, and the ranks combine their results. A checkpoint that fails is skipped for
+    the next older one. Once a good one is found, the skipped ones are renamed to ``.broken`` and the reasons are
+    logged.
+
+    Raises on every rank: RefusedError if there are checkpoints but none verifies, because a run must not start over by
+    accident; MissingInputError or TransientError if a checkpoint cannot be read, which does not mean that it is
+    damaged; ConfigError if only some ranks see the folder.
     """
     folder = Path(run_dir) / CHECKPOINTS
     steps = broadcast(world, sorted(saved_steps(folder), reverse=True) if world.is_main else None)
@@ -274,15 +313,17 @@ def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
         )
         reason = next((verdict for verdict in verdicts if verdict), None)
         if reason is None:
+            # Renamed only now: if no checkpoint verifies, all of them stay where they are.
             run_on_all_ranks(world, lambda: _set_all_aside(folder, reasons) if world.is_main else None)
             return run_on_all_ranks(world, lambda step=step: _read(step_path(folder, step), step))
         reasons[step] = reason
+    # Folders set aside by an earlier start also show that this run has trained, so it must not start over.
     were_there = broadcast(world, any(folder.glob("step_*.broken*")) if world.is_main else None)
     if reasons or were_there:
         listed = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
         raise RefusedError(
             f"{folder} holds checkpoints and none verifies ({listed or 'all were set aside before'}); "
-            "bring a good one back, or set the run aside and start over with --fresh"
+            "restore a good one, or set the run aside and start over with --fresh"
         )
     return None
 
@@ -294,28 +335,29 @@ def _set_all_aside(folder: Path, reasons: Mapping[int, str]) -> None:
 
 
 def _refuse_private_folder(folder: Path, steps: list[int], world: World) -> None:
-    """Collective. What a rank does not see at all is not damage."""
+    """Collective. Raise ConfigError if the folder exists on rank 0 only: the disk is not shared, nothing is damaged."""
     blind = [rank for rank, sees in enumerate(gather(world, folder.is_dir())) if steps and not sees]
     if blind:
         raise ConfigError(
-            f"{folder} is there on rank 0 and not on rank {blind[0]}; "
-            "runs_dir has to be on a file system that all nodes share"
+            f"{folder} exists on rank 0 but not on rank {blind[0]}; "
+            "runs_dir must be on a file system that all nodes share"
         )
 
 
 def _read(folder: Path, step: int) -> Checkpoint:
-    """A verified checkpoint."""
+    """Open a checkpoint that has been verified. Raises ConfigError, MissingInputError or TransientError."""
     try:
         places = {key: (file, inner) for key, (file, inner) in json.loads((folder / INDEX).read_text()).items()}
         return Checkpoint(step, SavedState(folder, places), json.loads((folder / META).read_text()))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise os_error(error, f"{folder} verifies and cannot be read: {error}", lasting=ConfigError) from error
+        raise os_error(error, f"{folder} verifies but cannot be loaded: {error}", lasting=ConfigError) from error
 
 
 def _verify(folder: Path, step: int, world: World) -> str | None:
-    """None if every byte of this rank's share of the files is as it was written, otherwise what is wrong.
+    """Verify this rank's share of a checkpoint's files. Returns None if every byte is as written, else the reason.
 
-    Raises MissingInputError or TransientError where the bytes cannot be read: a disk or a permission may come back.
+    Raises MissingInputError or TransientError if a file cannot be read: a failing disk or a wrong permission is no
+    damage and may be repaired.
     """
     try:
         text = (folder / MANIFEST).read_text()
@@ -323,7 +365,8 @@ def _verify(folder: Path, step: int, world: World) -> str | None:
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} says format {manifest['format']}, this version reads {FORMAT}"
         sums: Sums = manifest["files"]
-        # Written anew from what was read, the manifest is the same text, or a bit of it is not ours.
+        # The manifest has no checksum of its own. Writing it again from the parsed values must give the same text;
+        # otherwise a bit of it was changed.
         if text != _manifest(step, sums) or not {META, INDEX} < set(sums):
             return f"{MANIFEST} is damaged"
         for name in sorted(sums)[world.rank :: world.world_size]:
@@ -336,22 +379,23 @@ def _verify(folder: Path, step: int, world: World) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        message = f"checkpoint of step {step} cannot be read ({error}); mend that, or move {folder} away to go on from "
+        message = f"checkpoint of step {step} cannot be read ({error}); repair the cause, or move {folder} away to use "
         raise os_error(error, f"{message}an older one", lasting=MissingInputError) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the manifest is not JSON, or lacks a key
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _manifest(step: int, sums: Sums) -> str:
+    """The text of MANIFEST.json. The same values always give the same text, which ``_verify`` relies on."""
     return json.dumps({"format": FORMAT, "step": step, "files": sums}, indent=1, sort_keys=True) + "\n"
 
 
 def path(run_dir: Path, step: int) -> Path:
-    """The folder of a committed checkpoint."""
+    """Path of the checkpoint of ``step``, whether or not it exists."""
     return step_path(Path(run_dir) / CHECKPOINTS, step)
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename to path.broken, or .broken2 and so on where that is taken."""
+    """Rename to path.broken, or path.broken2 and so on if that exists. Returns the new path."""
     return rename_to_free(path, itertools.chain([".broken"], (f".broken{i}" for i in itertools.count(2))))

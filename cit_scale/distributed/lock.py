@@ -1,4 +1,4 @@
-"""One job at a time in a run folder."""
+"""Exclusive lock on a run folder: only one job at a time trains in it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ WAIT_S = 90
 
 @contextmanager
 def exclusive(run_dir: Path, world: World, stop: StopRequest, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Collective. Hold the run folder against other jobs, for as long as the context lasts or the process lives.
+    """Collective. Hold an exclusive lock on ``run_dir`` until the context ends or the process dies.
 
-    A job that was asked to stop may still be writing its last checkpoint when its successor starts, so a held folder is
-    waited for. Raises RefusedError, naming the holder, where it stays held, and Stopped when asked to stop meanwhile.
+    Rank 0 takes the lock. If another job holds it, rank 0 waits up to ``wait_s`` seconds: a job that was asked to stop
+    may still be writing its last checkpoint when its successor starts.
+
+    Raises on every rank: RefusedError, which names the holder, if the lock is still held after ``wait_s``; Stopped if a
+    stop is requested during the wait; CannotWriteError or TransientError if the lock file cannot be opened.
     """
-    # Beside the folder and not in it, so that setting the folder aside does not take the lock along.
+    # The lock file lies beside the run folder, not in it: --fresh renames the folder and must not take the lock along.
     path = run_dir.with_name(f".{run_dir.name}.lock")
     descriptor = None
     refusal = None
@@ -37,6 +40,7 @@ def exclusive(run_dir: Path, world: World, stop: StopRequest, wait_s: float = WA
         except OSError as error:
             message = f"{run_dir} cannot be written ({error}); give another --runs_dir"
             refusal = os_error(error, message, lasting=CannotWriteError)
+    # The other ranks wait in this broadcast while rank 0 waits for the lock, and raise the same exception as rank 0.
     refusal = broadcast(world, refusal)
     try:
         if refusal is not None:
@@ -44,12 +48,13 @@ def exclusive(run_dir: Path, world: World, stop: StopRequest, wait_s: float = WA
         yield
     finally:
         if descriptor is not None:
-            os.close(descriptor)  # which releases the lock, as the end of the process does
+            # Closing the file releases the lock. So does the end of the process, by whatever signal.
+            os.close(descriptor)
 
 
 def _acquire(descriptor: int, run_dir: Path, stop: StopRequest, wait_s: float) -> Exception | None:
-    """Take the lock, or say why not."""
-    patience = Patience(wait_s)
+    """On rank 0. Take the lock. Returns None, or the exception to raise on every rank."""
+    patience = Patience(wait_s)  # counts running time only: a suspended job does not lose its wait
     announced = False
     while True:
         try:
@@ -63,10 +68,11 @@ def _acquire(descriptor: int, run_dir: Path, stop: StopRequest, wait_s: float) -
                     f"{run_dir} is in use by process {holder}; wait for it, stop it, or give this run another --name"
                 )
             if not announced:
-                print(f"waiting for process {holder}, which still works in {run_dir}", flush=True)
+                print(f"waiting for process {holder}, which holds {run_dir}; at most {wait_s:g} s", flush=True)
                 announced = True
             time.sleep(0.2)
         else:
+            # The content only names the holder, for the messages above and for ``cit-scale runs``; flock is the lock.
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
             return None

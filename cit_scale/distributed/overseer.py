@@ -1,7 +1,10 @@
-"""The process beside a rank that ends it if it hangs; started by ``watchdog.Watchdog``. Imports as little as it can.
+"""Watchdog process: ends a rank that makes no progress. Started by ``watchdog.Watchdog``, one for each rank.
 
-It lives in time that passes for itself and for the rank: a tick in which either did not run, as under SIGSTOP, Ctrl-Z,
-``docker pause`` or Slurm's suspend, does not count. A timer in the rank would go off the moment it wakes.
+The process counts only time in which both the rank and the process itself ran: a tick in which either was paused
+(SIGSTOP, Ctrl-Z, ``docker pause``, Slurm's suspend) does not count. A timer inside the rank would expire as soon as the
+rank wakes.
+
+Imports the standard library only, so that the process starts fast and stays small.
 """
 
 import contextlib
@@ -12,29 +15,39 @@ import sys
 import threading
 import time
 
-# Sent to the rank: its handlers are C functions, which run whatever its interpreter does.
+# Signals to the rank. The rank handles both in C functions, which run even if its interpreter is blocked.
 WRITE_STACKS = signal.SIGRTMAX
-END = signal.SIGALRM  # its handler is _exit, which takes the signal's number, 14, for the exit code
+# The handler is the C library's _exit, called with the signal's number, so the rank's exit code is 14 (errors.HUNG).
+END = signal.SIGALRM
 
-MOST_TICKS = 20  # of a time-out; a pause costs at most one
+# A time-out is divided into this many ticks, so that a pause adds at most one tick to the count.
+MOST_TICKS = 20
 LONGEST_TICK_S = 1.0
-ANNOUNCE_S = 1.0  # after the stacks: what a terminal shows last is what happened
-GRACE_S = 3.0  # between stacks and end: the first rank to leave must not break the others off before they have written
+# The error message follows the stacks by this much, so that it is the last thing on the terminal.
+ANNOUNCE_S = 1.0
+# From the stacks to the end of the rank. The first rank to exit makes the launcher end the others, which need this time
+# to write their own stacks.
+GRACE_S = 3.0
 
 
 def main() -> None:
-    """Arguments: seconds without progress, the rank's process id, the line to print. Progress is a byte on stdin."""
+    """Watch a rank until it exits. The rank reports progress by writing a byte to this process's stdin.
+
+    Arguments in sys.argv: the time-out in seconds, the rank's process id, the message for stderr (may be empty).
+    """
     timeout_s, rank, message = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     tick_s = min(LONGEST_TICK_S, timeout_s / MOST_TICKS)
-    # What stops the rank reaches its whole process group, and the rank may have much to save; this ends with it.
+    # A signal that asks the rank to stop often goes to its whole process group. The rank may then save for long and
+    # still needs its watchdog, so this process ignores the signal and ends when the rank ends.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     waited_s = 0.0
-    while os.getppid() == rank:
+    while os.getppid() == rank:  # another parent process means that the rank has ended
         began = time.monotonic()
         if has_progressed(tick_s):
             waited_s = 0.0
         elif not is_paused(rank):
+            # A tick that took longer than two ticks means that this process itself was paused; count two at most.
             waited_s += min(time.monotonic() - began, 2 * tick_s)
         if waited_s >= timeout_s:
             end(rank, message)
@@ -42,7 +55,10 @@ def main() -> None:
 
 
 def has_progressed(within_s: float) -> bool:
-    """Wait for a byte. Ends this process when there can be none: the rank has ended, or wants no more of this."""
+    """Wait up to ``within_s`` seconds for a byte on stdin. Returns whether one came.
+
+    Ends this process at the end of file: the rank has exited, or has closed its watchdog.
+    """
     ready, _, _ = select.select([0], [], [], within_s)
     if ready and not os.read(0, 1 << 16):
         raise SystemExit(0)
@@ -50,27 +66,28 @@ def has_progressed(within_s: float) -> bool:
 
 
 def is_paused(pid: int) -> bool:
-    """Whether a process is stopped, or in a debugger's hands."""
+    """Whether a process is stopped or traced by a debugger."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
+            # See proc(5): the state letter follows the program's name, which is in parentheses and may contain some.
             return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
     except OSError:
         return False
 
 
 def end(rank: int, message: str) -> None:
-    """Have the rank write its stacks, say what happened, and end it, unless it goes on in the last moment."""
+    """Make the rank write its stacks, print ``message``, and end the rank. Returns early if the rank makes progress."""
     send(rank, WRITE_STACKS)
     if has_progressed(ANNOUNCE_S):
         return
     if message:
-        # From a thread: nobody may read it, or not just now, and the end must not wait for that.
+        # In a thread, because a write to a full pipe that nobody reads blocks, and the rank must end all the same.
         threading.Thread(target=say, args=(message,), daemon=True).start()
     if has_progressed(GRACE_S - ANNOUNCE_S):
         return
     send(rank, END)
     time.sleep(GRACE_S)
-    send(rank, signal.SIGKILL)  # it is still there, and blocks the other one
+    send(rank, signal.SIGKILL)  # the rank is still alive, so it blocks or ignores END
 
 
 def say(message: str) -> None:
@@ -80,7 +97,7 @@ def say(message: str) -> None:
 
 def send(rank: int, signum: int) -> None:
     if os.getppid() != rank:
-        raise SystemExit(0)  # it has ended, and its number may be another's
+        raise SystemExit(0)  # the rank has ended; its process id may already belong to another process
     os.kill(rank, signum)
 
 

@@ -1,7 +1,7 @@
-"""The check at the start of a job: every node says that it is there and fit, and one that is not is named.
+"""Preflight check: every rank reports on its node before training starts, and a missing or unfit node is named.
 
-The ranks meet at rank 0's store before they join the process group, where a missing rank would be a time-out that names
-nobody, and one without a device a crash there and a hang everywhere else.
+The ranks meet at rank 0's store before they join the process group. In ``init_process_group`` a missing rank is a
+time-out that names no rank, and a rank without a working device crashes while all other ranks hang.
 """
 
 from __future__ import annotations
@@ -29,20 +29,24 @@ from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, Stopped, UnfitNodeError, one_line
 from cit_scale.run_folder import UNFIT_NODES
 
-MAX_SKEW_S = 60.0
-SHARED_S = 10.0  # how long a file that another node has written may take to be seen
-TRIAL_S = 120.0  # for connections between all nodes and a sum over them
-FAREWELL_S = 10.0
-ANNOUNCE_S = 30.0
+MAX_SKEW_S = 60.0  # between a node's clock and rank 0's
+SHARED_S = 10.0  # how long a new file of another node may take to appear on a network file system
+TRIAL_S = 120.0  # time limit for connecting all ranks and for the trial all-reduce
+FAREWELL_S = 10.0  # how long rank 0 keeps its store open for ranks that have not read the verdict
+ANNOUNCE_S = 30.0  # rank 0 prints which ranks are missing after this time
 POLL_S = 0.05
 
 Verdict = dict[str, str]
-"""By node: why it cannot take part."""
+"""Node name to the reason why the node cannot take part. Empty: all nodes are fit."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of its node. time: by its own clock, in seconds since 1970. device: cuda or cpu."""
+    """A rank's report on its node.
+
+    time: the node's clock, in seconds since 1970. device: "cuda" or "cpu". problem: why the node cannot take part; None
+    for a fit node.
+    """
 
     host: str
     time: float
@@ -51,11 +55,15 @@ class Report:
 
 
 def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest, timeout_s: float) -> dist.Store:
-    """Collective. Check every rank's node, and return the store through which the ranks are to join.
+    """Collective. Check every rank's node. Returns the store for ``init_process_group``.
 
-    timeout_s: how long the slowest rank may take to arrive. Raises UnfitNodeError on all ranks, which names the nodes
-    and is noted in the run folder for the next try; ConfigError where the port is taken; Stopped when asked to stop.
+    timeout_s: how long rank 0 waits for the slowest rank.
+
+    Raises UnfitNodeError on all ranks if a node is missing or unfit; the message names the nodes, and rank 0 appends
+    them to unfit_nodes.jsonl in the run folder, from which the next start excludes them. Raises ConfigError if the port
+    is in use (UnfitNodeError under Slurm, where the next start uses another port), and Stopped if a stop is requested.
     """
+    # ``opened`` is read after the store is open: no report can have been written before.
     store, opened = _open_store(world, env, timeout_s), time.time()
     shared = _shared_file(world, store, run_dir, timeout_s)
     try:
@@ -72,10 +80,12 @@ def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest,
 
 
 def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest, store: dist.Store) -> None:
-    """Collective. Connect all ranks, sum over them, and let go again, with less patience than the training's.
+    """Collective. Join a process group, all-reduce a tensor of ones, and leave the group again.
 
-    Raises UnfitNodeError on all ranks. The nodes where it failed are noted for the next try if they are fewer than
-    half; otherwise it is the network between them, or one of them whose fault all the others see.
+    The time-out is TRIAL_S, far below that of training's collectives. Raises UnfitNodeError on all ranks if the
+    all-reduce failed on any. The failed nodes are written to unfit_nodes.jsonl, and so excluded from the next start,
+    only if fewer than half of the nodes failed: otherwise the cause is the network, or a single node whose fault all
+    others see.
     """
     if world.world_size == 1:
         return
@@ -83,11 +93,13 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
         interface = find_interface([*env.get("CIT_HOSTS", "").split(), env["MASTER_ADDR"]])
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-    # Without this NCCL ends the process when its patience does, before anything could be said.
+    # Blocking wait turns an NCCL time-out into an exception. By default NCCL's watchdog ends the process, and the rank
+    # could not report which node failed.
     before, os.environ["TORCH_NCCL_BLOCKING_WAIT"] = os.environ.get("TORCH_NCCL_BLOCKING_WAIT"), "1"
-    devices = dict.fromkeys([torch.device("cpu"), world.device])  # over gloo, then over NCCL where there is a GPU
+    devices = dict.fromkeys([torch.device("cpu"), world.device])  # gloo first; then NCCL if the rank has a GPU
     problem = None
     try:
+        # Keys of their own: training's process group meets at the same store later.
         trial, patience = dist.PrefixStore("trial", store), timedelta(seconds=TRIAL_S)
         dist.init_process_group(
             world.backend, store=trial, rank=world.rank, world_size=world.world_size, timeout=patience
@@ -98,8 +110,9 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
             if ones.item() != world.world_size:
                 problem = f"a sum of ones over {world.world_size} ranks on {device} came out as {ones.item():g}"
     except RuntimeError as error:
-        problem = f"a sum over the ranks failed: {' '.join(str(error).split())[:200]}"
+        problem = f"a sum over the ranks failed: {one_line(error, 200)}"
     finally:
+        # Training's process group must find the user's NCCL settings.
         del os.environ["TORCH_NCCL_BLOCKING_WAIT"]
         if before is not None:
             os.environ["TORCH_NCCL_BLOCKING_WAIT"] = before
@@ -111,24 +124,26 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
 
 
 def node_name(env: Mapping[str, str]) -> str:
-    """As Slurm calls it, which is what it has to be excluded by; the host's name elsewhere."""
+    """Slurm's name for this node, by which Slurm can exclude it; the host name outside Slurm."""
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> str | None:
-    """What keeps this node from taking part, as far as it can tell alone.
+    """Check this node by itself: GPUs, device, temporary files, shared disk. Returns the first problem, or None.
 
-    shared: a file that rank 0 has written; None where it could not, which is no node's fault here.
+    shared: a file that rank 0 has created in the folder of runs. None if rank 0 could not create one; the disk is then
+    not checked, because the other nodes are not to blame.
     """
     if env.get("SLURM_GPUS_ON_NODE", "0") != "0":
-        visible = env.get("CUDA_VISIBLE_DEVICES")  # what Slurm has left of them for this rank
+        # Sites that bind GPUs to tasks show each rank only its own GPU: count against that list, not the node's number.
+        visible = env.get("CUDA_VISIBLE_DEVICES")
         promised = len(visible.split(",")) if visible else int(env["SLURM_GPUS_ON_NODE"])
         if torch.cuda.device_count() < promised:
             return f"Slurm promises {promised} GPUs, PyTorch sees {torch.cuda.device_count()}"
     try:
         torch.ones(1, device=world.device).add_(1).item()
-    except RuntimeError as error:  # a device that is there and does not work, or fewer than there are ranks
-        return f"rank {world.rank} cannot use {world.device}: {' '.join(str(error).split())[:200]}"
+    except RuntimeError as error:  # a device that does not compute, or fewer devices than ranks
+        return f"rank {world.rank} cannot use {world.device}: {one_line(error, 200)}"
     try:
         with tempfile.TemporaryFile() as file:
             file.write(b"x")
@@ -149,9 +164,11 @@ def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> s
 def judge(
     posts: Mapping[int, tuple[Report, float]], world: World, env: Mapping[str, str], timeout_s: float, opened: float
 ) -> Verdict:
-    """On rank 0. posts: by rank, its report and when it was seen. Ranks may be missing.
+    """On rank 0. Decide from the reports which nodes cannot take part. Returns the reasons by node.
 
-    opened: when the first of them can have been written. Both times are by rank 0's clock, in seconds since 1970.
+    posts: rank to (report, time at which rank 0 saw the report). A rank without an entry did not arrive.
+    opened: when rank 0 opened the store, before which no report can have been written. Both times are by rank 0's
+    clock, in seconds since 1970.
     """
     verdict: Verdict = {}
     mine = posts[0][0]
@@ -160,23 +177,26 @@ def judge(
             verdict.setdefault(_host(rank, world, env), f"rank {rank} did not arrive within {timeout_s:g} s")
             continue
         report, seen = posts[rank]
-        skew_s = report.time - min(max(report.time, opened), seen)  # how far it is outside of what can be
+        # The report was written between ``opened`` and ``seen``. A time inside that interval is no skew, however long
+        # rank 0 took to look; otherwise the skew is the distance to the interval.
+        skew_s = report.time - min(max(report.time, opened), seen)
         if report.problem is not None:
             verdict.setdefault(report.host, report.problem)
         elif report.device != mine.device:
             verdict.setdefault(report.host, f"rank {rank} has a {report.device} and rank 0 a {mine.device}")
         elif abs(skew_s) > MAX_SKEW_S:
             verdict.setdefault(report.host, f"its clock is {skew_s:+.0f} s off that of {mine.host}")
+    # If only ranks of rank 0's own node arrived, that node is the likely cause, not all the others.
     if world.num_nodes > 2 and len(posts) <= world.local_world_size:
         return {mine.host: f"none of the other {world.num_nodes - 1} nodes reached it within {timeout_s:g} s"}
     return verdict
 
 
 def find_interface(hosts: Sequence[str]) -> str | None:
-    """The network interface from which other nodes can be reached, where gloo would not find it; None otherwise.
+    """Find the network interface for GLOO_SOCKET_IFNAME. Returns None if gloo finds a usable address by itself.
 
-    gloo tells the others the address that the host's own name stands for, and on Debian that is one of the loopback
-    interface, 127.0.1.1.
+    gloo publishes the address to which the host's own name resolves. On Debian that is 127.0.1.1, an address of the
+    loopback interface, which other nodes cannot reach. hosts: names of the nodes, tried in order.
     """
     try:
         if not socket.gethostbyname(socket.gethostname()).startswith("127."):
@@ -186,7 +206,7 @@ def find_interface(hosts: Sequence[str]) -> str | None:
     names = {each.address: name for name, addresses in psutil.net_if_addrs().items() for each in addresses}
     for host in hosts:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-            probe.connect((host, 9))  # sends nothing; the kernel chooses the route
+            probe.connect((host, 9))  # UDP: connecting sends no packet, but makes the kernel choose a route
             address = probe.getsockname()[0]
             if not address.startswith("127."):
                 return names.get(address)
@@ -194,17 +214,18 @@ def find_interface(hosts: Sequence[str]) -> str | None:
 
 
 def _host(rank: int, world: World, env: Mapping[str, str]) -> str:
-    """The node of a rank that did not say it, from the list that slurm/env.sh leaves."""
-    hosts = env.get("CIT_HOSTS", "").split()
+    """The node of a rank that has not reported, from the list of hosts that slurm/env.sh exports."""
+    hosts = env.get("CIT_HOSTS", "").split()  # in the order of the ranks
     place = rank // world.local_world_size
     return hosts[place] if place < len(hosts) else f"the node of rank {rank}"
 
 
 def _open_store(world: World, env: Mapping[str, str], timeout_s: float) -> dist.Store:
+    """Collective. Rank 0 opens a TCPStore at MASTER_ADDR:MASTER_PORT, and the others connect to it."""
     if world.world_size == 1:
-        return dist.HashStore()  # a process alone needs no port
+        return dist.HashStore()  # a single process needs no port
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    # torchrun's agent has opened the port itself, for all its restarts.
+    # torchrun's agent hosts the store itself and keeps it over its restarts, so rank 0 must not bind the port again.
     is_agents = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     patience = timedelta(seconds=timeout_s)
     try:
@@ -212,6 +233,7 @@ def _open_store(world: World, env: Mapping[str, str], timeout_s: float) -> dist.
             host, port, world.world_size, world.is_main and not is_agents, patience, wait_for_workers=False
         )
     except dist.DistNetworkError as error:
+        # Under Slurm the port follows from job id and restart count (slurm/env.sh): a requeued job gets another one.
         if "EADDRINUSE" in str(error) and "SLURM_JOB_ID" in env:
             raise UnfitNodeError(
                 f"port {port} of {host} is in use by another program; the next start takes another"
@@ -222,15 +244,16 @@ def _open_store(world: World, env: Mapping[str, str], timeout_s: float) -> dist.
                 "deepspeed --master_port N, or MASTER_PORT=N"
             ) from error
         raise UnfitNodeError(
-            f"{node_name(env)} cannot reach rank 0 at {host}:{port} ({' '.join(str(error).split())[:200]})"
+            f"{node_name(env)} cannot reach rank 0 at {host}:{port} ({one_line(error, 200)})"
         ) from error
+    # The agent's store still holds the reports of earlier restarts; a prefix keeps them apart.
     return dist.PrefixStore(f"start {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _shared_file(world: World, store: dist.Store, run_dir: Path, timeout_s: float) -> Path | None:
-    """Collective. A file beside the run folder, written by rank 0 and under a name that no node can have cached.
+    """Collective. Rank 0 creates a file beside the run folder. Returns its path, or None if rank 0 cannot write there.
 
-    None where rank 0 cannot write there.
+    The name is random: a network file system may have cached on a node that a file of a fixed name does not exist.
     """
     folder = run_dir.parent
     if world.is_main:
@@ -238,7 +261,7 @@ def _shared_file(world: World, store: dist.Store, run_dir: Path, timeout_s: floa
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-        except OSError:  # the run says so when it wants to write
+        except OSError:  # not reported here: the lock of the run folder is taken later and names the path
             name = ""
         store.set("shared", name)
     name = _get(store, "shared", timeout_s)
@@ -253,15 +276,19 @@ def _agree(
     timeout_s: float,
     judge: Callable[[dict[int, tuple[Report, float]]], Verdict],
 ) -> Verdict:
-    """Collective. What rank 0 makes of everybody's post, on every rank. Raises Stopped on all if rank 0 is asked to."""
+    """Collective. Rank 0 collects all reports and judges them. Returns its verdict on every rank.
+
+    Raises Stopped on all ranks if rank 0 is asked to stop while it waits.
+    """
     if world.is_main:
         posts = _collect(world, store, what, stop, timeout_s)
         verdict = None if posts is None else judge(posts)
         _post(store, f"{what}/verdict", verdict)
-        if verdict != {}:  # the store ends with this process: the others have to have read it
+        # After a bad verdict rank 0 exits, and its store with it: wait until the other ranks have read the verdict.
+        if verdict != {}:
             _collect_farewells(world, store, what)
     else:
-        # Rank 0 gives the others timeout_s, and may itself have arrived that much later.
+        # Rank 0 waits timeout_s for the others, and may itself arrive up to timeout_s after this rank.
         verdict = json.loads(_get(store, f"{what}/verdict", 2 * timeout_s + FAREWELL_S))
         store.set(f"{what}/farewell/{world.rank}", "")
     if verdict is None:
@@ -272,7 +299,7 @@ def _agree(
 def _collect(
     world: World, store: dist.Store, what: str, stop: StopRequest, timeout_s: float
 ) -> dict[int, tuple[Report, float]] | None:
-    """On rank 0. The reports of those that arrive in time, by rank; None when asked to stop."""
+    """On rank 0. Wait for reports. Returns those that arrived in time, by rank, or None if a stop is requested."""
     posts: dict[int, tuple[Report, float]] = {}
     patience, before_announcing = Patience(timeout_s), Patience(ANNOUNCE_S)
     is_announced = False
@@ -283,6 +310,7 @@ def _collect(
             if rank not in posts and store.check([f"{what}/{rank}"]):
                 posts[rank] = (Report(**json.loads(store.get(f"{what}/{rank}"))), time.time())
         if not is_announced and before_announcing.is_over() and len(posts) < world.world_size:
+            # docs/slurm.md lists this message with what to do.
             missing = ", ".join(str(rank) for rank in range(world.world_size) if rank not in posts)
             print(f"waiting for ranks {missing}, at most {timeout_s:g} s from their start", flush=True)
             is_announced = True
@@ -291,6 +319,7 @@ def _collect(
 
 
 def _collect_farewells(world: World, store: dist.Store, what: str) -> None:
+    """On rank 0. Wait until every other rank has read the verdict, at most FAREWELL_S seconds."""
     patience = Patience(FAREWELL_S)
     waiting = set(range(1, world.world_size))
     while waiting and not patience.is_over():
@@ -303,26 +332,33 @@ def _post(store: dist.Store, key: str, value: object) -> None:
 
 
 def _get(store: dist.Store, key: str, timeout_s: float) -> str:
-    """Wait for it in slices: the store's own patience would run out while this process is paused."""
+    """Wait for a key and return its value. Raises UnfitNodeError if rank 0 is gone or the time is over.
+
+    Waits in slices: a single wait of timeout_s would expire during a pause of this process.
+    """
     patience = Patience(timeout_s)
     while True:
         try:
             store.wait([key], timedelta(seconds=min(timeout_s, Patience.LONGEST_LOOK_S)))
             return store.get(key).decode()
         except dist.DistError as error:
+            # DistStoreError is a slice that timed out; any other DistError means that the connection broke.
             if not isinstance(error, dist.DistStoreError) or patience.is_over():
                 said = one_line(error, 200)
                 raise UnfitNodeError(f"{socket.gethostname()} lost rank 0: {said}") from error
 
 
 def _refuse(verdict: Verdict, world: World, env: Mapping[str, str], run_dir: Path | None) -> None:
-    """Collective. Raise UnfitNodeError if there is anybody to name, which rank 0 notes in the run folder, if given."""
+    """Collective. Raise UnfitNodeError if the verdict names a node.
+
+    run_dir: where rank 0 appends the nodes to unfit_nodes.jsonl; None writes nothing.
+    """
     if not verdict:
         return
     if world.is_main and run_dir is not None:
         about = {"time": time.time(), "job_id": job_id(env)}
         lines = [json.dumps({**about, "node": node, "reason": reason}) + "\n" for node, reason in verdict.items()]
-        with suppress(OSError):  # said below in any case
+        with suppress(OSError):  # the exception below names the nodes even if the file cannot be written
             run_dir.mkdir(parents=True, exist_ok=True)
             with (run_dir / UNFIT_NODES).open("a") as file:
                 file.write("".join(lines))

@@ -1,12 +1,15 @@
-"""Which rank this process is, out of any launcher's environment. Imports nothing heavy."""
+"""Reads rank and world size from the environment of any launcher. Imports the standard library only.
+
+The command line is checked before PyTorch is imported, and that check needs the ranks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# One row per launcher: rank, local rank, world size, ranks on this node. The first row whose rank is set wins, so a
-# torchrun or deepspeed started inside a Slurm allocation is believed before Slurm's own variables.
+# One row per launcher: the variables of rank, local rank, world size, ranks on this node. The first row whose rank is
+# set wins: torchrun or deepspeed started inside a Slurm allocation take precedence over Slurm's own variables.
 SPELLINGS = {
     "torchrun, deepspeed": ("RANK", "LOCAL_RANK", "WORLD_SIZE", ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     "submitit": ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS", ()),
@@ -15,7 +18,11 @@ SPELLINGS = {
 
 
 class Ranks(NamedTuple):
-    """rank in [0, world_size), local_rank in [0, local_world_size)."""
+    """A process among all processes of a job, as in ``torch.distributed``.
+
+    rank is in [0, world_size), local_rank in [0, local_world_size); local_world_size is the number of ranks on this
+    node.
+    """
 
     rank: int = 0
     local_rank: int = 0
@@ -23,7 +30,7 @@ class Ranks(NamedTuple):
     local_world_size: int = 1
 
     def check(self) -> None:
-        """Raise ValueError where a rank is not below its size."""
+        """Raise ValueError if rank or local_rank is negative or not below its size."""
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size):
             raise ValueError(
                 f"rank={self.rank} of world_size={self.world_size} and local_rank={self.local_rank} of "
@@ -32,14 +39,15 @@ class Ranks(NamedTuple):
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Ranks:
-        """Read DeepSpeed's, torchrun's, submitit's or srun's variables; without any, one process alone.
+        """Read the variables of DeepSpeed, torchrun, submitit or srun. Without any, returns rank 0 of world size 1.
 
-        Raises ValueError for half of them, and for ranks that do not fit.
+        Raises ValueError if only some of a launcher's variables are set, or if a rank is not below its size.
         """
         for launcher, (rank, local_rank, world_size, local_sizes) in SPELLINGS.items():
             if rank not in env:
                 continue
-            # Inside a batch script Slurm sets SLURM_PROCID too; only srun sets the step.
+            # Slurm sets SLURM_PROCID in the batch script as well, where no ranks were started; only srun sets
+            # SLURM_STEP_ID.
             if launcher == "srun" and "SLURM_STEP_ID" not in env:
                 continue
             missing = [name for name in (local_rank, world_size) if name not in env]
@@ -48,6 +56,7 @@ class Ranks(NamedTuple):
                     f"{rank}={env[rank]} is set but {', '.join(missing)} is not; set all or none ({launcher})"
                 )
             size = int(env[world_size])
+            # Without a variable for it, all ranks are taken to be on this node.
             local_size = next((int(env[name]) for name in local_sizes if name in env), size)
             ranks = cls(int(env[rank]), int(env[local_rank]), size, local_size)
             ranks.check()

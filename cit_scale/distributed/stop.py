@@ -1,4 +1,7 @@
-"""The one owner of the signal: remembers that the run was asked to stop, so that it can stop between two steps."""
+"""Handles the signals that ask a run to stop: the handler only sets a flag, and training stops between two steps.
+
+A collective save inside a signal handler would deadlock: a signal reaches one rank, or all ranks at different points.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ import psutil
 
 
 class StopRequest:
-    """Catches what asks a job to stop while used as a context manager: Ctrl-C, kill, and the signals by which
-    schedulers announce the end of an allocation.
+    """Context manager that catches Ctrl-C, kill, and the signals with which a scheduler announces a time limit.
 
-    The deepspeed launcher answers a Ctrl-C, which the terminal has sent to everybody, by a SIGTERM of its own; that is
-    the same request again. A second Ctrl-C is a person who will not wait, and interrupts at once, but not within
-    ``shielded``, where what was reached is being brought to safety.
+    The first signal is remembered in ``signum``; ``requested`` is then true. A second Ctrl-C raises KeyboardInterrupt
+    at once, except within ``shielded``, where the state is being saved. A SIGTERM after a Ctrl-C counts as the same
+    request: on Ctrl-C the terminal signals all processes, and the deepspeed launcher then sends its ranks a SIGTERM of
+    its own.
     """
 
+    # Slurm sends USR2 before a time limit (--signal=USR2@300 in slurm/*.sh); so does submitit's local executor.
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
@@ -31,13 +35,15 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
+        """Whether this rank was asked to stop, by a signal or by the end of its launcher. The ranks have to agree."""
+        # On one machine a launcher that is killed passes nothing on to its ranks: its end counts as a SIGTERM.
         if self.signum is None and self._launcher is not None and self._launcher.is_gone():
             self.signum = signal.SIGTERM
         return self.signum is not None
 
     @contextmanager
     def shielded(self) -> Iterator[None]:
-        """Let no signal interrupt what happens in here; it has to look at ``requested`` itself."""
+        """No signal interrupts the code in this context, not even a second Ctrl-C; ``requested`` still becomes true."""
         self._shielded = True
         try:
             yield
@@ -55,13 +61,15 @@ class StopRequest:
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.signum == signum == signal.SIGINT and not self._shielded:
             raise KeyboardInterrupt
+        # Keep the first signal: after Ctrl-C and the launcher's SIGTERM, the next Ctrl-C still counts as the second.
         self.signum = self.signum or signum
 
 
 class Launcher:
-    """The ``deepspeed`` command two processes above, which a user kills to stop the run.
+    """The ``deepspeed`` command, two processes above a rank: command, launcher of the node, rank.
 
-    On one machine it dies without passing the signal on, and everything below it would train on, unseen.
+    A user kills the command to stop the run. On one machine it dies without passing the signal on, and its ranks would
+    continue to train unnoticed.
     """
 
     def __init__(self, node_launcher: psutil.Process) -> None:
@@ -70,7 +78,7 @@ class Launcher:
 
     @classmethod
     def above(cls) -> Launcher | None:
-        """The launcher of this process, if it was started by one."""
+        """The launcher of this process; None if the deepspeed command did not start it."""
         try:
             parent = psutil.Process(os.getppid())
             return cls(parent) if "deepspeed.launcher.launch" in parent.cmdline() else None
@@ -78,11 +86,10 @@ class Launcher:
             return None
 
     def is_gone(self) -> bool:
-        """Whether the command has ended: its child then belongs to another process.
-
-        It may have ended before this process was ready to look. The child's new parent is of another session, unlike
-        the command, which is of the child's own unless the child leads one.
-        """
+        """Whether the ``deepspeed`` command has ended, or the launcher of this node."""
+        # A process whose parent ends gets another parent. The command may have ended before this rank first looked, so
+        # compare sessions, too: the command is in the session of the node's launcher (unless the launcher leads a
+        # session of its own), and the new parent is not.
         try:
             parent, session = self._node_launcher.ppid(), os.getsid(self._node_launcher.pid)
             is_adopted = session != self._node_launcher.pid and (parent == 0 or os.getsid(parent) != session)

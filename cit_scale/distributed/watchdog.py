@@ -1,8 +1,8 @@
-"""Ends a run that hangs, with the stacks of every rank on disk, whatever it hangs in.
+"""Ends a run that hangs and writes the stacks of every rank to disk.
 
-A collective that a rank never joins, a kernel that never returns, a C function that sleeps with the interpreter's lock
-held: none of them lets Python code run. So another process, ``overseer``, waits for signs of progress, and what it
-sends then is answered in C. A pause of the whole run, by SIGSTOP or a suspended job, is no hang.
+No Python code runs while a rank waits in a collective that another rank never joins, in a kernel that never returns, or
+in a C function that holds the interpreter's lock. The watchdog is therefore another process, ``overseer``, and the rank
+handles its signals in C. A pause of the whole run (SIGSTOP, a suspended job) does not count as a hang.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from cit_scale.errors import HUNG
 
 
 class Watchdog:
-    """``progress`` has to be called at least every ``timeout_s`` seconds, or the process writes its stacks and leaves.
+    """Ends this process with exit code 14 if ``progress`` is not called for ``timeout_s`` seconds of running time.
 
-    stacks: the file that the stacks of all threads are written to, and none is left by a run that did not hang; None
-    for stderr. message: the line on stderr that says what happened; None on all ranks but one. Seconds in which this
-    process does not run do not count. timeout_s=0 switches all of it off. One at a time in a process; main thread only.
+    timeout_s: seconds; time in which the process is paused does not count. 0 switches the watchdog off.
+    stacks: file for the stacks of all threads; ``close`` removes it if it is empty. None writes to stderr.
+    message: the line to print on stderr before the end; None, on all ranks but one, prints nothing.
+
+    A process has one watchdog at a time and creates it in the main thread.
     """
 
     def __init__(self, timeout_s: float, stacks: Path | None, message: str | None) -> None:
@@ -43,7 +45,8 @@ class Watchdog:
             stacks.parent.mkdir(parents=True, exist_ok=True)
             self._stacks = stacks.open("a")
         faulthandler.register(overseer.WRITE_STACKS, file=self._stacks)
-        # The C library's own _exit is the handler: it takes the signal's number for the exit code.
+        # The handler is the C library's _exit, called with the signal's number: END's number must be the exit code
+        # HUNG. A handler written in Python would not run while the interpreter is blocked.
         assert overseer.END == HUNG
         libc = ctypes.CDLL(None)
         libc.signal.restype = ctypes.c_void_p
@@ -52,41 +55,44 @@ class Watchdog:
         self._restore = lambda: libc.signal(overseer.END, previous)
         self._closed = threading.Event()
         self._taker = threading.Thread(target=self._take_signals, daemon=True, name="watchdog")
+        # Blocked in the main thread, and with it in all threads that start later; _take_signals unblocks it for itself.
         signal.pthread_sigmask(signal.SIG_BLOCK, {overseer.WRITE_STACKS})
         self._taker.start()
         self._start()
 
     def _take_signals(self) -> None:
-        # The order to write stacks comes to this thread: it would break off what the main thread sleeps in.
+        # This thread receives WRITE_STACKS. Delivered to the main thread, the signal would interrupt the sleep or
+        # system call whose stack is to be written.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {overseer.WRITE_STACKS})
         self._closed.wait()
 
     def _start(self) -> None:
-        # Isolated and without site-packages, it is up in 20 ms and takes 10 MB.
+        # -I -S: without user settings and site-packages the interpreter starts in 20 ms and takes 10 MB.
         program = [sys.executable, "-I", "-S", overseer.__file__]
         arguments = [str(self._timeout_s), str(os.getpid()), self._message]
         self._overseer = subprocess.Popen([*program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        # A full pipe must not stop training, for instance while the overseer is paused.
         os.set_blocking(self._overseer.stdin.fileno(), False)
 
     def progress(self) -> None:
-        """Something was achieved: count from here."""
+        """Restart the count of ``timeout_s``. Called after every step or part of the preparation."""
         if self._overseer is None:
             return
         try:
             os.write(self._overseer.stdin.fileno(), b".")
         except BlockingIOError:
-            pass  # it does not run just now, and will find enough when it does
-        except BrokenPipeError:  # somebody has killed it
+            pass  # the overseer is paused and the pipe is full: it reads progress enough when it runs again
+        except BrokenPipeError:  # the overseer was killed: start another one
             self._overseer.wait()
-            with contextlib.suppress(OSError):  # no room for another process just now: the next progress tries again
+            with contextlib.suppress(OSError):  # the system cannot start a process now; the next call tries again
                 self._start()
 
     def close(self) -> None:
-        """Disarm. What follows may take as long as it likes."""
+        """End the overseer and restore the signal handlers. Code after this call has no time limit."""
         if self._overseer is None:
             return
         self._overseer.kill()
-        self._overseer.wait()  # from here on no signal of its comes
+        self._overseer.wait()  # it sends no signal from here on, so the handlers below can be removed
         with contextlib.suppress(OSError):
             self._overseer.stdin.close()
         self._overseer = None
@@ -97,22 +103,26 @@ class Watchdog:
         self._restore()
         if self._path is not None:
             self._stacks.close()
-            with contextlib.suppress(OSError):  # the folder may be gone, which others have said, and better
+            with contextlib.suppress(OSError):  # the folder is gone; the code that writes to it reports that
                 if not self._path.stat().st_size:
                     self._path.unlink()
 
 
 class Patience:
-    """Seconds of waiting, of which only those count in which this process ran. To be asked every few moments."""
+    """A time limit that counts only time in which this process ran.
+
+    Call ``is_over`` at least every LONGEST_LOOK_S seconds: a longer interval between two calls counts as a pause.
+    """
 
     LONGEST_LOOK_S = 5.0
-    """Between two questions; more than that, and the process was paused."""
+    """Seconds counted at most between two calls of ``is_over``."""
 
     def __init__(self, seconds: float) -> None:
         self._left_s = seconds
         self._asked = time.monotonic()
 
     def is_over(self) -> bool:
+        """Whether the seconds are used up. Subtracts the time since the last call."""
         now = time.monotonic()
         self._left_s -= min(now - self._asked, self.LONGEST_LOOK_S)
         self._asked = now

@@ -1,4 +1,4 @@
-"""Who this process is among the others, and the few collectives the trainer needs."""
+"""The process group of a run: this process's rank, and the collectives that the trainer needs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from cit_scale.distributed.ranks import Ranks
 
 T = TypeVar("T")
 
-# For the slowest rank in a collective. The watchdog ends what hangs: a time-out here would also count the hours in
-# which a suspended job did not run.
+# Time-out of every collective: 30 days, in effect none. The watchdog ends a hang. A time-out of the process group would
+# also count the time in which a job was suspended, and end the job when it wakes.
 ENDLESS_S = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class World:
-    """rank in [0, world_size), local_rank in [0, local_world_size).
+    """This process's place among all processes of a run.
 
-    group: whom the collectives below go through; None is everybody, in the training's own turn.
+    rank is in [0, world_size), local_rank in [0, local_world_size). group: the process group of the collectives below;
+    None: the default process group.
     """
 
     rank: int = 0
@@ -40,7 +41,7 @@ class World:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> World:
-        """Read DeepSpeed's, torchrun's, submitit's or srun's variables; without any, one process alone."""
+        """Read the variables of DeepSpeed, torchrun, submitit or srun; without any, world size 1. Raises ValueError."""
         return cls(*Ranks.from_env(env))
 
     @property
@@ -49,14 +50,16 @@ class World:
 
     @property
     def device(self) -> torch.device:
+        """The GPU of this rank, or the CPU if PyTorch sees no GPU."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        # Some clusters show each rank one GPU only, its own.
+        # Clusters that bind GPUs to tasks show each rank only its own GPU, as cuda:0.
         return torch.device("cuda", self.local_rank if torch.cuda.device_count() > 1 else 0)
 
     @property
     def backend(self) -> str:
-        """NCCL beside gloo where there is a GPU, gloo alone elsewhere."""
+        """gloo for CPU tensors and NCCL for GPU tensors; gloo alone without a GPU."""
+        # gloo stays beside NCCL for collectives on CPU tensors, such as those of agree_any.
         return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
 
     @property
@@ -64,40 +67,44 @@ class World:
         return self.world_size // self.local_world_size
 
     def with_own_group(self) -> World:
-        """Collective. The same ranks, whose collectives do not mix with those of this one: for another thread."""
+        """Collective. Returns the same ranks with a process group of their own, for use in another thread.
+
+        Collectives of two threads in one group would be matched in the order in which they happen to start.
+        """
         timeout = timedelta(seconds=ENDLESS_S)
         group = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
         return dataclasses.replace(self, group=group)
 
 
 def start(world: World, timeout_s: float = ENDLESS_S, store: dist.Store | None = None) -> None:
-    """Collective. Join the process group.
+    """Collective. Set up threads and device of this rank and join the default process group.
 
-    timeout_s: how long a collective waits for the slowest rank. store: where the ranks meet; without it MASTER_ADDR and
-    MASTER_PORT say it.
+    timeout_s: how long a collective waits for the slowest rank. store: where the ranks meet; None: at MASTER_ADDR and
+    MASTER_PORT. Does nothing if the process group exists already.
     """
     if dist.is_initialized():
         return
     if "OMP_NUM_THREADS" not in os.environ:
-        # Two ranks that each start a thread per core spin in each other's way.
+        # By default each rank starts a thread per core, and the ranks of a node then compete for the same cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.world_size == 1:
-        store = dist.HashStore()  # a process alone needs no port, and DeepSpeed still finds the group it insists on
+        # DeepSpeed insists on a process group even for a single process; with a HashStore it needs no port.
+        store = dist.HashStore()
     dist.init_process_group(
         world.backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s)
     )
 
 
 def barrier(world: World) -> None:
-    """Collective."""
+    """Collective. Wait until every rank has called this function."""
     if world.world_size > 1:
         dist.barrier(group=world.group)
 
 
 def broadcast(world: World, value: Any) -> Any:
-    """Collective. Rank 0's value, on every rank."""
+    """Collective. Returns rank 0's ``value`` on every rank. The value is pickled."""
     if world.world_size == 1:
         return value
     box = [value]
@@ -106,7 +113,7 @@ def broadcast(world: World, value: Any) -> Any:
 
 
 def agree_any(world: World, *flags: bool) -> tuple[bool, ...]:
-    """Collective. Each flag: true on every rank if it is true on any."""
+    """Collective. Combine flags by logical or over ranks. Returns them in the order given, equal on every rank."""
     if world.world_size == 1:
         return flags
     votes = torch.tensor(flags, dtype=torch.int32)
@@ -115,7 +122,7 @@ def agree_any(world: World, *flags: bool) -> tuple[bool, ...]:
 
 
 def gather(world: World, value: T) -> list[T]:
-    """Collective. Every rank's value, in the order of the ranks, on every rank."""
+    """Collective. Returns every rank's ``value``, in the order of the ranks, on every rank. The values are pickled."""
     values = [value] * world.world_size
     if world.world_size > 1:
         dist.all_gather_object(values, value, group=world.group)
@@ -123,23 +130,24 @@ def gather(world: World, value: T) -> list[T]:
 
 
 def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
-    """Collective. Elementwise sum, the same on every rank."""
+    """Collective. Returns the elementwise sum over ranks, on every rank, in the shape of ``values``."""
     if world.world_size > 1:
-        values = values.clone()
+        values = values.clone()  # all_reduce works in place and would overwrite the caller's tensor
         dist.all_reduce(values, group=world.group)
     return values
 
 
 def warn_once_per_job(message: str) -> None:
-    """Warn on rank 0, or where there are no ranks; Python shows a warning once."""
+    """Warn on rank 0, or before the ranks have joined a process group. Python shows a repeated warning once."""
     if not (dist.is_initialized() and dist.get_rank() > 0):
         warnings.warn(message, stacklevel=2)
 
 
 def run_on_all_ranks(world: World, function: Callable[[], T]) -> T:
-    """Collective. Every rank calls ``function``, in which no rank waits for another.
+    """Collective. Call ``function`` on every rank. Returns its result on this rank.
 
-    An exception on any rank is raised on all of them, so that none waits for one that has gone.
+    An exception on any rank is raised on all ranks; otherwise the others would wait in the next collective for a rank
+    that has left. ``function`` must not call collectives itself.
     """
     result: T | None = None
     failure: Exception | None = None
@@ -154,11 +162,12 @@ def run_on_all_ranks(world: World, function: Callable[[], T]) -> T:
 
 
 def first_on_each_node(world: World, function: Callable[[], T]) -> T:
-    """Collective. Rank 0 calls ``function``, which may fill caches, then one rank on each node, then the others.
+    """Collective. Call ``function`` on rank 0, then on one rank of each other node, then on the remaining ranks.
 
-    So a cache that all nodes share is filled once, and one that each node has for itself once a node. An exception on
-    any rank is raised on all of them.
+    For functions that fill a cache on disk: a cache on a shared disk is filled once, and a cache on local disks once
+    per node. Returns the result on this rank. An exception on any rank is raised on all ranks.
     """
     turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
+    # Every rank takes part in all three turns, since run_on_all_ranks is collective, and calls function in one of them.
     results = [run_on_all_ranks(world, lambda now=now: function() if now == turn else None) for now in range(3)]
     return cast(T, results[turn])

@@ -1,4 +1,7 @@
-"""Steps that were not finite: what it was, on which ranks, with which images; and past a limit, the end of the run."""
+"""Bad steps: updates that were skipped because loss or gradient was not finite.
+
+Finds the loss terms, ranks and images behind a bad step, and ends the run after train.max_bad_steps of them in a row.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ FOLDER = "bad_steps"
 
 @dataclass(frozen=True)
 class Culprit:
-    """One micro-step of one rank. terms: of its loss, those that are not finite. samples: its images' indices."""
+    """One micro-step of one rank. terms: names of its non-finite loss terms. samples: indices of its images."""
 
     rank: int
     micro_step: int
@@ -33,10 +36,12 @@ class Culprit:
 
 @dataclass(frozen=True)
 class BadStep:
-    """What is known of a skipped step.
+    """Report on a skipped step.
 
-    culprits: the micro-steps whose loss is not finite; where every loss is and only the gradient is not, all of them,
-    without terms: gradients are summed over ranks before anybody looks at them.
+    culprits: the micro-steps with a non-finite loss. If every loss is finite and only the gradient is not, all
+    micro-steps of all ranks with empty ``terms``: gradients are summed over ranks before they are checked, so the rank
+    is unknown.
+    loss_scale: the factor of the loss under fp16; 1 at other precisions.
     """
 
     step: int
@@ -46,7 +51,10 @@ class BadStep:
 
     @property
     def is_scaling(self) -> bool:
-        """Whether it is only how fp16 finds the scale of its loss: the gradient overflowed, the loss did not."""
+        """Whether the step only lowers the loss scale of fp16: the gradient overflowed, the loss is finite.
+
+        Such steps are normal while the scale is found, and do not count as bad until the scale is 1.
+        """
         return not self._has_bad_loss and self.loss_scale > 1
 
     @property
@@ -66,7 +74,8 @@ class BadStep:
         )
 
     def record(self) -> dict[str, Any]:
-        """For a line of metrics.jsonl, or a file."""
+        """The report as JSON values, for metrics.jsonl and step.json."""
+        # grad_norm as text: JSON has no nan or inf.
         return {
             "skipped": str(self),
             "grad_norm": str(self.grad_norm),
@@ -77,19 +86,28 @@ class BadStep:
 def find_culprits(
     step: int, result: StepResult, terms: Sequence[LossTerms], samples: Sequence[Tensor], world: World
 ) -> BadStep:
-    """Collective. Who spoiled a skipped step. terms, samples: of each micro-step of this rank."""
+    """Collective. Find the micro-steps that made a step non-finite. Returns the same report on every rank.
+
+    result: of the skipped step. terms, samples: one entry per micro-step of this rank; samples holds (B,) indices.
+    """
+    # Called for skipped steps only: the device synchronization of isfinite() below stays out of the step path.
     mine = []
     for micro_step, (loss, indices) in enumerate(zip(terms, samples, strict=True)):
         named = {"loss_label": loss.label, **{f"loss_{name}": term for name, term in loss.distillation.items()}}
         bad = [name for name, term in {**named, "loss": loss.total}.items() if not term.isfinite()]
         mine.append(Culprit(world.rank, micro_step, bad, indices.tolist()))
     everyone = [culprit for rank in gather(world, mine) for culprit in rank]
+    # If every loss is finite, only the gradient overflowed, and any micro-step may be the cause.
     culprits = [culprit for culprit in everyone if culprit.terms] or everyone
     return BadStep(step, result.grad_norm, result.loss_scale, culprits)
 
 
 class BadSteps:
-    """Counts them, in the run's progress, so that a stop in the midst of some changes nothing."""
+    """Counts bad steps and ends the run after ``most`` of them in a row.
+
+    The counts are part of the training progress and thus of the checkpoints: a run that stops between two bad steps and
+    resumes counts on.
+    """
 
     def __init__(self, progress: TrainingProgress, run_dir: Path, most: int, world: World) -> None:
         self._progress = progress
@@ -98,19 +116,22 @@ class BadSteps:
         self._world = world
         self._last: BadStep | None = None
         if progress.bad_in_a_row >= most:
-            progress.bad_in_a_row = 0  # the run gave up there, and somebody wants it to try again
+            # The checkpoint is from a run that gave up; a user who resumes it wants another try, so count from 0.
+            progress.bad_in_a_row = 0
 
     @property
     def too_many(self) -> bool:
+        """Whether the last ``most`` steps were bad; equal on every rank."""
         return self._last is not None and self._progress.bad_in_a_row >= self._most
 
     def count_good(self) -> None:
+        """Record a step with finite loss and gradient."""
         self._progress.bad_in_a_row = 0
 
     def count(self, bad: BadStep, log: RunLog) -> None:
-        """Count a skipped step and tell of it."""
+        """Record a skipped step, log it and print it."""
         log.note(bad.step, bad.record())
-        if bad.is_scaling:
+        if bad.is_scaling:  # logged, but not counted
             log.say(f"step {bad.step} was skipped: {bad}")
             return
         progress = self._progress
@@ -121,7 +142,10 @@ class BadSteps:
         log.say(f"step {bad.step} was skipped and changed nothing: {bad}; {counts}")
 
     def give_up(self, batches: Iterable[MixedBatch]) -> None:
-        """Raise DivergedError, after each rank has written what the last bad step saw. batches: of its micro-steps."""
+        """Write the last bad step's images and targets, one file per rank, then raise DivergedError on every rank.
+
+        batches: the micro-batches of that step on this rank, after mixing.
+        """
         assert self._last is not None
         folder = self._folder / f"step_{self._last.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +159,6 @@ class BadSteps:
             (folder / "step.json").write_text(json.dumps(self._last.record(), indent=1))
         raise DivergedError(
             f"{self._progress.bad_in_a_row} steps in a row were not finite, the last is step {self._last.step}: "
-            f"{self._last}; its images and targets are in {folder}, the state before it is the newest checkpoint; "
-            "look at them, or go on with a lower optim.lr and --override-resume"
+            f"{self._last}; train.max_bad_steps={self._most} is reached; its images and targets are in {folder}, the "
+            "state before it is the newest checkpoint: continue with a lower optim.lr and --override-resume"
         )

@@ -1,6 +1,6 @@
-"""What stands in run folders, which are read here and never written.
+"""Reads run folders; never writes them.
 
-A file that is missing or damaged is as good as an empty one: the rest is shown.
+A missing or damaged file counts as empty, so that ``runs list`` and ``runs show`` still show the rest of a run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from cit_scale.run_folder import (
     step_path,
 )
 
-METRICS_BYTES = 64 * 1024  # enough to meet a loss and a speed among what is noted of checkpoints and skipped steps
+# Read from the end of metrics.jsonl: enough to contain a loss and a speed among the lines on checkpoints and bad steps.
+METRICS_BYTES = 64 * 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,9 +45,10 @@ METRICS_BYTES = 64 * 1024  # enough to meet a loss and a speed among what is not
 
 @dataclass(frozen=True)
 class Job:
-    """What a run was submitted as, or found itself in. submitted: in seconds since 1970. command: of submit.py.
+    """A job that trains or trained a run, as submitted by launchers/submit.py or as seen by the run itself.
 
-    cwd: where that was given.
+    submitted: seconds since 1970; for a job that the run saw, the time of that start. command, cwd: the command line of
+    submit.py and its working directory; None if the job was not submitted by submit.py.
     """
 
     job_id: str
@@ -59,7 +61,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Phase:
-    """Something that is trained in a run: a teacher, teachers/NAME, or the student, whose name is empty."""
+    """One training of a run: a teacher, named teachers/NAME, or the student, whose name is empty.
+
+    Every property is None or empty if the files do not tell.
+    """
 
     name: str
     folder: Path
@@ -74,7 +79,7 @@ class Phase:
 
     @cached_property
     def starts(self) -> list[dict[str, Any]]:
-        """Entries of env.json, each with the name of this phase."""
+        """Entries of env.json, one per start, each with the name of this phase added."""
         notes = as_dicts(read_json(self.folder / ENVIRONMENT))
         return [{**note, "phase": self.name, "time": number(note.get("time")) or 0.0} for note in notes]
 
@@ -84,27 +89,27 @@ class Phase:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """The newest of each value, and the highest step."""
+        """The latest value of each key in metrics.jsonl, and the highest step."""
         lines = parse_lines(read_text(self.folder / METRICS, METRICS_BYTES))
         values = {name: value for line in lines for name, value in line.items() if value is not None}
         return {**values, "step": max(numbers(line.get("step") for line in lines), default=None)}
 
     @cached_property
     def checkpoints(self) -> list[int]:
-        """The steps of those that are complete."""
+        """Steps of the complete checkpoints, ascending."""
         with contextlib.suppress(OSError):
             return sorted(saved_steps(self.folder / CHECKPOINTS))
         return []
 
     @cached_property
     def scores(self) -> dict[int, float]:
-        """Top-1 in percent by step, as far as it was measured on the way."""
+        """Step to top-1 accuracy in percent, for the steps that were evaluated."""
         scores = as_dict(read_json(self.folder / CHECKPOINTS / "scores.json")).items()
         return dict(sorted((int(step), top1) for step, top1 in scores if step.isdecimal() and is_number(top1)))
 
     @property
     def step(self) -> int | None:
-        """The last one that is known of, saved or not."""
+        """The highest step that any file mentions, whether or not a checkpoint of it exists."""
         steps = [self.metrics["step"], self.last_start.get("step"), self.results.get("steps"), *self.checkpoints]
         return max(numbers(steps), default=None)
 
@@ -122,14 +127,15 @@ class Phase:
 
     @property
     def top1(self) -> float | None:
-        """Of the student, its heads averaged: of the finished run, or of its last evaluation."""
+        """The student's top-1 accuracy in percent, heads averaged: the final one, else that of the last evaluation."""
+        # Without an average of several heads take the class head, and without logged values the scores.
         finished = as_dict(dig(self.results, "accuracy", "student", "top1"))
         measured = [self.metrics.get("top1_average"), self.metrics.get("top1_cls"), *reversed(self.scores.values())]
         return number(finished.get("average"), finished.get("cls"), *measured)
 
     @property
     def left_s(self) -> float | None:
-        """How long the steps that are left take at the present speed."""
+        """Seconds that the remaining steps take at the present speed."""
         batch, speed = number(dig(self.config, "train", "global_batch_size")), self.images_per_s
         if batch is None or not speed or self.step is None or self.total_steps is None:
             return None
@@ -141,7 +147,7 @@ class Phase:
 
     @property
     def bad_steps(self) -> int | None:
-        """How many steps were not finite, as the results or the newest checkpoint have it."""
+        """Number of bad steps according to results.json, else to the newest checkpoint."""
         if self.results or not self.checkpoints:
             return self.results.get("bad_steps")
         newest = step_path(self.folder / CHECKPOINTS, self.checkpoints[-1])
@@ -150,14 +156,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder. name: its path below the folder of all runs."""
+    """A run folder. name: its path relative to the folder of all runs."""
 
     name: str
     folder: Path
 
     @cached_property
     def phases(self) -> list[Phase]:
-        """The teachers that it trains, then the student."""
+        """The teachers that this run trains, then the student."""
         configs = sorted(self.folder.glob(f"{TEACHERS}/*/{CONFIG}"))
         teachers = [Phase(f"{TEACHERS}/{path.parent.name}", path.parent) for path in configs]
         return [*teachers, Phase("", self.folder)]
@@ -168,7 +174,8 @@ class RunFolder:
 
     @cached_property
     def current(self) -> Phase:
-        """What is trained, or was when the run was last seen."""
+        """The phase that is being trained, or that was trained last."""
+        # Teachers are trained before the student, so a student that has started is the current phase.
         *teachers, student = self.phases
         if student.starts or student.results or not teachers:
             return student
@@ -180,16 +187,19 @@ class RunFolder:
 
     @cached_property
     def starts(self) -> list[dict[str, Any]]:
+        """Starts of all phases, oldest first."""
         return sorted((start for phase in self.phases for start in phase.starts), key=lambda start: start["time"])
 
     @cached_property
     def attempts(self) -> list[dict[str, Any]]:
+        """Lines of attempts.jsonl, one per end of a Slurm job, oldest first."""
         return parse_lines(read_text(self.folder / ATTEMPTS))
 
     @cached_property
     def jobs(self) -> list[Job]:
-        """The newest one last. A job that is queued again stands here once for each of its starts."""
+        """Jobs of the run, newest last. A requeued job appears once for its submission and once for each start."""
         jobs = []
+        # Every value is checked or converted: a damaged job.json must not keep the run from being shown.
         for note in as_dicts(read_json(self.folder / SUBMISSIONS)):
             command, submitted = note.get("command"), number(note.get("submitted")) or 0.0
             command = [str(word) for word in command] if isinstance(command, list) else None
@@ -207,20 +217,20 @@ class RunFolder:
 
     @property
     def log(self) -> Path | None:
-        """The newest one."""
+        """Log file of the newest job that has one."""
         return next((job.log for job in reversed(self.jobs) if job.log), None)
 
     @cached_property
     def unfit_nodes(self) -> dict[str, str]:
-        """What was found at starts to be wrong with which node, by its name."""
+        """Node name to the reason why a preflight check found the node unfit."""
         notes = parse_lines(read_text(self.folder / UNFIT_NODES))
         return {str(note.get("node")): str(note.get("reason")) for note in notes}
 
     @property
     def holder(self) -> str | None:
-        """The process that works in the folder, as 'PID on HOST'; None if there is none that this host can tell."""
-        # What cit_scale/distributed/lock.py locks. A shared lock lets others look at the same time, and lasts no longer
-        # than that.
+        """The process that trains in the folder, as 'PID on HOST'; None if this host sees no lock on the folder."""
+        # The file that cit_scale/distributed/lock.py locks exclusively. Test with a shared lock, so that several
+        # readers can test at once, and release it at once by closing the file.
         path = self.folder.with_name(f".{self.folder.name}.lock")
         with contextlib.suppress(OSError), path.open("rb") as file:
             try:
@@ -231,38 +241,48 @@ class RunFolder:
 
 
 def find_runs(runs_dir: Path, *, set_aside: bool = False) -> list[RunFolder]:
-    """By name. set_aside: also those that --fresh has set aside. Raises MissingInputError without the folder."""
+    """Returns all runs below ``runs_dir``, sorted by name.
+
+    set_aside: include runs that --fresh has renamed. Raises MissingInputError if ``runs_dir`` is not a folder.
+    """
     if not runs_dir.is_dir():
-        raise MissingInputError(f"there is no folder {runs_dir}; give --runs-dir where the run folders stand")
+        raise MissingInputError(f"--runs-dir={runs_dir} is not a folder; set it to the folder that holds the runs")
     runs = []
     for parent, names, _ in os.walk(runs_dir):
         folder = Path(parent)
         if folder != runs_dir and is_run(folder):
             runs.append(RunFolder(str(folder.relative_to(runs_dir)), folder))
+            # os.walk descends only into the names that are left in the list.
             names[:] = [name for name in names if name not in INSIDE]
         names[:] = [name for name in names if set_aside or not is_set_aside(folder / name)]
     return sorted(runs, key=lambda run: run.name)
 
 
 def runs_inside(folder: Path) -> list[Path]:
-    """Folders of other runs below that of a run: 'pets/large' lies in 'pets'."""
+    """Returns the folders of other runs inside a run's folder, sorted: 'pets/large' lies in 'pets'.
+
+    --fresh on 'pets' would rename them along with it.
+    """
     found = []
     for parent, names, _ in os.walk(folder):
         names[:] = [name for name in names if name not in INSIDE]
-        runs = [name for name in names if is_run(Path(parent, name))]  # also those that only a link leads to
+        # os.walk lists symbolic links to folders but does not follow them, so that a linked run is found here as well.
+        runs = [name for name in names if is_run(Path(parent, name))]
         found += [Path(parent, name) for name in runs]
         names[:] = [name for name in names if name not in runs]
     return sorted(found)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run stands there. While its teachers are trained there is nothing of its own in it."""
+    """Whether ``folder`` is a run folder."""
+    # While the teachers are trained, a run started by hand has no file of its own, only its teachers' folders.
     own = any(os.path.exists(folder / name) for name in (CONFIG, SUBMISSIONS))
     return own or any(folder.glob(f"{TEACHERS}/*/{CONFIG}"))
 
 
 def is_set_aside(folder: Path) -> bool:
-    """Whether it is NAME.1 or so, which NAME was before it was started afresh. A run may be called lr0.1, too."""
+    """Whether ``folder`` is NAME.1, NAME.2, ...: a run that --fresh has renamed to make way for a new NAME."""
+    # A run may be called lr0.1 by its user: then its configuration has that name.
     name, _, ending = folder.name.rpartition(".")
     if not name or not ending.isdecimal() or not folder.with_name(name).is_dir():
         return False
@@ -270,22 +290,22 @@ def is_set_aside(folder: Path) -> bool:
 
 
 def find_run(runs_dir: Path, name: str) -> RunFolder:
-    """By its name, or by the path of its folder. Raises MissingInputError with the names that are known."""
+    """Find a run by its name or by the path of its folder. Raises MissingInputError with the nearest names."""
     folder = Path(name) if Path(name).is_relative_to(runs_dir) else runs_dir / name
     if folder.is_relative_to(runs_dir) and folder != runs_dir and is_run(folder):
         return RunFolder(str(folder.relative_to(runs_dir)), folder)
     known = [run.name for run in find_runs(runs_dir)]
     near = difflib.get_close_matches(name, known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"runs there: {', '.join(known) or 'none'}"
-    raise MissingInputError(f"no run is called {name} in {runs_dir}; {hint}")
+    raise MissingInputError(f"{runs_dir} has no run named {name}; {hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files, and values out of those that anything may stand in
+# Reading files and values that may be damaged
 
 
 def read_text(path: Path, last_bytes: int | None = None) -> str:
-    """What stands in a file, or at its end, however large it is; nothing if it cannot be read."""
+    """Returns the text of a file, or of its last ``last_bytes`` bytes; empty if the file cannot be read."""
     try:
         with path.open("rb") as file:
             if last_bytes is not None:
@@ -296,11 +316,13 @@ def read_text(path: Path, last_bytes: int | None = None) -> str:
 
 
 def read_json(path: Path) -> Any:
+    """Parse a JSON file. Returns None if it is missing or damaged."""
     return parse_json(read_text(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    safe_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C takes a tenth of the time
+    """Parse a YAML file. Returns an empty dict if it is missing, damaged or not a mapping."""
+    safe_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader in C takes a tenth of the time
     try:
         return as_dict(safe_loader(read_text(path)).get_single_data())
     except (ValueError, yaml.YAMLError):
@@ -315,15 +337,17 @@ def parse_json(text: str) -> Any:
 
 
 def parse_lines(text: str) -> list[dict[str, Any]]:
-    """Of JSON. Half a line, or what is none of ours, is passed over."""
+    """Parse JSON lines. Skips lines that are cut short or are not a dict."""
     return as_dicts([parse_json(line) for line in text.splitlines()])
 
 
 def as_dict(value: Any) -> dict[str, Any]:
+    """Returns ``value`` if it is a dict, otherwise an empty dict."""
     return value if isinstance(value, dict) else {}
 
 
 def as_dicts(value: Any) -> list[dict[str, Any]]:
+    """Returns the dicts in a list; empty if ``value`` is not a list."""
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
@@ -332,21 +356,22 @@ def as_path(value: Any) -> Path | None:
 
 
 def dig(tree: Any, *keys: str) -> Any:
-    """tree[key][key]..., or None where there is no such thing."""
+    """Returns tree[key1][key2]..., or None if a key is missing."""
     for key in keys:
         tree = as_dict(tree).get(key)
     return tree
 
 
 def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite int or float; a bool is not a number here."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def numbers(values: Iterable[Any]) -> list[float]:
-    """Those that are."""
+    """Drop values that are not numbers."""
     return [value for value in values if is_number(value)]
 
 
 def number(*values: Any) -> float | None:
-    """The first that is one."""
+    """Returns the first value that is a number, or None."""
     return next(iter(numbers(values)), None)

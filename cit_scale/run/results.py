@@ -1,4 +1,4 @@
-"""How a run ends: what it ran on, what it reached, the closing table."""
+"""Records the environment of a run, and prints the table of results at its end."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ PACKAGES = (
     "torchvision",
     "timm",
     "deepspeed",
+    # One of the two, by CUDA version.
     "nvidia-dali-cuda130",
     "nvidia-dali-cuda120",
     "numpy",
@@ -32,7 +33,7 @@ PACKAGES = (
 
 
 def environment_record(world: World) -> dict[str, Any]:
-    """Commit, versions, host and device: what somebody needs to know to believe or repeat the run's figures."""
+    """Returns what a reader needs to repeat the run's figures: commit, versions, host, device, ranks, Slurm job."""
     return {
         "commit": _commit(),
         "python": platform.python_version(),
@@ -47,17 +48,18 @@ def environment_record(world: World) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's kind."""
+    """Name of the GPU, or architecture of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
+    """The commit of the checkout, with -dirty if files differ from it; None without git or outside a repository."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+    except (OSError, subprocess.CalledProcessError):  # git is missing, or the package is not in a git repository
         return None
 
 
@@ -69,7 +71,7 @@ def _version(package: str) -> str | None:
 
 
 def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
-    """The closing table of a run. results: as in ``results.json``."""
+    """Print accuracies, speed and run folder. results: contents of results.json; keys may be missing."""
     title = f"{results.get('model', 'the student')} after {results.get('steps')} steps"
     table = Table(title=title, title_justify="left")
     table.add_column("network")
@@ -84,10 +86,11 @@ def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
             emphasis = "bold" if head == "average" else None
             top5 = accuracy.get("top5", {}).get(head)
             table.add_row(f"{student}, {head}", _percent(top1), _percent(top5), style=emphasis)
+    # Without highlighting, which would colour every number.
     console = Console(highlight=False)
     console.print(table)
     speed = results.get("images_per_s")
-    console.print(f"held-out images   {results.get('eval_images', 'not noted')}")
+    console.print(f"held-out images   {results.get('eval_images', 'not recorded')}")
     console.print(
         f"training speed    {f'{speed:.0f} images/s' if speed else 'not measured: too few steps ran in this process'}"
     )
@@ -95,5 +98,5 @@ def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
 
 
 def _percent(value: float | None) -> str:
-    """Nothing for what the version that wrote the results did not measure."""
+    """Two decimals; empty for a value that an older version did not measure."""
     return "" if value is None else f"{value:.2f}"

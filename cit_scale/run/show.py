@@ -1,6 +1,7 @@
-"""What stands in the run folders, for a person or a program to read: every run in a row, or all of one.
+"""The commands ``runs list`` and ``runs show``: print all runs as a table, or one run in detail; as text or JSON.
 
-Run folders are read, never written. Whoever asks Slurm, too, says what it knows by the states that are given here.
+Run folders are read, never written. This module does not call Slurm: launchers/runs.py does, and passes the states of
+its jobs through ``StatesOf``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "cit-scale runs list         every run: its state, step, speed, accuracy and time left",
-    "cit-scale runs show NAME    one of them: starts, ends, checkpoints, results",
+    "cit-scale runs show NAME    one run: starts, ends, checkpoints, results",
 )
 
 AddCommand = Callable[..., argparse.ArgumentParser]
@@ -35,9 +36,10 @@ AddCommand = Callable[..., argparse.ArgumentParser]
 
 @dataclass(frozen=True)
 class State:
-    """word: Slurm's, or one of running, finished, failed, stopped, not started.
+    """State of a run.
 
-    held_by: slurm, submitit or a process that somebody started, while it waits or trains.
+    word: a job state of Slurm in lower case, or one of running, finished, failed, stopped, not started.
+    held_by: what runs the job while it waits or trains: "slurm", "submitit" or "a process"; None if nothing does.
     """
 
     word: str
@@ -53,11 +55,12 @@ class State:
 
 
 StatesOf = Callable[[Sequence[RunFolder]], list[State]]
-"""Says how each of some runs is."""
+"""Returns the state of each run, in the order given."""
 
 
 def state_in_folder(run: RunFolder) -> State:
-    """As far as the run's folder tells, which knows nothing of a job that waits."""
+    """State of a run according to its folder alone. A job that waits in Slurm's queue is not visible there."""
+    # The order matters: attempts.jsonl still has the failure when the run trains again.
     if run.is_finished:
         return State("finished")
     if process := run.holder:
@@ -71,17 +74,23 @@ def state_in_folder(run: RunFolder) -> State:
 
 
 def exit_code_of_failure(run: RunFolder) -> int | None:
-    """What the newest start ended with, if attempts.jsonl has it, and it is neither well nor by request."""
+    """Exit code of the newest start if it failed; None if it ended well, was stopped or cancelled, or is unknown."""
     end = run.attempts[-1] if run.attempts else {}
     exit_code = end.get("exit_code")
+    # If a start is newer than the last line of attempts.jsonl, that line is not about it.
     started_since = run.starts and run.starts[-1]["time"] > (number(end.get("time")) or 0.0)
+    # 128 + signal: a signal that arrived before the trainer was imported ended the process.
     stopped = exit_code in (0, Stopped.exit_code, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2)
     cancelled = str(end.get("decision")).startswith("cancelled")
     return None if started_since or stopped or cancelled else exit_code
 
 
 def summarize(run: RunFolder, state: State) -> dict[str, Any]:
-    """A row of ``list``. phase: the teacher that is trained, if one is; steps, speed, loss and time left are its."""
+    """Returns a row of ``runs list``.
+
+    phase: name of the teacher that is being trained; empty for the student. step, total_steps, images_per_s, loss and
+    left_s (seconds) are those of the phase; top1 (percent) is the student's.
+    """
     phase, job = run.current, run.job
     return {
         "name": run.name,
@@ -100,7 +109,7 @@ def summarize(run: RunFolder, state: State) -> dict[str, Any]:
 
 
 def run_record(run: RunFolder, state: State) -> dict[str, Any]:
-    """All that ``show`` tells."""
+    """Returns everything that ``runs show`` prints, as JSON values."""
     phase = run.current
     models = [f"{name}: {dig(teacher, 'model')}" for name, teacher in as_dict(phase.config.get("teachers")).items()]
     config = {name: dig(phase.config, *name.split(".")) for name in listed_settings(RunConfig)}
@@ -126,11 +135,11 @@ def run_record(run: RunFolder, state: State) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The commands
+# Commands
 
 
 def list_runs(runs_dir: Path, states_of: StatesOf, *, set_aside: bool, as_json: bool) -> int:
-    """Print a row for each run. set_aside: also those that --fresh has set aside. Returns the exit code."""
+    """Print a row for each run. set_aside: include runs that --fresh has renamed. Returns the exit code."""
     runs = find_runs(runs_dir, set_aside=set_aside)
     rows = [summarize(run, state) for run, state in zip(runs, states_of(runs), strict=True)]
     if as_json:
@@ -143,7 +152,7 @@ def list_runs(runs_dir: Path, states_of: StatesOf, *, set_aside: bool, as_json: 
 
 
 def show_run(run: RunFolder, states_of: StatesOf, *, as_json: bool) -> int:
-    """Print all that is known of one run. Returns the exit code."""
+    """Print everything known about one run. Returns the exit code."""
     about = run_record(run, *states_of([run]))
     if as_json:
         print(json.dumps(about, indent=2))
@@ -153,7 +162,7 @@ def show_run(run: RunFolder, states_of: StatesOf, *, as_json: bool) -> int:
 
 
 def states_in_folders(runs: Sequence[RunFolder]) -> list[State]:
-    """Of each run. A line names the jobs that only Slurm could tell of."""
+    """Returns the state of each run without calling Slurm. Prints which jobs may be waiting in its queue."""
     states = [state_in_folder(run) for run in runs]
     waiting = [
         run.job.job_id
@@ -161,16 +170,17 @@ def states_in_folders(runs: Sequence[RunFolder]) -> list[State]:
         if run.job and run.job.cluster == "slurm" and state.word in ("not started", "stopped")
     ]
     if waiting:
-        say(f"Slurm is not asked for jobs {', '.join(waiting)}, which may wait: python launchers/runs.py does that")
+        say(f"jobs {', '.join(waiting)} may be waiting in Slurm's queue: python launchers/runs.py shows their state")
     return states
 
 
 def new_parser(prog: str, examples: Sequence[str], description: str) -> tuple[argparse.ArgumentParser, AddCommand]:
-    """A parser of commands on run folders, and what adds one to it."""
+    """Returns a parser of commands on run folders, and a function that adds a command to the parser."""
     parser = ExampleParser(prog=prog, examples=examples, description=description)
+    # Options of all commands; as a parent parser's they are given after the name of the command.
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
-        "--runs-dir", "--runs_dir", type=Path, default=Path("runs"), help="where the run folders stand; runs"
+        "--runs-dir", "--runs_dir", type=Path, default=Path("runs"), help="folder of all runs (default: runs)"
     )
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
@@ -179,27 +189,28 @@ def new_parser(prog: str, examples: Sequence[str], description: str) -> tuple[ar
     def add(name: str, text: str, *, takes_name: bool) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, parents=[shared], allow_abbrev=False)
         if takes_name:
-            command.add_argument("name", metavar="NAME", help="of a run, or the path of its folder")
+            command.add_argument("name", metavar="NAME", help="name of a run, or path of its folder")
         return command
 
     return parser, add
 
 
 def add_looking(add: AddCommand) -> None:
-    """The two commands that only look."""
-    listing = add("list", "every run in a row", takes_name=False)
-    listing.add_argument("--all", action="store_true", help="also runs that --fresh has set aside")
-    showing = add("show", "all that is known of one run", takes_name=True)
+    """Add the commands ``list`` and ``show``, which only read."""
+    listing = add("list", "print a row for each run", takes_name=False)
+    listing.add_argument("--all", action="store_true", help="include runs that --fresh has set aside")
+    showing = add("show", "print everything known about one run", takes_name=True)
     for command in (listing, showing):
-        command.add_argument("--json", action="store_true", help="for programs")
+        command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """``cit-scale runs``. Returns the exit code."""
     parser, add = new_parser(
         "cit-scale runs",
         EXAMPLES,
-        "What stands in run folders, which are read and never written. On a cluster, python launchers/runs.py asks "
-        "Slurm, too, and cancels and resumes.",
+        "Show run folders, which are read and never written. On a cluster, python launchers/runs.py also asks Slurm, "
+        "and cancels and resumes runs.",
     )
     add_looking(add)
     asked = parser.parse_args(argv)
@@ -213,9 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reporting(command: Callable[[], int]) -> int:
-    """Call it, and see that what it prints arrives. Returns its exit code, or that of its error, which is one line."""
+    """Call ``command`` and flush its output. Returns the exit code; an error is printed as one line."""
     try:
         exit_code = command()
+        # Flush here: on a full disk the output is lost, and the command must not return 0.
         sys.stdout.flush()
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -224,29 +236,33 @@ def reporting(command: Callable[[], int]) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Printing
 
 
 def say(message: str) -> None:
+    """Print to stderr: stdout is for the result, which may be JSON."""
     print(message, file=sys.stderr, flush=True)
 
 
 def console() -> Console:
-    """Names are names: nothing in them is markup. In a file or a pipe every row has one line."""
-    from rich.console import Console  # here: --help does without it
+    """A console that prints names as they are, without markup, and one line per row if stdout is a file or a pipe."""
+    from rich.console import Console  # imported here because --help must answer fast
 
+    # rich takes 80 columns where there is no terminal, and would fold the rows.
     width = None if sys.stdout.isatty() else 240
     return Console(markup=False, highlight=False, emoji=False, width=width)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of ``runs list``. rows: from ``summarize``."""
     cells = [cells_of(row) for row in rows]
     names = list(cells[0])
+    # The first three columns hold text: run, job, state.
     return new_table(names, (row.values() for row in cells), right=names[3:])
 
 
 def cells_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """By the names of their columns."""
+    """Column name to cell, for a row from ``summarize``."""
     return {
         "run": row["name"],
         "job": row["job_id"],
@@ -260,6 +276,7 @@ def cells_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tables_of(run: RunFolder, about: Mapping[str, Any]) -> Iterator[Table]:
+    """The tables of ``runs show``; some may have no rows. about: from ``run_record``."""
     facts = {
         **cells_of(about),
         "goodput": as_figure(about["goodput"], ".1%"),
@@ -270,6 +287,7 @@ def tables_of(run: RunFolder, about: Mapping[str, Any]) -> Iterator[Table]:
         **about["config"],
     }
     yield new_table(("", ""), ((name, value) for name, value in facts.items() if value not in (None, "")))
+    # ``get``: env.json and attempts.jsonl of an older version may lack keys.
     starts = (
         (
             as_date(start["time"]),
@@ -283,17 +301,17 @@ def tables_of(run: RunFolder, about: Mapping[str, Any]) -> Iterator[Table]:
         )
         for start in run.starts
     )
-    yield new_table(("started", "what", "at step", "ranks", "job", "restart", "where", "commit"), starts)
+    yield new_table(("started", "phase", "at step", "ranks", "job", "restart", "nodes", "commit"), starts)
     ends = (
         (as_date(end.get("time")), *(end.get(name) for name in ("job_id", "restart", "exit_code", "decision")))
         for end in run.attempts
     )
-    yield new_table(("ended", "job", "restart", "exit code", "what became of it"), ends)
+    yield new_table(("ended", "job", "restart", "exit code", "decision"), ends)
     last_words = run.attempts[-1].get("last_lines") if run.attempts else None
     yield new_table(
-        ("the last lines then",), ((line,) for line in (last_words if isinstance(last_words, list) else ()))
+        ("last lines of the log",), ((line,) for line in (last_words if isinstance(last_words, list) else ()))
     )
-    yield new_table(("unfit node", "why"), run.unfit_nodes.items())
+    yield new_table(("unfit node", "reason"), run.unfit_nodes.items())
     saved = ((each.name or "student", ", ".join(map(str, each.checkpoints))) for each in run.phases if each.checkpoints)
     yield new_table(("checkpoints of", "after steps"), saved)
     names = ("network", "top-1 %", "top-5 %")
@@ -301,6 +319,7 @@ def tables_of(run: RunFolder, about: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def results_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(network, top-1 %, top-5 %) of each teacher and each head of the student. results: contents of results.json."""
     for name, teacher in as_dict(results.get("teachers")).items():
         top1, top5 = dig(teacher, "top1"), dig(teacher, "top5")
         yield f"teacher {name} ({dig(teacher, 'model')})", as_figure(top1, ".2f"), as_figure(top5, ".2f")
@@ -334,11 +353,12 @@ def steps_of(row: Mapping[str, Any]) -> str:
 
 
 def as_figure(value: Any, form: str) -> str:
-    """A number in this form; what else may stand there, such as the text nan, as it is."""
+    """Format a number with ``form``; any other value, such as the text "nan", stays as it is."""
     return format(value, form) if is_number(value) else as_cell(value)
 
 
 def as_time(seconds: float | None) -> str:
+    """A duration as "2 d 3 h", "3 h 05 min" or "5 min"; empty for None."""
     if seconds is None:
         return ""
     minutes = round(seconds / 60)
@@ -349,7 +369,8 @@ def as_time(seconds: float | None) -> str:
 
 
 def as_date(seconds: Any) -> str:
+    """Seconds since 1970 as local date and time."""
     try:
         return "" if not number(seconds) else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-    except (OverflowError, ValueError, OSError):  # a number that is no time
+    except (OverflowError, ValueError, OSError):  # a number outside the range of dates
         return as_cell(seconds)
