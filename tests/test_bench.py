@@ -149,11 +149,11 @@ def test_the_command_prints_tables(capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("_keep_threads")
 def test_teachers_are_timed_as_a_run_loads_them(capsys, monkeypatch):
-    small = ["--models", "regnety_002", "--image_size", "32", "--batch", "2", "--rounds", "1"]
+    small = ["--models", "resnet10t", "--image_size", "32", "--batch", "2", "--rounds", "1"]
     monkeypatch.setattr("sys.argv", ["teachers", *small])
     bench_teachers.main()
     said = capsys.readouterr().out
-    assert "| regnety_002, as loaded |" in said
+    assert "| resnet10t, as loaded |" in said
     assert "2 images of 32 pixels, float32" in said
 
 

@@ -43,9 +43,9 @@ def leave_out(world, *steps):
     """Take the step's batches, and never show them to the engine."""
     inner = train.train_step
 
-    def train_step(engine, teachers, batches, task, done, lr):
+    def train_step(engine, teachers, batches, prepared, done, lr):
         if done + 1 not in steps:
-            return inner(engine, teachers, batches, task, done, lr)
+            return inner(engine, teachers, batches, prepared, done, lr)
         samples = [next(batches).samples for _ in range(engine.micro_steps)]
         terms = [LossTerms(total=torch.tensor(0.0), label=torch.tensor(0.0), distillation={})] * engine.micro_steps
         return train.TrainedStep(StepResult(math.nan, lr, skipped=True), terms, samples)
@@ -60,15 +60,15 @@ def spoil(world, rank, what, *steps):
     inner, mix, loss_of = train.train_step, train.mix, train.co_advise_loss
     now = []
 
-    def train_step(engine, teachers, batches, task, done, lr):
+    def train_step(engine, teachers, batches, prepared, done, lr):
         now[:] = [done + 1]
         if what == "gradient" and done + 1 in steps:
             handle = engine.module.model.blocks[0].register_forward_hook(spoil_gradient)
             try:
-                return inner(engine, teachers, batches, task, done, lr)
+                return inner(engine, teachers, batches, prepared, done, lr)
             finally:
                 handle.remove()
-        return inner(engine, teachers, batches, task, done, lr)
+        return inner(engine, teachers, batches, prepared, done, lr)
 
     def spoil_gradient(module, inputs, output):
         output.register_hook(lambda gradient: gradient * math.nan)
@@ -190,10 +190,10 @@ def ruin_weights(world, rank, step):
         return
     inner = train.train_step
 
-    def train_step(engine, teachers, batches, task, done, lr):
-        result = inner(engine, teachers, batches, task, done, lr)
+    def train_step(engine, teachers, batches, prepared, done, lr):
+        result = inner(engine, teachers, batches, prepared, done, lr)
         if done + 1 == step:
-            piece = engine._state._layout.pieces[0]
+            piece = engine._state._placement.pieces[0]
             engine._state._optimizer.state[piece]["exp_avg"].view(-1)[0] = math.nan
         return result
 

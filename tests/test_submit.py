@@ -455,7 +455,7 @@ def test_a_recipe_is_parsed_once_for_all_nodes_and_runs(call, tiny, tmp_path, mo
     monkeypatch.setattr(cli, "_parse", lambda argv: parsed.append(argv) or parse(argv))
     seeds = ",".join(map(str, range(20)))
     arguments = cli.parse_arguments(["--config", str(tmp_path / "advised.yaml")])
-    runs = submit.plan_runs(arguments.config, ["--config", str(tmp_path / "advised.yaml")], [f"seed={seeds}"])
+    runs = submit.plan_runs(arguments, ["--config", str(tmp_path / "advised.yaml")], [f"seed={seeds}"])
     monkeypatch.setattr(resources, "can_host", lambda run, world_size: True)
     counts = resources.node_counts(options.Options(nodes=64, min_nodes=1), 1, runs)
     assert counts == (64, 32, 16, 8, 4, 2, 1)

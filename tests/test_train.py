@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from stream_cases import photo
-from tiny_run import recipe_with
+from tiny_run import RECIPE, recipe_with
 
 from cit_scale.train import main
 
@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parents[1]
 # Everything the real recipe does, in seconds: both teachers are trained first, on real digits.
 TINY = recipe_with(
     teachers={
-        "conv": {"model": "resnet10t", "recipe": "teacher.yaml"},
+        "conv": {**RECIPE["teachers"]["conv"], "recipe": "teacher.yaml"},
         "inv": {
             "model": "rednet26",
             "kwargs": {"layers": [1, 1, 1, 1], "base_width": 16, "stem_width": 16},
@@ -219,9 +219,23 @@ def wait_for_step(folder, step, process):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(tiny, ranks):
-    lengthen(tiny, epochs=3)  # long enough for a signal to arrive in the middle
+@pytest.mark.parametrize(
+    ("ranks", "interruptions"),
+    [
+        (1, [("teachers/inv", 3, signal.SIGTERM, False)]),
+        (
+            2,
+            [
+                ("teachers/inv", 3, signal.SIGTERM, False),  # kill: in a teacher's training
+                ("", 2, signal.SIGINT, True),  # Ctrl-C: the terminal signals the whole group
+                ("", 6, signal.SIGKILL, True),  # kill -9, as a lost machine
+            ],
+        ),
+    ],
+)
+def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(tiny, ranks, interruptions):
+    """interruptions: the folder of the run that is trained then, its step, the signal, whether to the whole group."""
+    lengthen(tiny, epochs=2)  # long enough for a signal to arrive in the middle
     code, output = finish(launch([*tiny, "--name", "calm"], ranks=ranks))
     assert code == 0, output
     calm, folder = run_dir(tiny).with_name("calm"), run_dir(tiny)
@@ -235,12 +249,11 @@ def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(
         assert ("stopped after step" in output) == (signum != signal.SIGKILL), output
         assert not (place / "results.json").exists()
 
-    interrupt(folder / "teachers" / "inv", 3, signal.SIGTERM, group=False)  # kill: in a teacher's training
-    interrupt(folder, 2, signal.SIGINT, group=True)  # Ctrl-C: the terminal signals the whole group
-    interrupt(folder, 6, signal.SIGKILL, group=True)  # kill -9, as a lost machine
+    for place, step, signum, group in interruptions:
+        interrupt(folder / place, step, signum, group=group)
     code, output = finish(launch(tiny, ranks=ranks))
     assert code == 0, output
-    assert re.search(r"tiny +continues after step", output)
+    assert re.search(r"continues after step", output)
 
     for part in ("", "teachers/conv", "teachers/inv"):
         expected, found = (load_file(run / part / "student.safetensors") for run in (calm, folder))
