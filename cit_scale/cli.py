@@ -286,7 +286,8 @@ def _with_recipe_paths(argv: Sequence[str]) -> list[str]:
 
 def _files_first(argv: Sequence[str]) -> list[str]:
     """Move --config to the front: recipes set a name, too, and an option overrides a recipe wherever it stands."""
-    files, options = [], []
+    files: list[str] = []
+    options: list[str] = []
     for place, argument in enumerate(argv):
         is_file = (
             argument == "--config" or argument.startswith("--config=") or (place and argv[place - 1] == "--config")

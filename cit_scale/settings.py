@@ -9,13 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from cit_scale.errors import ConfigError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Facts
@@ -114,7 +117,7 @@ def check_rules(config: Any) -> None:
                 raise ConfigError(f"{name}={shown} {rule.text}")
 
 
-def with_students(recipe: T, student: T, inherited: bool = False) -> T:
+def with_students(recipe: C, student: C, inherited: bool = False) -> C:
     """``recipe``, the run that trains a teacher, with what such a run takes from the student's.
 
     inherited: what the section around it says.

@@ -29,6 +29,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -67,7 +68,7 @@ from cit_scale.run.flops import ModelFlops, model_flops
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import device_name, environment_record, print_table
-from cit_scale.run.setup import PreparedRun, check_same_run, prepare, set_aside, writing
+from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, run_teachers
@@ -96,7 +97,8 @@ def main(
             results = run(arguments, world, stop)
     except Stopped as stopped:
         if is_main:
-            command = "the same command without --fresh" if arguments.fresh else "the same command"
+            fresh = arguments is not None and arguments.fresh
+            command = "the same command without --fresh" if fresh else "the same command"
             print(f"{stopped}; {command} continues there", flush=True)
         return stopped.exit_code
     except KeyboardInterrupt:
@@ -141,8 +143,7 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
                 set_aside(config.run_dir, world)
             elif same_run:
                 # Checked again under the lock: before, another job could still write to the folder.
-                configs = (config, *arguments.teacher_runs.values())
-                run_on_all_ranks(world, lambda: [check_same_run(each) for each in configs])
+                run_on_all_ranks(world, lambda: check_same_runs((config, *arguments.teacher_runs.values())))
         teachers = dict(config.teachers)
         with stop.shielded():
             for name, teacher_run in prepared.teacher_runs.items():
@@ -282,7 +283,7 @@ def load(
     preparation.progress()
 
     inputs = fingerprints(prepared, frozen)
-    progress, overridden = TrainingProgress(), []
+    progress, overridden = TrainingProgress(), list[str]()
     found = checkpoint.load_newest(run_dir, world)
     preparation.progress()
     if found is not None:
@@ -571,7 +572,7 @@ def finish(session: Session, teachers: Mapping[str, TeacherConfig], progress: Tr
     accuracy = {}
     network = prepared.build_student_without_weights().eval()
     for name, file in broadcast(world, files).items():
-        run_on_all_ranks(world, lambda network=network, file=file: load_weights(network, run_dir / file))
+        run_on_all_ranks(world, partial(load_weights, network, run_dir / file))
         network.to(world.device)
         accuracy[name] = evaluate(network, session.eval_batches(progress.step), world)
     results = {

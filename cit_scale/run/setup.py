@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +232,12 @@ def refuse_bad_index(sources: Sequence[Source], most: int) -> None:
             f"{len(bad)} images cannot be used, more than data.max_bad_images={most}: {shorten(bad)}; "
             f"repair or remove them, or raise the limit"
         )
+
+
+def check_same_runs(configs: Iterable[RunConfig]) -> None:
+    """``check_same_run`` for each of them."""
+    for config in configs:
+        check_same_run(config)
 
 
 def check_same_run(config: RunConfig) -> None:
