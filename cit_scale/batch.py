@@ -18,7 +18,7 @@ class Batch:
     """Images as the data pipeline hands them out.
 
     images: (B, 3, H, W) in [0, 1], float32. labels: (B,) int64.
-    positions: (B,) int64 on the CPU, each image's place in the global batch; -1 marks padding in evaluation.
+    positions: (B,) int64 on the CPU, each image's place in the batch of all ranks; -1 marks padding in evaluation.
     samples: (B,) int64 on the CPU, each image's index in its source.
     """
 

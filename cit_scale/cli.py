@@ -20,7 +20,7 @@ from cit_scale.config import RunConfig, check_config, check_names, expand, split
 from cit_scale.distributed.ranks import Ranks
 from cit_scale.errors import ConfigError, MissingInputError, RunError, exit_code_of, one_line
 from cit_scale.run_folder import INSIDE
-from cit_scale.settings import flatten, to_dict, with_students
+from cit_scale.settings import flatten, inherit_from_student, to_dict
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -231,7 +231,7 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
         if recipe.teachers:
             raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
         runs[name] = dataclasses.replace(
-            with_students(recipe, config),
+            inherit_from_student(recipe, config),
             name=f"{config.name}/teachers/{name}",
             student=dataclasses.replace(recipe.student, name=teacher.model, kwargs=teacher.kwargs),
         )

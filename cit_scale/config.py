@@ -1,5 +1,5 @@
-"""The whole run as frozen dataclasses. The defaults are the paper's recipe (CiT, "Co-advise: Cross Inductive Bias
-Distillation", CVPR 2022, and DeiT, which it follows); a recipe file in ``recipes/`` states only what differs.
+"""The whole run as frozen dataclasses. The defaults are the paper's numbers (CiT, "Co-advise: Cross Inductive Bias
+Distillation", CVPR 2022, and DeiT, which it follows); a recipe in ``recipes/`` adds teachers and states what differs.
 
 Each fact has one home. What is known of a setting beside its type, default and meaning stands in its ``setting(...)``:
 the rules for its value, whether it may change when a run goes on, whether the run that trains a teacher takes it from
@@ -91,7 +91,7 @@ class DataConfig:
     """Where built-in data sets and the indices of others are kept."""
 
     decode_threads: int = setting(4, rules=[POSITIVE], may_change=True)
-    """Threads of the decoding pipeline, for each rank."""
+    """Threads of each rank that read files, as many that decode and, without a GPU, as many that resize."""
 
     prefetch: int = setting(2, rules=[NOT_NEGATIVE], may_change=True)
     """Micro-batches that are read ahead, and as many that are decoded ahead; 0 prepares each when it is asked for."""
@@ -321,9 +321,10 @@ def split_batch(config: RunConfig, world_size: int) -> BatchSplit:
     if total % (world_size * group):
         part = world_size * group
         near = [str(each) for each in (total // part * part, -(-total // part) * part) if each]
+        groups = "the same number of images" if group == 1 else f"whole mixing groups of mixing.group_size={group}"
         raise ConfigError(
-            f"train.global_batch_size={total} does not give each of {world_size} ranks whole mixing groups of "
-            f"mixing.group_size={group}; the nearest that do: {', '.join(near)}"
+            f"train.global_batch_size={total} does not give each of {world_size} ranks {groups}; the nearest that do: "
+            f"{', '.join(near)}"
         )
     share = total // world_size
     most = min(config.train.micro_batch_size or share, share)
@@ -368,7 +369,8 @@ def expand(path: str) -> Path:
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise ConfigError for a name that leads out of the folder of runs, or a text that was left empty.
+    """Raise ConfigError for a name that leads out of the folder of runs or cannot be printed, for a text that was left
+    empty, and for a home folder that is not there.
 
     A shell makes an empty text of a variable that is not set: with --fresh, an empty name would set aside all runs.
     """

@@ -1,11 +1,13 @@
-"""AdamW: which parameters decay, and the learning rate of each step."""
+"""AdamW: which parameters decay, clipping, and the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cit_scale.config import OptimConfig
 from cit_scale.errors import ConfigError
@@ -46,6 +48,25 @@ def adamw(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def clip_gradients(parameters: Iterable[Tensor], clip_norm: float, loss_scale: float = 1.0) -> float:
+    """Divide the gradients by ``loss_scale`` and scale them down to a global L2 norm of ``clip_norm``.
+
+    Collective where parameters are DTensors. Returns the gradient norm before clipping. Nothing is clipped if clip_norm
+    is 0 or the norm is not finite.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters]
+    if loss_scale != 1:
+        torch._foreach_mul_(gradients, 1 / loss_scale)
+    total_norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(total_norm, DTensor):
+        total_norm = total_norm.full_tensor()
+    grad_norm = total_norm.item()
+    if clip_norm > 0 and math.isfinite(grad_norm):
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, total_norm)
+    return grad_norm
 
 
 def learning_rate(step: int, optim: OptimConfig, peak_lr: float, steps_per_epoch: int, epochs: int) -> float:

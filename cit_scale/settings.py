@@ -44,20 +44,22 @@ BETAS = Rule(lambda pair: all(0 <= beta < 1 for beta in pair), "must be two numb
 
 @dataclass(frozen=True)
 class Facts:
-    """rules: for the value, unless it is None.
-
-    may_change: when a run goes on. It changes neither which images make an update nor what is learned from them. How
-    images are cut over ranks and micro-steps may change and does reach BatchNorm and drop path, so only the same cut
-    continues bit for bit; paths may change because images and weights are compared by their fingerprints.
-
-    for_teachers: the run that trains a teacher takes the value from the student's run, not from its own recipe; None:
-    as the section says. in_listing: ``cit-scale runs show`` lists the value.
-    """
+    """What is known of one setting."""
 
     rules: Sequence[Rule] = ()
+    """What its value has to satisfy, unless it is None."""
+
     may_change: bool = False
+    """Whether it may change when a run goes on: it decides neither which images make an update nor what is learned from
+    them. How images are cut over ranks and micro-steps may change, and does reach BatchNorm and drop path, so only the
+    same cut continues bit for bit. Paths may change: images and weights are compared by their fingerprints."""
+
     for_teachers: bool | None = None
+    """Whether the run that trains a teacher takes it from the student's run instead of its own recipe. None: as the
+    section says."""
+
     in_listing: bool = False
+    """Whether ``cit-scale runs show`` lists it."""
 
 
 NO_FACTS = Facts()
@@ -117,21 +119,21 @@ def check_rules(config: Any) -> None:
                 raise ConfigError(f"{name}={shown} {rule.text}")
 
 
-def with_students(recipe: C, student: C, inherited: bool = False) -> C:
-    """``recipe``, the run that trains a teacher, with what such a run takes from the student's.
+def inherit_from_student(recipe: C, student: C, by_default: bool = False) -> C:
+    """The run that trains a teacher: ``recipe`` with the settings that such a run takes from the student's run.
 
-    inherited: what the section around it says.
+    by_default: what the section around the settings says.
     """
-    taken = {}
+    inherited = {}
     for each in fields(recipe):
-        here, there = getattr(recipe, each.name), getattr(student, each.name)
-        said = facts_of(each).for_teachers
-        takes = inherited if said is None else said
-        if is_dataclass(here):
-            taken[each.name] = with_students(here, there, takes)
-        elif takes:
-            taken[each.name] = there
-    return dataclasses.replace(recipe, **taken)
+        own, students = getattr(recipe, each.name), getattr(student, each.name)
+        declared = facts_of(each).for_teachers
+        inherits = by_default if declared is None else declared
+        if is_dataclass(own):
+            inherited[each.name] = inherit_from_student(own, students, inherits)
+        elif inherits:
+            inherited[each.name] = students
+    return dataclasses.replace(recipe, **inherited)
 
 
 def changed_settings(started_with: Mapping[str, Any], config: Any) -> list[str]:
@@ -139,13 +141,14 @@ def changed_settings(started_with: Mapping[str, Any], config: Any) -> list[str]:
 
     started_with: as ``to_dict`` gave it, maybe by an earlier version.
     """
-    free = {name for name, facts, _ in walk(config) if facts.may_change}
+    # With a dot: free arguments, such as kwargs, are one setting and several keys.
+    free = tuple(f"{name}." for name, facts, _ in walk(config) if facts.may_change)
     before, after = flatten(with_defaults(started_with, type(config))), flatten(to_dict(config))
     keys = [*before, *(key for key in after if key not in before)]
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in keys
-        if key not in free and before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and not f"{key}.".startswith(free)
     ]
 
 

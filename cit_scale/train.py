@@ -58,7 +58,7 @@ from cit_scale.errors import (
     exit_code_of,
 )
 from cit_scale.evaluate import HEADS_MEAN, evaluate
-from cit_scale.files import read_note, rename_aside, sync, write_text
+from cit_scale.files import file_sha256, read_note, rename_aside, sync, write_text
 from cit_scale.losses import co_advise_loss
 from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
@@ -103,14 +103,15 @@ def main(
         return stopped.exit_code
     except KeyboardInterrupt:
         if is_main:
-            print("interrupted before the first step; the same command starts again", flush=True)
+            print("interrupted before training began; the same command starts or continues it", flush=True)
         return Stopped.exit_code
     except RunError as error:  # raised on all ranks, printed by one
         if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            fresh = arguments is not None and arguments.fresh and "the same command" in str(error)
+            print(f"error: {error}{' (without --fresh)' if fresh else ''}", file=sys.stderr, flush=True)
         return error.exit_code
-    except (BadImageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # raised on one rank alone
+    except (BadImageError, OSError) as error:  # maybe of this rank alone, so each rank that meets one prints it
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return exit_code_of(error)
     if is_main:
         print_table(arguments.config.run_dir, results)
@@ -145,6 +146,7 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
                 # Checked again under the lock: before, another job could still write to the folder.
                 run_on_all_ranks(world, lambda: check_same_runs((config, *arguments.teacher_runs.values())))
         teachers = dict(config.teachers)
+        # From here on a second Ctrl-C waits until the state is saved; before, it interrupts at once.
         with stop.shielded():
             for name, teacher_run in prepared.teacher_runs.items():
                 train(teacher_run, {}, stop, override=override)
@@ -154,7 +156,10 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
 
 
 def watch_preparation(config: RunConfig, world: World) -> Watchdog:
-    """A watchdog for all that precedes the first step. Switched off by train.step_timeout_s=0, and for one process."""
+    """A watchdog for all that precedes the first step. Switched off by train.step_timeout_s=0.
+
+    Off for a process alone, too: no other rank waits for it, and whoever started it sees that it does nothing.
+    """
     limit_s = max(PREPARATION_S, config.train.step_timeout_s) if config.train.step_timeout_s else 0.0
     message = (
         f"the preparation of {config.run_dir} hangs: nothing was achieved for {limit_s:g} seconds; where each rank "
@@ -165,19 +170,23 @@ def watch_preparation(config: RunConfig, world: World) -> Watchdog:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """The networks of a run, with the state from which training goes on.
-
-    inputs: fingerprints by name of what the numbers in a checkpoint depend on and the configuration does not show.
-    overridden: settings and inputs that differ from the checkpoint's. started_at: when the run was first started, in
-    seconds since 1970.
-    """
+    """The networks of a run, with the state from which training goes on."""
 
     engine: Engine
+
     teachers: Sequence[Teacher]
+
     inputs: Mapping[str, str]
+    """Hashes of the data and of the teachers' files, by name: the configuration holds only their paths."""
+
     progress: TrainingProgress
+    """Changes while the run is trained."""
+
     overridden: Sequence[str]
+    """Settings and inputs that differ from the checkpoint's."""
+
     started_at: float
+    """When the run was first started, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -207,17 +216,21 @@ class Session:
     def teachers(self) -> Sequence[Teacher]:
         return self.loaded.teachers
 
-    def goodput(self, useful_s: float) -> float | None:
+    @property
+    def progress(self) -> TrainingProgress:
+        return self.loaded.progress
+
+    def goodput(self) -> float | None:
         """Share of the time since the run's first start that was spent in steps that count; None if clocks disagree."""
-        wall_s = time.time() - self.loaded.started_at
+        useful_s, wall_s = self.progress.useful_s, time.time() - self.loaded.started_at
         return useful_s / wall_s if 0 < useful_s <= wall_s else None
 
-    def eval_batches(self, step: int) -> Iterator[Batch]:
+    def interruptible_eval_batches(self) -> Iterator[Batch]:
         """Collective. This rank's share of the evaluation set, once. Raises Stopped on all ranks if one must stop."""
         for batch in self.prepared.eval_batches():
             self.watchdog.progress()
             if any(agree_any(self.prepared.world, self.stop.requested)):
-                raise Stopped(step, self.stop.signum)
+                raise Stopped(self.progress.step, self.stop.signum)
             yield batch
 
 
@@ -226,25 +239,29 @@ def train(
 ) -> dict[str, Any]:
     """Collective. Train the run's student, from the newest checkpoint on if there is one. Returns its results.
 
-    teachers: by name; all of them have weights. The results of a finished run are returned as they are. Raises Stopped,
+    teachers: by name; all of them have weights. The results of a finished run are returned as they are, and refused if
+    they belong to other images or teachers; with ``override`` a run of another length is trained on. Raises Stopped,
     with everything saved, when ``stop`` is requested on any rank.
     """
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
     with contextlib.closing(watch_preparation(config, world)) as preparation:
-        finished = broadcast(world, read_note(run_dir / RESULTS) if world.is_main else None)
+        finished = broadcast(
+            world, run_on_all_ranks(world, lambda: read_note(run_dir / RESULTS) if world.is_main else None)
+        )
         is_finished = isinstance(finished, dict) and "steps" in finished
         if is_finished and (finished["steps"] == prepared.total_steps or not override):
             if not override:
-                run_on_all_ranks(world, lambda: refuse_other_data(prepared, finished))
+                run_on_all_ranks(world, lambda: refuse_other_inputs(prepared, teachers, finished))
             return finished
         loaded = load(prepared, teachers, preparation, override=override)
-    progress = loaded.progress
+    step = loaded.progress.step
     with writing(run_dir):
-        stacks, message = run_dir / f"stacks_rank_{world.rank}.txt", hang_message(config) if world.is_main else None
+        stacks = run_dir / f"stacks_rank_{world.rank}.txt"
+        message = hang_message(config) if world.is_main else None
         watchdog = run_on_all_ranks(world, lambda: Watchdog(config.train.step_timeout_s, stacks, message))
-    with contextlib.closing(watchdog), contextlib.closing(open_log(prepared, progress)) as log:
+    with contextlib.closing(watchdog), contextlib.closing(open_log(prepared, step)) as log:
         checkpointer = AsyncCheckpointer(
-            loaded.engine, run_dir, config.train, world, step=progress.step, say=log.say, report=log.note
+            loaded.engine, run_dir, config.train, world, step=step, say=log.say, report=log.note
         )
         readers = (prepared.train_images, prepared.eval_images)
         session = Session(
@@ -255,26 +272,27 @@ def train(
             watchdog=watchdog,
             checkpointer=checkpointer,
             bad_images=BadImages(run_dir, readers, config.data.max_bad_images, world),
-            bad_steps=BadSteps(progress, run_dir, config.train.max_bad_steps, world),
+            bad_steps=BadSteps(loaded.progress, run_dir, config.train.max_bad_steps, world),
             means=RunningMeans(),
             clock=StepClock(config.train.global_batch_size),
             flops=model_flops(prepared, device_name(world.device)),
         )
         split = prepared.batch_split
-        start_of_run = f"continues after step {progress.step}" if progress.step else f"starts in {run_dir}"
+        start_of_run = f"continues after step {step}" if step else f"starts in {run_dir}"
         cut = f"{world.world_size} ranks x {split.micro_steps} micro-steps x {split.micro_batch_size} images"
         log.say(f"{start_of_run}; an update is {cut}")
         for change in loaded.overridden:
             log.say(f"continues although this changed: {change}")
-        training_loop(session, progress)
-        return finish(session, teachers, progress)
+        training_loop(session)
+        return finish(session, teachers)
 
 
 def load(
     prepared: PreparedRun, teachers: Mapping[str, TeacherConfig], preparation: Watchdog, *, override: bool
 ) -> LoadedRun:
     """Collective. Build the networks, and load the run folder's newest checkpoint into the engine, if there is one."""
-    world, run_dir, now = prepared.world, prepared.config.run_dir, time.time()
+    world, run_dir = prepared.world, prepared.config.run_dir
+    began_at = time.time()  # before the networks are loaded, which takes time that trains nothing: goodput counts it
     frozen = run_on_all_ranks(
         world, lambda: [prepared.load_teacher(name, teacher) for name, teacher in teachers.items()]
     )
@@ -292,25 +310,29 @@ def load(
         engine.load_state(found.state)
         del found  # closes its files, before retention deletes the checkpoint
     with writing(run_dir):
-        started_at = run_on_all_ranks(
-            world, lambda: begin(prepared, progress, overridden, now) if world.is_main else 0.0
+        first = run_on_all_ranks(
+            world, lambda: record_start(prepared, progress, overridden, began_at) if world.is_main else 0.0
         )
+    started_at = broadcast(world, first)
     return LoadedRun(engine, frozen, inputs, progress, overridden, started_at)
 
 
-def open_log(prepared: PreparedRun, progress: TrainingProgress) -> RunLog:
+def open_log(prepared: PreparedRun, step: int) -> RunLog:
     config = prepared.config
-    return RunLog(
-        config.run_dir, prepared.world, title=config.name, step=progress.step, total_steps=prepared.total_steps
-    )
+    return RunLog(config.run_dir, prepared.world, title=config.name, step=step, total_steps=prepared.total_steps)
 
 
-def refuse_other_data(prepared: PreparedRun, finished: Mapping[str, Any]) -> None:
-    """Raise RefusedError if ``finished``, the run folder's results, belong to other images.
+def refuse_other_inputs(
+    prepared: PreparedRun, teachers: Mapping[str, TeacherConfig], finished: Mapping[str, Any]
+) -> None:
+    """Raise RefusedError if ``finished``, the run folder's results, belong to other images or teachers.
 
     Results of earlier versions have no fingerprints and pass.
     """
     noted, here = finished.get("inputs", {}), data_fingerprints(prepared)
+    for name, teacher in teachers.items():
+        if teacher.weights is not None:
+            here[f"teacher {name}"] = file_sha256(Path(teacher.weights).expanduser())
     other = [name for name in here if noted.get(name, here[name]) != here[name]]
     if other:
         raise RefusedError(
@@ -339,8 +361,11 @@ def fingerprints(prepared: PreparedRun, teachers: Sequence[Teacher]) -> dict[str
     return inputs
 
 
-def begin(prepared: PreparedRun, progress: TrainingProgress, overridden: Sequence[str], now: float) -> float:
-    """On rank 0. Record this start in the run folder. Returns the time of the first start, in seconds since 1970."""
+def record_start(prepared: PreparedRun, progress: TrainingProgress, overridden: Sequence[str], now: float) -> float:
+    """On rank 0. Write config.yaml, add this start to env.json, and set the results of a run that goes on aside.
+
+    now: the time of this start. Returns the time of the first start. Both are in seconds since 1970.
+    """
     run_dir = prepared.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG, to_yaml(prepared.config))
@@ -357,36 +382,37 @@ def begin(prepared: PreparedRun, progress: TrainingProgress, overridden: Sequenc
 def hang_message(config: RunConfig) -> str:
     return (
         f"nothing was achieved for train.step_timeout_s={config.train.step_timeout_s:g} seconds, the run hangs; "
-        f"where each rank stands is in {config.run_dir}/stacks_rank_*.txt; the same command continues from the last "
-        "checkpoint"
+        f"where each rank stands is in {config.run_dir}/stacks_rank_*.txt; the same command, without --fresh, "
+        "continues from the last checkpoint"
     )
 
 
-def training_loop(session: Session, progress: TrainingProgress) -> None:
-    """Collective. Train from where ``progress`` stands to the last step: step, count, log, evaluate, save, leave.
+def training_loop(session: Session) -> None:
+    """Collective. Train from where the run stands to its last step: step, count, log, evaluate, save, leave.
 
     Everything but the step itself is done between two updates, where ranks agree and the training state is whole.
+    Seeds, learning rate and data count steps from 0; logs, checkpoints and messages count the updates done.
     Raises what ``between_steps`` raises.
     """
-    prepared = session.prepared
+    prepared, progress = session.prepared, session.progress
     config = prepared.config
     batches = session.clock.waiting_for(prepared.train_batches(progress.step))
     session.engine.module.train()
     # A run that was stopped may owe the evaluation after its last step, have no step left, or be asked to stop again.
-    between_steps(session, progress, None)
+    between_steps(session, None)
     while progress.step < prepared.total_steps:
         lr = learning_rate(progress.step, config.optim, config.peak_lr, prepared.steps_per_epoch, config.train.epochs)
         # Drop path and the like follow from the step, so that a checkpoint holds no generator's state.
         seed_step(config.seed, progress.step, prepared.world.rank)
         trained = train_step(session.engine, session.teachers, batches, prepared, progress.step, lr)
         progress.advance()
-        count_step(session, progress, trained)
-        between_steps(session, progress, trained)
+        count_step(session, trained)
+        between_steps(session, trained)
 
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """terms, samples: the loss and the images' indices of each micro-step of this rank."""
+    """One update. terms, samples: loss terms and indices of the images, for each micro-step of this rank."""
 
     result: StepResult
     terms: list[LossTerms]
@@ -398,7 +424,7 @@ def train_step(
 ) -> TrainedStep:
     """Collective. One update from the next global batch."""
     config = prepared.config
-    weights = {name: teacher.weight for name, teacher in config.teachers.items()}
+    loss_weights = {name: teacher.weight for name, teacher in config.teachers.items()}
     terms, samples = [], []
     for _ in range(engine.micro_steps):
         batch = next(batches)
@@ -406,7 +432,11 @@ def train_step(
         teacher_logits = run_teachers(teachers, mixed.images)
         student_logits = engine.forward(mixed.images)
         loss = co_advise_loss(
-            student_logits, teacher_logits, mixed.targets, temperature=config.distill.temperature, weights=weights
+            student_logits,
+            teacher_logits,
+            mixed.targets,
+            temperature=config.distill.temperature,
+            weights=loss_weights,
         )
         engine.backward(loss.total)
         terms.append(loss)
@@ -414,12 +444,13 @@ def train_step(
     return TrainedStep(engine.step(lr), terms, samples)
 
 
-def count_step(session: Session, progress: TrainingProgress, trained: TrainedStep) -> None:
+def count_step(session: Session, trained: TrainedStep) -> None:
     """Collective where the step was skipped. Count it as good or bad, and add up its losses."""
-    session.log.advance(progress.step)
+    step = session.progress.step
+    session.log.advance(step)
     if trained.result.skipped:
         world = session.prepared.world
-        found = find_culprits(progress.step, trained.result, trained.terms, trained.samples, world)
+        found = find_culprits(step, trained.result, trained.terms, trained.samples, world)
         session.bad_steps.count(found, session.log)
         return
     session.bad_steps.count_good()
@@ -427,19 +458,20 @@ def count_step(session: Session, progress: TrainingProgress, trained: TrainedSte
         session.means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.distillation)})
 
 
-def between_steps(session: Session, progress: TrainingProgress, trained: TrainedStep | None) -> None:
+def between_steps(session: Session, trained: TrainedStep | None) -> None:
     """Collective. Log, evaluate, save, leave: what is due after a step.
 
-    trained: the step; None before the first one of this process. Raises Stopped when asked to stop, BadDataError or
-    DivergedError where it is time to give up, with everything saved.
+    trained: the step; None before the first step of this process. Raises Stopped when asked to stop, and BadDataError
+    or DivergedError when too many images or steps are bad; the state is saved before. Raises what
+    ``AsyncCheckpointer.save`` and ``settle`` raise where it could not be saved.
 
     The order matters. The ranks agree first, and a step ends with that: waiting for the slowest rank is part of it.
     Logging comes before evaluation, so that its throughput has no pause in it. Saving comes after evaluation, so that
     a run that goes on from the checkpoint does not evaluate again, and ``keep_best`` knows the score. Leaving is last:
-    whatever the reason, the state is on the disk before an exception ends the loop.
+    an exception that ends the loop comes after the save.
     """
-    clock, checkpointer, config = session.clock, session.checkpointer, session.prepared.config.train
-    due = what_is_due(session, progress)
+    progress, clock, checkpointer = session.progress, session.clock, session.checkpointer
+    due = what_is_due(session)
     session.watchdog.progress()
     turn_s = clock.turn()
     if trained is not None and not trained.result.skipped:
@@ -451,14 +483,14 @@ def between_steps(session: Session, progress: TrainingProgress, trained: Trained
             checkpointer.settle()
 
     if trained is not None and due.log:
-        log_interval(session, progress, trained)
+        log_interval(session, trained)
     stopping = due.stop
     if due.evaluate:
         with clock.excluded():
-            stopping = not evaluate_student(session, progress)
+            stopping = not evaluate_student(session)
 
     is_leaving = due.is_last or stopping or session.bad_images.too_many or session.bad_steps.too_many
-    if is_leaving or due.save or (progress.evaluated and config.keep_best):
+    if is_leaving or due.save or (progress.evaluated and session.prepared.config.train.keep_best):
         with clock.excluded():
             checkpointer.save(progress.step, checkpoint_meta(progress, session.prepared, session.loaded.inputs))
         session.watchdog.progress()
@@ -474,24 +506,33 @@ def between_steps(session: Session, progress: TrainingProgress, trained: Trained
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done between two updates; the same on every rank.
-
-    stop: some rank was asked to. bad_images: some rank has met new ones. failed_save: a checkpoint could not be
-    written. is_last: no update is left.
-    """
+    """What is to be done between two updates; the same on every rank."""
 
     stop: bool
+    """Some rank was asked to stop."""
+
     bad_images: bool
+    """Some rank has met images that it cannot use and that are not reported yet."""
+
     save: bool
+    """A checkpoint is due, by steps or by rank 0's clock."""
+
     failed_save: bool
+    """A checkpoint could not be written."""
+
     is_last: bool
+    """No update is left."""
+
     log: bool
+    """The logging interval ends, or training does."""
+
     evaluate: bool
+    """The student is to be evaluated, and was not yet after this step."""
 
 
-def what_is_due(session: Session, progress: TrainingProgress) -> Due:
-    """Collective. One small message a step: what only some rank knows, or what the ranks' clocks would differ in."""
-    prepared, step = session.prepared, progress.step
+def what_is_due(session: Session) -> Due:
+    """Collective. Ranks agree, in one small message a step, on what only some of them know."""
+    prepared, step = session.prepared, session.progress.step
     config, world = prepared.config.train, prepared.world
     stop, bad_images, save, failed_save = agree_any(
         world,
@@ -509,12 +550,12 @@ def what_is_due(session: Session, progress: TrainingProgress) -> Due:
         failed_save=failed_save,
         is_last=is_last,
         log=is_last or stop or step % config.log_every_steps == 0,
-        # After the last step what is in the files is evaluated instead.
-        evaluate=ends_interval and not (is_last or stop or progress.evaluated),
+        # After the last step ``finish`` evaluates the files instead.
+        evaluate=ends_interval and not (is_last or stop or session.progress.evaluated),
     )
 
 
-def log_interval(session: Session, progress: TrainingProgress, trained: TrainedStep) -> None:
+def log_interval(session: Session, trained: TrainedStep) -> None:
     """Collective. One line of metrics: the means since the last one, the newest step's numbers, what a step costs."""
     result = trained.result
     costs = session.clock.interval_costs(session.prepared.world)
@@ -525,9 +566,9 @@ def log_interval(session: Session, progress: TrainingProgress, trained: TrainedS
         "lr": result.lr,
         "grad_norm": result.grad_norm,
         **costs,
-        "goodput": session.goodput(progress.useful_s),
+        "goodput": session.goodput(),
     }
-    session.log.record(progress.step, numbers)
+    session.log.record(session.progress.step, numbers)
 
 
 def mixed_batches(prepared: PreparedRun, step: int) -> Iterator[MixedBatch]:
@@ -536,16 +577,19 @@ def mixed_batches(prepared: PreparedRun, step: int) -> Iterator[MixedBatch]:
         yield mix(batch, prepared.config.mixing, prepared.num_classes, seed=prepared.config.seed, step=step)
 
 
-def evaluate_student(session: Session, progress: TrainingProgress) -> bool:
-    """Collective. Log the accuracy of the student and of its moving average. Returns False if asked to stop."""
-    engine, world = session.engine, session.prepared.world
+def evaluate_student(session: Session) -> bool:
+    """Collective. Log the accuracy of the student and of its moving average. Returns False if asked to stop.
+
+    The score that ``keep_best`` goes by is the student's own, averaged over its heads; not its moving average's.
+    """
+    engine, world, progress = session.engine, session.prepared.world, session.progress
     engine.module.eval()
     try:
-        top1 = evaluate(engine.forward, session.eval_batches(progress.step), world).top1
+        top1 = evaluate(engine.forward, session.interruptible_eval_batches(), world).top1
         numbers = _named("top1_", top1)
         if session.prepared.config.optim.ema_decay is not None:
             with engine.averaged():
-                averaged = evaluate(engine.forward, session.eval_batches(progress.step), world)
+                averaged = evaluate(engine.forward, session.interruptible_eval_batches(), world)
             numbers |= _named("top1_ema_", averaged.top1)
     except Stopped:
         return False
@@ -559,13 +603,13 @@ def evaluate_student(session: Session, progress: TrainingProgress) -> bool:
     return True
 
 
-def finish(session: Session, teachers: Mapping[str, TeacherConfig], progress: TrainingProgress) -> dict[str, Any]:
+def finish(session: Session, teachers: Mapping[str, TeacherConfig]) -> dict[str, Any]:
     """Collective. Copy the last checkpoint's weights, evaluate the copies and the teachers, write results.json.
 
-    The files are evaluated, not the engine's weights: they are what the user gets. Raises Stopped if asked to stop;
-    everything is saved by then.
+    The files are evaluated, not the engine's weights, and in float32: as the user will load them. Raises Stopped if
+    asked to stop; everything is saved by then.
     """
-    prepared = session.prepared
+    prepared, progress = session.prepared, session.progress
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
     with writing(run_dir):
         files = run_on_all_ranks(world, lambda: export_weights(run_dir, progress.step) if world.is_main else {})
@@ -574,20 +618,20 @@ def finish(session: Session, teachers: Mapping[str, TeacherConfig], progress: Tr
     for name, file in broadcast(world, files).items():
         run_on_all_ranks(world, partial(load_weights, network, run_dir / file))
         network.to(world.device)
-        accuracy[name] = evaluate(network, session.eval_batches(progress.step), world)
+        accuracy[name] = evaluate(network, session.interruptible_eval_batches(), world)
     results = {
         "model": config.student.name,
         "steps": progress.step,
         "bad_steps": progress.bad_steps,
         "images_per_s": session.clock.mean_images_per_s(),
-        "goodput": session.goodput(progress.useful_s),
+        "goodput": session.goodput(),
         "eval_images": next(iter(accuracy.values())).images,
         "inputs": dict(session.loaded.inputs),
         "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
         "teachers": {},
     }
     if session.teachers:
-        batches = session.eval_batches(progress.step)
+        batches = session.interruptible_eval_batches()
         measured = evaluate(lambda images: run_teachers(session.teachers, images), batches, world)
         results["teachers"] = {
             teacher.name: {

@@ -11,7 +11,7 @@ from cit_scale.distributed.world import World
 from cit_scale.engines.build import prepare_engine
 from cit_scale.run.folders import RunFolder
 from cit_scale.run.plan import counted, estimate_memory, memory_text, plan_lines, plan_run, row
-from cit_scale.run.setup import PreparedRun, check_networks, open_data, prepare_engines, with_images
+from cit_scale.run.setup import PreparedRun, check_all_settings, check_networks, open_data, with_images
 from launchers.options import Options
 from launchers.resources import Resources, RunRequest
 from launchers.slurm import Partition, format_minutes
@@ -25,7 +25,7 @@ def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> P
     prepared_runs = []
     for run in runs:
         config = run.config
-        setups = prepare_engines(config, run.teacher_runs, world, same_run=same_run)
+        setups = check_all_settings(config, run.teacher_runs, world, same_run=same_run)
         if config.data not in opened:
             train_source, eval_source = open_data(config.data)
             opened[config.data] = Reader(train_source), Reader(eval_source)

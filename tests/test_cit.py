@@ -12,11 +12,10 @@ from torch import Tensor, nn
 import cit_scale.models  # noqa: F401
 from cit_scale.batch import teacher_logits_type
 from cit_scale.config import OptimConfig
-from cit_scale.engines.torch_engine import clip_gradients
 from cit_scale.losses import co_advise_loss
 from cit_scale.models.cit import CiT
 from cit_scale.models.convert_checkpoint import convert
-from cit_scale.optim import adamw, set_learning_rate
+from cit_scale.optim import adamw, clip_gradients, set_learning_rate
 
 PARAMETERS = {
     "cit_tiny_patch16_224": 7_632_906,

@@ -141,6 +141,12 @@ def test_a_finished_run_does_not_answer_for_other_data(stopped):
     stopped.finish()
 
 
+def test_a_finished_run_does_not_answer_for_another_teacher(stopped):
+    stopped.finish()
+    retrain(stopped)
+    assert_refused(stopped.run(), 7, "holds a finished run of other teacher conv", "--name", "--fresh")
+
+
 def test_a_change_that_is_taken_back_leaves_no_trace(stopped, calm):
     recipe = (stopped.inputs / "tiny.yaml").read_text()
     set_lr(stopped)

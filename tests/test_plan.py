@@ -24,7 +24,7 @@ from cit_scale.run.plan import (
     read_sharding,
     state_memory,
 )
-from cit_scale.run.setup import prepare_engines, with_images
+from cit_scale.run.setup import check_all_settings, with_images
 
 
 def parse(*argv):
@@ -128,7 +128,7 @@ def plan(tiny_digits):
     argv = ["--train.micro_batch_size", "8", "--teachers.conv.weights", "conv.pth"]
     arguments = cli.parse_arguments(argv)
     config, teacher_runs = arguments.config, arguments.teacher_runs
-    setups = prepare_engines(config, teacher_runs, World(world_size=4), same_run=False)
+    setups = check_all_settings(config, teacher_runs, World(world_size=4), same_run=False)
     return plan_run(with_images(config, teacher_runs, setups, Reader(tiny_digits), Reader(tiny_digits)))
 
 

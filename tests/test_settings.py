@@ -20,6 +20,7 @@ from cit_scale.settings import (
     changed_settings,
     check_rules,
     flatten,
+    inherit_from_student,
     listed_settings,
     section,
     sections_by_name,
@@ -27,7 +28,6 @@ from cit_scale.settings import (
     to_dict,
     walk,
     with_defaults,
-    with_students,
 )
 
 
@@ -81,7 +81,7 @@ def test_only_what_may_change_changes_when_a_run_goes_on():
 
 def test_a_teachers_run_takes_sections_and_settings_as_they_say():
     student = Bicycle(name="s", bell="s", wheels=Wheels(size=1.0, pressure=(1.0, 1.0), studs=9))
-    taken = with_students(Bicycle(name="recipe", bell="recipe", wheels=Wheels(studs=3)), student)
+    taken = inherit_from_student(Bicycle(name="recipe", bell="recipe", wheels=Wheels(studs=3)), student)
     assert (taken.name, taken.bell) == ("recipe", "recipe")
     assert taken.wheels == Wheels(size=1.0, pressure=(1.0, 1.0), studs=3)
 

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from stream_cases import photo
 from tiny_run import RECIPE, recipe_with
 
+from cit_scale import train
+from cit_scale.errors import CannotWriteError
 from cit_scale.train import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -262,6 +264,19 @@ def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(
         assert not different, f"{part}: {different}"
     last = [record["loss"] for record in metrics(folder) if "loss" in record]
     assert last == [record["loss"] for record in metrics(calm) if "loss" in record]
+
+
+def test_a_way_out_by_the_same_command_leaves_out_fresh(tiny, monkeypatch, capsys):
+    """The same command would set aside what was reached."""
+
+    def fail(*arguments):
+        raise CannotWriteError("the disk is full; the same command continues there")
+
+    monkeypatch.setattr(train, "run", fail)
+    assert main([*tiny, "--fresh"]) == CannotWriteError.exit_code
+    assert capsys.readouterr().err == "error: the disk is full; the same command continues there (without --fresh)\n"
+    assert main(tiny) == CannotWriteError.exit_code
+    assert "--fresh" not in capsys.readouterr().err
 
 
 # --- Bad images ---

@@ -58,7 +58,7 @@ class BatchRequest:
     """(B,) int64, which of its repetitions in this epoch each one is; zeros in evaluation."""
 
     doubtful: frozenset[int] = frozenset()
-    """Samples that DALI could not decode when this request was planned before."""
+    """Samples that DALI could not decode when this request was planned before: PIL decodes them, in this batch only."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +87,24 @@ class PlannedBatch:
 
 
 ReadImages = Callable[[BatchRequest], tuple[np.ndarray, list[np.ndarray]]]
-"""Reads what a request asks for. Returns the good samples (B,) in its place, and their encoded bytes."""
+"""Reads a request's images. Returns the sample that stands at each place, a good one, (B,), and its encoded bytes."""
 
 
 def plan_training(
-    request: BatchRequest, images: ReadImages, reader: Reader, augment: AugmentConfig, seed: int, size: int
+    request: BatchRequest, read: ReadImages, reader: Reader, augment: AugmentConfig, seed: int, size: int
 ) -> PlannedBatch:
     """size: height and width of the finished images."""
     source = reader.source
-    samples, encoded = images(request)
+    samples, encoded = read(request)
     heights, widths = source.heights[samples], source.widths[samples]
     draw = draws.draw(seed, request.epoch, samples, request.repeats, heights, widths, augment, size)
     return PlannedBatch(request, request.positions, samples, encoded, draw.crop, dali.train_arguments(draw, size), draw)
 
 
-def plan_evaluation(request: BatchRequest, images: ReadImages, reader: Reader, data: DataConfig) -> PlannedBatch:
+def plan_evaluation(request: BatchRequest, read: ReadImages, reader: Reader, data: DataConfig) -> PlannedBatch:
     """An image that is bad counts as padding: another one is decoded in its place, and its position is -1."""
     source = reader.source
-    samples, encoded = images(request)
+    samples, encoded = read(request)
     heights, widths = source.heights[samples], source.widths[samples]
     positions = np.where(samples == request.samples, request.positions, -1)
     whole = np.stack((0 * heights, 0 * widths, heights, widths), axis=1).astype(np.int32)
@@ -130,25 +130,28 @@ def train_stream(
 
     Images are (micro_batch_size, 3, image_size, image_size) float32 in [0, 1], but for the noise of random erasing.
     A bad image's place is taken by the one that stands in for it, with its label. Raises ValueError for batch sizes
-    that fit neither each other nor the cursor, ConfigError for a policy that cannot be read, BadImageError when no
-    image is good.
+    that do not fit each other, or do not fit the cursor, and ConfigError for a policy that cannot be read. The first
+    batch raises BadImageError if no image is good.
     """
     num_samples = len(reader.source)
     policy = draws.read_policy(augment.policy)
-    cursor.step(num_samples, global_batch_size)  # refuses a cursor of another global batch size
+    cursor.step(num_samples, global_batch_size)  # refuses a cursor that stands inside a global batch
     samples_per_epoch = steps_per_epoch(num_samples, global_batch_size) * global_batch_size
 
-    def requests_of(epoch: int, samples_seen: int) -> Iterator[BatchRequest]:
-        order = epoch_order(num_samples, seed, epoch, augment.repeats)
-        for start in range(samples_seen, samples_per_epoch, global_batch_size):
-            share = rank_slice(order, start, global_batch_size, micro_batch_size, world.rank, world.world_size)
-            for rows in zip(share.positions, share.samples, share.repeats, strict=True):
-                yield BatchRequest(epoch, *rows)
+    def endless_requests() -> Iterator[BatchRequest]:
+        samples_seen = cursor.samples_seen
+        for epoch in itertools.count(cursor.epoch):
+            order = epoch_order(num_samples, seed, epoch, augment.repeats)
+            for start in range(samples_seen, samples_per_epoch, global_batch_size):
+                share = rank_slice(order, start, global_batch_size, micro_batch_size, world.rank, world.world_size)
+                for rows in zip(share.positions, share.samples, share.repeats, strict=True):
+                    yield BatchRequest(epoch, *rows)
+            samples_seen = 0
 
-    first = requests_of(cursor.epoch, cursor.samples_seen)
-    later = (requests_of(epoch, 0) for epoch in itertools.count(cursor.epoch + 1))
-    requests = itertools.chain(first, itertools.chain.from_iterable(later))
-    requests = itertools.chain([next(requests)], requests)  # sizes that do not fit are reported now, not at an image
+    requests = endless_requests()
+    requests = itertools.chain(
+        [next(requests)], requests
+    )  # raises for sizes that do not fit now, not at the first batch
     plan = partial(plan_training, reader=reader, augment=augment, seed=seed, size=data.image_size)
     pipeline = partial(dali.train_pipeline, num_layers=policy.num_layers if policy else 0)
     return _batches(reader, requests, plan, pipeline, data, micro_batch_size, device)
@@ -165,7 +168,7 @@ def eval_stream(
     """
     num_samples = len(reader.source)
     per_rank = -(-num_samples // world.world_size)
-    positions = np.arange(batch_size) * world.world_size + world.rank
+    positions = np.arange(batch_size) * world.world_size + world.rank  # in a batch of all ranks
 
     def request_from(first: int) -> BatchRequest:
         samples = first * world.world_size + positions
@@ -189,7 +192,7 @@ def _batches(
 ) -> Iterator[Batch]:
     """A generator, so that a stream begins with its first batch and ends when it is closed, dropped or exhausted."""
     with closing(BatchStream(reader, requests, plan, pipeline, data, batch_size, device)) as stream:
-        while (batch := stream.next()) is not None:
+        while (batch := stream.next_batch()) is not None:
             yield batch
 
 
@@ -200,7 +203,7 @@ def _batches(
 class BatchStream:
     """Plans requests in a thread, up to data.prefetch of them ahead, and runs the plans through one DALI pipeline.
 
-    DALI calls ``feed`` from ``next``, for some batches beyond the one that ``next`` returns: plans that were fed and
+    DALI calls ``feed`` from ``next_batch``, for some batches beyond the one that this returns: plans that were fed and
     whose batch is not there yet are in flight. When decoding fails, DALI loses all of them and does not say which image
     it was; ``recover`` finds out, plans anew what has to change, and feeds all of them again to a new pipeline.
     """
@@ -225,13 +228,13 @@ class BatchStream:
                 dali.reserve_pinned_memory(data.pinned_memory_mib)
         self._num_readers = data.decode_threads
         self._readers = ThreadPoolExecutor(data.decode_threads, "read")
-        self._plan = partial(plan, images=self._read)
+        self._plan_with = plan
         self._plans = prefetch(map(self._plan, requests), data.prefetch)
-        self._again: deque[PlannedBatch] = deque()
-        """To be fed before what comes next."""
+        self._to_refeed: deque[PlannedBatch] = deque()
+        """Plans to be fed before the next new one."""
 
         self._in_flight: deque[PlannedBatch] = deque()
-        """Fed, and not returned by ``next`` yet, in order."""
+        """Plans that were fed and whose batches ``next_batch`` has not returned yet, in order."""
 
         self._planning_failed = False
         self._build = partial(
@@ -254,9 +257,13 @@ class BatchStream:
         self._readers.shutdown()
 
     def feed(self) -> tuple[list[np.ndarray] | np.ndarray, ...]:
-        """The next plan's inputs, for DALI, which takes StopIteration for the end and wraps any other exception."""
+        """The next plan's inputs, for DALI. StopIteration tells DALI that there are no more.
+
+        DALI passes any other exception on to ``next_batch``, where a RuntimeError of planning would look like one of
+        decoding: hence the flag.
+        """
         try:
-            plan = self._again.popleft() if self._again else next(self._plans)
+            plan = self._to_refeed.popleft() if self._to_refeed else next(self._plans)
         except StopIteration:
             raise
         except Exception:
@@ -265,7 +272,7 @@ class BatchStream:
         self._in_flight.append(plan)
         return plan.encoded, *plan.arguments
 
-    def next(self) -> Batch | None:
+    def next_batch(self) -> Batch | None:
         """The next batch; None after the last one."""
         while True:
             stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
@@ -292,8 +299,8 @@ class BatchStream:
     def recover(self) -> bool:
         """Go on after a batch that failed. Returns whether that makes sense.
 
-        It does not where the failure came from planning, which DALI only passed on, nor where every image in flight can
-        be decoded by itself: the same plans would fail in the same way, for a reason that is not an image.
+        Going on makes no sense if the failure came from planning, which DALI only passed on. Neither does it if every
+        image in flight can be decoded by itself: the same plans would fail again, for a reason that is not an image.
         """
         if self._planning_failed:
             return False
@@ -301,7 +308,7 @@ class BatchStream:
         nothing_changed = all(new is old for new, old in zip(plans, self._in_flight, strict=True))
         if nothing_changed:
             return False
-        self._again.extendleft(reversed(plans))
+        self._to_refeed.extendleft(reversed(plans))
         self._in_flight.clear()
         self._pipeline = self._build()
         return True
@@ -316,6 +323,9 @@ class BatchStream:
         if refused <= request.doubtful:
             return plan
         return self._plan(replace(request, doubtful=request.doubtful | refused))
+
+    def _plan(self, request: BatchRequest) -> PlannedBatch:
+        return self._plan_with(request, self._read)
 
     def _read(self, request: BatchRequest) -> tuple[np.ndarray, list[np.ndarray]]:
         """As ``ReadImages``.
@@ -332,7 +342,7 @@ class BatchStream:
 
 
 def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The same items, made by a thread that runs up to `depth` of them ahead; with 0, made when asked for.
+    """The same items, made by a thread ahead of time: `depth` that wait, and one in the making; with 0, when asked for.
 
     Close it to end the thread. An exception of `items` is raised in its place in the order.
     """

@@ -56,7 +56,7 @@ class Engine(ABC):
     """One update is ``micro_steps`` times ``forward`` and ``backward``, then one ``step``.
 
     A subclass says how to compute, to reduce and to update: ``forward``, ``_backward``, ``_update``. It puts its
-    wrapper, if it has one, around ``module`` and calls ``_keep_state`` when the parameters lie where they will stay.
+    wrapper, if it has one, around ``module`` and calls ``_build_state`` when the parameters lie where they will stay.
     What is the same everywhere stands here: counting micro-steps, scaling the loss, and after an update letting the
     rest of the state follow or go back.
 
@@ -76,9 +76,9 @@ class Engine(ABC):
         # The module moves to its device before the optimizer is built, which keeps references to the parameters.
         prepare_network(module, setup.engine, setup.world)
         module.to(setup.world.device)
-        self._statistics = RunningStatistics(module, setup.world)
+        self._batch_norm_statistics = RunningStatistics(module, setup.world)  # keeps references to the buffers
 
-    def _keep_state(self, optimizer: torch.optim.AdamW, placement: ParameterPlacement) -> None:
+    def _build_state(self, optimizer: torch.optim.AdamW, placement: ParameterPlacement) -> None:
         self._state = TrainingState(self.module, optimizer, placement, self._ema_decay, self._loss_scale)
 
     # --- What an update is made of ---
@@ -89,7 +89,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _backward(self, loss: Tensor) -> None:
-        """Collective. Add the gradient of ``loss`` / ``micro_steps``."""
+        """Collective. Add the gradient of ``loss`` / ``micro_steps``. DeepSpeed divides by itself."""
 
     @abstractmethod
     def _update(self, lr: float, loss_scale: float) -> float:
@@ -99,7 +99,7 @@ class Engine(ABC):
         """
 
     @property
-    def _is_last(self) -> bool:
+    def _is_last_micro_step(self) -> bool:
         """Whether the current micro-step is the last one of the update."""
         return self._backwards == self.micro_steps - 1
 
@@ -126,7 +126,8 @@ class Engine(ABC):
         if skipped:
             self._state.reject()
         else:
-            self._statistics.average()
+            # In this order: ``accept`` copies the buffers into the moving average and for a later ``reject``.
+            self._batch_norm_statistics.average()
             self._state.accept()
         self._loss_scale.update(skipped)
         return StepResult(grad_norm, lr, skipped, loss_scale)

@@ -34,20 +34,23 @@ class Fsdp2Engine(TorchEngine):
         return ShardedTensors(module)
 
     def _backward(self, loss: Tensor) -> None:
-        # Gradients are reduced once an update. Until then each rank keeps a whole float32 gradient, of the largest CiT
-        # 0.35 GB: little beside the activations of a micro-batch, and less than a message for every micro-step.
-        self.module.set_requires_gradient_sync(self._is_last)
+        # Gradients are reduced once an update. Until then each rank keeps a whole float32 gradient, 0.35 GB for the
+        # largest CiT: little beside the activations of a micro-batch, and cheaper than reducing after every micro-step.
+        self.module.set_requires_gradient_sync(self._is_last_micro_step)
         super()._backward(loss)
 
 
 def _shard(module: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype | None, world: World) -> None:
-    """Collective. Shard each block for itself, then what is left.
+    """Collective. Shard each block for itself, then the rest of the module.
 
-    dtype: of autocast, if any. The matrices of a block travel in it, which halves the message and changes no number,
-    as autocast would round them to it anyway; gradients are summed in float32. The norms of a block make a small group
-    of their own, in float32: rounded they would shift the activations, and on a CPU a LayerNorm refuses to mix types.
-    cast_forward_inputs would round the residual stream at every block. What is left, stems with their BatchNorm,
-    embedding and heads, is under autocast as with the other engines.
+    dtype: autocast's, if any.
+    - A block's matrices are gathered in ``dtype``: half the message, and the same numbers, as autocast would round the
+      matrices anyway. Gradients are summed in float32.
+    - A block's norms are a group of their own, gathered in float32: rounded, they would shift the activations, and on a
+      CPU a LayerNorm refuses to mix types.
+    - cast_forward_inputs is off: it would round the residual stream at every block.
+    - The rest (stems with their BatchNorm, embedding, heads) is gathered in float32 and computed under autocast, as
+      with the other engines.
     """
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -88,7 +91,7 @@ class ShardedTensors:
             )
 
     def publish(self) -> None:
-        # A forward pass outside training leaves the root's weights gathered, and the next would not look again.
+        # A forward pass in evaluation leaves the root's weights gathered, and the next one would use that stale copy.
         for module in self._module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -21,12 +21,11 @@ from cit_scale.batch import StudentLogits
 from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.base import Engine, EngineSetup
 from cit_scale.engines.state import ParameterPlacement, WholeParameters
-from cit_scale.engines.torch_engine import clip_gradients
 from cit_scale.models.network import Network
-from cit_scale.optim import adamw, set_learning_rate
+from cit_scale.optim import adamw, clip_gradients, set_learning_rate
 
 if not torch.cuda.is_available():
-    # DeepSpeed looks for an accelerator while it is imported, and each rank would warn that there is none.
+    # As in ds_config.py: DeepSpeed looks for an accelerator while it is imported, and warns on each rank without one.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -47,11 +46,11 @@ class ZeroEngine(Engine):
             module.compile()
         self._optimizer = adamw(module, setup.optim)
         self._deepspeed = _initialize(module, self._optimizer, setup.ds_config, setup.world)
-        self._keep_state(self._optimizer, _placement(self._stage, module, self._deepspeed.optimizer, setup.world))
+        self._build_state(self._optimizer, _placement(self._stage, module, self._deepspeed.optimizer, setup.world))
 
     def forward(self, images: Tensor) -> StudentLogits:
-        # The boundary has to be known in the forward already, and says whether the backward after it closes the update.
-        self._deepspeed.set_gradient_accumulation_boundary(self._is_last)
+        # Whether this micro-step is the update's last: DeepSpeed reads it in the forward pass and the backward pass.
+        self._deepspeed.set_gradient_accumulation_boundary(self._is_last_micro_step)
         return self._deepspeed(images)
 
     def _backward(self, loss: Tensor) -> None:
@@ -83,7 +82,8 @@ class ZeroEngine(Engine):
 def _initialize(
     module: Network, optimizer: torch.optim.AdamW, ds_config: Mapping[str, Any], world: World
 ) -> deepspeed.DeepSpeedEngine:
-    # DeepSpeed reads its device from here, and srun does not set it.
+    # DeepSpeed reads its device from here. srun does not set it, and a rank that sees only its own GPU has device 0
+    # whatever the launcher has set.
     os.environ["LOCAL_RANK"] = str(world.device.index or 0)
     if world.device.type == "cpu":
         # Without a GPU DeepSpeed would compile a C++ collective at its start, for inference only: a minute of compiler.
@@ -152,7 +152,9 @@ class FlatPartitions:
 
 
 class ShardedParameters:
-    """ZeRO 3: each rank holds an equal part of every parameter, the last one padded; a group's parts lie in a row.
+    """ZeRO 3: each rank holds an equal part of every parameter; the last rank's part is padded.
+
+    The parts of a group's parameters lie in a row.
 
     optimizer: a DeepSpeedZeroOptimizer_Stage3.
     """

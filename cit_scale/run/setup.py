@@ -32,6 +32,9 @@ from cit_scale.run_folder import CONFIG
 from cit_scale.settings import changed_settings
 from cit_scale.teachers import Teacher, build_teacher, load_teacher
 
+STUDENT = ""
+"""The student's key among the teachers' names."""
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -90,7 +93,7 @@ class PreparedRun:
         )
 
     def eval_batches(self) -> Iterator[Batch]:
-        """This rank's share of the evaluation set, once."""
+        """This rank's share of the evaluation set, once, in batches of the training's micro-batch size."""
         size = self.batch_split.micro_batch_size
         return eval_stream(
             self.eval_images, self.config.data, batch_size=size, world=self.world, device=self.world.device
@@ -133,18 +136,18 @@ def prepare(
 
     teacher_configs: from ``cli.resolve_teacher_runs``. same_run: refuse a run folder begun with other settings.
     """
-    setups = run_on_all_ranks(world, lambda: prepare_engines(config, teacher_configs, world, same_run=same_run))
+    setups = run_on_all_ranks(world, lambda: check_all_settings(config, teacher_configs, world, same_run=same_run))
     train_source, eval_source = first_on_each_node(world, lambda: open_data(config.data))
     prepared = with_images(config, teacher_configs, setups, Reader(train_source), Reader(eval_source))
     run_on_all_ranks(world, lambda: check_networks(prepared))
     return prepared
 
 
-def prepare_engines(
+def check_all_settings(
     config: RunConfig, teacher_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
 ) -> dict[str, EngineSetup]:
-    """Check all that needs neither data nor networks. Returns the engine setups, by teacher; "" is the student."""
-    setups = {"": check_settings(config, world, same_run=same_run)}
+    """Check all that needs neither data nor networks. Returns the engine setups, by teacher, and under STUDENT."""
+    setups = {STUDENT: check_settings(config, world, same_run=same_run)}
     for name, teacher_config in teacher_configs.items():
         with naming_teacher(name):
             setups[name] = check_settings(teacher_config, world, same_run=same_run)
@@ -158,11 +161,11 @@ def with_images(
     train_images: Reader,
     eval_images: Reader,
 ) -> PreparedRun:
-    """The prepared run. setups: from ``prepare_engines``."""
+    """The prepared run. setups: from ``check_all_settings``."""
     teacher_runs = {
         name: PreparedRun(each, setups[name], train_images, eval_images, {}) for name, each in teacher_configs.items()
     }
-    return PreparedRun(config, setups[""], train_images, eval_images, teacher_runs)
+    return PreparedRun(config, setups[STUDENT], train_images, eval_images, teacher_runs)
 
 
 def check_settings(config: RunConfig, world: World, *, same_run: bool) -> EngineSetup:
@@ -170,12 +173,14 @@ def check_settings(config: RunConfig, world: World, *, same_run: bool) -> Engine
     check_config(config)
     setup = prepare_engine(config, world)
     read_policy(config.augment.policy)
-    if config.teachers and config.distill.compile and world.device.type == "cpu":
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise ConfigError(
-                f"torch.compile needs the C++ compiler {compiler}; install it, or set distill.compile=false"
-            )
+    compiled = {
+        "distill.compile": bool(config.teachers) and config.distill.compile,
+        "engine.compile": config.engine.compile,
+    }
+    compiler = os.environ.get("CXX", "g++")
+    if any(compiled.values()) and world.device.type == "cpu" and shutil.which(compiler) is None:
+        way_out = " and ".join(f"{setting}=false" for setting, is_compiled in compiled.items() if is_compiled)
+        raise ConfigError(f"torch.compile needs the C++ compiler {compiler}; install it, or set {way_out}")
     if same_run:
         check_same_run(config)
     return setup
@@ -188,7 +193,7 @@ def check_networks(prepared: PreparedRun) -> None:
     """
     config = prepared.config
     try:
-        _ = prepared.steps_per_epoch
+        _ = prepared.steps_per_epoch  # raises ValueError if the images do not fill one global batch
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with torch.device("meta"):
@@ -286,5 +291,5 @@ def writing(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = f"{run_dir} cannot be written ({error}); the same command continues there"
+        message = f"{run_dir} cannot be written ({error}); when it can, the same command continues there"
         raise os_error(error, message, lasting=CannotWriteError) from error
