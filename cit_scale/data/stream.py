@@ -149,9 +149,8 @@ def train_stream(
             samples_seen = 0
 
     requests = endless_requests()
-    requests = itertools.chain(
-        [next(requests)], requests
-    )  # raises for sizes that do not fit now, not at the first batch
+    # The first request is made here, so that sizes that do not fit raise now and not at the first batch.
+    requests = itertools.chain([next(requests)], requests)
     plan = partial(plan_training, reader=reader, augment=augment, seed=seed, size=data.image_size)
     pipeline = partial(dali.train_pipeline, num_layers=policy.num_layers if policy else 0)
     return _batches(reader, requests, plan, pipeline, data, micro_batch_size, device)
