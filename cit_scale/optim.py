@@ -19,7 +19,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
     Raises ConfigError if a parameter is frozen: the engines' state and sharding assume that every parameter is trained.
     """
-    kept = set(module.no_weight_decay()) if hasattr(module, "no_weight_decay") else set()
+    exempt = getattr(module, "no_weight_decay", None)
+    kept = set() if exempt is None else set(exempt())
     decayed, undecayed = [], []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
