@@ -55,7 +55,7 @@ def clip_gradients(parameters: Iterable[Tensor], clip_norm: float, loss_scale: f
     so does a norm that is not finite.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if loss_scale != 1:
         torch._foreach_mul_(gradients, 1 / loss_scale)
     total_norm = torch.nn.utils.get_total_norm(gradients)
