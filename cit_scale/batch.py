@@ -6,9 +6,10 @@ B images on this rank, K classes. Images are (B, 3, H, W) in [0, 1] on the devic
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -41,6 +42,10 @@ class NamedLogits(Protocol):
 
     _fields: tuple[str, ...]
 
+    def __init__(self, *logits: Tensor) -> None: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
     def _asdict(self) -> dict[str, Tensor]: ...
 
 
@@ -57,13 +62,14 @@ class TeacherLogits(NamedLogits, Protocol):
 @cache
 def student_logits_type(teachers: tuple[str, ...]) -> type[StudentLogits]:
     """The named tuple ``StudentLogits(cls, *teachers)``."""
-    return namedtuple("StudentLogits", ("cls", *teachers))
+    # Type checkers cannot know a named tuple whose fields are known at run time only.
+    return cast(type[StudentLogits], namedtuple("StudentLogits", ("cls", *teachers)))
 
 
 @cache
 def teacher_logits_type(teachers: tuple[str, ...]) -> type[TeacherLogits]:
     """The named tuple ``TeacherLogits(*teachers)``."""
-    return namedtuple("TeacherLogits", teachers)
+    return cast(type[TeacherLogits], namedtuple("TeacherLogits", teachers))  # as above
 
 
 @dataclass(frozen=True)

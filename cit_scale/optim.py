@@ -21,7 +21,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
     Raises ConfigError if a parameter is frozen: the engines' state and sharding assume that every parameter is trained.
     """
-    kept = set(module.no_weight_decay()) if hasattr(module, "no_weight_decay") else set()
+    exempt = getattr(module, "no_weight_decay", None)
+    kept = set() if exempt is None else set(exempt())
     decayed, undecayed = [], []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -57,7 +58,7 @@ def clip_gradients(parameters: Iterable[Tensor], clip_norm: float, loss_scale: f
     is 0 or the norm is not finite.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if loss_scale != 1:
         torch._foreach_mul_(gradients, 1 / loss_scale)
     total_norm = torch.nn.utils.get_total_norm(gradients)

@@ -14,7 +14,7 @@ from cit_scale.config import DistillConfig, TeacherConfig
 from cit_scale.errors import ConfigError
 from cit_scale.files import file_sha256
 from cit_scale.models.fold import fold_batch_norm
-from cit_scale.models.network import Network, build_network, load_weights
+from cit_scale.models.network import Network, Precision, build_network, load_weights
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,16 @@ class Teacher:
 
 def build_teacher(name: str, config: TeacherConfig, *, num_classes: int, image_size: int) -> Network:
     """The teacher's network with ``config.weights``. Raises ConfigError where they are missing or do not fit."""
+    weights = _weights_of(name, config)
+    network = build_network(config.model, config.kwargs, num_classes=num_classes, image_size=image_size)
+    load_weights(network, weights)
+    return network
+
+
+def _weights_of(name: str, config: TeacherConfig) -> str:
     if config.weights is None:
         raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
-    network = build_network(config.model, config.kwargs, num_classes=num_classes, image_size=image_size)
-    load_weights(network, config.weights)
-    return network
+    return config.weights
 
 
 def load_teacher(
@@ -43,11 +48,11 @@ def load_teacher(
     """Build the teacher from ``config.weights`` and freeze it. Raises what ``build_teacher`` raises."""
     network = build_teacher(name, config, num_classes=num_classes, image_size=image_size)
     forward = freeze(network, image_size, device, precision=distill.teacher_precision, compile=distill.compile)
-    return Teacher(name, network, forward, file_sha256(Path(config.weights).expanduser()))
+    return Teacher(name, network, forward, file_sha256(Path(_weights_of(name, config)).expanduser()))
 
 
 def freeze(
-    network: Network, image_size: int, device: torch.device, *, precision: str, compile: bool
+    network: Network, image_size: int, device: torch.device, *, precision: Precision, compile: bool
 ) -> Callable[[Tensor], Tensor]:
     """Turn a network into a fixed function: on the device, without gradients, BatchNorm folded, compiled.
 
@@ -57,7 +62,7 @@ def freeze(
     network.precision = precision
     example = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     network.model = fold_batch_norm(network.model, example)
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
 
     # Fixed batch shapes: each rank sees micro-batches of one size, and evaluation pads its last one.
     run = torch.compile(network, dynamic=False) if compile else network

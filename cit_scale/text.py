@@ -75,6 +75,12 @@ def outlive_readers(*, and_full_disks: bool = True) -> None:
         setattr(sys, name, lasting)
 
 
+def escape_unencodable() -> None:
+    """Have stdout write a character that its encoding lacks as an escape, such as \\udcff, instead of raising."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 class ExampleParser(argparse.ArgumentParser):
     """Argument parser whose help starts with example commands. Options cannot be abbreviated."""
 

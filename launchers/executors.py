@@ -108,7 +108,7 @@ def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
     for run in runs:
         config = run.config
         paths |= {Path(config.runs_dir).expanduser(), Path(config.data.cache_dir).expanduser()}
-        texts = [argument.partition("=")[2] or argument for argument in run.argv]
+        texts: list[str | None] = [argument.partition("=")[2] or argument for argument in run.argv]
         texts += [config.data.train, config.data.eval, config.engine.ds_config, config.student.weights]
         texts += [text for teacher in config.teachers.values() for text in (teacher.weights, teacher.recipe)]
         files = [Path(text).expanduser() for text in texts if text]

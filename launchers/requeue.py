@@ -196,6 +196,8 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
     parser.add_argument("train", nargs="*", metavar="ARGUMENT", help="the arguments of train.py, after --")
     asked = parser.parse_args(argv)
     job_id, restart = slurm_job.job_id(env), slurm_job.restart_count(env)
+    if job_id is None:
+        parser.error("SLURM_JOB_ID is not set; slurm/env.sh runs this command at the end of a Slurm job")
     run_dir = None
     try:
         run_dir = find_run_dir(asked.train)

@@ -90,9 +90,9 @@ def cancel(run: RunFolder, *, now: bool) -> int:
     if not state.is_active:
         print(f"{run.name} is {state}: there is nothing to cancel")
         return 0
-    if state.held_by == "slurm":
+    if job is not None and state.held_by == "slurm":
         cancel_slurm_job(job.job_id, now=now)
-    elif state.held_by == "submitit":
+    elif job is not None and state.held_by == "submitit":
         cancel_local_job(job, now=now)
     else:
         raise ConfigError(f"{run.name} is {state}, and was not submitted: press Ctrl-C where it was started")
@@ -113,7 +113,7 @@ def resume(run: RunFolder) -> int:
         print(f"{run.name} is finished")
         return 0
     job = next((job for job in reversed(run.jobs) if job.command is not None), None)
-    if job is None:
+    if job is None or job.command is None:
         started = "the sbatch command" if run.job else "the command, such as deepspeed cit_scale/train.py,"
         raise ConfigError(f"{run.name} was not queued by launchers/submit.py; {started} that started it continues it")
     if job.cwd and not job.cwd.is_dir():

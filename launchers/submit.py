@@ -80,6 +80,7 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
         case "local":
             jobs = [submit_local(options, resources, runs[0], folder)]
         case _:
+            assert executor is not None  # the cluster is slurm
             jobs = submit_slurm(executor, runs)
     for run, job in zip(runs, jobs, strict=True):
         note_submission(run, job, options.cluster, given)

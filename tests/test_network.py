@@ -115,6 +115,11 @@ def test_an_unknown_model_is_answered_with_known_ones():
         build_network("cit_tinny", {}, num_classes=5, image_size=32)
 
 
+def test_an_unknown_tag_of_a_model_is_answered_with_known_ones():
+    with pytest.raises(ConfigError, match=r"no model is called 'resnet18\.tinny'.* resnet18, .*resnet18\.a1_in1k"):
+        build_network("resnet18.tinny", {}, num_classes=5, image_size=32)
+
+
 def test_a_model_without_teacher_tokens_cannot_be_advised():
     with pytest.raises(ConfigError, match=r"resnet18 has no token.*cit_base_patch16_224"):
         build_network("resnet18", {}, num_classes=5, image_size=32, teachers=("conv",))

@@ -106,6 +106,13 @@ def attempts(run_dir):
     return [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
 
 
+def test_outside_of_a_job_the_command_says_who_runs_it(slurm, capsys):
+    with pytest.raises(SystemExit):
+        requeue.main(["--exit-code", "1", *slurm.train], {})
+    assert "SLURM_JOB_ID is not set; slurm/env.sh runs this command" in capsys.readouterr().err
+    assert not slurm.run_dir.exists()
+
+
 def test_a_failure_is_recorded_with_its_last_lines_and_requeued(slurm):
     for step in (10, 20):
         (slurm.run_dir / "ckpt" / f"step_{step:06d}").mkdir(parents=True)

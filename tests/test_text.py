@@ -1,5 +1,6 @@
 """Output that nobody takes any more, and help that begins with what works."""
 
+import io
 import shlex
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import TinyRun, assert_same_end
 
-from cit_scale.text import ExampleParser
+from cit_scale.text import ExampleParser, escape_unencodable
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -116,3 +117,12 @@ def test_the_help_begins_with_the_examples():
     assert parser.format_help().startswith("p one\np two\n\nusage: p")
     with pytest.raises(SystemExit):
         parser.parse_args(["--lon", "1"])
+
+
+@pytest.mark.parametrize("stream", [io.TextIOWrapper(io.BytesIO(), "ascii"), io.StringIO()])
+def test_a_name_that_stdout_cannot_encode_is_printed(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream)
+    escape_unencodable()
+    print("b\u00e4r", flush=True)  # a StringIO takes every character and cannot be told otherwise
+    stream.seek(0)
+    assert stream.read() in ("b\\xe4r\n", "b\u00e4r\n")

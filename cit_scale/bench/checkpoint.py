@@ -70,6 +70,11 @@ def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[f
         sync(synced)
         file_sha256(synced)
 
+    def load() -> None:
+        newest = load_newest(folder, World())
+        assert newest is not None  # the one that was saved last
+        engine.load_state(newest.state)
+
     # All ways take turns within a round: a disk whose speed drifts affects them alike.
     for turn in range(1, rounds + 2):
         checkpointer.save(turn, {})
@@ -79,7 +84,7 @@ def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[f
             WRITE: costs[-1]["save_write_s"],
             SAVE: seconds(lambda: save(plain)),
             SAVE_SYNCED: seconds(save_synced),
-            READ: seconds(lambda: engine.load_state(load_newest(folder, World()).state)),
+            READ: seconds(load),
             LOAD: seconds(lambda: engine.load_state(torch.load(plain, weights_only=True))),
         }
         os.sync()  # flush the page cache, so that the next round does not pay for the writes of this one

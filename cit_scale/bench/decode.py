@@ -17,13 +17,13 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -124,13 +124,14 @@ class Setting:
     image_size: int
 
 
-Open = Callable[[Source, Setting], Iterator[Tensor]]
+Stream = Generator[Tensor, None, None]
+Open = Callable[[Source, Setting], Stream]
 
 
 def ours(augment: AugmentConfig) -> Open:
     """Our training stream with ``augment``."""
 
-    def batches(source: Source, setting: Setting) -> Iterator[Tensor]:
+    def batches(source: Source, setting: Setting) -> Stream:
         data = DataConfig(image_size=setting.image_size, decode_threads=setting.threads)
         sizes = setting.batch, setting.batch
         with closing(train_stream(Reader(source), augment, data, 0, Cursor(), *sizes, World(), CPU)) as stream:
@@ -140,14 +141,14 @@ def ours(augment: AugmentConfig) -> Open:
     return batches
 
 
-def timm_loader(**augment: object) -> Open:
+def timm_loader(**augment: Any) -> Open:
     """timm.data.create_loader as timm's training script calls it.
 
     The workers produce uint8; PrefetchLoader, in the main process, converts to normalised float32 and erases. On a CPU
     this is as fast as use_prefetcher=False. use_multi_epochs_loader keeps the workers alive from one epoch to the next.
     """
 
-    def batches(source: Source, setting: Setting) -> Iterator[Tensor]:
+    def batches(source: Source, setting: Setting) -> Stream:
         # Patched while the loader is built: RandAugment looks its operations up then.
         with mock.patch.dict(auto_augment.NAME_TO_OP, PosterizeIncreasing=posterize):
             loader = create_loader(
@@ -189,16 +190,19 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep else Image.new("RGB", image.size)
 
 
-def dali_reader(source: Subset, setting: Setting) -> Iterator[Tensor]:
+def dali_reader(source: Source, setting: Setting) -> Stream:
     """The pipeline of DALI's examples, on the CPU and with timm's distribution of crops.
 
     DALI draws the crops and flips itself, so that they cannot be reproduced.
     """
+    assert isinstance(source, Subset)  # as open_sources makes it
+    assert isinstance(source.source, ImageFolder | Manifest)
+    folder = source.source.folder
 
     @pipeline_def(batch_size=setting.batch, num_threads=setting.threads, device_id=None, prefetch_queue_depth=2)
     def read_and_crop() -> tuple[DataNode, DataNode]:
         encoded, labels = fn.readers.file(
-            files=[str(source.source.folder / os.fsdecode(source.key(index))) for index in range(len(source))],
+            files=[str(folder / os.fsdecode(source.key(index))) for index in range(len(source))],
             labels=source.labels.tolist(),
             random_shuffle=True,
         )
@@ -374,8 +378,8 @@ def open_sources(arguments: argparse.Namespace, temporary: Path) -> dict[str, So
         raise ConfigError(f"no rows {', '.join(refused)}: dali_crop reads image files, the large ones are --synthetic")
     unwanted = set() if is_synthetic or arguments.packed else set(SHORTER_SIDES)
     rows = arguments.rows or [name for name in ROWS if name not in impossible | unwanted]
-    sources = dict.fromkeys(rows, source)
-    larger = source
+    sources: dict[str, Source] = dict.fromkeys(rows, source)
+    larger: Source = source
     if LARGE & sources.keys():
         make_photos(temporary / "larger", 2 * arguments.batch, (LARGE_HEIGHT, LARGE_WIDTH), arguments.threads)
         larger = ImageFolder(temporary / "larger", temporary)

@@ -119,8 +119,8 @@ class Errors:
 
 def errors_of(ours: Tensor, theirs: Sequence[Image.Image]) -> np.ndarray:
     """Mean absolute error of each image in bytes. Returns (B,). ours: (B, 3, H, W) in [0, 1]."""
-    ours = (ours * 255).round().permute(0, 2, 3, 1).numpy()
-    return np.abs(ours - np.stack([np.asarray(image) for image in theirs])).mean(axis=(1, 2, 3))
+    our_bytes = (ours * 255).round().permute(0, 2, 3, 1).numpy()
+    return np.abs(our_bytes - np.stack([np.asarray(image) for image in theirs])).mean(axis=(1, 2, 3))
 
 
 def measure(source: Source, image_size: int) -> dict[str, Errors]:
@@ -177,7 +177,7 @@ def measure_operations(photos: Sequence[Image.Image], data: DataConfig) -> dict[
     # Reduce the contrast of every other image, so that operations which raise contrast have an effect.
     images = [image.point(lambda value: value // 2 + 40) if i % 2 else image for i, image in enumerate(images)]
 
-    allowed = {
+    allowed: dict[tuple[str, tuple[float, ...]], float | None] = {
         (name, arguments_at(level, name)): EQUALIZE if name == "equalize" else OPERATION
         for name in draws.OPERATIONS
         for level in (0.1, 0.9, 1.0)
@@ -193,12 +193,11 @@ def measure_operations(photos: Sequence[Image.Image], data: DataConfig) -> dict[
         ]
         return np.concatenate([errors_of(*pair) for pair in pairs])
 
-    return {
-        operation_text(name, arguments): Errors(
-            *(errors(name, arguments, resample) for resample in RESAMPLE), allowed[name, arguments]
-        )
-        for name, arguments in allowed
-    }
+    found = {}
+    for (name, arguments), limit in allowed.items():
+        bilinear, bicubic = (errors(name, arguments, resample) for resample in RESAMPLE)
+        found[operation_text(name, arguments)] = Errors(bilinear, bicubic, limit)
+    return found
 
 
 def operation_text(name: str, arguments: Sequence[float]) -> str:

@@ -63,7 +63,8 @@ class Case:
     def draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Draw x, a kernel and a gradient of the output, contiguous, in the shapes of ``shapes``."""
         torch.manual_seed(0)
-        return tuple(torch.randn(shape, device=device).to(dtype) for shape in self.shapes)
+        x, kernel, grad_out = (torch.randn(shape, device=device).to(dtype) for shape in self.shapes)
+        return x, kernel, grad_out
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -87,7 +88,7 @@ def cases_of(network: str, image_size: int, batch: int) -> Counter[Case]:
     cases: Counter[Case] = Counter()
 
     def record(module: Involution2d, inputs: tuple[Tensor], _: Tensor) -> None:
-        _, channels, height, width = inputs[0].shape
+        channels, height, width = inputs[0].shape[1:]
         cases[Case(batch, channels, module.groups, module.kernel_size, module.stride, height, width)] += 1
 
     with torch.device("meta"):
@@ -218,7 +219,8 @@ def measure(
 ) -> dict[str, Figures]:
     """Returns name to figures; under COPY the figures of copying all inputs and outputs once."""
     x, kernel, grad_out = case.draw(dtype, device)
-    forward, both = {}, {}
+    forward: dict[str, Callable[[], object]] = {}
+    both: dict[str, Callable[[], object]] = {}
     for name, way in ways.items():
         inputs = (*way.laid_out(x, kernel), case.stride)
         forward[name] = partial(torch.no_grad()(way.forward), *inputs)
@@ -344,7 +346,8 @@ def main() -> None:
         f"{machine_text(device)}; {arguments.dtype}; median (minimum to maximum) of {arguments.rounds} rounds in turns"
     )
     # Called before the cases: the first call builds the C++ library or the kernels, which is no cost of the first case.
-    first_s = seconds(partial(involution, *(torch.ones(shape, device=device) for shape in TINY.shapes[:2])), device)
+    x, kernel, _ = (torch.ones(shape, device=device) for shape in TINY.shapes)
+    first_s = seconds(partial(involution, x, kernel), device)
     print(f"the operator's very first call, which builds what is not cached: {first_s:.2f} s")
     copy_bandwidth = copy_bytes_per_s(device, arguments.rounds)
     print(f"bandwidth of a large copy: {copy_bandwidth / 1e9:.1f} GB/s read and written\n")

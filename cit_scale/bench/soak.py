@@ -351,19 +351,21 @@ def watch(
     """
 
     def is_early() -> bool:
+        if fault is None:
+            return False
         is_time = time.monotonic() - job.started_s >= (fault.startup_part or math.inf) * startup_s
         return is_time and bool(job.targets(KINDS[fault.kind][1]))
 
     expected = max(committed(job.run_dir).keys() - damaged, default=0)
-    is_alive = job.wait(lambda: job.began is not None or (fault is not None and is_early()), START_LIMIT_S)
+    is_alive = job.wait(lambda: job.began is not None or is_early(), START_LIMIT_S)
     began, began_after_s = job.began, time.monotonic() - job.started_s
     if is_alive and fault and began is not None:
         is_alive = job.wait(lambda: job.last_step >= began + max(1, fault.patience * mean_steps))
-    kind = fault.kind if fault and is_alive else None
+    struck = fault if is_alive else None
     struck_at = expected if began is None else job.last_step
-    if kind:
-        strike(job, fault, step_s)
-    job.wait(lambda: False, END_LIMIT_S if kind else math.inf)
+    if struck is not None:
+        strike(job, struck, step_s)
+    job.wait(lambda: False, math.inf if struck is None else END_LIMIT_S)
 
     if job.began is not None:
         damaged.clear()
@@ -377,9 +379,9 @@ def watch(
         exit_code=job.exit_code,
         seconds=time.monotonic() - job.started_s,
         startup_s=None if began is None else began_after_s,
-        kind=kind,
-        second=fault.second.name if kind and fault.second else None,
-        in_startup=kind is not None and began is None,
+        kind=None if struck is None else struck.kind,
+        second=struck.second.name if struck is not None and struck.second else None,
+        in_startup=struck is not None and began is None,
     )
     if wrong := complaint(start, job.is_done, job.log.read_text()):
         raise Surprise(f"{start}: {wrong}", job.log)
@@ -434,9 +436,13 @@ def prepare(folder: Path, engine: str, seed: int) -> list[str]:
 
 def measure_step_s(job: Job) -> float:
     """Seconds of a step, the mean over 30 steps. Raises Surprise if the trainer does not get that far."""
+
+    def has_done(step: int) -> bool:
+        return job.last_step >= step
+
     times = []
     for step in (10, 40):  # the first ten steps are not timed
-        if not job.wait(lambda step=step: job.last_step >= step, START_LIMIT_S):
+        if not job.wait(functools.partial(has_done, step), START_LIMIT_S):
             raise Surprise("the trainer does not run", job.log)
         times.append(time.monotonic())
     return (times[1] - times[0]) / 30
@@ -557,6 +563,7 @@ def soak(folder: Path, engine: str, ranks: int, seed: int, minutes: float) -> di
     print(f"{steps} steps of {1e3 * step_s:.0f} ms", flush=True)
     with start_job("undisturbed", epochs) as job:
         alone = watch(job, None, set())
+    assert alone.startup_s is not None  # it has trained to its end
     starts: list[Start] = []
     restart = functools.partial(start_job, "disturbed", epochs)
     for start in disturb(restart, plan(seed), steps, alone.startup_s, step_s, until_s):

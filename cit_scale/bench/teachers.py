@@ -18,7 +18,7 @@ from torch import Tensor
 from cit_scale.bench.involution import unfold
 from cit_scale.bench.measure import machine_text, peak_extra_mib, ratio, seconds, spread, table, take_turns
 from cit_scale.models import involution
-from cit_scale.models.network import build_network
+from cit_scale.models.network import Precision, build_network
 from cit_scale.teachers import freeze
 
 
@@ -32,7 +32,9 @@ def over_unfold(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     return forward_over_unfold
 
 
-def ways(name: str, image_size: int, precision: str, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+def ways(
+    name: str, image_size: int, precision: Precision, device: torch.device
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """Ways to run a teacher. Returns label in the table to its forward function; first the way in which a run loads it.
 
     The forward functions take images (B, 3, image_size, image_size).

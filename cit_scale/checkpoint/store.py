@@ -22,6 +22,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -143,7 +144,8 @@ def _agree(world: World, step: int, run_dir: Path, function: Callable[[], T]) ->
 
     An error of the disk becomes CannotWriteError or TransientError and names the checkpoint.
     """
-    result, failure = None, None
+    result: T | None = None
+    failure: Exception | None = None
     if world.is_main:
         try:
             result = function()
@@ -308,14 +310,13 @@ def load_newest(run_dir: Path, world: World) -> Checkpoint | None:
     _refuse_private_folder(folder, steps, world)
     reasons: dict[int, str] = {}
     for step in steps:
-        verdicts = gather(
-            world, run_on_all_ranks(world, lambda step=step: _verify(step_path(folder, step), step, world))
-        )
+        path = step_path(folder, step)
+        verdicts = gather(world, run_on_all_ranks(world, partial(_verify, path, step, world)))
         reason = next((verdict for verdict in verdicts if verdict), None)
         if reason is None:
             # Renamed only now: if no checkpoint verifies, all of them stay where they are.
             run_on_all_ranks(world, lambda: _set_all_aside(folder, reasons) if world.is_main else None)
-            return run_on_all_ranks(world, lambda step=step: _read(step_path(folder, step), step))
+            return run_on_all_ranks(world, partial(_read, path, step))
         reasons[step] = reason
     # Folders set aside by an earlier start also show that this run has trained, so it must not start over.
     were_there = broadcast(world, any(folder.glob("step_*.broken*")) if world.is_main else None)

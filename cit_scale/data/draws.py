@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -124,7 +125,7 @@ def parse_policy(text: str) -> Policy:
 
 def parse_randaugment(text: str) -> RandAugment:
     """Parse timm's notation, as in 'rand-m9-mstd0.5-inc1'. Raises ValueError that names all parts it cannot parse."""
-    readers = {
+    readers: dict[str, tuple[str, str, Callable[[str], Any]]] = {
         "m": ("magnitude", "10|[0-9]", float),
         "mstd": ("magnitude_std", r"\d+(?:\.\d+)?", float),
         "inc": ("increasing", "[01]", lambda digit: digit == "1"),
@@ -133,12 +134,13 @@ def parse_randaugment(text: str) -> RandAugment:
     }
     kind, *parts = text.split("-")
     unreadable = [] if kind == "rand" else [kind]
-    options = {}
+    options: dict[str, Any] = {}
     for part in parts:
-        key = re.match("[a-z]*", part)[0]
+        value = part.lstrip(string.ascii_lowercase)
+        key = part.removesuffix(value)
         name, pattern, read = readers.get(key, ("", "(?!)", str))  # an unknown key matches nothing
-        if re.fullmatch(pattern, part[len(key) :]):
-            options[name] = read(part[len(key) :])
+        if re.fullmatch(pattern, value):
+            options[name] = read(value)
         else:
             unreadable.append(part)
     if unreadable:
@@ -220,8 +222,8 @@ def _draw_three_augment(uniforms: np.ndarray, options: ThreeAugment) -> tuple[np
         [first == NAMES.index("solarize"), first == NAMES.index("color")], [128, 0], 0.1 + 1.9 * radius
     )
     jitter = JITTER_ORDERS[(order * len(JITTER_ORDERS)).astype(int)].T  # (3, B)
-    factors = 1 + options.jitter * (2 * np.stack(factors) - 1)
-    return np.vstack((first, jitter)), np.vstack((argument, factors))
+    scales = 1 + options.jitter * (2 * np.stack(factors) - 1)
+    return np.vstack((first, jitter)), np.vstack((argument, scales))
 
 
 def _draw_policy(uniforms: np.ndarray, policy: Policy | None) -> tuple[np.ndarray, np.ndarray]:
@@ -229,8 +231,9 @@ def _draw_policy(uniforms: np.ndarray, policy: Policy | None) -> tuple[np.ndarra
     if policy is None:
         nothing = np.zeros((0, uniforms.shape[-1]))
         return nothing, nothing
-    draw_layers = _draw_three_augment if isinstance(policy, ThreeAugment) else _draw_randaugment
-    return draw_layers(uniforms, policy)
+    if isinstance(policy, ThreeAugment):
+        return _draw_three_augment(uniforms, policy)
+    return _draw_randaugment(uniforms, policy)
 
 
 # --- Boxes of the crop and of random erasing ---

@@ -13,12 +13,12 @@ import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -90,6 +90,18 @@ ReadImages = Callable[[BatchRequest], tuple[np.ndarray, list[np.ndarray]]]
 """Reads a request's images. Returns the sample that stands at each place, a good one, (B,), and its encoded bytes."""
 
 
+class Plan(Protocol):
+    """Makes a plan of a request."""
+
+    def __call__(self, request: BatchRequest, read: ReadImages) -> PlannedBatch: ...
+
+
+class Pipeline(Protocol):
+    """What a stream uses of a DALI pipeline."""
+
+    def run(self, cuda_stream: Any = None) -> tuple[Any, ...]: ...
+
+
 def plan_training(
     request: BatchRequest, read: ReadImages, reader: Reader, augment: AugmentConfig, seed: int, size: int
 ) -> PlannedBatch:
@@ -125,7 +137,7 @@ def train_stream(
     micro_batch_size: int,
     world: World,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's micro-batches from `cursor` on, without end and across epochs. Close it, or drop it, to stop DALI.
 
     Images are (micro_batch_size, 3, image_size, image_size) float32 in [0, 1], but for the noise of random erasing.
@@ -158,7 +170,7 @@ def train_stream(
 
 def eval_stream(
     reader: Reader, data: DataConfig, batch_size: int, world: World, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every good image exactly once over all ranks: this rank's are rank, rank + world_size, ...
 
     The shorter side is resized to image_size / crop_ratio, then the centre is cropped, as torchvision rounds both.
@@ -183,12 +195,12 @@ def eval_stream(
 def _batches(
     reader: Reader,
     requests: Iterator[BatchRequest],
-    plan: Callable[[BatchRequest, ReadImages], PlannedBatch],
-    pipeline: Callable[..., dali.Pipeline],
+    plan: Plan,
+    pipeline: Callable[..., Pipeline],
     data: DataConfig,
     batch_size: int,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """A generator, so that a stream begins with its first batch and ends when it is closed, dropped or exhausted."""
     with closing(BatchStream(reader, requests, plan, pipeline, data, batch_size, device)) as stream:
         while (batch := stream.next_batch()) is not None:
@@ -211,8 +223,8 @@ class BatchStream:
         self,
         reader: Reader,
         requests: Iterator[BatchRequest],
-        plan: Callable[[BatchRequest, ReadImages], PlannedBatch],
-        pipeline: Callable[..., dali.Pipeline],
+        plan: Plan,
+        pipeline: Callable[..., Pipeline],
         data: DataConfig,
         batch_size: int,
         device: torch.device,
@@ -236,22 +248,21 @@ class BatchStream:
         """Plans that were fed and whose batches ``next_batch`` has not returned yet, in order."""
 
         self._planning_failed = False
-        self._build = partial(
+        self._make_pipeline = partial(
             pipeline,
-            self.feed,
-            data,
+            data=data,
             batch_size=batch_size,
             num_threads=data.decode_threads,
             prefetch_queue_depth=max(data.prefetch, 1),
             device_id=self._device_id,
         )
-        self._pipeline: dali.Pipeline | None = self._build()
+        self._pipeline: Pipeline | None = self._make_pipeline(self.feed)
 
     def close(self) -> None:
         """End the threads, DALI's among them."""
         # The pipeline holds ``feed``, and so this object: without this its threads would live until the next garbage
         # collection.
-        self._pipeline = self._build = None
+        self._pipeline = None
         self._plans.close()
         self._readers.shutdown()
 
@@ -273,11 +284,12 @@ class BatchStream:
 
     def next_batch(self) -> Batch | None:
         """The next batch; None after the last one."""
+        assert self._pipeline is not None  # until the stream is closed
         while True:
             stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
             try:
                 # Outputs bound to torch's stream are neither read too early nor handed back to DALI too early.
-                (images,) = self._pipeline.run(stream)
+                (decoded,) = self._pipeline.run(stream)
             except StopIteration:
                 return None
             except RuntimeError:
@@ -285,7 +297,7 @@ class BatchStream:
                     raise
                 continue
             plan = self._in_flight.popleft()
-            images = torch.from_dlpack(images.as_tensor())  # the same memory, which DALI now leaves alone
+            images = torch.from_dlpack(decoded.as_tensor())  # the same memory, which DALI now leaves alone
             if plan.draw is not None:
                 erase(images, plan.draw)
             return Batch(
@@ -309,7 +321,7 @@ class BatchStream:
             return False
         self._to_refeed.extendleft(reversed(plans))
         self._in_flight.clear()
-        self._pipeline = self._build()
+        self._pipeline = self._make_pipeline(self.feed)
         return True
 
     def _without_undecodable(self, plan: PlannedBatch) -> PlannedBatch:
@@ -332,15 +344,21 @@ class BatchStream:
         Each thread takes a chunk of the samples, so that a slow disk is asked for several at once, and the hand-over
         between threads does not slow a fast one down.
         """
+
+        def read(chunk: Iterable[int]) -> list[tuple[int, bytes]]:
+            return [self._reader.read(int(sample), request.doubtful) for sample in chunk]
+
         chunks = np.array_split(request.samples, self._num_readers)
-        read = self._readers.map(
-            lambda chunk: [self._reader.read(int(sample), request.doubtful) for sample in chunk], chunks
-        )
-        samples, encoded = zip(*itertools.chain.from_iterable(read), strict=True)
-        return np.array(samples), [np.frombuffer(data, np.uint8) for data in encoded]
+        pairs = list(itertools.chain.from_iterable(self._readers.map(read, chunks)))
+        return np.array([sample for sample, _ in pairs]), [np.frombuffer(data, np.uint8) for _, data in pairs]
 
 
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
+@dataclass(frozen=True)
+class _Raised:
+    error: BaseException
+
+
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """The same items, made by a thread ahead of time: `depth` that wait, and one in the making; with 0, when asked for.
 
     Close it to end the thread. An exception of `items` is raised in its place in the order.
@@ -348,33 +366,34 @@ def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
     if depth == 0:
         yield from items
         return
-    made: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
+    made: queue.Queue[T | _Raised] = queue.Queue(depth)
     closed = threading.Event()
 
-    def put(item: T | None, error: BaseException | None) -> None:
+    def put(item: T | _Raised) -> None:
         while not closed.is_set():
             try:
-                return made.put((item, error), timeout=0.1)
+                return made.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
     def make() -> None:
         try:
             while not closed.is_set():
-                put(next(items), None)
+                put(next(items))
         except BaseException as error:  # StopIteration too: all are handed over and end the other side
-            put(None, error)
+            put(_Raised(error))
 
     thread = threading.Thread(target=make, name="plan", daemon=True)
     thread.start()
     try:
         while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
+            item = made.get()
+            if not isinstance(item, _Raised):
+                yield item
+            elif isinstance(item.error, StopIteration):
                 return
-            if error is not None:
-                raise error
-            yield item
+            else:
+                raise item.error
     finally:
         closed.set()
         thread.join()

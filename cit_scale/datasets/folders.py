@@ -66,8 +66,8 @@ class ImageFolder(_ImageFiles):
 
         def is_valid(columns: Columns) -> bool:
             with ThreadPoolExecutor(THREADS) as threads:
-                times = threads.map(lambda name: _folder_time(folder, name), columns["folders"])
-                return list(times) == columns["times"].tolist() and not _any_readable(folder, columns)
+                times = threads.map(lambda name: _folder_time_now(folder, name), columns.texts["folders"])
+                return list(times) == columns.numbers["times"].tolist() and not _any_readable(folder, columns)
 
         super().__init__(folder, cached(self.index_path, lambda: _index_folder(folder, self.index_path), is_valid))
 
@@ -122,17 +122,22 @@ def _read_file(folder: Path, name: bytes, size: int = -1) -> bytes:
         return file.read(size)
 
 
-def _folder_time(folder: Path, name: bytes) -> int | None:
-    """Return the modification time of folder/name in nanoseconds; None if the folder no longer exists."""
+def _folder_time(folder: Path, name: bytes) -> int:
+    """Return the modification time of folder/name in nanoseconds. Raises FileNotFoundError."""
+    return os.stat(os.path.join(os.fsencode(folder), name)).st_mtime_ns
+
+
+def _folder_time_now(folder: Path, name: bytes) -> int | None:
+    """Return what `_folder_time` does; None if the folder no longer exists."""
     try:
-        return os.stat(os.path.join(os.fsencode(folder), name)).st_mtime_ns
+        return _folder_time(folder, name)
     except FileNotFoundError:
         return None
 
 
 def _any_readable(folder: Path, columns: Columns) -> bool:
     """Whether one of the images listed as unusable can be read now."""
-    names = columns["names"]
+    names = columns.texts["names"]
 
     def is_readable(index: int) -> bool:
         try:
@@ -142,7 +147,7 @@ def _any_readable(folder: Path, columns: Columns) -> bool:
         return True
 
     with ThreadPoolExecutor(THREADS) as threads:
-        return any(threads.map(is_readable, columns["rejects"].tolist()))
+        return any(threads.map(is_readable, columns.numbers["rejects"].tolist()))
 
 
 def _index_folder(folder: Path, index_path: Path) -> Columns:
@@ -157,11 +162,10 @@ def _index_folder(folder: Path, index_path: Path) -> Columns:
     def read(index: int, size: int) -> bytes:
         return _read_file(folder, names[index], size)
 
-    return {
-        **read_image_headers(classes, names, labels, read, folder, index_path),
-        "folders": Texts.of([name for name, _ in times]),
-        "times": np.array([time_ns for _, time_ns in times]),
-    }
+    return read_image_headers(classes, names, labels, read, folder, index_path) | Columns(
+        numbers={"times": np.array([time_ns for _, time_ns in times])},
+        texts={"folders": Texts.of([name for name, _ in times])},
+    )
 
 
 def find_files(
@@ -204,12 +208,15 @@ def _entries(folder: Path, inside: str, enter: Callable[[str], None]) -> list[os
     return sorted(filter(is_shown, os.scandir(folder / inside)), key=lambda entry: entry.name)
 
 
-def _settled_time(folder: Path, inside: str) -> tuple[bytes, int | None]:
-    """Return a folder's name and modification time, read so late that every later change gets another time."""
+def _settled_time(folder: Path, inside: str) -> tuple[bytes, int]:
+    """Return a folder's name and modification time, read so late that every later change gets another time.
+
+    Raises FileNotFoundError for a folder that no longer exists.
+    """
     name = os.fsencode(inside)
     time_ns = _folder_time(folder, name)
     # Changed just now: a file added within the same clock tick would leave the time as it is, and the index stale.
-    if time_ns is not None and 0 <= time.time_ns() - time_ns < CLOCK_TICK_S * 1e9:
+    if 0 <= time.time_ns() - time_ns < CLOCK_TICK_S * 1e9:
         time.sleep(CLOCK_TICK_S)
         time_ns = _folder_time(folder, name)
     return name, time_ns

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -63,21 +64,29 @@ class Texts:
         return map(self.__getitem__, range(len(self)))
 
 
-Columns = Mapping[str, np.ndarray | Texts]
+@dataclass(frozen=True)
+class Columns:
+    """The columns of an index by name: numbers, mostly one for each image, and texts."""
+
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    texts: Mapping[str, Texts] = field(default_factory=dict)
+
+    def __or__(self, other: Columns) -> Columns:
+        return Columns({**self.numbers, **other.numbers}, {**self.texts, **other.texts})
 
 
-def concatenate(parts: Sequence[Columns]) -> dict[str, np.ndarray | Texts]:
+def concatenate(parts: Sequence[Columns]) -> Columns:
     """Join the rows of all parts. Every part has the same columns."""
-    joined: dict[str, np.ndarray | Texts] = {}
-    for name, first in parts[0].items():
-        columns = [part[name] for part in parts]
-        if isinstance(first, Texts):
-            starts = np.cumsum([0, *(len(texts.block) for texts in columns)])  # of each part's block in the joined one
-            ends = [texts.ends + start for texts, start in zip(columns, starts, strict=False)]
-            joined[name] = Texts(np.concatenate([texts.block for texts in columns]), np.concatenate(ends))
-        else:
-            joined[name] = np.concatenate(columns)
-    return joined
+    return Columns(
+        numbers={name: np.concatenate([part.numbers[name] for part in parts]) for name in parts[0].numbers},
+        texts={name: _concatenate_texts([part.texts[name] for part in parts]) for name in parts[0].texts},
+    )
+
+
+def _concatenate_texts(parts: Sequence[Texts]) -> Texts:
+    starts = np.cumsum([0, *(len(part.block) for part in parts)])  # of each part's block in the joined one
+    ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
+    return Texts(np.concatenate([part.block for part in parts]), np.concatenate(ends))
 
 
 # --- Saving, loading, caching ---
@@ -85,17 +94,14 @@ def concatenate(parts: Sequence[Columns]) -> dict[str, np.ndarray | Texts]:
 
 def save(path: Path, columns: Columns) -> None:
     """Write columns to `path`: the file is replaced completely or left as it was. Raises OSError."""
-    arrays = {"format": np.array(FORMAT)}
-    for name, column in columns.items():
-        if isinstance(column, Texts):
-            arrays |= {name: column.block, f"{name}.ends": column.ends}
-        else:
-            arrays[name] = column
+    arrays = {"format": np.array(FORMAT), **columns.numbers}
+    for name, texts in columns.texts.items():
+        arrays |= {name: texts.block, f"{name}.ends": texts.ends}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         sync(partial)
         partial.rename(path)  # two processes may do this at the same time: they replace each other's equal file
         sync(path.parent)
@@ -103,7 +109,7 @@ def save(path: Path, columns: Columns) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict[str, np.ndarray | Texts]:
+def load(path: Path) -> Columns:
     """Read the columns that `save` wrote. Raises ConfigError for a damaged file and for one of another version."""
     try:
         with np.load(path) as file:  # refuses pickled objects unless told otherwise
@@ -111,7 +117,8 @@ def load(path: Path) -> dict[str, np.ndarray | Texts]:
         if (found := int(arrays.pop("format"))) != FORMAT:
             raise ValueError(f"format {found} instead of {FORMAT}")
         ends = {name.removesuffix(".ends"): arrays.pop(name) for name in list(arrays) if name.endswith(".ends")}
-        return {name: Texts(array, ends[name]) if name in ends else array for name, array in arrays.items()}
+        texts = {name: Texts(arrays.pop(name), text_ends) for name, text_ends in ends.items()}
+        return Columns(arrays, texts)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} is damaged or from another version ({error}); delete it to make it anew") from error
 
@@ -127,7 +134,7 @@ def cached(path: Path, build: Callable[[], Columns], is_valid: Callable[[Columns
     return columns
 
 
-def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int) -> Path:
+def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int | Path) -> Path:
     """Return a path in `cache_dir` that differs for every `kind` and `key`."""
     digest = hashlib.sha256(b"\0".join(os.fsencode(str(part)) if not isinstance(part, bytes) else part for part in key))
     return cache_dir / f"{kind}-{digest.hexdigest()[:24]}.npz"
@@ -158,7 +165,7 @@ def read_image_headers(
     read: Callable[[int, int], bytes],
     where: Path,
     index_path: Path,
-) -> dict[str, np.ndarray | Texts]:
+) -> Columns:
     """Return the columns of a data set; image sizes and rejects come from the images' headers, read in parallel.
 
     classes: K names. names, labels: of the N images. read(index, size): the first `size` bytes of an image, all for -1.
@@ -188,24 +195,28 @@ def read_image_headers(
     num_readable = np.bincount(labels[heights > 0], minlength=len(classes))
     if not num_readable.all():
         missing = [name for name, number in zip(classes, num_readable, strict=True) if not number]
-        bad = [
+        unreadable = [
             f"{printable(names[index])} ({reason})"
             for index, reason in rejects.items()
             if not num_readable[labels[index]]
         ]
         raise ConfigError(
             f"{printable(where)} has no readable image for {len(missing)} of {len(classes)} classes: "
-            f"{shorten(missing)}; rejected: {shorten(bad)}; repair or remove them"
+            f"{shorten(missing)}; rejected: {shorten(unreadable)}; repair or remove them"
         )
-    return {
-        "classes": Texts.of([os.fsencode(name) for name in classes]),
-        "names": Texts.of(names),
-        "labels": labels,
-        "heights": heights,
-        "widths": widths,
-        "rejects": np.array(list(rejects), np.int64),
-        "reasons": Texts.of([reason.encode() for reason in rejects.values()]),
-    }
+    return Columns(
+        numbers={
+            "labels": labels,
+            "heights": heights,
+            "widths": widths,
+            "rejects": np.array(list(rejects), np.int64),
+        },
+        texts={
+            "classes": Texts.of([os.fsencode(name) for name in classes]),
+            "names": Texts.of(names),
+            "reasons": Texts.of([reason.encode() for reason in rejects.values()]),
+        },
+    )
 
 
 def measure_image(read: Callable[[int, int], bytes], index: int) -> tuple[int, int]:
@@ -219,7 +230,7 @@ def measure_image(read: Callable[[int, int], bytes], index: int) -> tuple[int, i
 def fingerprint(classes: Sequence[str], names: Texts, *numbers: np.ndarray) -> str:
     """Return a SHA-256 in hexadecimal of the classes, names and columns of numbers, the same on every machine."""
     digest = hashlib.sha256(os.fsencode("\n".join(classes)) + b"\0")
-    digest.update(names.block)
+    digest.update(names.block.data)
     for column in numbers:
         digest.update(column.astype("<i8").tobytes())  # one width and byte order, whatever the column has
     return digest.hexdigest()
@@ -229,12 +240,11 @@ class Indexed:
     """The part of a `Source` that the index answers; subclasses add `read` and `name`."""
 
     def __init__(self, columns: Columns) -> None:
-        self.classes = tuple(os.fsdecode(name) for name in columns["classes"])
-        self.labels, self.heights, self.widths = columns["labels"], columns["heights"], columns["widths"]
-        self.rejects: Mapping[int, str] = {
-            int(index): reason.decode() for index, reason in zip(columns["rejects"], columns["reasons"], strict=True)
-        }
-        self._names = columns["names"]
+        self.classes = tuple(os.fsdecode(name) for name in columns.texts["classes"])
+        self.labels, self.heights, self.widths = (columns.numbers[name] for name in ("labels", "heights", "widths"))
+        rejects = zip(columns.numbers["rejects"], columns.texts["reasons"], strict=True)
+        self.rejects: Mapping[int, str] = {int(index): reason.decode() for index, reason in rejects}
+        self._names = columns.texts["names"]
 
     def __len__(self) -> int:
         return len(self._names)

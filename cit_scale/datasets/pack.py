@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,7 @@ from cit_scale.datasets.shards import INDEX, SETTINGS, Row, ShardWriter, shard_n
 from cit_scale.datasets.sources import BUILT_IN, Source, open_source
 from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import changed, sync, write_text
+from cit_scale.text import escape_unencodable
 
 REJECTED = "rejected.tsv"
 MIB = 1 << 20
@@ -60,7 +61,8 @@ class Summary:
     """Classes without an image left, because all were rejected."""
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True)
+class Prepared:
     """An image after a worker has checked it: a row for the shard, or the reason why it is rejected.
 
     size_before: bytes of the image in the source.
@@ -172,7 +174,7 @@ def _committed_parts(out: Path) -> list[Columns]:
 
 def _end(parts: Sequence[Columns]) -> int:
     """Return how many images of the source the parts cover, rejected images included."""
-    return int(parts[-1]["ends"][0]) if parts else 0
+    return int(parts[-1].numbers["ends"][0]) if parts else 0
 
 
 def _write_missing(
@@ -230,13 +232,14 @@ def _fill(shard: ShardWriter, prepared: Iterator[Prepared], shard_bytes: int, pr
         # A shard ends behind an image, so its content depends on the images only, not on workers or interruptions.
         if shard.size >= shard_bytes:
             break
-    return {
-        **shard.commit(),
-        "sizes_before": np.array(sizes_before, np.int64),
-        "rejects": np.array(list(rejects), np.int64),
-        "reasons": Texts.of([reason.encode() for reason in rejects.values()]),
-        "ends": np.array([end]),
-    }
+    return shard.commit() | Columns(
+        numbers={
+            "sizes_before": np.array(sizes_before, np.int64),
+            "rejects": np.array(list(rejects), np.int64),
+            "ends": np.array([end]),
+        },
+        texts={"reasons": Texts.of([reason.encode() for reason in rejects.values()])},
+    )
 
 
 def _prepare(source: Source, index: int, shorter_side: int | None, quality: int) -> Prepared:
@@ -288,30 +291,31 @@ def _finish(out: Path, source: Source, parts: Sequence[Columns]) -> None:
     Raises ConfigError when no image is left.
     """
     whole = concatenate(parts)
-    rejects = zip(whole["rejects"].tolist(), whole["reasons"], strict=True)
+    rejects = zip(whole.numbers["rejects"].tolist(), whole.texts["reasons"], strict=True)
     write_text(
         out / REJECTED, "".join(f"{printable(source.key(index))}\t{reason.decode()}\n" for index, reason in rejects)
     )
-    if not len(whole["labels"]):
+    if not len(whole.numbers["labels"]):
         raise ConfigError(f"none of {len(source)} images can be decoded; {printable(out / REJECTED)} says why")
     # A part without images has no shard. It can only be the last: a shard ends behind an image that fills it.
-    write_index(out, source.classes, [part for part in parts if len(part["labels"])])
+    write_index(out, source.classes, [part for part in parts if len(part.numbers["labels"])])
 
 
 def _summarise(out: Path, images_done: int, seconds: float) -> Summary:
     """Collect the summary from the files in `out`. images_done, seconds: of this call."""
     index = load(out / INDEX)
-    per_class = np.bincount(index["labels"], minlength=len(index["classes"]))
-    shards = [out / os.fsdecode(name) for name in index["shard_names"]]
+    labels, classes = index.numbers["labels"], index.texts["classes"]
+    per_class = np.bincount(labels, minlength=len(classes))
+    shards = [out / os.fsdecode(name) for name in index.texts["shard_names"]]
     return Summary(
-        images=len(index["labels"]),
+        images=len(labels),
         shards=len(shards),
         rejected=(out / REJECTED).read_bytes().count(b"\n"),
-        mib_before=int(index["sizes_before"].sum()) / MIB,
+        mib_before=int(index.numbers["sizes_before"].sum()) / MIB,
         mib_after=sum(path.stat().st_size for path in shards) / MIB,
         seconds=seconds,
         images_per_s=images_done / seconds,
-        empty_classes=tuple(printable(index["classes"][label]) for label in np.flatnonzero(per_class == 0)),
+        empty_classes=tuple(printable(classes[int(label)]) for label in np.flatnonzero(per_class == 0)),
     )
 
 
@@ -323,7 +327,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns the exit code: 0 success, 1 reading or writing failed, 2 wrong option or data set, 130 Ctrl-C.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot encode must not end the command
+    escape_unencodable()  # a name that the terminal cannot encode must not end the command
     out = Path(arguments.out).expanduser()
     goes_on = f"complete shards in {printable(out)} are kept, and the same command continues there"
     warnings.filterwarnings("ignore", module="PIL")  # rejected.tsv has the reason for each bad image

@@ -17,10 +17,11 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 
@@ -51,14 +52,15 @@ CLASSES = "classes.txt"
 # WebDataset's rule: the key ends at the first dot of the last part of the path.
 KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)
 LABEL = ".cls"
-PLACE = ("shards", "offsets", "sizes")  # columns: number of the shard, first byte in it, number of bytes
+PLACE = ("shards", "offsets", "sizes")  # columns of numbers: number of the shard, first byte in it, number of bytes
 OPEN_SHARDS = 256  # files that a data set keeps open; a process on Linux may open 1024 by default
 
 
 # --- Writing ---
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One image for a shard.
 
     index: its number in the data set. name: its key in the source. suffix: the extension with its dot. label: the
@@ -123,7 +125,7 @@ class ShardWriter:
             sync(self.path.parent)
         numbers = np.array([numbers for _, *numbers in self._rows], np.int64).reshape(-1, 5)
         columns = zip(("labels", "heights", "widths", "offsets", "sizes"), numbers.T, strict=True)
-        return {"names": Texts.of([name for name, *_ in self._rows]), **dict(columns)}
+        return Columns(dict(columns), {"names": Texts.of([name for name, *_ in self._rows])})
 
     def _add_member(self, name: str, data: bytes) -> None:
         # TarInfo's defaults (time 0, owner 0) stay: the same images make the same bytes at any time, for any user.
@@ -153,15 +155,18 @@ def write_index(folder: Path, classes: Sequence[str], parts: Sequence[Columns]) 
     """
     (folder / CLASSES).write_text("".join(f"{printable(name)}\n" for name in classes), encoding="utf-8")
     sync(folder / CLASSES)
-    columns = {
-        **concatenate(parts),
-        "shards": np.repeat(np.arange(len(parts)), [len(part["labels"]) for part in parts]),
-        "shard_names": Texts.of([shard_name(number).encode() for number in range(len(parts))]),
-        "classes": Texts.of([os.fsencode(name) for name in classes]),
-        "rejects": np.array([], np.int64),
-        "reasons": Texts.of([]),
-    }
-    save(folder / INDEX, columns)
+    columns = Columns(
+        numbers={
+            "shards": np.repeat(np.arange(len(parts)), [len(part.numbers["labels"]) for part in parts]),
+            "rejects": np.array([], np.int64),
+        },
+        texts={
+            "shard_names": Texts.of([shard_name(number).encode() for number in range(len(parts))]),
+            "classes": Texts.of([os.fsencode(name) for name in classes]),
+            "reasons": Texts.of([]),
+        },
+    )
+    save(folder / INDEX, concatenate(parts) | columns)
 
 
 def write_shards(
@@ -176,7 +181,7 @@ def write_shards(
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir(parents=True)
     rows = _rows(images)
-    parts = []
+    parts: list[Columns] = []
     try:
         while chunk := list(islice(rows, images_per_shard)):
             with ShardWriter(partial / shard_name(len(parts)), classes) as shard:
@@ -223,8 +228,8 @@ class TarShards(Indexed):
         """columns: the index; None: read it from the folder."""
         columns = load(folder / INDEX) if columns is None else columns
         super().__init__(columns)
-        self._shards, self._offsets, self._sizes = (columns[name] for name in PLACE)
-        self._paths = [folder / os.fsdecode(name) for name in columns["shard_names"]]
+        self._shards, self._offsets, self._sizes = (columns.numbers[name] for name in PLACE)
+        self._paths = [folder / os.fsdecode(name) for name in columns.texts["shard_names"]]
         self._open = lru_cache(OPEN_SHARDS)(_OpenFile)
         # Compare the length of each shard with the end of its last image: a shard cut short is found now and not in
         # the middle of an epoch.
@@ -302,11 +307,10 @@ def open_foreign_shards(folder: Path, cache_dir: Path) -> TarShards:
             shard, offset, whole = places[index].tolist()
             return open_file(paths[shard]).read(offset, whole if size < 0 else min(size, whole))
 
-        return {
-            **read_image_headers(classes, names, labels, read, folder, index_path),
-            **dict(zip(PLACE, places.T, strict=True)),
-            "shard_names": Texts.of([os.fsencode(path.name) for path in paths]),
-        }
+        return read_image_headers(classes, names, labels, read, folder, index_path) | Columns(
+            numbers=dict(zip(PLACE, places.T, strict=True)),
+            texts={"shard_names": Texts.of([os.fsencode(path.name) for path in paths])},
+        )
 
     return TarShards(folder, cached(index_path, build, lambda columns: True))
 
@@ -348,7 +352,8 @@ def _scan_shard(path: Path) -> list[tuple[bytes, int, int, str]]:
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}
     try:
-        with tarfile.open(path, "r:") as tar:  # "r:" refuses compressed files, in which offsets would be useless
+        # "r:" refuses compressed files, in which offsets would be useless.
+        with path.open("rb") as file, tarfile.open(path, "r:", file) as tar:
             for member in tar:
                 if member.size < 0:  # damaged: tarfile accepts it and would look for the next header before this one
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
@@ -363,9 +368,11 @@ def _scan_shard(path: Path) -> list[tuple[bytes, int, int, str]]:
                         )
                     images[key] = member
                 elif suffix == LABEL:
-                    labels[key] = tar.extractfile(member).read(1 << 10).decode("utf-8", "surrogateescape").strip()
+                    content = tar.extractfile(member)
+                    assert content is not None  # for a regular member
+                    labels[key] = content.read(1 << 10).decode("utf-8", "surrogateescape").strip()
             # tarfile takes a header that it cannot parse for the end of the file. A complete file has zeros there.
-            if any(os.pread(tar.fileobj.fileno(), tarfile.BLOCKSIZE, tar.offset)):
+            if any(os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except tarfile.TarError as error:
         raise ConfigError(

@@ -42,6 +42,7 @@ from cit_scale.datasets.progress import ProgressBar
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.errors import ConfigError, Stopped
 from cit_scale.files import changed, write_text
+from cit_scale.text import escape_unencodable
 
 EXTENSIONS = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
@@ -361,8 +362,7 @@ def extract_all(
     shutil.rmtree(scratch, ignore_errors=True)  # from a run that was killed
     # Each ffmpeg gets an equal share of the cores: with fewer videos than workers, a larger one.
     threads = max(1, len(os.sched_getaffinity(0)) // min(workers, len(names)))
-    options = {"shorter_side": shorter_side, "quality": quality, "threads": threads, "stop": stop}
-    take = partial(extract, sampling=sampling, **options)
+    take = partial(extract, sampling=sampling, shorter_side=shorter_side, quality=quality, threads=threads, stop=stop)
     records: dict[str, Record] = {}
     rejected: dict[str, str] = {}
     progress = ProgressBar(f"frames of {printable(videos)}", len(names), "videos")
@@ -567,7 +567,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns the exit code: 0 success, 1 no frames, or reading or writing failed, 2 wrong option or folder, 128 + signal
     if stopped.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot encode must not end the command
+    escape_unencodable()  # a name that the terminal cannot encode must not end the command
     goes_on = f"finished frames in {printable(arguments.out)} are kept, and the same command continues there"
     try:
         return _run(arguments)

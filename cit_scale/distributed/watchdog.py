@@ -38,9 +38,11 @@ class Watchdog:
         self._message = message or ""
         self._path = stacks
         self._overseer: subprocess.Popen[bytes] | None = None
+        self._pipe: IO[bytes]  # to the overseer, where there is one
         if not timeout_s:
             return
-        self._stacks: IO[str] = sys.__stderr__
+        # None for a stream that was closed when the process started; outlive_readers replaces sys.stderr then.
+        self._stacks: IO[str] = sys.__stderr__ or sys.stderr
         if stacks is not None:
             stacks.parent.mkdir(parents=True, exist_ok=True)
             self._stacks = stacks.open("a")
@@ -70,16 +72,18 @@ class Watchdog:
         # -I -S: without user settings and site-packages the interpreter starts in 20 ms and takes 10 MB.
         program = [sys.executable, "-I", "-S", overseer.__file__]
         arguments = [str(self._timeout_s), str(os.getpid()), self._message]
-        self._overseer = subprocess.Popen([*program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        started = subprocess.Popen([*program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        assert started.stdin is not None  # because of PIPE
+        self._overseer, self._pipe = started, started.stdin
         # A full pipe must not stop training, for instance while the overseer is paused.
-        os.set_blocking(self._overseer.stdin.fileno(), False)
+        os.set_blocking(self._pipe.fileno(), False)
 
     def progress(self) -> None:
         """Restart the count of ``timeout_s``. Called after every step or part of the preparation."""
         if self._overseer is None:
             return
         try:
-            os.write(self._overseer.stdin.fileno(), b".")
+            os.write(self._pipe.fileno(), b".")
         except BlockingIOError:
             pass  # the overseer is paused and the pipe is full: it reads progress enough when it runs again
         except BrokenPipeError:  # the overseer was killed: start another one
@@ -94,7 +98,7 @@ class Watchdog:
         self._overseer.kill()
         self._overseer.wait()  # it sends no signal from here on, so the handlers below can be removed
         with contextlib.suppress(OSError):
-            self._overseer.stdin.close()
+            self._pipe.close()
         self._overseer = None
         self._closed.set()
         self._taker.join()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -71,8 +72,10 @@ class World:
 
         Collectives of two threads in one group would be matched in the order in which they happen to start.
         """
-        timeout = timedelta(seconds=ENDLESS_S)
-        group = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
+        if self.world_size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=ENDLESS_S))
+        assert isinstance(group, dist.ProcessGroup)  # other values are for ranks outside of the group
         return dataclasses.replace(self, group=group)
 
 
@@ -155,9 +158,9 @@ def run_on_all_ranks(world: World, function: Callable[[], T]) -> T:
         result = function()
     except Exception as error:  # raised again below, on every rank
         failure = error
-    for error in gather(world, failure):
-        if error is not None:
-            raise error
+    for failure_of_rank in gather(world, failure):
+        if failure_of_rank is not None:
+            raise failure_of_rank
     return cast(T, result)
 
 
@@ -169,5 +172,9 @@ def first_on_each_node(world: World, function: Callable[[], T]) -> T:
     """
     turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
     # Every rank takes part in all three turns, since run_on_all_ranks is collective, and calls function in one of them.
-    results = [run_on_all_ranks(world, lambda now=now: function() if now == turn else None) for now in range(3)]
+
+    def call_in(now: int) -> T | None:
+        return function() if now == turn else None
+
+    results = [run_on_all_ranks(world, partial(call_in, now)) for now in range(3)]
     return cast(T, results[turn])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import nn
 
 from cit_scale.errors import ConfigError
@@ -22,6 +24,6 @@ def checkpoint_activations(module: Network) -> None:
     if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for block in inside for layer in block.modules()):
         raise ConfigError(f"{type(model).__name__} has BatchNorm where it would be computed twice; {way_out}")
     try:
-        model.set_grad_checkpointing(True)
+        cast(Any, model).set_grad_checkpointing(True)  # timm's method, which nn.Module does not have
     except (AttributeError, AssertionError) as error:  # timm asserts where a model has the method alone
         raise ConfigError(f"{type(model).__name__} cannot checkpoint its activations; {way_out}") from error

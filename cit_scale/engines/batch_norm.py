@@ -82,12 +82,17 @@ def _normalise(layer: nn.BatchNorm2d, images: Tensor) -> Tensor:
 
 
 def _mean_over_ranks(values: Tensor) -> Tensor:
-    return all_reduce(values, "sum", dist.group.WORLD) / dist.get_world_size()
+    everyone = dist.group.WORLD
+    assert everyone is not None  # several ranks have joined the process group before they train
+    return all_reduce(values, "sum", everyone) / dist.get_world_size()
 
 
 @torch.no_grad()
 def _follow(layer: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
     """Move the running statistics, as nn.BatchNorm2d does; without a momentum they are the mean of all batches."""
+    assert layer.num_batches_tracked is not None  # they are None together, without track_running_stats
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
     layer.num_batches_tracked.add_(1)
     weight = 1 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
     layer.running_mean.lerp_(mean, weight)
@@ -121,5 +126,4 @@ def _local_statistics(module: nn.Module) -> Iterator[Tensor]:
     for layer in module.modules():
         is_synchronized = type(layer) in SYNCHRONIZED.values()
         if isinstance(layer, _BatchNorm) and layer.track_running_stats and not is_synchronized:
-            yield layer.running_mean
-            yield layer.running_var
+            yield from (statistic for statistic in (layer.running_mean, layer.running_var) if statistic is not None)

@@ -7,6 +7,7 @@ forward and backward passes and dropped again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Fsdp2Engine(TorchEngine):
     def _backward(self, loss: Tensor) -> None:
         # Gradients are reduced once an update. Until then each rank keeps a whole float32 gradient, 0.35 GB for the
         # largest CiT: little beside the activations of a micro-batch, and cheaper than reducing after every micro-step.
+        assert isinstance(self.module, FSDPModule)  # since fully_shard
         self.module.set_requires_gradient_sync(self._is_last_micro_step)
         super()._backward(loss)
 
@@ -75,13 +77,14 @@ class ShardedTensors:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         # While weights are gathered the module holds others; these are the ones that stay.
-        self._parameters: dict[str, DTensor] = dict(module.named_parameters())
+        # fully_shard has made each a DTensor, which named_parameters does not tell.
+        self._parameters = cast(dict[str, DTensor], dict(module.named_parameters()))
         self.shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
         self.pieces: list[Tensor] = list(self._parameters.values())
 
     def assemble(self, pieces: Sequence[Tensor]) -> Iterable[tuple[str, Tensor]]:
         for name, piece in zip(self.shapes, pieces, strict=True):
-            yield name, piece.detach().full_tensor()
+            yield name, cast(DTensor, piece.detach()).full_tensor()
 
     def cut(self, whole: Callable[[str], Tensor]) -> Iterator[Tensor]:
         for name, parameter in self._parameters.items():

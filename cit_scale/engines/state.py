@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -73,7 +74,7 @@ class TrainingState:
         self._placement = placement
         self._ema_decay = ema_decay
         self._loss_scale = loss_scale
-        self._average = [piece.detach().clone() for piece in placement.pieces] if ema_decay is not None else None
+        self._average = [piece.detach().clone() for piece in placement.pieces if ema_decay is not None]
         persistent = module.state_dict().keys()
         self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         self._buffers_before = [buffer.clone() for buffer in self._buffers.values()]
@@ -93,15 +94,18 @@ class TrainingState:
     @torch.no_grad()
     def accept(self) -> None:
         """An update was applied: the moving average follows, the buffers stand."""
-        if self._average is not None:
-            # average = decay * average + (1 - decay) * weight
-            torch._foreach_lerp_(self._average, self._placement.pieces, 1 - self._ema_decay)
+        if self._ema_decay is not None:
+            self._follow(1 - self._ema_decay)
+        self._keep_buffers()
+
+    def _follow(self, weight: float) -> None:
+        """Move the averages: average = (1 - weight) * average + weight * value."""
+        torch._foreach_lerp_(self._average, self._placement.pieces, weight)
         for name, average in self._averaged_buffers.items():
             if average.is_floating_point():
-                average.lerp_(self._buffers[name], 1 - self._ema_decay)
+                average.lerp_(self._buffers[name], weight)
             else:
                 average.copy_(self._buffers[name])
-        self._keep_buffers()
 
     @torch.no_grad()
     def reject(self) -> None:
@@ -112,7 +116,7 @@ class TrainingState:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Collective, to enter and to leave. Within it the module computes with the average."""
-        if self._average is None:
+        if self._ema_decay is None:
             raise RuntimeError("there is no moving average of the weights; set optim.ema_decay")
         self._exchange()
         try:
@@ -154,7 +158,7 @@ class TrainingState:
         """Collective. Take over what ``copies`` returned. If it does not fit, ConfigError, and nothing is changed."""
         self._check(state)
         for kind, pieces in self._kinds().items():
-            parts = self._placement.cut(lambda name, kind=kind: state[f"{kind}/{name}"])
+            parts = self._placement.cut(partial(_saved, state, kind))
             for piece, part in zip(pieces, parts, strict=True):
                 piece.copy_(part)
         for piece in self._placement.pieces:
@@ -187,7 +191,7 @@ class TrainingState:
         """What there is of each parameter, in pieces."""
         pieces = self._placement.pieces
         kinds = {"weight": pieces, **{key: [self._optimizer.state[piece][key] for piece in pieces] for key in MOMENTS}}
-        if self._average is not None:
+        if self._ema_decay is not None:
             kinds["ema"] = self._average
         return kinds
 
@@ -206,6 +210,10 @@ class TrainingState:
                 f"the saved state does not fit this network and optimizer: {', '.join(problems[:3])}{more}; "
                 "continue with the configuration that it was saved with"
             )
+
+
+def _saved(state: Mapping[str, Tensor], kind: str, name: str) -> Tensor:
+    return state[f"{kind}/{name}"]
 
 
 def _copy_to_cpu(tensor: Tensor) -> Tensor:

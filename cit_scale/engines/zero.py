@@ -162,7 +162,8 @@ class ShardedParameters:
     def __init__(self, module: nn.Module, optimizer: Any, world: World) -> None:
         self._optimizer = optimizer
         self._world = world
-        self.shapes = {name: parameter.ds_shape for name, parameter in module.named_parameters()}
+        parameters: Iterable[tuple[str, Any]] = module.named_parameters()  # DeepSpeed has given each a ds_shape
+        self.shapes: dict[str, torch.Size] = {name: parameter.ds_shape for name, parameter in parameters}
         self.pieces: list[Tensor] = optimizer.fp32_partitioned_groups_flat
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         # By group: the parameters' names and how many elements of each a rank holds.

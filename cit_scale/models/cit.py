@@ -16,7 +16,7 @@ import keyword
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -198,7 +198,7 @@ class CiT(VisionTransformer):
         teachers: Sequence[str] = ("conv", "inv"),
         aligned: bool = True,
         stems: Mapping[str, str] | None = None,
-        weight_init: str = "",
+        weight_init: Literal["skip", "reset", "jax", "jax_nlhb", "moco", ""] = "",
         **vit: Any,
     ) -> None:
         teachers = _checked_teachers(teachers)
@@ -219,6 +219,7 @@ class CiT(VisionTransformer):
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, self.embed_dim, **factory))
         if isinstance(self.patch_drop, PatchDropout):
             self.patch_drop.num_prefix_tokens = self.num_prefix_tokens
+        self.teacher_tokens: nn.Parameter | None
         if teachers and not aligned:
             self.teacher_tokens = nn.Parameter(torch.empty(1, len(teachers), self.embed_dim, **factory))
         else:
@@ -285,7 +286,9 @@ class CiT(VisionTransformer):
         """Return the logits of every head in training and in evaluation mode: StudentLogits, each (B, num_classes)."""
         return self._head_logits(self.forward_features(images))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> StudentLogits | Tensor:
+    def forward_head(  # type: ignore[override]  # timm's own returns a Tensor always; ours a tuple in training
+        self, x: Tensor, pre_logits: bool = False
+    ) -> StudentLogits | Tensor:
         """Return the logits, as described for the class. x: (B, 1 + T + N, C) from forward_features.
 
         pre_logits: return the mean of the heads' tokens instead, (B, C).

@@ -43,9 +43,13 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
         warn_once_per_job(f"{kept}, as torch.fx cannot trace it: {error}")
         return network
     for conv_name, norm_name in pairs:
-        norm = folded.get_submodule(norm_name)
-        _fold(folded.get_submodule(conv_name), norm)
-        folded.set_submodule(norm_name, _without_statistics(norm))
+        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
+        rest = _without_statistics(norm)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert rest is not None
+        _fold(conv, norm)
+        folded.set_submodule(norm_name, rest)
     expected, answer = network(example), folded(example)
     # Written with `not`, so that NaN counts as different.
     if not (answer - expected).abs().max() <= TOLERANCE * expected.abs().max():
@@ -81,7 +85,7 @@ def _find_pairs(network: nn.Module) -> list[tuple[str, str]]:
         if type(conv) is not nn.Conv2d or _without_statistics(norm) is None:
             continue
         if all(calls[id(each)] == names[id(each)] == 1 and not _has_hooks(each) for each in (conv, norm)):
-            pairs.append((source.target, node.target))
+            pairs.append((str(source.target), str(node.target)))  # names of modules already
     return pairs
 
 
@@ -106,13 +110,21 @@ def _without_statistics(norm: nn.Module) -> nn.Module | None:
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Set weight and bias of `conv` so that it computes conv and norm, with the arithmetic in float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     weight, bias = fuse_conv_bn_weights(
-        *(None if tensor is None else tensor.double() for tensor in (conv.weight, conv.bias)),
+        conv.weight.double(),
+        _double(conv.bias),
         norm.running_mean.double(),
         norm.running_var.double(),
         norm.eps,
-        *(None if tensor is None else tensor.double() for tensor in (norm.weight, norm.bias)),
+        _double(norm.weight),
+        _double(norm.bias),
     )
     for name, tensor in {"weight": weight, "bias": bias}.items():
         parameter = nn.Parameter(tensor.to(conv.weight.dtype), requires_grad=conv.weight.requires_grad)
         setattr(conv, name, parameter)
+
+
+def _double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.double()

@@ -179,9 +179,9 @@ def _register_autocast(device_type: str, dispatch_key: str) -> None:
 
     def cast_and_call(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
-        cast = (tensor.to(dtype) if tensor.dtype in AUTOCAST_FROM else tensor for tensor in (x, kernel))
+        x, kernel = (tensor.to(dtype) if tensor.dtype in AUTOCAST_FROM else tensor for tensor in (x, kernel))
         with torch.autocast(device_type, enabled=False):  # otherwise the call would lead here again
-            return involution(*cast, stride)
+            return involution(x, kernel, stride)
 
     _LIBRARY.impl("involution", cast_and_call, dispatch_key)
 
@@ -292,6 +292,8 @@ class Involution2d(nn.Module):
 
 class _Span(nn.Conv2d):
     """The 1x1 convolution that computes an involution's kernel, with a layout that suits the device."""
+
+    bias: Tensor  # never None here
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)

@@ -10,7 +10,8 @@ value serves all channels of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -27,7 +28,13 @@ _CONFIGS = [
 ]
 
 
-def _autotune(*layout: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+class _TritonFunction(Protocol):
+    """A compiled and tuned Triton function, which is launched as function[grid](arguments)."""
+
+    def __getitem__(self, grid: Callable[[Mapping[str, int]], tuple[int, int]]) -> Callable[..., None]: ...
+
+
+def _autotune(*layout: str) -> Callable[[Any], _TritonFunction]:
     """Return the autotuning decorator, which measures again for each shape, dtype and memory format.
 
     layout: names of the strides that tell memory formats apart.
@@ -63,12 +70,12 @@ def grad_kernel(grad_out: Tensor, x: Tensor, stride: int, out: Tensor) -> None:
 
 
 def _launch(
-    function: Callable[..., None],
+    function: _TritonFunction,
     work: tuple[int, int],
     x: Tensor,
     kernel: Tensor,
     stride: int,
-    tensors: tuple[Tensor, Tensor, Tensor],
+    tensors: tuple[Tensor, ...],
 ) -> None:
     """Launch a kernel.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import safetensors
 import safetensors.torch
@@ -44,6 +44,9 @@ class Network(nn.Module):
     Forward: (B, 3, H, W) in [0, 1] -> StudentLogits, each (B, K) float32.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -52,7 +55,7 @@ class Network(nn.Module):
         GPU, DeepSpeed disables an autocast around its engine, with one line in the log."""
 
         self._single_head = student_logits_type(())  # looked up here: torch.compile does not trace a cached function
-        statistics = model.pretrained_cfg
+        statistics = _pretrained_cfg(model)
         # Not persistent: the statistics belong to the model's configuration, not to its weights.
         self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
@@ -64,15 +67,18 @@ class Network(nn.Module):
         normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         dtype = AUTOCAST.get(self.precision)
         with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            if hasattr(self.model, "forward_heads"):
-                logits = self.model.forward_heads(normalised)
+            forward_heads = getattr(self.model, "forward_heads", None)
+            logits: StudentLogits
+            if forward_heads is not None:
+                logits = forward_heads(normalised)
             else:
                 logits = self._single_head(self.model(normalised))
         return type(logits)(*(head.float() for head in logits))
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that the model exempts from weight decay."""
-        exempt = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        no_weight_decay = getattr(self.model, "no_weight_decay", None)
+        exempt = () if no_weight_decay is None else no_weight_decay()
         return {f"model.{name}" for name in exempt}
 
     @property
@@ -98,6 +104,12 @@ def build_network(
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:8] or timm.list_models(module="cit")
         raise ConfigError(f"no model is called {name!r}; known ones include {', '.join(near)}")
+    try:
+        pretrained_cfg = timm.get_pretrained_cfg(name)  # None for a model that is registered without one
+    except RuntimeError:  # an unknown tag after the model's name
+        model = name.partition(".")[0]
+        known = [model, *timm.list_pretrained(f"{model}.*")[:8]]
+        raise ConfigError(f"no model is called {name!r}; known ones include {', '.join(known)}") from None
     is_cit = timm.models.is_model_in_modules(name, ["cit"])
     if teachers and not is_cit:
         raise ConfigError(
@@ -113,13 +125,18 @@ def build_network(
     if is_cit:
         arguments["teachers"] = teachers
     # Models of a fixed input size take img_size; the others, such as a RedNet, do not know the argument.
-    if timm.get_pretrained_cfg(name).fixed_input_size:
+    if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         arguments["img_size"] = image_size
     try:
         return Network(timm.create_model(name, **arguments))
     except (TypeError, ValueError, AssertionError) as error:
         call = f"timm.create_model({name!r}, {_spelled(arguments)})"
         raise ConfigError(f"{call} refuses: {one_line(error, MOST)}") from error
+
+
+def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
+    """timm's description of a model: mean and std of its images, the name of its classifier, and more."""
+    return cast(Any, model).pretrained_cfg  # timm sets it, and nn.Module's types know parameters and modules only
 
 
 def _spelled(arguments: Mapping[str, Any]) -> str:
@@ -178,7 +195,7 @@ def load_weights(network: Network, path: str | Path) -> None:
         except ValueError as error:
             raise ConfigError(f"weights {path} do not fit: {error}") from error
     # Weights for another number of classes are the likeliest mistake, so they get a message of their own.
-    classifier = model.pretrained_cfg["classifier"]  # timm's convention: one name, or a tuple of several
+    classifier = _pretrained_cfg(model)["classifier"]  # timm's convention: one name, or a tuple of several
     key = f"{classifier if isinstance(classifier, str) or classifier is None else classifier[0]}.weight"
     found, expected = state.get(key), model.state_dict().get(key)
     if found is not None and expected is not None and len(found) != len(expected):

@@ -81,6 +81,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_chans, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_chans)
+        self.downsample: nn.Module
         if stride > 1 or in_chans != out_chans:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_chans, out_chans, 1, stride=stride, bias=False), nn.BatchNorm2d(out_chans)

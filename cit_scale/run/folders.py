@@ -111,11 +111,11 @@ class Phase:
     def step(self) -> int | None:
         """The highest step that any file mentions, whether or not a checkpoint of it exists."""
         steps = [self.metrics["step"], self.last_start.get("step"), self.results.get("steps"), *self.checkpoints]
-        return max(numbers(steps), default=None)
+        return as_int(max(numbers(steps), default=None))
 
     @property
     def total_steps(self) -> int | None:
-        return number(self.last_start.get("total_steps"), self.results.get("steps"))
+        return as_int(number(self.last_start.get("total_steps"), self.results.get("steps")))
 
     @property
     def images_per_s(self) -> float | None:
@@ -353,6 +353,10 @@ def as_dicts(value: Any) -> list[dict[str, Any]]:
 
 def as_path(value: Any) -> Path | None:
     return Path(value) if isinstance(value, str) and value else None
+
+
+def as_int(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def dig(tree: Any, *keys: str) -> Any:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,7 +108,7 @@ class StepClock:
         finally:
             self._excluded_s += time.perf_counter() - began
 
-    def waiting_for(self, batches: Iterator[T]) -> Iterator[T]:
+    def waiting_for(self, batches: Generator[T, None, None]) -> Generator[T, None, None]:
         """The same batches. The time until each one is there counts as waiting for data."""
         with contextlib.closing(batches):
             while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ class PreparedRun:
     def total_steps(self) -> int:
         return self.config.train.epochs * self.steps_per_epoch
 
-    def train_batches(self, step: int) -> Iterator[Batch]:
+    def train_batches(self, step: int) -> Generator[Batch, None, None]:
         """This rank's micro-batches from ``step`` on, without end."""
         config, world = self.config, self.world
         return train_stream(
@@ -92,7 +92,7 @@ class PreparedRun:
             device=world.device,
         )
 
-    def eval_batches(self) -> Iterator[Batch]:
+    def eval_batches(self) -> Generator[Batch, None, None]:
         """This rank's share of the evaluation set, once, in batches of the training's micro-batch size."""
         size = self.batch_split.micro_batch_size
         return eval_stream(

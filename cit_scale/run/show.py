@@ -328,7 +328,7 @@ def results_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield f"{student}, {head}", as_figure(top1, ".2f"), as_figure(dig(accuracy, "top5", head), ".2f")
 
 
-def new_table(names: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> Table:
+def new_table(names: Sequence[str], rows: Iterable[Iterable[Any]], right: Sequence[str] = ()) -> Table:
     import rich.box
     from rich.table import Table
 
