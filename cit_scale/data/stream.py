@@ -260,11 +260,11 @@ class BatchStream:
 
     def close(self) -> None:
         """End the threads, DALI's among them."""
-        # The pipeline holds ``feed``, and so this object: without this its threads would live until the next garbage
-        # collection.
-        self._pipeline = None
         self._plans.close()
         self._readers.shutdown()
+        # The pipeline holds ``feed``, and so this object: without this line DALI's threads would live until the next
+        # garbage collection.
+        self._pipeline = None
 
     def feed(self) -> tuple[list[np.ndarray] | np.ndarray, ...]:
         """The next plan's inputs, for DALI. StopIteration tells DALI that there are no more.
