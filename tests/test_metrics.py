@@ -1,15 +1,19 @@
 import contextlib
 import errno
+import io
 import json
 import math
+import re
 import time
 
 import pytest
 import sabotage
 import torch
 from ranks import run_on_ranks
+from rich.console import Console
 
 from cit_scale.distributed.world import World
+from cit_scale.run import metrics
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 
 
@@ -118,6 +122,24 @@ def test_curves_that_cannot_be_written_do_not_stop_the_lines(tmp_path, capsys):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     assert capsys.readouterr().out.count("metrics cannot be written") == 1
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_on_a_terminal_of_80_columns_the_bar_shows_steps_and_time_left_below_the_values(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=80, highlight=False, legacy_windows=False)
+    monkeypatch.setattr(metrics, "Console", lambda **options: terminal)
+    log = RunLog(tmp_path, World(), title="digits/teachers/conv", step=0, total_steps=330)
+    for step in range(1, 31):
+        time.sleep(0.01)
+        log.advance(step)
+    values = {f"loss_{name}": 1.23456 for name in ("label", "conv", "inv", "swin", "fifth", "sixth")}
+    log.record(30, {"loss": 2.0, **values})
+    log.close()
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()))
+    assert any(line.startswith("digits/teachers/conv  step 30/330  loss 2  loss_label 1.235") for line in lines)
+    bars = [line for line in lines if re.search(r"30/330 0:00:\d\d left 0:00:\d\d", line)]
+    assert bars
+    assert all(line.startswith("digits/teachers/conv ") and len(line) <= 80 for line in bars)
 
 
 def test_other_ranks_write_nothing(tmp_path):

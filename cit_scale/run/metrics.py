@@ -25,6 +25,9 @@ from cit_scale.run_folder import METRICS
 
 T = TypeVar("T")
 
+# Seconds of steps from which the time left is estimated: rich's own 30 hold no two steps of a slow run.
+SPEED_PERIOD_S = 600.0
+
 
 class RunningMeans:
     """Means of scalars over steps and ranks. Sums stay on the device until ``drain``: adding does not wait for it."""
@@ -182,15 +185,15 @@ class RunLog:
         if self._console.is_terminal:
             self._progress = Bar(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=20),  # and no values beside it: rich would cut the time left for them
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[latest]}"),
                 console=self._console,
+                speed_estimate_period=SPEED_PERIOD_S,
             )
-            self._task = self._progress.add_task(title, total=total_steps, completed=step, latest="")
+            self._task = self._progress.add_task(title, total=total_steps, completed=step)
             self._progress.start()
 
     def advance(self, step: int) -> None:
@@ -203,10 +206,8 @@ class RunLog:
             return
         self.note(step, values)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if v is not None)
-        if self._progress:
-            self._progress.update(self._task, latest=shown)
-        else:
-            self._console.print(f"{self._title}  step {step}/{self._total_steps}  {shown}", soft_wrap=True)
+        # On a terminal the line appears above the bar.
+        self._console.print(f"{self._title}  step {step}/{self._total_steps}  {shown}", soft_wrap=True)
 
     def note(self, step: int, values: Mapping[str, Any]) -> None:
         """Write one JSON line, and one point on the curve of each number in it."""
