@@ -1,16 +1,17 @@
 """Model FLOPs, against sums worked by hand, and the utilisation that follows from them."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from cit_scale.batch import student_logits_type
 from cit_scale.config import EngineConfig, RunConfig, StudentConfig, TeacherConfig
+from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
+from cit_scale.engines.build import prepare_engine
 from cit_scale.models.network import Network, build_network
 from cit_scale.run.flops import ModelFlops, forward_flops, model_flops, peak_flops
+from cit_scale.run.setup import PreparedRun
 
 
 class TwoLayers(nn.Module):
@@ -41,24 +42,21 @@ def test_attention_and_all_of_a_vit_are_counted():
     assert by_hand / 2 == pytest.approx(17.6e9, rel=0.01)
 
 
-def prepared(world_size, **teachers):
+def prepared(images, world_size, **teachers):
     config = RunConfig(
         student=StudentConfig(name="cit_tiny_patch16_224"), teachers=teachers, engine=EngineConfig(precision="bf16")
     )
-    student = build_network(config.student.name, {}, num_classes=10, image_size=224, teachers=tuple(teachers))
-    return SimpleNamespace(
-        config=config,
-        num_classes=10,
-        world=World(world_size=world_size),
-        build_student_without_weights=lambda: student,
+    reader = Reader(images)
+    return PreparedRun(config, prepare_engine(config, World(world_size=world_size)), reader, reader, {})
+
+
+def test_an_image_takes_three_forward_passes_of_the_student_and_one_of_each_teacher(tiny_digits):
+    flops = model_flops(prepared(tiny_digits, 4, inv=TeacherConfig(model="rednet26")), "NVIDIA H100 80GB HBM3")
+    networks = {"cit_tiny_patch16_224": ("inv",), "rednet26": ()}
+    student, teacher = (
+        forward_flops(build_network(name, {}, num_classes=10, image_size=224, teachers=tokens), 224)
+        for name, tokens in networks.items()
     )
-
-
-def test_an_image_takes_three_forward_passes_of_the_student_and_one_of_each_teacher():
-    run = prepared(4, inv=TeacherConfig(model="rednet26"))
-    flops = model_flops(run, "NVIDIA H100 80GB HBM3")
-    student = forward_flops(run.build_student_without_weights(), 224)
-    teacher = forward_flops(build_network("rednet26", {}, num_classes=10, image_size=224), 224)
     assert flops == ModelFlops(3 * student + teacher, 4 * 989e12)
     assert flops.utilisation(1000.0) == 1000 * (3 * student + teacher) / (4 * 989e12)
 
@@ -84,5 +82,6 @@ def test_the_peak_is_that_of_the_device_and_the_precision(name, precision, peak)
     assert peak_flops(name, precision) == peak
 
 
-def test_without_a_known_peak_no_network_is_built():
-    assert model_flops(prepared(1), "x86_64") is None
+def test_without_a_known_peak_no_network_is_built(tiny_digits, monkeypatch):
+    monkeypatch.setattr(PreparedRun, "build_on_meta", lambda run: pytest.fail("a network was built"))
+    assert model_flops(prepared(tiny_digits, 1), "x86_64") is None

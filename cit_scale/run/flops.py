@@ -10,7 +10,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cit_scale.models.network import Network, Precision, build_network
+from cit_scale.models.network import Network, Precision
 from cit_scale.run.plan import fake_state
 from cit_scale.run.setup import PreparedRun
 
@@ -55,12 +55,7 @@ def model_flops(prepared: PreparedRun, device_name: str) -> ModelFlops | None:
     if peak is None:
         return None
     size = config.data.image_size
-    with torch.device("meta"):
-        student = prepared.build_student_without_weights()
-        teachers = [
-            build_network(teacher.model, teacher.kwargs, num_classes=prepared.num_classes, image_size=size)
-            for teacher in config.teachers.values()
-        ]
+    student, teachers = prepared.build_on_meta()
     per_image = 3 * forward_flops(student, size) + sum(forward_flops(teacher, size) for teacher in teachers)
     return ModelFlops(per_image, peak * prepared.world.world_size)
 

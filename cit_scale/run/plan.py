@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from cit_scale.config import EngineConfig, RunConfig
 from cit_scale.engines.activation_checkpointing import blocks_of, checkpoint_activations
 from cit_scale.engines.base import EngineSetup
-from cit_scale.models.network import Network, build_network
+from cit_scale.models.network import Network
 from cit_scale.run.setup import PreparedRun
 
 FLOAT32_BYTES = 4
@@ -103,12 +103,7 @@ def estimate_memory(prepared: PreparedRun) -> Memory:
     """Memory of one rank. Needs neither a GPU nor that memory: the networks are built on the meta device."""
     config, world_size, split = prepared.config, prepared.world.world_size, prepared.batch_split
     image_size = config.data.image_size
-    with torch.device("meta"):
-        network = prepared.build_student_without_weights()
-        teachers = [
-            build_network(teacher.model, teacher.kwargs, num_classes=prepared.num_classes, image_size=image_size)
-            for teacher in config.teachers.values()
-        ]
+    network, teachers = prepared.build_on_meta()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     sharding = read_sharding(prepared.engine_setup)
     return dataclasses.replace(

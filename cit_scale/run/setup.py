@@ -118,6 +118,16 @@ class PreparedRun:
             teachers=tuple(config.teachers),
         )
 
+    def build_on_meta(self) -> tuple[Network, list[Network]]:
+        """The student and its teachers without weights, on the meta device: shapes without memory."""
+        size = self.config.data.image_size
+        with torch.device("meta"):
+            teachers = [
+                build_network(teacher.model, teacher.kwargs, num_classes=self.num_classes, image_size=size)
+                for teacher in self.config.teachers.values()
+            ]
+            return self.build_student_without_weights(), teachers
+
     def load_teacher(self, name: str, teacher: TeacherConfig) -> Teacher:
         return load_teacher(
             name,
