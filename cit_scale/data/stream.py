@@ -165,7 +165,7 @@ def train_stream(
     requests = itertools.chain([next(requests)], requests)
     plan = partial(plan_training, reader=reader, augment=augment, seed=seed, size=data.image_size)
     pipeline = partial(dali.train_pipeline, num_layers=policy.num_layers if policy else 0)
-    return _batches(reader, requests, plan, pipeline, data, micro_batch_size, device)
+    return _batches(partial(BatchStream, reader, requests, plan, pipeline, data, micro_batch_size, device))
 
 
 def eval_stream(
@@ -189,20 +189,12 @@ def eval_stream(
 
     requests = map(request_from, range(0, per_rank, batch_size))
     plan = partial(plan_evaluation, reader=reader, data=data)
-    return _batches(reader, requests, plan, dali.eval_pipeline, data, batch_size, device)
+    return _batches(partial(BatchStream, reader, requests, plan, dali.eval_pipeline, data, batch_size, device))
 
 
-def _batches(
-    reader: Reader,
-    requests: Iterator[BatchRequest],
-    plan: Plan,
-    pipeline: Callable[..., Pipeline],
-    data: DataConfig,
-    batch_size: int,
-    device: torch.device,
-) -> Generator[Batch, None, None]:
-    """A generator, so that a stream begins with its first batch and ends when it is closed, dropped or exhausted."""
-    with closing(BatchStream(reader, requests, plan, pipeline, data, batch_size, device)) as stream:
+def _batches(start: Callable[[], BatchStream]) -> Generator[Batch, None, None]:
+    """A generator, so that a stream starts with its first batch and ends when it is closed, dropped or exhausted."""
+    with closing(start()) as stream:
         while (batch := stream.next_batch()) is not None:
             yield batch
 
