@@ -193,7 +193,7 @@ class LoadedRun:
 class Session:
     """Everything that one process needs to train a network, from its first step to its last.
 
-    flops: None where the device's peak is not known.
+    flops: for the log, so on rank 0 only; None where the device's peak is not known.
     """
 
     prepared: PreparedRun
@@ -275,7 +275,7 @@ def train(
             bad_steps=BadSteps(loaded.progress, run_dir, config.train.max_bad_steps, world),
             means=RunningMeans(),
             clock=StepClock(config.train.global_batch_size),
-            flops=model_flops(prepared, device_name(world.device)),
+            flops=model_flops(prepared, device_name(world.device)) if world.is_main else None,
         )
         split = prepared.batch_split
         start_of_run = f"continues after step {step}" if step else f"starts in {run_dir}"
