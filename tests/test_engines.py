@@ -6,6 +6,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterator, Mapping
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from cit_scale.cli import resolve_teacher_runs
 from cit_scale.config import EngineConfig, RunConfig, TeacherConfig
 from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.base import Engine, StepResult
-from cit_scale.engines.build import prepare_engine
+from cit_scale.engines.build import ENGINES, prepare_engine
 from cit_scale.errors import ConfigError, Stopped
 from cit_scale.models.network import Network
 
@@ -609,6 +610,10 @@ def test_a_step_before_the_last_micro_step_is_an_error(ds_configs):
     engine.backward(loss_of(engine.forward(images), labels))
     with pytest.raises(RuntimeError, match="step after 1 backward calls, an update takes 2"):
         engine.step(LR)
+
+
+def test_the_setting_and_the_table_name_the_same_engines():
+    assert get_args(get_type_hints(EngineConfig)["name"]) == tuple(ENGINES)
 
 
 def test_plain_is_refused_on_two_ranks():
