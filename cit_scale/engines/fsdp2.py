@@ -36,7 +36,7 @@ class Fsdp2Engine(TorchEngine):
 
     def _backward(self, loss: Tensor) -> None:
         # Gradients are reduced once an update. Until then each rank keeps a whole float32 gradient, 0.35 GB for the
-        # largest CiT: little beside the activations of a micro-batch, and cheaper than reducing after every micro-step.
+        # largest CiT: little beside the activations of a micro-batch, and only the last micro-step sends messages.
         assert isinstance(self.module, FSDPModule)  # since fully_shard
         self.module.set_requires_gradient_sync(self._is_last_micro_step)
         super()._backward(loss)

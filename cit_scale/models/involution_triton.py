@@ -85,7 +85,8 @@ def _launch(
     positions, classes = work
     batch, channels, height, width = x.shape
     groups, size, _, out_height, out_width = kernel.shape[1:]
-    # Copies inputs only: the operator has allocated the output densely, so its steps are short.
+    # Copies inputs only: the operator has allocated the output densely, so its steps are short, unless one image of it
+    # had 2**31 elements.
     tensors = tuple(tensor if _has_short_steps(tensor) else tensor.contiguous() for tensor in tensors)
     with torch.cuda.device_of(x):  # Triton launches on the current device; no-op for the interpreter's CPU tensors
         function[lambda meta: (triton.cdiv(positions, meta["BLOCK"]) * groups, classes)](
