@@ -50,7 +50,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> l
     """``function(world, *args)`` on every rank of a started world. Returns the ranks' results in order.
 
     Results travel pickled; bring tensors home as numpy arrays. Raises AssertionError with a rank's traceback if one
-    fails, and after TIMEOUT_S, when each rank prints where it stands.
+    fails or its exit code if it dies, and after TIMEOUT_S, when each rank prints where it stands.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
@@ -61,14 +61,14 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> l
             sender.close()
             pipes.append(receiver)
         try:
-            return _results(pipes)
+            return _results(pipes, processes)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _results(pipes: list[Connection]) -> list[Any]:
+def _results(pipes: list[Connection], processes: list[BaseProcess]) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
@@ -79,7 +79,8 @@ def _results(pipes: list[Connection]) -> list[Any]:
             try:
                 succeeded, result = pipe.recv()
             except EOFError:
-                raise AssertionError(f"rank {rank} died") from None
+                processes[rank].join()
+                raise AssertionError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
             assert succeeded, f"rank {rank} failed:\n{result}"
             results[rank] = result
     return [results[rank] for rank in range(len(pipes))]
@@ -88,6 +89,7 @@ def _results(pipes: list[Connection]) -> list[Any]:
 def _run_rank(world: World, folder: str, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     # What was imported stays: DeepSpeed collects garbage often, and walking over all of that takes half a second.
     gc.freeze()
+    faulthandler.enable(sys.__stderr__)
     faulthandler.dump_traceback_later(TIMEOUT_S, exit=True, file=sys.__stderr__)
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world.world_size)
