@@ -137,14 +137,14 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
     same_run = not fresh and not override
     with contextlib.ExitStack() as held:
         with contextlib.closing(watch_preparation(config, world)) as watchdog:
-            prepared = prepare(config, arguments.teacher_runs, world, same_run=same_run)
+            prepared = prepare(config, arguments.teacher_run_configs, world, same_run=same_run)
             watchdog.progress()
             held.enter_context(exclusive(config.run_dir, world, stop))
             if fresh:
                 set_aside(config.run_dir, world)
             elif same_run:
                 # Checked again under the lock: before, another job could still write to the folder.
-                run_on_all_ranks(world, lambda: check_same_runs((config, *arguments.teacher_runs.values())))
+                run_on_all_ranks(world, lambda: check_same_runs((config, *arguments.teacher_run_configs.values())))
         teachers = dict(config.teachers)
         # From here on a second Ctrl-C waits until the state is saved; before, it interrupts at once.
         with stop.shielded():
@@ -221,7 +221,10 @@ class Session:
         return self.loaded.progress
 
     def goodput(self) -> float | None:
-        """Share of the time since the run's first start that was spent in steps that count; None if clocks disagree."""
+        """Share of the time since the run's first start that was spent in steps that count.
+
+        None before the first such step, and if clocks disagree.
+        """
         useful_s, wall_s = self.progress.useful_s, time.time() - self.loaded.started_at
         return useful_s / wall_s if 0 < useful_s <= wall_s else None
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from cit_scale import cli
 from cit_scale.batch import student_logits_type
 from cit_scale.config import EngineConfig, RunConfig, StudentConfig, TeacherConfig
 from cit_scale.data.reader import Reader
@@ -42,8 +43,12 @@ def test_attention_and_all_of_a_vit_are_counted():
     assert by_hand / 2 == pytest.approx(17.6e9, rel=0.01)
 
 
-def prepared(images, world_size, **teachers):
-    config = RunConfig(
+def silent(message):
+    pytest.fail(message)
+
+
+def prepared(images, world_size, config=None, **teachers):
+    config = config or RunConfig(
         student=StudentConfig(name="cit_tiny_patch16_224"), teachers=teachers, engine=EngineConfig(precision="bf16")
     )
     reader = Reader(images)
@@ -51,7 +56,7 @@ def prepared(images, world_size, **teachers):
 
 
 def test_an_image_takes_three_forward_passes_of_the_student_and_one_of_each_teacher(tiny_digits):
-    flops = model_flops(prepared(tiny_digits, 4, inv=TeacherConfig(model="rednet26")), "NVIDIA H100 80GB HBM3")
+    flops = model_flops(prepared(tiny_digits, 4, inv=TeacherConfig(model="rednet26")), "NVIDIA H100 80GB HBM3", silent)
     networks = {"cit_tiny_patch16_224": ("inv",), "rednet26": ()}
     student, teacher = (
         forward_flops(build_network(name, {}, num_classes=10, image_size=224, teachers=tokens), 224)
@@ -59,6 +64,24 @@ def test_an_image_takes_three_forward_passes_of_the_student_and_one_of_each_teac
     )
     assert flops == ModelFlops(3 * student + teacher, 4 * 989e12)
     assert flops.utilisation(1000.0) == 1000 * (3 * student + teacher) / (4 * 989e12)
+
+
+@pytest.mark.parametrize("recipe", ["digits", "cit_base"])
+def test_the_networks_of_a_recipe_are_counted_at_its_image_size(recipe, tiny_digits):
+    """Those of digits end in a single pixel, whose BatchNorm refuses a single image in training."""
+    config = cli.parse_arguments(["--config", recipe]).config
+    flops = model_flops(prepared(tiny_digits, 1, config), "NVIDIA H100 80GB HBM3", silent)
+    assert flops.per_image > 1e6
+
+
+def test_networks_that_cannot_be_counted_cost_the_figure_and_not_the_run(tiny_digits, monkeypatch):
+    def forward(self, images):
+        raise RuntimeError("needs\nvalues")
+
+    said = []
+    monkeypatch.setattr(Network, "forward", forward)
+    assert model_flops(prepared(tiny_digits, 1), "NVIDIA H100 80GB HBM3", said.append) is None
+    assert said == ["mfu is not logged, because the FLOPs of the networks cannot be counted: needs values"]
 
 
 @pytest.mark.parametrize(
@@ -84,4 +107,4 @@ def test_the_peak_is_that_of_the_device_and_the_precision(name, precision, peak)
 
 def test_without_a_known_peak_no_network_is_built(tiny_digits, monkeypatch):
     monkeypatch.setattr(PreparedRun, "build_on_meta", lambda run: pytest.fail("a network was built"))
-    assert model_flops(prepared(tiny_digits, 1), "x86_64") is None
+    assert model_flops(prepared(tiny_digits, 1), "x86_64", silent) is None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from cit_scale.errors import one_line
 from cit_scale.models.network import Network, Precision
 from cit_scale.run.plan import fake_state
 from cit_scale.run.setup import PreparedRun
@@ -42,8 +43,8 @@ class ModelFlops:
         return images_per_s * self.per_image / self.peak
 
 
-def model_flops(prepared: PreparedRun, device_name: str) -> ModelFlops | None:
-    """None for a device whose peak is not known.
+def model_flops(prepared: PreparedRun, device_name: str, say: Callable[[str], None]) -> ModelFlops | None:
+    """None for a device whose peak is not known, and, with a line for ``say``, for networks that cannot be counted.
 
     An image takes three times the student's forward pass, as the backward pass is two of them (Kaplan et al., "Scaling
     Laws for Neural Language Models", 2020), and each teacher's forward pass once. What activation checkpointing
@@ -55,8 +56,13 @@ def model_flops(prepared: PreparedRun, device_name: str) -> ModelFlops | None:
     if peak is None:
         return None
     size = config.data.image_size
-    student, teachers = prepared.build_on_meta()
-    per_image = 3 * forward_flops(student, size) + sum(forward_flops(teacher, size) for teacher in teachers)
+    try:
+        student, teachers = prepared.build_on_meta()
+        per_image = 3 * forward_flops(student, size) + sum(forward_flops(teacher, size) for teacher in teachers)
+    except Exception as error:
+        # A model of timm's may do what cannot be done without data. No figure in the log is worth a run.
+        say(f"mfu is not logged, because the FLOPs of the networks cannot be counted: {one_line(error, 400)}")
+        return None
     return ModelFlops(per_image, peak * prepared.world.world_size)
 
 
@@ -73,6 +79,9 @@ def forward_flops(network: Network, image_size: int) -> int:
 
     network: on any device, meta too; nothing is computed.
     """
+    # BatchNorm in training refuses a single value per channel: one image where the feature map is a single pixel.
+    batch_size = 2
     with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(network, fake_state(network), (torch.empty(1, 3, image_size, image_size),))
-    return counter.get_total_flops()
+        images = torch.empty(batch_size, 3, image_size, image_size)
+        torch.func.functional_call(network, fake_state(network), (images,))
+    return counter.get_total_flops() // batch_size
