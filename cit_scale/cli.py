@@ -69,15 +69,18 @@ recipes: {recipes}
 
 @dataclass(frozen=True)
 class Arguments:
-    """teacher_runs: by teacher, the run that trains each one that has no weights. fresh: set aside what stands in the
-    run folder, and start over. override_resume: go on although what the run learns from changed. local_rank: the
-    deepspeed launcher's, if given."""
+    """fresh: set aside what stands in the run folder, and start over. override_resume: go on although what the run
+    learns from changed. local_rank: the deepspeed launcher's, if given."""
 
     config: RunConfig
-    teacher_runs: dict[str, RunConfig]
     fresh: bool
     override_resume: bool
     local_rank: int | None
+
+    @functools.cached_property
+    def teacher_run_configs(self) -> dict[str, RunConfig]:
+        """As ``resolve_teacher_runs``. Not resolved by who needs only the student's settings, as it reads recipes."""
+        return resolve_teacher_runs(self.config)
 
 
 def recipe_names() -> list[str]:
@@ -110,8 +113,9 @@ def _refuse_unreadable(path: Path) -> None:
 def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
     """The run that a command line and its launcher's environment describe.
 
-    Raises a RunError for every mistake that shows without the data, the networks and the slow libraries. ``--help`` and
-    ``--print_config`` print on rank 0 and exit with code 0.
+    Raises a RunError for every mistake in the student's settings that shows without the data, the networks and the slow
+    libraries, and for a teacher's recipe that is missing. ``--help`` and ``--print_config`` print on rank 0 and exit
+    with code 0.
     """
     ranks = Ranks() if ASKS_ONLY & set(argv) else read_ranks(env)
     with contextlib.nullcontext() if is_first_rank(env) else contextlib.redirect_stdout(io.StringIO()):
@@ -123,6 +127,7 @@ def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
         )
     check_config(arguments.config)
     split_batch(arguments.config, ranks.world_size)
+    _ = arguments.teacher_run_configs  # refuses what cannot be resolved
     return arguments
 
 
@@ -190,8 +195,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise ConfigError(
             f"name={config.name!r} lies inside another run's folder, where {min(taken)} is that run's own; give another"
         )
-    teacher_runs = resolve_teacher_runs(config)
-    return Arguments(config, teacher_runs, parsed.fresh, parsed.override_resume, parsed.local_rank)
+    return Arguments(config, parsed.fresh, parsed.override_resume, parsed.local_rank)
 
 
 def _short_help() -> str:

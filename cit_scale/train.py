@@ -278,7 +278,7 @@ def train(
             bad_steps=BadSteps(loaded.progress, run_dir, config.train.max_bad_steps, world),
             means=RunningMeans(),
             clock=StepClock(config.train.global_batch_size),
-            flops=model_flops(prepared, device_name(world.device)) if world.is_main else None,
+            flops=model_flops(prepared, device_name(world.device), log.say) if world.is_main else None,
         )
         split = prepared.batch_split
         start_of_run = f"continues after step {step}" if step else f"starts in {run_dir}"

@@ -25,11 +25,11 @@ def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> P
     prepared_runs = []
     for run in runs:
         config = run.config
-        setups = check_all_settings(config, run.teacher_runs, world, same_run=same_run)
+        setups = check_all_settings(config, run.teacher_run_configs, world, same_run=same_run)
         if config.data not in opened:
             train_source, eval_source = open_data(config.data)
             opened[config.data] = Reader(train_source), Reader(eval_source)
-        prepared = with_images(config, run.teacher_runs, setups, *opened[config.data])
+        prepared = with_images(config, run.teacher_run_configs, setups, *opened[config.data])
         # The runs of a sweep over learning rates or seeds have the same networks: they are tried once.
         networks = repr((config.student, config.teachers, config.data, config.engine, config.train.global_batch_size))
         if networks not in tried:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 class RunRequest:
     """A run to submit.
 
-    argv: the arguments of train.py. teacher_runs: by teacher, the run that trains each teacher without weights.
+    argv: the arguments of train.py. teacher_run_configs: by teacher, the run that trains each teacher without weights.
     """
 
     argv: tuple[str, ...]
     config: RunConfig
-    teacher_runs: Mapping[str, RunConfig]
+    teacher_run_configs: Mapping[str, RunConfig]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def node_counts(options: Options, ranks_per_node: int, runs: Sequence[RunRequest
 def can_share(run: RunRequest, world_size: int) -> bool:
     """Whether so many ranks divide the global batches of the run and its teachers' runs."""
     try:
-        for config in (run.config, *run.teacher_runs.values()):
+        for config in (run.config, *run.teacher_run_configs.values()):
             split_batch(config, world_size)
     except ConfigError:
         return False
@@ -172,7 +172,7 @@ def can_host(run: RunRequest, world_size: int) -> bool:
     from cit_scale.engines.build import prepare_engine  # DeepSpeed's settings take seconds to import
 
     try:
-        for config in (run.config, *run.teacher_runs.values()):
+        for config in (run.config, *run.teacher_run_configs.values()):
             prepare_engine(config, World(world_size=world_size))
     except ConfigError:
         return False

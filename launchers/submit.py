@@ -104,7 +104,7 @@ def plan_runs(arguments: cli.Arguments, train_argv: Sequence[str], axes: Sequenc
     runs = []
     for more in sweep(arguments.config, axes) if axes else [[]]:
         parsed = cli.parse_arguments([*argv, *more]) if axes else arguments
-        runs.append(RunRequest((*argv, *more), parsed.config, parsed.teacher_runs))
+        runs.append(RunRequest((*argv, *more), parsed.config, parsed.teacher_run_configs))
     for run in runs:
         check_config(run.config)
     return runs

@@ -127,9 +127,9 @@ def test_checkpointing_counts_the_inputs_of_all_blocks_and_one_block_more():
 def plan(tiny_digits):
     argv = ["--train.micro_batch_size", "8", "--teachers.conv.weights", "conv.pth"]
     arguments = cli.parse_arguments(argv)
-    config, teacher_runs = arguments.config, arguments.teacher_runs
-    setups = check_all_settings(config, teacher_runs, World(world_size=4), same_run=False)
-    return plan_run(with_images(config, teacher_runs, setups, Reader(tiny_digits), Reader(tiny_digits)))
+    config, teacher_run_configs = arguments.config, arguments.teacher_run_configs
+    setups = check_all_settings(config, teacher_run_configs, World(world_size=4), same_run=False)
+    return plan_run(with_images(config, teacher_run_configs, setups, Reader(tiny_digits), Reader(tiny_digits)))
 
 
 def test_a_plan_says_how_long_the_run_is_and_what_comes_first(plan):

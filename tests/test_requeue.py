@@ -279,6 +279,13 @@ def test_a_recipe_that_cannot_be_read_just_now_is_asked_for_again(slurm, monkeyp
     assert attempts(slurm.run_dir)[0]["exit_code"] == 75
 
 
+def test_a_teachers_recipe_that_is_gone_does_not_keep_the_job_from_going_back(slurm):
+    teacher = ["--teachers.conv.model", "resnet10t", "--teachers.conv.recipe", "gone.yaml"]
+    assert requeue.main(["--exit-code", "75", *slurm.train, *teacher], slurm.env) == 0
+    assert slurm.calls == [("requeue", "7")]
+    assert attempts(slurm.run_dir)[0]["exit_code"] == 75
+
+
 def raise_first(errors):
     if errors:
         raise errors.pop()

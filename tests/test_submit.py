@@ -18,6 +18,7 @@ from cit_scale.config import REPOSITORY
 from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
+from cit_scale.errors import ConfigError
 from cit_scale.settings import to_yaml
 from launchers import executors, options, resources, submit
 from launchers.slurm import NoSlurmError
@@ -460,6 +461,15 @@ def test_a_recipe_is_parsed_once_for_all_nodes_and_runs(call, tiny, tmp_path, mo
     counts = resources.node_counts(options.Options(nodes=64, min_nodes=1), 1, runs)
     assert counts == (64, 32, 16, 8, 4, 2, 1)
     assert len(parsed) == 1 + 20 + 1
+
+
+def test_a_sweep_gives_what_the_teachers_of_its_recipe_lack(tmp_path):
+    (tmp_path / "advised.yaml").write_text(yaml.safe_dump({"teachers": {"conv": {"model": "resnet10t"}}}))
+    argv = ["--config", str(tmp_path / "advised.yaml")]
+    runs = submit.plan_runs(cli.parse_arguments(argv), argv, ["teachers.conv.weights=a.pth,b.pth"])
+    assert [run.config.teachers["conv"].weights for run in runs] == ["a.pth", "b.pth"]
+    with pytest.raises(ConfigError, match=r"conv .* has neither weights nor a recipe"):
+        submit.plan_runs(cli.parse_arguments(argv), argv, ["seed=0,1"])
 
 
 def test_help_and_mistakes_import_nothing_that_takes_long(tmp_path):

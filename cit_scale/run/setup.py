@@ -140,25 +140,25 @@ class PreparedRun:
 
 
 def prepare(
-    config: RunConfig, teacher_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
+    config: RunConfig, teacher_run_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
 ) -> PreparedRun:
     """Collective. Check the run and its teachers' runs, and open the data. Raises ConfigError.
 
-    teacher_configs: from ``cli.resolve_teacher_runs``. same_run: refuse a run folder begun with other settings.
+    teacher_run_configs: from ``cli.resolve_teacher_runs``. same_run: refuse a run folder begun with other settings.
     """
-    setups = run_on_all_ranks(world, lambda: check_all_settings(config, teacher_configs, world, same_run=same_run))
+    setups = run_on_all_ranks(world, lambda: check_all_settings(config, teacher_run_configs, world, same_run=same_run))
     train_source, eval_source = first_on_each_node(world, lambda: open_data(config.data))
-    prepared = with_images(config, teacher_configs, setups, Reader(train_source), Reader(eval_source))
+    prepared = with_images(config, teacher_run_configs, setups, Reader(train_source), Reader(eval_source))
     run_on_all_ranks(world, lambda: check_networks(prepared))
     return prepared
 
 
 def check_all_settings(
-    config: RunConfig, teacher_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
+    config: RunConfig, teacher_run_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
 ) -> dict[str, EngineSetup]:
     """Check all that needs neither data nor networks. Returns the engine setups, by teacher, and under STUDENT."""
     setups = {STUDENT: check_settings(config, world, same_run=same_run)}
-    for name, teacher_config in teacher_configs.items():
+    for name, teacher_config in teacher_run_configs.items():
         with naming_teacher(name):
             setups[name] = check_settings(teacher_config, world, same_run=same_run)
     return setups
@@ -166,14 +166,15 @@ def check_all_settings(
 
 def with_images(
     config: RunConfig,
-    teacher_configs: Mapping[str, RunConfig],
+    teacher_run_configs: Mapping[str, RunConfig],
     setups: Mapping[str, EngineSetup],
     train_images: Reader,
     eval_images: Reader,
 ) -> PreparedRun:
     """The prepared run. setups: from ``check_all_settings``."""
     teacher_runs = {
-        name: PreparedRun(each, setups[name], train_images, eval_images, {}) for name, each in teacher_configs.items()
+        name: PreparedRun(each, setups[name], train_images, eval_images, {})
+        for name, each in teacher_run_configs.items()
     }
     return PreparedRun(config, setups[STUDENT], train_images, eval_images, teacher_runs)
 
