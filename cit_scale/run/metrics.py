@@ -124,21 +124,22 @@ class StepClock:
                 yield batch
 
     def interval_costs(self, world: World) -> dict[str, float | None]:
-        """Collective. What a step cost since the last call; None where no turn counts.
+        """Collective. What a step cost since the last call.
 
         images_per_s: of the whole job. step_ms: milliseconds a step. data_share: the part of that, from 0 to 1, in
-        which a rank waited for its data; of the rank that waited longest. memory_gib: the most that tensors took on a
-        GPU, of the GPU where it was most; on GPUs only.
+        which a rank waited for its data; of the rank that waited longest. A GPU may still compute meanwhile. These
+        three are None where no turn counts. memory_gib: the most that tensors took on a GPU, at any time since the last
+        call, of the GPU where it was most; on GPUs only.
         """
         interval, self._reported = self._counted - self._reported, self._counted
         measured = gather(world, (interval.waiting_s, _peak_memory_gib(world.device)))
-        if not interval.seconds:
-            return dict.fromkeys(("images_per_s", "step_ms", "data_share"))
-        costs: dict[str, float | None] = {
-            "images_per_s": interval.turns * self._global_batch_size / interval.seconds,
-            "step_ms": 1000 * interval.seconds / interval.turns,
-            "data_share": min(1.0, max(waiting_s for waiting_s, _ in measured) / interval.seconds),
-        }
+        costs: dict[str, float | None] = dict.fromkeys(("images_per_s", "step_ms", "data_share"))
+        if interval.seconds:
+            costs = {
+                "images_per_s": interval.turns * self._global_batch_size / interval.seconds,
+                "step_ms": 1000 * interval.seconds / interval.turns,
+                "data_share": min(1.0, max(waiting_s for waiting_s, _ in measured) / interval.seconds),
+            }
         if world.device.type == "cuda":
             costs["memory_gib"] = max(memory for _, memory in measured)
         return costs
