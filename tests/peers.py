@@ -239,16 +239,16 @@ def _run_rank(
     os._exit(0)
 
 
-def describe_end(endings: Sequence[Ending]) -> str:
+def end_text(endings: Sequence[Ending]) -> str:
     for _, how, value in endings:
         if how != "returned":
             return f"{how} {value.split(':')[0]}"
     return "returned"
 
 
-def describe_load(endings: Sequence[Ending], saved: dict[int, dict[str, str]]) -> str:
+def load_text(endings: Sequence[Ending], saved: dict[int, dict[str, str]]) -> str:
     """saved: the fingerprints by step."""
-    if (end := describe_end(endings)) != "returned":
+    if (end := end_text(endings)) != "returned":
         return end
     steps = {step for _, _, (step, _) in endings}
     if steps == {0}:
@@ -359,7 +359,7 @@ class Bench:
         return endings
 
     def load(self, folder: Path, ranks: int = 2, build: Build | None = None, named: int | None = None) -> str:
-        return describe_load(self.run(ranks, load, build or self.kind, folder, named), self.saved)
+        return load_text(self.run(ranks, load, build or self.kind, folder, named), self.saved)
 
 
 def break_save(kills: bool, bench: Bench, folder: Path) -> str:
@@ -368,7 +368,7 @@ def break_save(kills: bool, bench: Bench, folder: Path) -> str:
     endings = bench.run(2, train_and_save, bench.kind, folder, limit, bench.kind.last_writer if kills else None)
     newest, older = bench.load(folder), bench.load(folder, named=1)
     by_name = f"; load of step 1 by its name: {older}" if older != newest else ""
-    return f"save: {describe_end(endings)}; load: {newest}{by_name}"
+    return f"save: {end_text(endings)}; load: {newest}{by_name}"
 
 
 def damage(part: str, change: Callable[[Path], Any], bench: Bench, folder: Path) -> str:
@@ -387,7 +387,7 @@ def flip_bits(bench: Bench, folder: Path) -> str:
             file.write("ended the process\n")
         _empty(checkpoint)
     if end.how != "returned":
-        return describe_end([end])
+        return end_text([end])
     counts = Counter(verdicts.read_text().splitlines())
     kinds = ("noticed", "ended the process", "silent", "without effect")
     return ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind])

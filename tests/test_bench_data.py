@@ -100,7 +100,7 @@ def test_what_was_ready_before_a_turn_is_not_timed():
             taken.append(name)
             yield torch.zeros(1)
 
-    times = decode.take_turns({name: stream(name) for name in "ab"}, batches=2, rounds=2, ahead=3)
+    times = decode.take_turns({name: stream(name) for name in "ab"}, batches=2, rounds=2, prefetched=3)
     assert "".join(taken) == 2 * (5 * "a" + 5 * "b")
     assert [len(figures) for figures in times.values()] == [2, 2]
     assert max(map(max, times.values())) < 0.1

@@ -38,7 +38,7 @@ from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import ENGINES, prepare_engine
 from cit_scale.errors import ConfigError, Stopped
-from cit_scale.models.network import Network
+from cit_scale.models.network import Network, Precision
 
 PRECISIONS = ("float32", "bf16", "fp16")
 
@@ -614,6 +614,7 @@ def test_a_step_before_the_last_micro_step_is_an_error(ds_configs):
 
 def test_the_setting_and_the_table_name_the_same_engines():
     assert get_args(get_type_hints(EngineConfig)["name"]) == tuple(ENGINES)
+    assert get_args(get_type_hints(EngineConfig)["precision"]) == get_args(Precision)
 
 
 def test_plain_is_refused_on_two_ranks():

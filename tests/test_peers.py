@@ -4,7 +4,7 @@ from functools import partial
 from zlib import crc32
 
 import pytest
-from peers import Ending, describe_load, judge_flips
+from peers import Ending, judge_flips, load_text
 
 SAVED = {1: {"weights": "a", "buffers": "b"}, 2: {"weights": "c", "buffers": "d"}}
 
@@ -72,10 +72,10 @@ def test_a_reader_that_never_says_the_same_twice_cannot_be_judged(tmp_path):
     ],
 )
 def test_a_load_is_described_by_the_step_and_the_tensors_it_brought(endings, said):
-    assert describe_load([Ending(rank, "returned", value) for rank, value in enumerate(endings)], SAVED) == said
+    assert load_text([Ending(rank, "returned", value) for rank, value in enumerate(endings)], SAVED) == said
 
 
 def test_a_load_that_one_rank_failed_is_described_by_the_failure():
     endings = [Ending(1, "returned", (2, SAVED[2])), Ending(0, "raised", "EOFError: no data: none")]
-    assert describe_load(endings, SAVED) == "raised EOFError"
-    assert describe_load([Ending(1, "died", "SIGXFSZ"), *endings], SAVED) == "died SIGXFSZ"
+    assert load_text(endings, SAVED) == "raised EOFError"
+    assert load_text([Ending(1, "died", "SIGXFSZ"), *endings], SAVED) == "died SIGXFSZ"

@@ -29,7 +29,7 @@ def test_the_state_is_bitwise_the_same_from_every_engine_to_every_other(tmp_path
     for ranks in (1, 2):
         run_on_ranks(ranks, load_and_save, shardings_on(ranks), tmp_path)
     table = {
-        (source, target): describe(
+        (source, target): difference_text(
             saved(tmp_path / name(*source)), saved(tmp_path / f"{name(*source)} {name(*target)}")
         )
         for source in LAYOUTS
@@ -80,7 +80,7 @@ def saved(run_dir: Path) -> dict[str, bytes]:
     }
 
 
-def describe(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
+def difference_text(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
     """= for the same bits everywhere, otherwise how many tensors differ."""
     assert any(key.startswith("optimizer exp_avg_sq/") for key in expected)
     different = [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]

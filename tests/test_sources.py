@@ -228,12 +228,12 @@ def test_a_change_in_the_same_tick_of_the_clock_is_noticed(tmp_path, monkeypatch
     folder = make_folder(tmp_path / "set", {"ant": 2})
     exact, read_image_headers = folders._folder_time, folders.read_image_headers
 
-    def describe_late(*arguments):
+    def read_late(*arguments):
         (folder / "ant" / "late.png").write_bytes(png())
         return read_image_headers(*arguments)
 
     monkeypatch.setattr(folders, "_folder_time", lambda *place: exact(*place) // 10**7 * 10**7)
-    monkeypatch.setattr(folders, "read_image_headers", describe_late)
+    monkeypatch.setattr(folders, "read_image_headers", read_late)
     (folder / "ant" / "1.png").rename(folder / "ant" / "2.png")
     assert len(ImageFolder(folder, tmp_path / "cache")) == 2
     assert len(ImageFolder(folder, tmp_path / "cache")) == 3

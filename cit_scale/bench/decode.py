@@ -264,17 +264,17 @@ SHORTER_SIDES = {
 
 
 def take_turns(
-    streams: Mapping[str, Iterator[Tensor]], batches: int, rounds: int, ahead: int
+    streams: Mapping[str, Iterator[Tensor]], batches: int, rounds: int, prefetched: int
 ) -> dict[str, list[float]]:
     """Time the streams in turns. Returns name to seconds per ``batches`` batches, one figure per round.
 
-    ahead: number of batches that a stream may have prefetched; they are taken before the clock starts.
+    prefetched: number of batches that a stream may have prefetched; they are taken before the clock starts.
     """
     times: dict[str, list[float]] = {name: [] for name in streams}
     for _ in range(rounds):
         for name, stream in streams.items():
             wait_for_rest()
-            take(stream, ahead)
+            take(stream, prefetched)
             times[name].append(seconds(partial(take, stream, batches), CPU))
     return times
 
@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             take(streams[name], 1)
         batches = max(1, arguments.images // arguments.batch)
         # timm's workers prefetch 2 batches each and its PrefetchLoader 1; our stream and DALI's reader prefetch fewer.
-        times = take_turns(streams, batches, arguments.rounds, ahead=2 * arguments.threads + 1)
+        times = take_turns(streams, batches, arguments.rounds, prefetched=2 * arguments.threads + 1)
     print(
         f"{library_versions_text()}; {setting.threads} threads or workers, batches of {setting.batch} images,", end=" "
     )

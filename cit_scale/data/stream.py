@@ -90,8 +90,8 @@ ReadImages = Callable[[BatchRequest], tuple[np.ndarray, list[np.ndarray]]]
 """Reads a request's images. Returns the sample that stands at each place, a good one, (B,), and its encoded bytes."""
 
 
-class Plan(Protocol):
-    """Makes a plan of a request."""
+class Planner(Protocol):
+    """Plans one request."""
 
     def __call__(self, request: BatchRequest, read: ReadImages) -> PlannedBatch: ...
 
@@ -215,13 +215,13 @@ class BatchStream:
         self,
         reader: Reader,
         requests: Iterator[BatchRequest],
-        plan: Plan,
+        planner: Planner,
         pipeline: Callable[..., Pipeline],
         data: DataConfig,
         batch_size: int,
         device: torch.device,
     ) -> None:
-        """plan: makes a request a plan. pipeline: makes a pipeline of ``feed``, the data's settings, and DALI's own."""
+        """planner: plans one request. pipeline: builds a DALI pipeline from ``feed``, ``data`` and DALI's options."""
         self._reader = reader
         self._device = device
         self._device_id: int | None = None
@@ -231,7 +231,7 @@ class BatchStream:
                 dali.reserve_pinned_memory(data.pinned_memory_mib)
         self._num_readers = data.decode_threads
         self._readers = ThreadPoolExecutor(data.decode_threads, "read")
-        self._plan_with = plan
+        self._planner = planner
         self._plans = prefetch(map(self._plan, requests), data.prefetch)
         self._to_refeed: deque[PlannedBatch] = deque()
         """Plans to be fed before the next new one."""
@@ -300,7 +300,7 @@ class BatchStream:
             )
 
     def recover(self) -> bool:
-        """Go on after a batch that failed. Returns whether that makes sense.
+        """Go on after a batch that failed. False: the caller has to raise the error of that batch.
 
         Going on makes no sense if the failure came from planning, which DALI only passed on. Neither does it if every
         image in flight can be decoded by itself: the same plans would fail again, for a reason that is not an image.
@@ -328,7 +328,7 @@ class BatchStream:
         return self._plan(replace(request, doubtful=request.doubtful | refused))
 
     def _plan(self, request: BatchRequest) -> PlannedBatch:
-        return self._plan_with(request, self._read)
+        return self._planner(request, self._read)
 
     def _read(self, request: BatchRequest) -> tuple[np.ndarray, list[np.ndarray]]:
         """As ``ReadImages``.

@@ -37,7 +37,7 @@ from cit_scale.text import escape_unencodable
 
 REJECTED = "rejected.tsv"
 MIB = 1 << 20
-AHEAD = 8  # images per worker prepared ahead of the writer, so that one slow image does not stall the others
+PREFETCH = 8  # images per worker prepared ahead of the writer, so that one slow image does not stall the others
 LONGEST_JPEG = 65_500  # pixels a side; libjpeg's limit
 # What a setting was for a folder that was begun by a version without that setting.
 DEFAULTS = {"shard_mib": SHARD_MIB, "shorter_side": None, "quality": PACK_QUALITY}
@@ -190,7 +190,7 @@ def _write_missing(
     first = _end(parts)
     try:
         with ProgressBar(f"packing {printable(out)}", len(source), done=first) as progress:
-            prepared = _in_order(threads, prepare, range(first, len(source)), AHEAD * workers)
+            prepared = _in_order(threads, prepare, range(first, len(source)), PREFETCH * workers)
             while _end(parts) < len(source):
                 number = len(parts)
                 with ShardWriter(out / shard_name(number), source.classes) as shard:
@@ -202,16 +202,16 @@ def _write_missing(
 
 
 def _in_order(
-    threads: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+    threads: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], prefetch: int
 ) -> Iterator[Result]:
-    """Yield function(item) for each item in order, computed by the threads at most `ahead` items in advance.
+    """Yield function(item) for each item in order, computed by the threads at most `prefetch` items in advance.
 
     Executor.map would submit all items at once, and keep the results of a whole data set in memory.
     """
     waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(threads.submit(function, item))
-        if len(waiting) > ahead:
+        if len(waiting) > prefetch:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

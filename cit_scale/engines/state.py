@@ -1,4 +1,4 @@
-"""Everything an update changes, in one portable form for every engine, stage and world size."""
+"""Everything an update changes, in one layout for every engine, stage and world size."""
 
 from __future__ import annotations
 
