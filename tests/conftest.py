@@ -1,9 +1,9 @@
-"""What all tests share: the tiers, two processes, and the runs that many of them start from."""
+"""What all tests share: the tiers, their processes, and the runs that many of them start from."""
 
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two processes with a thread for each core, whose ranks have some too, wait for each other more than they compute.
+    # Processes with a thread for each core, whose ranks have some too, wait for each other more than they compute.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -24,9 +24,13 @@ LONG_FILES = ("test_slurm", "test_train")
 
 
 def pytest_xdist_auto_num_workers(config):
-    """A process per core for a whole tier; none beside pytest's own for a file or two."""
+    """A process per core for a whole tier; none beside pytest's own for a file or two.
+
+    One more for all tests: those on the cluster, one long file, wait more than they compute.
+    """
     files = [argument for argument in config.args if ".py" in argument]
-    return 0 if files else min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+    everything = not config.option.markexpr
+    return 0 if files else min(MAX_PROCESSES, len(os.sched_getaffinity(0)) + everything)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -166,6 +166,16 @@ def calm(sbatch):
     return run
 
 
+@pytest.fixture(scope="module")
+def limited(sbatch, calm):
+    """A run whose steps alone take a minute, with a limit of a minute.
+
+    It is queued early, on nodes that no other test depends on, and trains for minutes while others are tested.
+    """
+    options = ["--nodes=2", "--nodelist=node3,node4", "--time=1", "--signal=USR2@5"]
+    return sbatch("cit_base", "limited", *ON_CPUS, *options, train=LONG, slow=2)
+
+
 def assert_same_end(run: Run, calm: Run) -> None:
     """The weights, bit for bit, and every step's loss: so no sample was lost or seen twice in an epoch."""
     assert_same_tensors(run.run_dir, calm.run_dir)
@@ -217,6 +227,7 @@ def disturbed(sbatch, cluster):
     return run
 
 
+@pytest.mark.usefixtures("limited")
 def test_a_requeued_run_ends_as_if_nothing_had_been(disturbed, calm, cluster):
     run = disturbed("requeued", train=["--fresh"])  # which is for the first start
     cluster.run("scontrol", "requeue", run.job_id)
@@ -254,9 +265,9 @@ def test_a_job_of_a_higher_partition_takes_the_nodes_and_the_run_comes_back(dist
     assert_same_end(run, calm)
 
 
-def test_a_run_longer_than_its_time_limit_takes_several(sbatch, calm):
-    # Its steps alone take a minute. Slurm looks every half a minute whose time is nearly up.
-    run = sbatch("cit_base", "limited", *ON_CPUS, "--nodes=2", "--time=1", "--signal=USR2@5", train=LONG, slow=2)
+def test_a_run_longer_than_its_time_limit_takes_several(limited, calm):
+    # Slurm looks every half a minute whose time is nearly up.
+    run = limited
     run.ends()
     assert len(run.starts()) >= 2
     codes = {attempt["exit_code"] for attempt in run.attempts()[:-1]}
