@@ -22,6 +22,8 @@ TIMEOUT_S = 60
 PAUSES_S = (2, 5, 10, 20, 20)
 BUSY = re.compile("timed out|Unable to contact|try again|Connection refused")
 
+PENDING = "Job is pending execution"  # what Slurm 22.05 says to requeueing a job that waits or is on its way back
+
 STOPPED_STATES = {"CANCELLED", "COMPLETED", "PREEMPTED", "REVOKED", "TIMEOUT"}
 FAILED_STATES = {"BOOT_FAIL", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 
@@ -286,7 +288,10 @@ def ask_job_record(job_id: str) -> dict[str, str]:
 
 def requeue_job(job_id: str) -> None:
     """Put the job back into the queue. Slurm may end the calling process with the job. Raises SlurmError."""
-    run_slurm("scontrol", "requeue", job_id, retry=True).checked()
+    answer = run_slurm("scontrol", "requeue", job_id, retry=True)
+    # An earlier try may have arrived although its answer did not: then Slurm refuses this one as already done.
+    if PENDING not in (answer.complaint or ""):
+        answer.checked()
 
 
 def exclude_nodes(job_id: str, record: Mapping[str, str], nodes: Sequence[str]) -> None:

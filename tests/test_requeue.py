@@ -220,18 +220,36 @@ def test_a_busy_controller_is_asked_again_and_a_clear_no_is_not(complaint, calls
     assert (tmp_path / "calls").read_text().count("x") == calls + 1
 
 
-def test_a_requeue_that_hangs_is_ended_and_tried_again_and_said_in_a_line(tmp_path, monkeypatch, capsys):
-    record = " ".join(f"{name}={value}" for name, value in JOB.items())
-    script = tmp_path / "scontrol"
-    hangs = f"echo x >> {tmp_path}/calls; exec sleep 60"
-    script.write_text(f"#!/bin/sh\ncase $1 in show) echo '{record}';; *) {hangs};; esac\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("launchers.slurm.PAUSES_S", (0, 0))
-    monkeypatch.setattr("launchers.slurm.TIMEOUT_S", 0.5)
-    train = ["--", "--runs_dir", str(tmp_path), "--name", "run"]
-    env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": JOB["Restarts"]}
-    assert requeue.main(["--exit-code", "75", *train], env) == 1
+@pytest.fixture
+def requeue_by(tmp_path, monkeypatch):
+    """``requeue_by(command)``: the exit code of requeue.py where the shell's ``command`` is ``scontrol requeue``."""
+
+    def run(command: str) -> int:
+        record = " ".join(f"{name}={value}" for name, value in JOB.items())
+        script = tmp_path / "scontrol"
+        script.write_text(
+            f"#!/bin/sh\ncase $1 in show) echo '{record}';; *) echo x >> {tmp_path}/calls; {command};; esac\n"
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr("launchers.slurm.PAUSES_S", (0, 0))
+        monkeypatch.setattr("launchers.slurm.TIMEOUT_S", 0.5)
+        train = ["--", "--runs_dir", str(tmp_path), "--name", "run"]
+        env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": JOB["Restarts"]}
+        return requeue.main(["--exit-code", "75", *train], env)
+
+    return run
+
+
+def test_a_requeue_whose_answer_was_lost_has_succeeded(requeue_by, tmp_path, capsys):
+    refuses = "echo 'Job is pending execution for job 7' >&2; exit 1"  # recorded from Slurm 22.05
+    assert requeue_by(f"[ $(wc -l < {tmp_path}/calls) = 1 ] && exec sleep 60; {refuses}") == 0
+    assert (tmp_path / "calls").read_text().count("x") == 2
+    assert "it ends here" not in capsys.readouterr().out
+
+
+def test_a_requeue_that_hangs_is_ended_and_tried_again_and_said_in_a_line(requeue_by, tmp_path, capsys):
+    assert requeue_by("exec sleep 60") == 1
     assert (tmp_path / "calls").read_text().count("x") == 3
     assert capsys.readouterr().out.splitlines()[1:] == [
         "job 7: it ends here, and the same command continues: scontrol requeue 7: timed out: no answer within 0.5 s"
