@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cit_scale.config import DS_CONFIGS, EngineConfig, OptimConfig, RunConfig
+from cit_scale.config import DS_CONFIGS, BatchSplit, EngineConfig, OptimConfig, RunConfig
 from cit_scale.engines.ds_config import read_ds_config
 from cit_scale.errors import ConfigError
+
+# The default global batch of 1024.
+WHOLE = BatchSplit(micro_batch_size=1024, micro_steps=1)
+ON_TWO_RANKS = BatchSplit(micro_batch_size=256, micro_steps=2)
 
 
 def run_config(tmp_path: Path, ds_config: dict | str) -> RunConfig:
@@ -66,7 +70,7 @@ def run_config(tmp_path: Path, ds_config: dict | str) -> RunConfig:
 )  # fmt: skip
 def test_a_ds_config_that_contradicts_the_recipe_or_is_misspelt_is_refused_in_one_line(ds_config, complaints, tmp_path):
     with pytest.raises(ConfigError) as error:
-        read_ds_config(run_config(tmp_path, ds_config), world_size=2, micro_steps=2)
+        read_ds_config(run_config(tmp_path, ds_config), ON_TWO_RANKS)
     assert "\n" not in str(error.value)
     for complaint in complaints:
         assert complaint in str(error.value)
@@ -75,7 +79,7 @@ def test_a_ds_config_that_contradicts_the_recipe_or_is_misspelt_is_refused_in_on
 def test_a_ds_config_that_is_not_json_is_refused(tmp_path):
     (tmp_path / "mine.json").write_text("{'stage': 1}")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
-        read_ds_config(run_config(tmp_path, str(tmp_path / "mine.json")), 1, 1)
+        read_ds_config(run_config(tmp_path, str(tmp_path / "mine.json")), WHOLE)
 
 
 def test_a_ds_config_may_repeat_the_recipe_or_say_auto(tmp_path):
@@ -92,7 +96,7 @@ def test_a_ds_config_may_repeat_the_recipe_or_say_auto(tmp_path):
         "steps_per_print": 10,
     }
     alone = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "steps_per_print": 10}
-    both = [read_ds_config(run_config(tmp_path, config), 2, 2) for config in (repeated, alone)]
+    both = [read_ds_config(run_config(tmp_path, config), ON_TWO_RANKS) for config in (repeated, alone)]
     assert both[0] == both[1]
     assert both[0]["train_batch_size"] == 1024
     assert both[0]["gradient_clipping"] == 15.0
@@ -102,9 +106,9 @@ def test_a_ds_config_may_repeat_the_recipe_or_say_auto(tmp_path):
 def test_a_precision_in_a_ds_config_is_the_recipes(precision, tmp_path):
     config = run_config(tmp_path, {precision: {"enabled": True}, "torch_autocast": {"enabled": True}})
     with pytest.raises(ConfigError, match=rf"{precision}\.enabled=true, the recipe says false"):
-        read_ds_config(config, 1, 1)
+        read_ds_config(config, WHOLE)
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
-    assert not {precision, "torch_autocast"} & read_ds_config(config, 1, 1).keys()
+    assert not {precision, "torch_autocast"} & read_ds_config(config, WHOLE).keys()
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
@@ -114,7 +118,7 @@ def test_the_shipped_files_say_how_to_shard_and_nothing_else(name, tmp_path):
     sections = {"offload_optimizer", "offload_param"} if name == "zero3_offload" else {"offload_optimizer"}
     offloaded = {key for key, value in shipped["zero_optimization"].items() if value == {"device": "cpu"}}
     assert offloaded == (sections if name.endswith("_offload") else set())
-    checked = read_ds_config(run_config(tmp_path, name), 1, 1)["zero_optimization"]
+    checked = read_ds_config(run_config(tmp_path, name), WHOLE)["zero_optimization"]
     assert {**shipped["zero_optimization"], "memory_efficient_linear": False} == checked
     assert checked["stage"] == int(name[4])
 
@@ -122,4 +126,4 @@ def test_the_shipped_files_say_how_to_shard_and_nothing_else(name, tmp_path):
 def test_compiling_under_zero3_is_refused():
     config = RunConfig(engine=EngineConfig(ds_config="zero3", compile=True))
     with pytest.raises(ConfigError, match="take stage 0, 1 or 2"):
-        read_ds_config(config, 1, 1)
+        read_ds_config(config, WHOLE)

@@ -40,7 +40,7 @@ def prepare_engine(config: RunConfig, world: World) -> EngineSetup:
     if engine.name == "zero":
         from cit_scale.engines.ds_config import read_ds_config  # DeepSpeed's, which the other engines do without
 
-        ds_config = read_ds_config(config, world.world_size, batch_split.micro_steps)
+        ds_config = read_ds_config(config, batch_split)
     return EngineSetup(config.optim, engine, batch_split, world, ds_config)
 
 

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
-
-from cit_scale.config import RunConfig, find_ds_config
-from cit_scale.errors import ConfigError, os_error
-from cit_scale.settings import flatten
-
-if not torch.cuda.is_available():
-    # DeepSpeed looks for an accelerator while it is imported, and each rank would warn that there is none.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+
+from cit_scale.config import BatchSplit, RunConfig, find_ds_config
+from cit_scale.errors import ConfigError, os_error
+from cit_scale.settings import flatten
 
 
 class FlopsProfilerConfig(BaseModel):
@@ -59,6 +52,8 @@ OFFLOAD_STAGES = {"offload_optimizer": (2, 3), "offload_param": (3,)}
 # What such a section may set. The rest is of NVMe, or divides the update between the devices.
 OFFLOAD_KEYS = ("device", "pin_memory")
 
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
 # Options that shard otherwise than over the whole world, change the gradient or update on the side: not tested here.
 UNTESTED_OPTIONS = (
     "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
@@ -66,7 +61,7 @@ UNTESTED_OPTIONS = (
 )  # fmt: skip
 
 
-def read_ds_config(config: RunConfig, world_size: int, micro_steps: int) -> dict[str, Any]:
+def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]:
     """What DeepSpeed is told: how to shard, from the file that engine.ds_config names, and the recipe's numbers.
 
     What the recipe owns may stand in the file if it is equal, or "auto". Raises ConfigError, with both values and where
@@ -81,7 +76,7 @@ def read_ds_config(config: RunConfig, world_size: int, micro_steps: int) -> dict
     if not isinstance(sharding, dict):
         raise ConfigError(f"engine.ds_config: {path} holds a {type(sharding).__name__}, not an object")
 
-    recipe = _recipe_values(config, world_size, micro_steps)
+    recipe = _recipe_values(config, batch_split)
     recipe_sections = {key.split(".")[0] for key in recipe} - ShardingConfig.model_fields.keys()
     _check_recipe(path, sharding, recipe, recipe_sections)
     sharding = {key: value for key, value in sharding.items() if key not in recipe_sections and value != "auto"}
@@ -99,26 +94,21 @@ def read_ds_config(config: RunConfig, world_size: int, micro_steps: int) -> dict
         },
         # An offloaded update is that of torch's AdamW, fused on the CPU too. DeepSpeed's own would have to be compiled.
         "zero_force_ds_cpu_optimizer": False,
-        "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.global_batch_size // (world_size * micro_steps),
-        "gradient_accumulation_steps": micro_steps,
+        **{key: recipe[key][0] for key in BATCH_KEYS},
         # At stage 0 the engine clips, in the pass in which it checks.
-        "gradient_clipping": config.optim.clip_norm if zero.stage > 0 else 0.0,
+        "gradient_clipping": recipe["gradient_clipping"][0] if zero.stage > 0 else 0.0,
     }
 
 
-def _recipe_values(config: RunConfig, world_size: int, micro_steps: int) -> dict[str, tuple[Any, str | None]]:
+def _recipe_values(config: RunConfig, batch_split: BatchSplit) -> dict[str, tuple[Any, str | None]]:
     """What the recipe owns, by DeepSpeed's key: the value, and the setting to change, if there is one."""
     optim, train = config.optim, config.train
     # Mixed precision is autocast over float32 weights, under DeepSpeed's three names for it.
     precision = config.engine.precision
     return {
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
-        "train_micro_batch_size_per_gpu": (
-            train.global_batch_size // (world_size * micro_steps),
-            "train.micro_batch_size",
-        ),
-        "gradient_accumulation_steps": (micro_steps, "train.micro_batch_size"),
+        "train_micro_batch_size_per_gpu": (batch_split.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (batch_split.micro_steps, "train.micro_batch_size"),
         "gradient_clipping": (optim.clip_norm, "optim.clip_norm"),
         "optimizer.type": ("AdamW", None),
         "optimizer.params.lr": (config.peak_lr, "optim.lr"),

@@ -133,7 +133,7 @@ def read_sharding(setup: EngineSetup) -> Sharding:
                 offloads_weights=_is_offloaded(zero, "offload_param"),
                 offloads_optimizer=offloads_optimizer,
             )
-        case _:
+        case "plain":
             return Sharding()
 
 
