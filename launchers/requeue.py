@@ -176,16 +176,17 @@ def find_run_dir(train_argv: Sequence[str]) -> Path | None:
 
     A recipe on a disk that fails is read again for a minute. Raises the last OSError.
     """
-    for pause_s in (*PAUSES_S, None):
+    pauses = iter(PAUSES_S)
+    while True:
         try:
             return cli.parse_arguments(train_argv).config.run_dir
         except (ConfigError, SystemExit):
             return None
         except OSError:
+            pause_s = next(pauses, None)
             if pause_s is None:
                 raise
             time.sleep(pause_s)
-    return None
 
 
 def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ) -> int:

@@ -115,6 +115,12 @@ def test_a_teachers_run_takes_the_students_data_seed_and_folder():
     assert run.teachers == {}
 
 
+def test_a_teachers_recipe_that_has_teachers_is_refused():
+    config = parse("--teachers.conv.recipe", "cit_tiny")
+    with pytest.raises(ConfigError, match="the recipe of teacher conv has teachers itself; give one that has none"):
+        cli.resolve_teacher_runs(config)
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

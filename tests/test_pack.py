@@ -19,14 +19,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from rich.console import Console
 
+from cit_scale.datasets import encoded as encoded_module
 from cit_scale.datasets import pack as pack_module
-from cit_scale.datasets import shards
+from cit_scale.datasets import progress, shards
 from cit_scale.datasets.commands import pack as main
-from cit_scale.datasets.encoded import decode
+from cit_scale.datasets.encoded import decode, is_usual, read_size
 from cit_scale.datasets.pack import pack
 from cit_scale.datasets.sources import ImageFolder, TarShards, digits, open_source
-from cit_scale.errors import ConfigError
+from cit_scale.errors import BadImageError, ConfigError
 
 fork = multiprocessing.get_context("fork")
 
@@ -557,3 +559,34 @@ def test_the_help_shows_a_command_that_works(folder, tmp_path, monkeypatch, caps
     folder.rename("photos")
     assert main([*example.split(), "--cache-dir", "cache"]) == 0
     assert (tmp_path / "packed" / "index.npz").exists()
+
+
+# --- The header alone ---
+
+
+def test_an_image_above_the_limit_is_refused_by_its_header(monkeypatch):
+    monkeypatch.setattr(encoded_module, "MAX_PIXELS", 100)
+    assert read_size(io.BytesIO(encoded(10, 10))) == (10, 10)
+    with pytest.raises(BadImageError, match="11 x 10 pixels are more than 100"):
+        read_size(io.BytesIO(encoded(10, 11)))
+
+
+def test_a_file_that_the_system_cannot_read_is_no_bad_image(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        read_size(tmp_path)
+
+
+def test_a_bitmap_is_whole_where_it_is_as_long_as_it_says():
+    whole = encoded(5, 7, "BMP")
+    assert is_usual(whole)
+    assert not is_usual(whole[:-1])
+
+
+def test_a_long_job_shows_a_bar_on_a_terminal(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "SHORT_S", 0.0)
+    monkeypatch.setattr(progress, "Console", lambda **options: Console(file=screen, force_terminal=True, width=120))
+    with progress.ProgressBar("packing", total=4) as bar:
+        bar.advance(2)
+        bar.advance(2)
+    assert re.search("packing .*4/4.* images .*left", screen.getvalue())

@@ -3,6 +3,7 @@
 import pytest
 
 from cit_scale.errors import ConfigError
+from launchers import slurm
 from launchers.partitions import choose, share_of_cores, why_not
 from launchers.slurm import (
     NoSlurmError,
@@ -145,3 +146,13 @@ def test_a_slurm_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(NoSlurmError, match=r"Slurm does not answer, scontrol .*: Unable to contact slurm controller$"):
         ask_partitions()
+
+
+def test_what_names_no_partition_is_none():
+    assert parse_partitions("Partitions=0 in the system\n", {}) == []
+
+
+def test_a_job_that_slurm_does_not_cancel_is_named_with_its_reason(monkeypatch):
+    monkeypatch.setattr(slurm, "run_slurm", lambda *command: slurm.Answer(command, complaint="Access denied"))
+    with pytest.raises(ConfigError, match="job 7 was not cancelled: Access denied"):
+        slurm.cancel_slurm_job("7", now=True)

@@ -24,7 +24,7 @@ from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
 from cit_scale.engines.base import EngineSetup, prepare_network
 from cit_scale.engines.build import prepare_engine
-from cit_scale.errors import CannotWriteError, ConfigError, RefusedError, os_error
+from cit_scale.errors import CannotWriteError, ConfigError, RefusedError, one_line, os_error
 from cit_scale.files import rename_aside
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.run.folders import runs_inside
@@ -266,7 +266,7 @@ def check_same_run(config: RunConfig) -> None:
         if not isinstance(started_with, dict):
             raise ValueError(f"it holds no settings, but {started_with!r}")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        message = f"{path} cannot be read ({error}); mend it, or start over with --fresh"
+        message = f"{path} cannot be read ({one_line(error)}); mend it, or start over with --fresh"
         raise os_error(error, message, lasting=RefusedError) from error
     changed = changed_settings(started_with, config)
     if changed:

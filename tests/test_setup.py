@@ -1,0 +1,72 @@
+"""What a run is prepared from: its folder, its checkpoint, its student's weights."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cit_scale.config import EngineConfig, RunConfig, StudentConfig, TrainConfig
+from cit_scale.data.reader import Reader
+from cit_scale.distributed.world import World
+from cit_scale.engines.build import prepare_engine
+from cit_scale.errors import RefusedError
+from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore
+from cit_scale.run.setup import CONFIG, PreparedRun, check_same_run
+
+SIZES = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
+
+
+@pytest.fixture
+def prepared(tiny_digits, tmp_path):
+    """``prepared(**student)``: a run on digits whose student has these settings."""
+
+    def prepare(**student):
+        config = RunConfig(
+            runs_dir=str(tmp_path),
+            student=StudentConfig(name="cit_tiny_patch16_224", kwargs=SIZES, **student),
+            engine=EngineConfig(name="plain"),
+            train=TrainConfig(global_batch_size=64, micro_batch_size=64),
+        )
+        reader = Reader(tiny_digits)
+        return PreparedRun(config, prepare_engine(config, World()), reader, reader, {})
+
+    return prepare
+
+
+@pytest.mark.parametrize("text", ["- a list", "just text", "{unclosed: ", "\x00"])
+def test_a_run_folder_whose_settings_cannot_be_read_is_kept(text, prepared):
+    config = prepared().config
+    config.run_dir.mkdir()
+    (config.run_dir / CONFIG).write_text(text)
+    with pytest.raises(RefusedError, match=r"config.yaml cannot be read .* start over with --fresh"):
+        check_same_run(config)
+    assert (config.run_dir / CONFIG).read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rng": [1]}, "the random numbers .* another version of NumPy"),
+        ({"cursor": {"epoch": 7}}, r"the place in the data: \{'epoch': 7\} -> "),
+        ({"inputs": {"data.train": "aaaa"}}, "data.train: aaaa -> bbbb"),
+    ],
+)
+def test_a_checkpoint_that_would_go_on_elsewhere_is_refused_unless_insisted(change, named, prepared):
+    run, inputs = prepared(), {"data.train": "bbbb"}
+    meta = checkpoint_meta(TrainingProgress(step=3), run, inputs)
+    assert restore(meta, run, inputs, override=False) == (TrainingProgress(step=3), [])
+    with pytest.raises(RefusedError, match=rf"trained up to step 3 with something else \({named}"):
+        restore(meta | change, run, inputs, override=False)
+    progress, changed = restore(meta | change, run, inputs, override=True)
+    assert progress.step == 3
+    assert len(changed) == 1
+
+
+def test_a_student_starts_from_the_weights_that_the_recipe_names(prepared, tmp_path):
+    torch.manual_seed(1)
+    state = {
+        name: torch.rand_like(tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in prepared().build_student().model.state_dict().items()
+    }
+    save_file(state, tmp_path / "student.safetensors")
+    loaded = prepared(weights=str(tmp_path / "student.safetensors")).build_student().model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
