@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from deepspeed.comm.config import CommsLoggerConfig
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from cit_scale.config import BatchSplit, RunConfig, find_ds_config
 from cit_scale.errors import ConfigError, os_error
 from cit_scale.settings import flatten
+
+if not torch.cuda.is_available():
+    # DeepSpeed looks for an accelerator while it is imported, and each rank would warn that there is none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 
 class FlopsProfilerConfig(BaseModel):

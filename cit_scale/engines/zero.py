@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits
@@ -25,6 +23,13 @@ from cit_scale.engines.base import Engine, EngineSetup
 from cit_scale.engines.state import ParameterPlacement, WholeParameters
 from cit_scale.models.network import Network
 from cit_scale.optim import adamw, clip_gradients, set_learning_rate
+
+if not torch.cuda.is_available():
+    # As in ds_config.py: DeepSpeed looks for an accelerator while it is imported, and warns on each rank without one.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.utils import groups
 
 
 class ZeroEngine(Engine):
