@@ -125,7 +125,7 @@ def join(config: RunConfig, world: World, stop: StopRequest) -> None:
     train = config.train
     store = preflight.meet(world, os.environ, config.run_dir, stop, train.start_timeout_s)
     preflight.try_to_reduce(world, os.environ, config.run_dir, stop, store)
-    with contextlib.closing(watch_preparation(config, world)):
+    with watch_preparation(config, world):
         start(world, store=store)
 
 
@@ -136,7 +136,7 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
     fresh = arguments.fresh and not restart_count(os.environ)
     same_run = not fresh and not override
     with contextlib.ExitStack() as held:
-        with contextlib.closing(watch_preparation(config, world)) as watchdog:
+        with watch_preparation(config, world) as watchdog:
             prepared = prepare(config, arguments.teacher_run_configs, world, same_run=same_run)
             watchdog.progress()
             held.enter_context(exclusive(config.run_dir, world, stop))
@@ -247,7 +247,7 @@ def train(
     with everything saved, when ``stop`` is requested on any rank.
     """
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
-    with contextlib.closing(watch_preparation(config, world)) as preparation:
+    with watch_preparation(config, world) as preparation:
         finished = broadcast(
             world, run_on_all_ranks(world, lambda: read_note(run_dir / RESULTS) if world.is_main else None)
         )
@@ -262,7 +262,7 @@ def train(
         stacks = run_dir / f"stacks_rank_{world.rank}.txt"
         message = hang_message(config) if world.is_main else None
         watchdog = run_on_all_ranks(world, lambda: Watchdog(config.train.step_timeout_s, stacks, message))
-    with contextlib.closing(watchdog), contextlib.closing(open_log(prepared, step)) as log:
+    with watchdog, contextlib.closing(open_log(prepared, step)) as log:
         checkpointer = AsyncCheckpointer(
             loaded.engine, run_dir, config.train, world, step=step, say=log.say, report=log.note
         )

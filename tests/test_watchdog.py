@@ -54,6 +54,17 @@ def test_progress_puts_the_end_off_and_close_calls_it_off(tmp_path):
     assert seconds > 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("after_s", "expected"), [(2.5, HUNG), (0.2, 1)])
+def test_an_error_of_a_rank_that_is_being_ended_is_the_hang(after_s, expected, tmp_path):
+    """Of several ranks that hang one ends first, and breaks the connection in which the others wait."""
+    body = f"import time\nwith watchdog:\n    time.sleep({after_s})\n    raise RuntimeError('connection closed')"
+    code, errors, stacks, _ = run(body, tmp_path)
+    assert code == expected, errors
+    assert (errors == "error: it hangs\n") == (code == HUNG) == bool(stacks)
+    assert ("RuntimeError: connection closed" in errors) == (code != HUNG)
+
+
 def test_stacks_that_were_written_outlive_a_close(tmp_path):
     """The rank beside may break the connection before this one leaves by itself."""
     body = "import time\ntry:\n    time.sleep(2)\nfinally:\n    watchdog.close()"

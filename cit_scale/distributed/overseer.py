@@ -54,14 +54,15 @@ def main() -> None:
             waited_s = 0.0
 
 
-def has_progressed(within_s: float) -> bool:
-    """Wait up to ``within_s`` seconds for a byte on stdin. Returns whether one came.
+class NoMoreProgressError(Exception):
+    """The end of stdin: the rank has exited, or leaves with an error."""
 
-    Ends this process at the end of file: the rank has exited, or has closed its watchdog.
-    """
+
+def has_progressed(within_s: float) -> bool:
+    """Wait up to ``within_s`` seconds for a byte on stdin. Returns whether one came. Raises NoMoreProgressError."""
     ready, _, _ = select.select([0], [], [], within_s)
     if ready and not os.read(0, 1 << 16):
-        raise SystemExit(0)
+        raise NoMoreProgressError
     return bool(ready)
 
 
@@ -78,13 +79,15 @@ def is_paused(pid: int) -> bool:
 def end(rank: int, message: str) -> None:
     """Make the rank write its stacks, print ``message``, and end the rank. Returns early if the rank makes progress."""
     send(rank, WRITE_STACKS)
-    if has_progressed(ANNOUNCE_S):
-        return
-    if message:
-        # In a thread, because a write to a full pipe that nobody reads blocks, and the rank must end all the same.
-        threading.Thread(target=say, args=(message,), daemon=True).start()
-    if has_progressed(GRACE_S - ANNOUNCE_S):
-        return
+    # Another rank that hangs may end first, which fails the collective in which this one waits: it has hung, too.
+    with contextlib.suppress(NoMoreProgressError):
+        if has_progressed(ANNOUNCE_S):
+            return
+        if message:
+            # In a thread, because a write to a full pipe that nobody reads blocks, and the rank must end all the same.
+            threading.Thread(target=say, args=(message,), daemon=True).start()
+        if has_progressed(GRACE_S - ANNOUNCE_S):
+            return
     send(rank, END)
     time.sleep(GRACE_S)
     send(rank, signal.SIGKILL)  # the rank is still alive, so it blocks or ignores END
@@ -102,4 +105,5 @@ def send(rank: int, signum: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(NoMoreProgressError):
+        main()

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from cit_scale.distributed import overseer
 from cit_scale.errors import HUNG
@@ -30,7 +30,8 @@ class Watchdog:
     stacks: file for the stacks of all threads; ``close`` removes it if it is empty. None writes to stderr.
     message: the line to print on stderr before the end; None, on all ranks but one, prints nothing.
 
-    A process has one watchdog at a time and creates it in the main thread.
+    A process has one watchdog at a time and creates it in the main thread. A context manager: an error that leaves the
+    context while the process is being ended for a hang ends it with exit code 14, too.
     """
 
     def __init__(self, timeout_s: float, stacks: Path | None, message: str | None) -> None:
@@ -90,6 +91,18 @@ class Watchdog:
             self._overseer.wait()
             with contextlib.suppress(OSError):  # the system cannot start a process now; the next call tries again
                 self._start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is not None and self._overseer is not None:
+            # The overseer ends at the end of its input, or, where it is ending this process, does so at once.
+            with contextlib.suppress(OSError):
+                self._pipe.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is paused
+                self._overseer.wait(overseer.GRACE_S)
+        self.close()
 
     def close(self) -> None:
         """End the overseer and restore the signal handlers. Code after this call has no time limit."""
