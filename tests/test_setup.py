@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_run import TINY_CIT
 
 from cit_scale.config import EngineConfig, RunConfig, StudentConfig, TrainConfig
 from cit_scale.data.reader import Reader
@@ -12,8 +13,6 @@ from cit_scale.errors import RefusedError
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore
 from cit_scale.run.setup import CONFIG, PreparedRun, check_same_run
 
-SIZES = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}
-
 
 @pytest.fixture
 def prepared(tiny_digits, tmp_path):
@@ -22,7 +21,7 @@ def prepared(tiny_digits, tmp_path):
     def prepare(**student):
         config = RunConfig(
             runs_dir=str(tmp_path),
-            student=StudentConfig(name="cit_tiny_patch16_224", kwargs=SIZES, **student),
+            student=StudentConfig(name="cit_tiny_patch16_224", kwargs=TINY_CIT, **student),
             engine=EngineConfig(name="plain"),
             train=TrainConfig(global_batch_size=64, micro_batch_size=64),
         )

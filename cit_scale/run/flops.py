@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cit_scale.errors import one_line
-from cit_scale.models.network import Network, Precision
+from cit_scale.models.network import MOST, Network, Precision
 from cit_scale.run.plan import fake_state
 from cit_scale.run.setup import PreparedRun
 
@@ -61,7 +61,7 @@ def model_flops(prepared: PreparedRun, device_name: str, say: Callable[[str], No
         per_image = 3 * forward_flops(student, size) + sum(forward_flops(teacher, size) for teacher in teachers)
     except Exception as error:
         # A model of timm's may do what cannot be done without data. No figure in the log is worth a run.
-        say(f"mfu is not logged, because the FLOPs of the networks cannot be counted: {one_line(error, 400)}")
+        say(f"mfu is not logged, because the FLOPs of the networks cannot be counted: {one_line(error, MOST)}")
         return None
     return ModelFlops(per_image, peak * prepared.world.world_size)
 
