@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -106,16 +105,26 @@ def test_what_was_ready_before_a_turn_is_not_timed():
     assert max(map(max, times.values())) < 0.1
 
 
-def test_a_turn_waits_until_all_rest():
-    def work():
-        end = time.perf_counter() + 0.6
-        while time.perf_counter() < end:
-            pass
+def test_a_turn_waits_until_all_rest(monkeypatch):
+    used_s = iter([1.0, 1.1, 1.2, 1.22, 1.239, 9.0])  # of 0.1 s each: 100 %, 100 %, 20 % and 19 % of a core
+    monkeypatch.setattr(decode, "_cpu_s", lambda: next(used_s))
+    monkeypatch.setattr(decode.time, "sleep", lambda _: None)
+    decode.wait_for_rest(every_s=0.1, share=0.2)
+    assert next(used_s) == 9.0
 
-    worker = threading.Thread(target=work)
-    worker.start()
-    decode.wait_for_rest()
-    assert not worker.is_alive()
+
+def test_the_time_of_workers_counts():
+    before_s = decode._cpu_s()
+    worker = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        deadline = time.monotonic() + 60
+        while decode._cpu_s() - before_s < 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert decode._cpu_s() - before_s >= 1
+        assert time.process_time() < before_s + 1  # ours alone would not have done
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 def test_ratios_are_of_pairs_and_speeds_of_images():

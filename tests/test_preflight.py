@@ -189,10 +189,14 @@ def reduce_on(world, port, path, result, wrong=None):
     except UnfitNodeError as error:
         outcome = str(error)
     (result / str(world.rank)).write_text(outcome)
+    deadline = time.monotonic() + 30
+    while len(list(result.iterdir())) < world.world_size and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def outcomes(tmp_path, worlds, **more):
-    """What ``reduce_on`` came to on each rank, each a process of its own."""
+    """What ``reduce_on`` came to on each rank, each a process of its own. All stay until all have an outcome, as the
+    ranks of a run do: the store is in rank 0's process."""
     port, result = free_port(), tmp_path / "result"
     result.mkdir()
     path = tmp_path / "runs" / "mine"
