@@ -20,7 +20,7 @@ from cit_scale.config import RunConfig, check_config, check_names, expand, split
 from cit_scale.distributed.ranks import Ranks
 from cit_scale.errors import ConfigError, MissingInputError, RunError, exit_code_of, one_line
 from cit_scale.run_folder import INSIDE
-from cit_scale.settings import flatten, inherit_from_student, to_dict
+from cit_scale.settings import check_values, flatten, inherit_from_student, to_dict
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -311,7 +311,9 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
 
 def _build(parsed: Namespace) -> RunConfig:
-    return RunConfig(**{field.name: parsed[field.name] for field in dataclasses.fields(RunConfig)})
+    config = RunConfig(**{field.name: parsed[field.name] for field in dataclasses.fields(RunConfig)})
+    check_values(config)  # the parser lets null in everywhere
+    return config
 
 
 def _explain(error: Exception) -> str:

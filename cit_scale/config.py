@@ -16,12 +16,13 @@ from typing import Any, Literal
 from cit_scale.errors import ConfigError
 from cit_scale.settings import (
     ABOVE_0_TO_1,
-    BELOW_2_63,
     BETAS,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_RANGE,
     SHARE,
+    UP_TO_1024,
+    UP_TO_65535,
     check_rules,
     section,
     sections_by_name,
@@ -81,7 +82,7 @@ class DataConfig:
     holdout: float = setting(0.2, rules=[SHARE])
     """The part of `train` that is held out for evaluation when `eval` is not given."""
 
-    image_size: int = setting(224, rules=[POSITIVE], in_listing=True)
+    image_size: int = setting(224, rules=[POSITIVE, UP_TO_65535], in_listing=True)
     """Height and width of what the networks see, in pixels."""
 
     crop_ratio: float = setting(0.875, rules=[ABOVE_0_TO_1])
@@ -90,10 +91,10 @@ class DataConfig:
     cache_dir: str = setting("~/.cache/cit_scale", may_change=True)
     """Where built-in data sets and the indices of others are kept."""
 
-    decode_threads: int = setting(4, rules=[POSITIVE], may_change=True)
+    decode_threads: int = setting(4, rules=[POSITIVE, UP_TO_1024], may_change=True)
     """Threads of each rank that read files, as many that decode and, without a GPU, as many that resize."""
 
-    prefetch: int = setting(2, rules=[NOT_NEGATIVE], may_change=True)
+    prefetch: int = setting(2, rules=[NOT_NEGATIVE, UP_TO_1024], may_change=True)
     """Micro-batches that are read ahead, and as many that are decoded ahead; 0 prepares each when it is asked for."""
 
     hw_decoder_load: float = setting(0.65, rules=[SHARE], may_change=True)
@@ -279,7 +280,7 @@ class RunConfig:
     runs_dir: str = setting("runs", may_change=True, for_teachers=True)
     """Where run folders stand."""
 
-    seed: int = setting(0, rules=[NOT_NEGATIVE, BELOW_2_63], for_teachers=True, in_listing=True)
+    seed: int = setting(0, rules=[NOT_NEGATIVE], for_teachers=True, in_listing=True)
     """All randomness of the run follows from it."""
 
     student: StudentConfig = section(StudentConfig)
@@ -384,8 +385,8 @@ def check_names(config: RunConfig) -> None:
                 "or .. between its slashes, nor characters that cannot be printed; give one such as 'pets' or "
                 "'pets/large'"
             )
-    for name, _, value in walk(config):
-        if value == "":
-            raise ConfigError(f"{name} is an empty text; leave it out, or give null where it may be none")
-        if isinstance(value, str) and value.startswith("~"):
-            expand(value)
+    for each in walk(config):
+        if each.value == "":
+            raise ConfigError(f"{each.name} is an empty text; leave it out, or give null where it may be none")
+        if isinstance(each.value, str) and each.value.startswith("~"):
+            expand(each.value)

@@ -9,7 +9,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def sync(path: Path) -> None:
@@ -41,18 +43,32 @@ def rename_aside(path: Path) -> Path:
     return rename_to_free(path, (f".{i}" for i in itertools.count(1)))
 
 
-def read_note(path: Path) -> Any:
-    """Read a JSON file of a run folder that training does not depend on. Returns None if it is missing or damaged.
+def read_note(path: Path) -> dict[str, Any]:
+    """Read a JSON object in a run folder that training does not depend on. Returns {} if it is missing or damaged.
 
     A damaged file is renamed to path.1, so that the caller can write a new one without losing it.
     """
+    note = _read_json(path)
+    return note if isinstance(note, dict) else _set_aside(path, {})
+
+
+def read_notes(path: Path) -> list[dict[str, Any]]:
+    """As ``read_note`` for a list of objects, [] if it is missing or damaged."""
+    notes = _read_json(path)
+    return notes if isinstance(notes, list) and all(isinstance(note, dict) for note in notes) else _set_aside(path, [])
+
+
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
-    except ValueError:
+
+
+def _set_aside(path: Path, nothing: T) -> T:
+    with contextlib.suppress(FileNotFoundError):
         rename_aside(path)
-        return None
+    return nothing
 
 
 def changed(begun: Mapping[str, Any], settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:

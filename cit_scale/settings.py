@@ -7,9 +7,11 @@ them). Nothing here knows which settings there are: ``config`` says so, each in 
 from __future__ import annotations
 
 import dataclasses
+import math
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -36,8 +38,9 @@ class Rule:
 POSITIVE = Rule(lambda value: value > 0, "must be above 0")
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "must not be negative")
 SHARE = Rule(lambda value: 0 <= value <= 1, "must be between 0 and 1")
+UP_TO_1024 = Rule(lambda value: value <= 1024, "must be at most 1024")
+UP_TO_65535 = Rule(lambda value: value <= 65535, "must be at most 65535, the most pixels of a side of a JPEG")
 ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
-BELOW_2_63 = Rule(lambda value: value < 2**63, "must be below 2^63")
 POSITIVE_RANGE = Rule(lambda pair: 0 < pair[0] <= pair[1], "must be two numbers above 0, the smaller first")
 BETAS = Rule(lambda pair: all(0 <= beta < 1 for beta in pair), "must be two numbers from 0 to below 1")
 
@@ -93,30 +96,73 @@ def facts_of(each: dataclasses.Field) -> Facts:
     return each.metadata.get(FACTS, NO_FACTS)
 
 
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Facts, Any]]:
-    """Every setting: its dotted name, its facts, its value. A dict of free arguments is one setting."""
+class Setting(NamedTuple):
+    """One setting of a configuration. name: dotted, such as optim.lr. default: None if it has to be given."""
+
+    name: str
+    type: Any
+    facts: Facts
+    default: Any
+    value: Any
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[Setting]:
+    """Every setting. A dict of free arguments is one setting; so is a section that is none."""
+    types = typing.get_type_hints(type(config))
     for each in fields(config):
         name, value = f"{prefix}{each.name}", getattr(config, each.name)
         if is_dataclass(value):
             yield from walk(value, f"{name}.")
-        elif SECTIONS in each.metadata:
+        elif SECTIONS in each.metadata and isinstance(value, dict):
             for key, inner in value.items():
                 yield from walk(inner, f"{name}.{key}.")
         else:
-            yield name, facts_of(each), value
+            yield Setting(name, types[each.name], facts_of(each), _default(each), value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What follows
 
 
+def check_values(config: Any, prefix: str = "") -> None:
+    """Raise ConfigError for the first value that a parser lets in and that no setting of its type can have.
+
+    That is null where the type does not name it, a number that is not finite or has over 64 bits, and what JSON does
+    not know, such as bytes: a checkpoint holds the settings as JSON.
+    """
+    for name, of, _, default, value in walk(config, prefix):
+        if value is None and type(None) not in typing.get_args(of):
+            instead = f"; leave it out for its default{'' if is_dataclass(default) else f', {_as_lists(default)}'}"
+            raise ConfigError(f"{name}=null, and null is no value of this setting{instead}")
+        wrong = _first_unusable(value)
+        if wrong is not None:
+            raise ConfigError(
+                f"{name}={_as_lists(value)}: {wrong}; a number has to be finite and below 2^63, and all else text"
+            )
+
+
+def _first_unusable(value: Any) -> str | None:
+    """What in ``value`` is no value of any setting, in words; None if there is nothing."""
+    if isinstance(value, dict):
+        keys = (None if isinstance(key, str) else f"the key {key!r} is not a text" for key in value)
+        return next(filter(None, [*keys, *map(_first_unusable, value.values())]), None)
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(_first_unusable, value)), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is not finite"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"{value} has more than 64 bits"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return None
+    return f"{value!r} is a {type(value).__name__}"
+
+
 def check_rules(config: Any) -> None:
     """Raise ConfigError for the first value that breaks a rule of its setting."""
-    for name, facts, value in walk(config):
+    for name, _, facts, _, value in walk(config):
         for rule in facts.rules:
             if value is not None and not rule.holds(value):
-                shown = list(value) if isinstance(value, tuple) else value
-                raise ConfigError(f"{name}={shown} {rule.text}")
+                raise ConfigError(f"{name}={_as_lists(value)} {rule.text}")
 
 
 def inherit_from_student(recipe: C, student: C, by_default: bool = False) -> C:
@@ -142,7 +188,7 @@ def changed_settings(started_with: Mapping[str, Any], config: Any) -> list[str]:
     started_with: as ``to_dict`` gave it, maybe by an earlier version.
     """
     # With a dot: free arguments, such as kwargs, are one setting and several keys.
-    free = tuple(f"{name}." for name, facts, _ in walk(config) if facts.may_change)
+    free = tuple(f"{each.name}." for each in walk(config) if each.facts.may_change)
     before, after = flatten(with_defaults(started_with, type(config))), flatten(to_dict(config))
     keys = [*before, *(key for key in after if key not in before)]
     return [
@@ -154,7 +200,7 @@ def changed_settings(started_with: Mapping[str, Any], config: Any) -> list[str]:
 
 def listed_settings(of: type) -> list[str]:
     """The dotted names of the settings that a listing of runs shows."""
-    return [name for name, facts, _ in walk(of()) if facts.in_listing]
+    return [each.name for each in walk(of()) if each.facts.in_listing]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -58,13 +58,14 @@ from cit_scale.errors import (
     exit_code_of,
 )
 from cit_scale.evaluate import HEADS_MEAN, evaluate
-from cit_scale.files import file_sha256, read_note, rename_aside, sync, write_text
+from cit_scale.files import file_sha256, read_note, read_notes, rename_aside, sync, write_text
 from cit_scale.losses import co_advise_loss
 from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
 from cit_scale.run.bad_images import BadImages
 from cit_scale.run.bad_steps import BadSteps, find_culprits
 from cit_scale.run.flops import ModelFlops, model_flops
+from cit_scale.run.folders import numbers
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import device_name, environment_record, print_table
@@ -249,9 +250,9 @@ def train(
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
     with watch_preparation(config, world) as preparation:
         finished = broadcast(
-            world, run_on_all_ranks(world, lambda: read_note(run_dir / RESULTS) if world.is_main else None)
+            world, run_on_all_ranks(world, lambda: read_note(run_dir / RESULTS) if world.is_main else {})
         )
-        is_finished = isinstance(finished, dict) and "steps" in finished
+        is_finished = "steps" in finished
         if is_finished and (finished["steps"] == prepared.total_steps or not override):
             if not override:
                 run_on_all_ranks(world, lambda: refuse_other_inputs(prepared, teachers, finished))
@@ -375,11 +376,11 @@ def record_start(prepared: PreparedRun, progress: TrainingProgress, overridden: 
     if (run_dir / RESULTS).exists():
         rename_aside(run_dir / RESULTS)  # the run goes on: these are no longer its results
     path = run_dir / ENVIRONMENT
-    starts = read_note(path) or []
+    starts = read_notes(path)
     place = {"step": progress.step, "total_steps": prepared.total_steps, "time": now, "overridden": overridden}
     about = {**place, **environment_record(prepared.world)}
     write_text(path, json.dumps([*starts, about], indent=2) + "\n")
-    return [*starts, about][0].get("time", now)
+    return min(numbers(start.get("time") for start in [*starts, about]))
 
 
 def hang_message(config: RunConfig) -> str:

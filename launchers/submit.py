@@ -20,7 +20,7 @@ import launchers.environment  # first: it records the environment before other i
 from cit_scale import cli, text
 from cit_scale.config import RunConfig, check_config, split_batch
 from cit_scale.errors import BadImageError, ConfigError, RefusedError, RunError, exit_code_of
-from cit_scale.files import read_note, write_text
+from cit_scale.files import read_notes, write_text
 from cit_scale.run.folders import RunFolder
 from cit_scale.run_folder import SUBMISSIONS
 from launchers.options import Options, option_argv, parse
@@ -170,7 +170,7 @@ def note_submission(run: RunRequest, job: submitit.Job, cluster: str, given: Map
         "command": [*option_argv(given), *run.argv],
         "cwd": os.getcwd(),
     }
-    earlier = read_note(path) or []
+    earlier = read_notes(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps([*earlier, about], indent=2) + "\n")
 

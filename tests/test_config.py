@@ -140,6 +140,13 @@ def test_a_mistake_is_one_line_that_names_it(argv, expected):
     assert "\n" not in str(error.value)
 
 
+def test_null_in_a_recipe_is_refused_where_it_means_nothing(tmp_path):
+    """The parser lets it in."""
+    (tmp_path / "mine.yaml").write_text("optim: {lr: null, ema_decay: null}\n")
+    with pytest.raises(ConfigError, match=r"optim\.lr=null, and null is no value of this setting"):
+        parse("--config", str(tmp_path / "mine.yaml"))
+
+
 def test_an_unknown_key_in_a_recipe_file_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text("train: {epohcs: 3}\n")
     with pytest.raises(ConfigError, match=r"epohcs.*did you mean train\.epochs"):
@@ -205,11 +212,15 @@ def test_impossible_batches_are_refused_with_the_way_out(total, world_size, micr
     ("argv", "expected"),
     [
         (["--train.epochs", "0"], "train.epochs=0 must be above 0"),
-        (["--optim.lr", ".nan"], "optim.lr=nan must be above 0"),
+        (["--optim.lr", ".nan"], "optim.lr=nan: nan is not finite"),
         (["--mixing.prob", "1.5"], r"mixing.prob=1.5 must be between 0 and 1"),
         (["--augment.crop_scale", "[0.5,0.1]"], "augment.crop_scale"),
         (["--optim.betas", "[0.9,1.0]"], "optim.betas"),
-        (["--seed", "100000000000000000000"], "seed=.* must be below"),
+        (["--seed", "100000000000000000000"], "seed=.* more than 64 bits"),
+        (["--data.image_size", "1000000000"], "data.image_size=1000000000 must be at most 65535"),
+        (["--data.decode_threads", "1000000000"], "data.decode_threads=1000000000 must be at most 1024"),
+        (["--data.prefetch", "1000000000"], "data.prefetch=1000000000 must be at most 1024"),
+        (["--train.step_timeout_s", ".inf"], "train.step_timeout_s"),
         (["--data.holdout", "1.5"], "data.holdout=1.5"),
         (["--train.epochs", "1"], "optim.warmup_epochs=.* is longer than train.epochs=1"),
     ],

@@ -177,6 +177,20 @@ def test_a_damaged_note_is_said_in_one_line_or_made_anew(file, damage, halted):
         assert str(halted.run_dir / file) in ended.outputs[0] or "settings" in ended.outputs[0], ended.outputs[0]
 
 
+@pytest.mark.parametrize("content", ["5", "null", "[1, 2]", '{"time": 1.0}', '[{"time": "yesterday"}]', "[{}]"])
+def test_a_list_of_starts_that_is_something_else_does_not_keep_a_run_from_going_on(content, halted, calm):
+    path = halted.run_dir / "env.json"
+    path.write_text(content)
+    halted.finish()
+    assert_same_end(halted, calm())
+    kept = json.loads(content)
+    if isinstance(kept, list) and all(isinstance(start, dict) for start in kept):
+        assert json.loads(path.read_text())[0] == kept[0]
+    else:
+        assert path.with_name("env.json.1").read_text() == content
+        assert len(json.loads(path.read_text())) == 1
+
+
 @pytest.mark.parametrize("damage", ["half of it", "empty", "missing", "zeros of the same length"])
 def test_a_finished_run_without_its_results_measures_them_again(damage, calm, tmp_path):
     run = calm().copy(tmp_path / "runs")

@@ -19,6 +19,7 @@ from cit_scale.settings import (
     POSITIVE_RANGE,
     changed_settings,
     check_rules,
+    check_values,
     flatten,
     inherit_from_student,
     listed_settings,
@@ -67,6 +68,35 @@ def test_a_value_that_breaks_a_rule_is_named_with_the_rule_wherever_it_stands():
             check_rules(broken)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (Bicycle(bell=None), "bell=null, and null is no value of this setting; leave it out for its default, ding"),
+        (Bicycle(wheels=Wheels(pressure=None)), r"wheels.pressure=null, .* its default, \[2.0, 3.0\]"),
+        (Bicycle(wheels=None), "wheels=null, and null is no value of this setting; leave it out for its default$"),
+        (Bicycle(riders=None), "riders=null, "),
+        (Bicycle(riders={"ann": Rider(weight=None)}), "riders.ann.weight=null, .* its default, 70.0"),
+        (Bicycle(wheels=Wheels(size=float("inf"))), "wheels.size=inf: inf is not finite; "),
+        (Bicycle(wheels=Wheels(pressure=(1.0, float("nan")))), r"wheels.pressure=\[1.0, nan\]: nan is not finite; "),
+        (Bicycle(wheels=Wheels(studs=2**63)), "wheels.studs=9223372036854775808: .* more than 64 bits; "),
+    ],
+)
+def test_what_only_the_type_rules_out_is_refused(config, said):
+    with pytest.raises(ConfigError, match=said):
+        check_values(config)
+
+
+def test_null_is_a_value_where_the_type_says_so():
+    check_values(Bicycle(wheels=Wheels(studs=None), riders={"ann": Rider(bag=None)}))
+
+
+@pytest.mark.parametrize("value", [float("inf"), {"a": [1, float("nan")]}, {1: 2}, b"bytes", {"a": {"b": -(2**63)}}])
+def test_free_arguments_are_what_json_knows(value):
+    with pytest.raises(ConfigError, match=r"student\.kwargs="):
+        check_values(config.StudentConfig(kwargs={"name": value}), "student.")
+    check_values(config.StudentConfig(kwargs={"name": [None, True, 1, 1.0, "text", {"a": {}}]}), "student.")
+
+
 def test_only_what_may_change_changes_when_a_run_goes_on():
     begun = Bicycle(riders={"ann": Rider()})
     free = Bicycle(name="blue", wheels=Wheels(pressure=(1.0, 2.0)), riders={"ann": Rider(bag="new")})
@@ -101,7 +131,7 @@ def test_flattened_keys_are_dotted_and_an_empty_section_has_none():
 
 def real_settings() -> dict[str, tuple[settings.Facts, Any]]:
     advised = RunConfig(teachers={"conv": TeacherConfig(model="resnet10t")})
-    return {name: (facts, value) for name, facts, value in walk(advised)}
+    return {each.name: (each.facts, each.value) for each in walk(advised)}
 
 
 def test_every_number_of_a_run_has_a_rule():

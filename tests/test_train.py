@@ -365,6 +365,6 @@ def test_more_bad_images_than_allowed_stop_the_run_which_goes_on_when_more_are_a
 def test_more_bad_images_in_the_index_than_allowed_are_refused_before_anything_is_written(tiny, tmp_path, capsys):
     photos_of_two_classes(tmp_path / "set")
     spoil(tmp_path / "set")
-    assert main([*on_photos(tiny, tmp_path / "set"), "--data.max_bad_images", "2"]) == 2
+    assert main([*on_photos(tiny, tmp_path / "set"), "--data.max_bad_images", "2"]) == 4
     assert "error: 3 images cannot be used, more than data.max_bad_images=2: " in capsys.readouterr().err
     assert not run_dir(tiny).exists()

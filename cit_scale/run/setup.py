@@ -24,7 +24,7 @@ from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
 from cit_scale.engines.base import EngineSetup, prepare_network
 from cit_scale.engines.build import prepare_engine
-from cit_scale.errors import CannotWriteError, ConfigError, RefusedError, one_line, os_error
+from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, RefusedError, one_line, os_error
 from cit_scale.files import rename_aside
 from cit_scale.models.network import Network, build_network, load_weights
 from cit_scale.run.folders import runs_inside
@@ -228,7 +228,7 @@ def naming_teacher(name: str) -> Iterator[None]:
 
 
 def open_data(data: DataConfig) -> tuple[Source, Source]:
-    """The training and the evaluation set, or a ConfigError."""
+    """The training and the evaluation set. Raises ConfigError, and BadDataError for too many unusable images."""
     try:
         sources = open_sources(data)
         refuse_bad_index(sources, data.max_bad_images)
@@ -241,10 +241,10 @@ def open_data(data: DataConfig) -> tuple[Source, Source]:
 
 
 def refuse_bad_index(sources: Sequence[Source], most: int) -> None:
-    """Raise ConfigError if the index lists more unusable images than data.max_bad_images."""
+    """Raise BadDataError if the index lists more unusable images than data.max_bad_images."""
     bad = [f"{source.name(index)} ({source.rejects[index]})" for source in sources for index in sorted(source.rejects)]
     if len(bad) > most:
-        raise ConfigError(
+        raise BadDataError(
             f"{len(bad)} images cannot be used, more than data.max_bad_images={most}: {shorten(bad)}; "
             f"repair or remove them, or raise the limit"
         )
