@@ -9,7 +9,7 @@ the numbers is a property or a function of them, never a second field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from cit_scale.errors import ConfigError
 from cit_scale.settings import (
     ABOVE_0_TO_1,
     BETAS,
+    FROM_0_TO_BELOW_1,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_RANGE,
@@ -38,7 +39,7 @@ DS_CONFIGS = REPOSITORY / "ds_configs"
 class StudentConfig:
     """The network that this run trains."""
 
-    name: str = setting("cit_base_patch16_224", in_listing=True)
+    name: str = setting("cit_base_patch16_224", in_listing=True, drops=["kwargs", "weights"])
     """Any timm model; the ones registered by cit_scale.models can be advised."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class StudentConfig:
 class TeacherConfig:
     """One frozen network that advises the student through a token of its own."""
 
-    model: str
+    model: str = setting(MISSING, drops=["kwargs", "weights", "recipe"])
     """Any timm model."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -199,7 +200,7 @@ class OptimConfig:
     clip_norm: float = setting(15.0, rules=[NOT_NEGATIVE])
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
 
-    ema_decay: float | None = setting(None, rules=[SHARE])
+    ema_decay: float | None = setting(None, rules=[FROM_0_TO_BELOW_1])
     """Keep an exponential moving average of the weights with this decay."""
 
 
@@ -347,6 +348,14 @@ def check_config(config: RunConfig) -> None:
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than train.epochs={config.train.epochs}; "
             "shorten it"
         )
+    optim, batch = config.optim, config.train.global_batch_size
+    for name in ("warmup_lr", "min_lr"):
+        if config.peak_lr < getattr(optim, name):
+            raise ConfigError(
+                f"the learning rate would not fall from its peak: that is optim.lr={optim.lr:g} * "
+                f"train.global_batch_size={batch} / optim.lr_batch_size={optim.lr_batch_size} = {config.peak_lr:g}, "
+                f"below optim.{name}={getattr(optim, name):g}; raise optim.lr or lower optim.{name}"
+            )
     if config.engine.name == "zero":
         find_ds_config(config.engine.ds_config)
 

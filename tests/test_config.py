@@ -12,6 +12,7 @@ from cit_scale import cli
 from cit_scale.config import RunConfig, TeacherConfig, check_config, split_batch
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, RefusedError
+from cit_scale.recipe import recipe_names
 from cit_scale.run.setup import set_aside
 from cit_scale.settings import changed_settings, to_dict, to_yaml, with_defaults
 
@@ -30,7 +31,7 @@ def test_the_default_recipe_is_digits():
     assert parse().data.train == "digits"
 
 
-@pytest.mark.parametrize("name", cli.recipe_names())
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_valid_and_survives_being_written_and_read(name, tmp_path):
     config = parse("--config", name)
     check_config(config)
@@ -128,10 +129,10 @@ def test_a_teachers_recipe_that_has_teachers_is_refused():
         (["--data.szie", "3"], r"--data\.szie"),
         (["--dta.image_size", "3"], r"did you mean data\.image_size\?"),
         (["--train.epohcs", "3"], r"did you mean train\.epochs\?"),
-        (["--config", "cit_base", "--teachers.conv.wieght", "2"], r"'wieght' is not accepted"),
-        (["--seed", "x"], r'"seed".*int.*x'),
+        (["--config", "cit_base", "--teachers.conv.wieght", "2"], r"did you mean teachers\.conv\.weight\?"),
+        (["--seed", "x"], r"--seed='x' should be a valid integer"),
         (["--seed"], r"--seed: expected one argument"),
-        (["--engine.precision", "half"], r"float32.*bf16.*half"),
+        (["--engine.precision", "half"], r"half.*float32.*bf16"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(argv, expected):
@@ -281,7 +282,7 @@ def test_an_argument_of_timms_may_be_empty():
     assert parse("--student.kwargs.global_pool=").student.kwargs["global_pool"] == ""
 
 
-@pytest.mark.parametrize("name", cli.recipe_names())
+@pytest.mark.parametrize("name", recipe_names())
 def test_a_setting_that_an_earlier_version_did_not_know_was_at_its_default(name):
     config = parse("--config", name)
     known = without_defaults(to_dict(config), to_dict(RunConfig()))

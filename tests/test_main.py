@@ -16,7 +16,7 @@ from cit_scale import cli
 REPOSITORY = Path(__file__).parents[1]
 LINES, COLUMNS = 40, 100  # of one screen
 
-HEAVY = {"torch", "numpy", "PIL", "timm", "triton", "nvidia", "deepspeed", "submitit", "jsonargparse", "rich"}
+HEAVY = {"torch", "numpy", "PIL", "timm", "triton", "nvidia", "deepspeed", "submitit", "pydantic", "rich"}
 
 
 def alone():
