@@ -267,7 +267,6 @@ class CiT(VisionTransformer):
         super().__setstate__(state)
         self.logits_type = student_logits_type(self.teachers)
 
-    @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
         """Make training mode return the logits of every head or, with False (the default), their mean."""
         self.distilled_training = enable
@@ -295,6 +294,8 @@ class CiT(VisionTransformer):
         AlignedEmbed has put the teachers' tokens before the patches already. Written anew and not called of timm's: a
         call of super() is nothing to torch.jit. FIXED_OPTIONS rule out timm's other ways.
         """
+        assert self.cls_token is not None
+        assert self.pos_embed is not None
         tokens = [self.cls_token.expand(x.shape[0], -1, -1)]
         if self.teacher_tokens is not None:
             tokens.append(self.teacher_tokens.expand(x.shape[0], -1, -1))
@@ -309,7 +310,6 @@ class CiT(VisionTransformer):
             logits.append(head(tokens[:, 1 + index]))
         return logits
 
-    @torch.jit.ignore
     def forward_heads(self, images: Tensor) -> StudentLogits:
         """Return the logits of every head in training and in evaluation mode: StudentLogits, each (B, num_classes)."""
         return self.logits_type(*self._head_logits(self.forward_features(images)))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, get_device_dtype
+from timm.layers import DropPath, create_classifier, get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -154,9 +154,10 @@ class RedNet(nn.Module):
         outputs = tuple(width * Bottleneck.expansion for width in widths)
         reductions = tuple(min(reduction, output_stride) for reduction in (4, 8, 16, 32))
         strides = (1, *(after // before for before, after in itertools.pairwise(reductions)))
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
+        rates = torch.linspace(0, drop_path_rate, sum(layers), device="cpu")
+        drop_paths = [stage.tolist() for stage in rates.split(tuple(layers))]
         self.stem = InvolutionStem(in_chans, stem_width)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1 = _stage(self.stem.num_features, widths[0], strides[0], drop_paths[0])
         self.layer2 = _stage(outputs[0], widths[1], strides[1], drop_paths[1])
         self.layer3 = _stage(outputs[1], widths[2], strides[2], drop_paths[2])
@@ -215,7 +216,7 @@ class RedNet(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -239,7 +240,7 @@ class RedNet(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the stages behind the last of ``indices``, and the classifier; part of timm's contract."""
         taken, last = feature_take_indices(len(self.feature_info), indices)
