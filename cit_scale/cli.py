@@ -81,6 +81,9 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
             f"there are {ranks.world_size} ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
             "start with deepspeed or torchrun, source slurm/env.sh in a batch script of Slurm's, or set both"
         )
+    port = env.get("MASTER_PORT", "29500")
+    if ranks.world_size > 1 and not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise ConfigError(f"MASTER_PORT={port!r} in the environment is no port; a launcher sets it, from 1 to 65535")
     return ranks
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,6 +13,12 @@ import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
 
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
@@ -102,14 +109,13 @@ def build_network(
     determines (RUN_OWNS), and for arguments that timm refuses.
     """
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:8] or timm.list_models(module="cit")
-        raise ConfigError(f"no model is called {name!r}; known ones include {', '.join(near)}")
+        raise ConfigError(f"no model is called {name!r}; the nearest are {_nearest(name, timm.list_models())}")
     try:
         pretrained_cfg = timm.get_pretrained_cfg(name)  # None for a model that is registered without one
     except RuntimeError:  # an unknown tag after the model's name
         model = name.partition(".")[0]
-        known = [model, *timm.list_pretrained(f"{model}.*")[:8]]
-        raise ConfigError(f"no model is called {name!r}; known ones include {', '.join(known)}") from None
+        known = [model, *timm.list_pretrained(f"{model}.*")]
+        raise ConfigError(f"no model is called {name!r}; the nearest are {_nearest(name, known)}") from None
     is_cit = timm.models.is_model_in_modules(name, ["cit"])
     if teachers and not is_cit:
         raise ConfigError(
@@ -132,6 +138,54 @@ def build_network(
     except (TypeError, ValueError, AssertionError) as error:
         call = f"timm.create_model({name!r}, {_spelled(arguments)})"
         raise ConfigError(f"{call} refuses: {one_line(error, MOST)}") from error
+
+
+def try_forward(network: Network, *, batch_size: int, image_size: int, num_classes: int) -> None:
+    """Raise ConfigError unless the network turns images of this size into logits.
+
+    network: on the meta device, in the mode in which it is to be used. Nothing is computed and no memory is taken. A
+    network whose shapes follow from the values in the images cannot be tried so, and passes.
+    """
+    called = f"images ({batch_size}, 3, {image_size}, {image_size})"
+    try:
+        with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
+            images = torch.empty(batch_size, 3, image_size, image_size)
+            logits = torch.func.functional_call(network, fake_state(network), (images,))
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+        return
+    except Exception as error:  # whatever a model of timm's raises when an image is too small for it
+        way_out = "choose another model or data.image_size" + (", or a larger batch" if batch_size == 1 else "")
+        raise ConfigError(f"it cannot take {called}: {one_line(error, MOST)}; {way_out}") from error
+    for head, tensor in logits._asdict().items():
+        if tuple(tensor.shape) != (batch_size, num_classes):
+            raise ConfigError(
+                f"it turns {called} into {tuple(tensor.shape)} and not into logits {(batch_size, num_classes)} "
+                f"({head}); choose a model that classifies"
+            )
+
+
+def fake_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers like the module's, within FakeTensorMode: on the CPU, and without memory.
+
+    Not on the meta device, which autocast does not support.
+    """
+    return {
+        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).requires_grad_(
+            tensor.requires_grad
+        )
+        for name, tensor in tensors_of(module).items()
+    }
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """The names that resemble ``name`` most, of its family if there is one: what stands before the first "_"."""
+    family = [each for each in known if each.split("_")[0] == name.split("_")[0]]
+    return ", ".join(difflib.get_close_matches(name, family or known, n=4, cutoff=0.0))
 
 
 def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
