@@ -74,7 +74,7 @@ from cit_scale.run.inputs import (
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import EXPORTS, device_name, environment_record, export_weights, measure, print_table
-from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, slow_precisions, writing
+from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, run_teachers
@@ -142,8 +142,6 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
         with watch_preparation(config, world) as watchdog:
             prepared = prepare(config, arguments.teacher_run_configs, world, same_run=same_run)
             watchdog.progress()
-            for line in slow_precisions(config, world.device) if world.is_main else ():
-                print(line, flush=True)
             held.enter_context(exclusive(config.run_dir, world, stop))
             if fresh:
                 set_aside(config.run_dir, world)

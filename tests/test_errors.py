@@ -14,7 +14,7 @@ from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
 from cit_scale.errors import CannotWriteError, MissingInputError, RunError, TransientError, exit_code_of, os_error
-from cit_scale.models.network import read_weights
+from cit_scale.models.weights import read_weights
 from cit_scale.run import setup
 from launchers import requeue
 

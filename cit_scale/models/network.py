@@ -1,15 +1,11 @@
-"""Wraps timm models for the trainer: images in [0, 1] in, logits per head out. Builds them and loads their weights."""
+"""Wraps timm models for the trainer: images in [0, 1] in, logits per head out. Builds and tries them."""
 
 from __future__ import annotations
 
 import difflib
-import pickle
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
@@ -22,8 +18,7 @@ from torch._subclasses.fake_tensor import (
 
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
-from cit_scale.errors import ConfigError, MissingInputError, RefusedError, one_line, os_error
-from cit_scale.models.convert_checkpoint import convert
+from cit_scale.errors import ConfigError, one_line
 
 MOST = 400  # characters of a library's error message: one about a state dict that does not fit lists every key
 
@@ -62,7 +57,7 @@ class Network(nn.Module):
         GPU, DeepSpeed disables an autocast around its engine, with one line in the log."""
 
         self._single_head = student_logits_type(())  # looked up here: torch.compile does not trace a cached function
-        statistics = _pretrained_cfg(model)
+        statistics = pretrained_cfg_of(model)
         # Not persistent: the statistics belong to the model's configuration, not to its weights.
         self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
@@ -188,7 +183,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, family or known, n=4, cutoff=0.0))
 
 
-def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
+def pretrained_cfg_of(model: nn.Module) -> Mapping[str, Any]:
     """timm's description of a model: mean and std of its images, the name of its classifier, and more."""
     return cast(Any, model).pretrained_cfg  # timm sets it, and nn.Module's types know parameters and modules only
 
@@ -196,68 +191,3 @@ def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
 def _spelled(arguments: Mapping[str, Any]) -> str:
     """Return arguments as they are written in a call."""
     return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-
-
-def read_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Return the state dict in a safetensors file or a PyTorch file.
-
-    A PyTorch file may contain tensors only (weights_only=True), as other objects in a pickle can execute code. The
-    state dict may be wrapped in a dictionary under 'model' or 'state_dict'.
-    device: "cpu", or "meta" for names and shapes without memory.
-    Raises MissingInputError, RefusedError for a pickle with other objects, ConfigError, and OSError.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
-    try:
-        path.open("rb").close()  # its OSError has a number; safetensors reports every error as "no such file"
-        if path.suffix != ".safetensors":
-            state = torch.load(path, map_location=device, weights_only=True)
-        elif device == "meta":
-            with safetensors.safe_open(path, "pt") as file:
-                state = {key: torch.empty(file.get_slice(key).get_shape(), device=device) for key in file.keys()}  # noqa: SIM118
-        else:
-            state = safetensors.torch.load_file(path)
-    except pickle.UnpicklingError as error:
-        raise RefusedError(
-            f"weights {path} hold more than tensors, or are damaged; other objects in a pickle can execute code, so "
-            "the file is not loaded; save a bare state dict, best as safetensors"
-        ) from error
-    except Exception as error:  # each file format raises its own exceptions for damage
-        raise os_error(error, f"weights {path} cannot be read: {one_line(error, MOST)}", lasting=ConfigError) from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"weights {path} hold no state dict, bare or under 'model' or 'state_dict'")
-    return state
-
-
-def load_weights(network: Network, path: str | Path) -> None:
-    """Load weights into the network's model. All names and shapes must match.
-
-    Released checkpoints of CiT and RedNet are converted to our names. A CiT resamples the position embedding of another
-    image size. For a network on the meta device only names and shapes are compared.
-    Raises ConfigError for weights that do not fit, and the exceptions of `read_weights`.
-    """
-    model = network.model
-    is_meta = any(parameter.is_meta for parameter in model.parameters())
-    state = read_weights(path, "meta" if is_meta else "cpu")
-    if type(model).__module__.startswith("cit_scale."):
-        try:
-            state = convert(state)  # keys of released checkpoints become ours, our own keys stay
-        except ValueError as error:
-            raise ConfigError(f"weights {path} do not fit: {error}") from error
-    # Weights for another number of classes are the likeliest mistake, so they get a message of their own.
-    classifier = _pretrained_cfg(model)["classifier"]  # timm's convention: one name, or a tuple of several
-    key = f"{classifier if isinstance(classifier, str) or classifier is None else classifier[0]}.weight"
-    found, expected = state.get(key), model.state_dict().get(key)
-    if found is not None and expected is not None and len(found) != len(expected):
-        raise ConfigError(
-            f"weights {path} have {len(found)} classes, the data set has {len(expected)}; "
-            f"use weights trained on this data set, or give a recipe that trains them"
-        )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ConfigError(f"weights {path} do not fit: {one_line(error, MOST)}") from error

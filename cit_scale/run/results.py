@@ -24,7 +24,7 @@ from cit_scale.distributed.slurm_job import job_record
 from cit_scale.distributed.world import World, run_on_all_ranks
 from cit_scale.evaluate import evaluate
 from cit_scale.files import sync
-from cit_scale.models.network import load_weights
+from cit_scale.models.weights import load_weights
 from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import CHECKPOINTS, step_path
 from cit_scale.teachers import Teacher, run_teachers

@@ -26,7 +26,8 @@ from cit_scale.engines.base import EngineSetup, prepare_network
 from cit_scale.engines.build import prepare_engine
 from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, RefusedError, one_line, os_error
 from cit_scale.files import rename_aside
-from cit_scale.models.network import Network, build_network, load_weights, try_forward
+from cit_scale.models.network import Network, build_network, try_forward
+from cit_scale.models.weights import load_weights
 from cit_scale.run.folders import runs_inside
 from cit_scale.run_folder import CONFIG
 from cit_scale.settings import changed_settings
@@ -143,14 +144,17 @@ class PreparedRun:
 def prepare(
     config: RunConfig, teacher_run_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
 ) -> PreparedRun:
-    """Collective. Check the run and its teachers' runs, and open the data. Raises ConfigError.
+    """Collective. Check the run and its teachers' runs, and open the data. Prints what is to be said of weights and
+    precision. Raises ConfigError.
 
     teacher_run_configs: from ``cli.resolve_teacher_runs``. same_run: refuse a run folder begun with other settings.
     """
     setups = run_on_all_ranks(world, lambda: check_all_settings(config, teacher_run_configs, world, same_run=same_run))
     train_source, eval_source = first_on_each_node(world, lambda: open_data(config.data))
     prepared = with_images(config, teacher_run_configs, setups, Reader(train_source), Reader(eval_source))
-    run_on_all_ranks(world, lambda: check_networks(prepared))
+    for line in run_on_all_ranks(world, lambda: check_networks(prepared) + slow_precisions(config, world.device)):
+        if world.is_main:
+            print(line, flush=True)
     return prepared
 
 
@@ -221,8 +225,9 @@ def slow_precisions(config: RunConfig, device: torch.device) -> list[str]:
     ]
 
 
-def check_networks(prepared: PreparedRun, setting: str = "student.name") -> None:
-    """Check that the networks can be built for this data, take its images, and that their weights fit.
+def check_networks(prepared: PreparedRun, setting: str = "student.name") -> list[str]:
+    """Check that the networks can be built for this data, take its images, and that their weights fit. Returns what is
+    to be said of the weights.
 
     On the meta device, where tensors have shapes and no memory: the networks that are trained are built later, once.
     setting: the one that names the network that is trained.
@@ -237,22 +242,24 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name") -> None
         _ = prepared.steps_per_epoch  # raises ValueError if the images do not fill one global batch
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    said: list[str] = []
     with torch.device("meta"):
         with naming(f"{setting}={config.student.name}"):
             student = prepared.build_student_without_weights().train()
             try_forward(student, **sizes)
         if config.student.weights is not None:
-            load_weights(student, config.student.weights)
+            said += [f"student.weights: {note}" for note in load_weights(student, config.student.weights)]
         for name, teacher in config.teachers.items():
             if teacher.weights is not None:
                 with naming(f"teachers.{name}.model={teacher.model}"):
                     network = prepared.build_teacher_without_weights(teacher).eval()
                     try_forward(network, **sizes)
-                load_weights(network, teacher.weights)
+                said += [f"teachers.{name}.weights: {note}" for note in load_weights(network, teacher.weights)]
     prepare_network(student, config.engine, prepared.world)
     for name, teacher_run in prepared.teacher_runs.items():
         with naming(f"teacher {name}"):
-            check_networks(teacher_run, f"teachers.{name}.model")
+            said += check_networks(teacher_run, f"teachers.{name}.model")
+    return said
 
 
 @contextmanager
