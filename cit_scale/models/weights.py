@@ -94,9 +94,9 @@ def _refuse_objects(path: Path, error: pickle.UnpicklingError) -> RefusedError:
     named = ", ".join(sorted(others))
     return RefusedError(
         f"weights {path} hold objects of {named} beside the tensors, which can execute code when they are loaded; "
-        f"where you trust the file, strip it: python -c \"import torch; c = torch.load('{path}', 'cpu', weights_only=False); "
-        f"torch.save(c.state_dict() if isinstance(c, torch.nn.Module) else {{k: c[k] for k in {PLACES} if k in c}}, "
-        "'stripped.pth')\""
+        f"where you trust the file, strip it: python -c \"import torch; c = torch.load('{path}', 'cpu', "
+        f"weights_only=False); torch.save(c.state_dict() if isinstance(c, torch.nn.Module) else {{k: c[k] for k in "
+        f"{PLACES} if k in c}}, 'stripped.pth')\""
     )
 
 
