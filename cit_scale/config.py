@@ -31,7 +31,10 @@ from cit_scale.settings import (
     walk,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "ds_configs" / "zero1.json").is_file() else PACKAGE / "checkout"
+"""The checkout. Installed from a wheel: the folder in which the build has put what stands beside the package there."""
+
 DS_CONFIGS = REPOSITORY / "ds_configs"
 
 

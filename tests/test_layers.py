@@ -36,6 +36,7 @@ WALLS = {
     "settings teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
     "run run_folder settings teachers text",
+    "where": "config text",
     "__main__": "cli text",
     "job": "distributed errors text train",
     "bench": "checkpoint config data datasets distributed engines errors files models run teachers",

@@ -69,6 +69,8 @@ def device_name(device: torch.device) -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout, with -dirty if files differ from it; None without git or outside a repository."""
+    if not (REPOSITORY / "pyproject.toml").is_file():  # an installed package may lie in the repository of its user
+        return None
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
