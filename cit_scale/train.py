@@ -51,6 +51,7 @@ from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import (
     BadImageError,
+    MissingInputError,
     RunError,
     Stopped,
     exit_code_of,
@@ -353,14 +354,16 @@ def finished_results(
     if world.is_main:
         print(f"{run_dir} is finished, and evaluated anew as the evaluation data are others", flush=True)
     frozen = run_on_all_ranks(world, lambda: [prepared.load_teacher(*each) for each in teachers.items()])
-    files = {name: file for name, file in EXPORTS.items() if (run_dir / file).exists()}
+    files = broadcast(world, run_on_all_ranks(world, lambda: find_weights(run_dir, finished) if world.is_main else {}))
     measured = measure(
         prepared,
         teachers,
         frozen,
-        broadcast(world, files),
+        files,
         lambda: interruptible_eval_batches(prepared, finished["steps"], stop, watchdog),
     )
+    bad_images = BadImages(run_dir, (prepared.eval_images,), prepared.config.data.max_bad_images, world)
+    bad_images.collect(lambda line: print(line, flush=True) if world.is_main else None)
     results = {**finished, **measured, "inputs": {**noted, EVALUATION_DATA: here[EVALUATION_DATA]}}
 
     def write() -> None:
@@ -372,6 +375,18 @@ def finished_results(
     with writing(run_dir):
         run_on_all_ranks(world, write)
     return results
+
+
+def find_weights(run_dir: Path, finished: Mapping[str, Any]) -> dict[str, str]:
+    """On rank 0. The weights in a finished run's folder, or in its last checkpoint. Raises MissingInputError."""
+    there = {name: file for name, file in EXPORTS.items() if (run_dir / file).exists()}
+    files = there or export_weights(run_dir, finished["steps"])
+    if not files:
+        raise MissingInputError(
+            f"{run_dir} is finished, but its weights, {EXPORTS['student']}, are gone, so that they cannot be evaluated "
+            "anew; bring them back, or start over with --fresh"
+        )
+    return files
 
 
 def record_start(prepared: PreparedRun, progress: TrainingProgress, overridden: Sequence[str], now: float) -> float:

@@ -177,6 +177,20 @@ def test_a_finished_run_is_evaluated_anew_on_other_evaluation_data(stopped, tmp_
     assert "evaluated anew" not in stopped.finish().output
 
 
+def test_a_finished_run_without_its_weights_takes_them_from_its_last_checkpoint_or_says_so(stopped):
+    stopped.finish()
+    before = (stopped.run_dir / "results.json").read_text()
+    more_eval_images(stopped)
+    for file in ("student.safetensors", "student_ema.safetensors"):
+        (stopped.run_dir / file).unlink()
+    shutil.move(stopped.run_dir / "ckpt", stopped.run_dir / "elsewhere")
+    assert_refused(stopped.run(), 3, "its weights, student.safetensors, are gone", "--fresh")
+    assert (stopped.run_dir / "results.json").read_text() == before
+    shutil.move(stopped.run_dir / "elsewhere", stopped.run_dir / "ckpt")
+    stopped.finish()
+    assert json.loads((stopped.run_dir / "results.json").read_text())["eval_images"] == 15
+
+
 def test_a_teacher_of_other_data_is_refused_before_another_is_trained(stopped, tmp_path):
     recipe = tmp_path / "teacher.yaml"
     recipe.write_text(
