@@ -44,9 +44,11 @@ def recipe_path(name: str) -> Path:
 
     Raises MissingInputError, with the known names, if there is no such recipe.
     """
-    for path in (RECIPES / f"{name}.yaml", expand(name)):
-        if path.is_file():
-            return path
+    named, given = RECIPES / f"{name}.yaml", expand(name)
+    if named.is_file():
+        return named
+    if given.exists() and not given.is_dir():  # a pipe, too: --config <(command)
+        return given
     raise MissingInputError(
         f"no recipe is called {name!r} and no such file exists; recipes: {', '.join(recipe_names())}"
     )

@@ -1,5 +1,8 @@
 """Recipes and options: checked one by one, laid over one another, built."""
 
+import os
+import subprocess
+
 import pytest
 
 from cit_scale import cli, recipe
@@ -180,6 +183,15 @@ def test_digits_teachers_are_not_given_to_the_paper_s_recipe():
     over = parse("--config", "digits", "--config", "cit_small")
     assert over.teachers == parse("--config", "cit_small").teachers
     assert over.student == parse("--config", "cit_small").student
+
+
+def test_a_recipe_may_come_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(["sh", "-c", 'echo "seed: 5" > "$0"', str(tmp_path / "pipe")])
+    assert parse("--config", str(tmp_path / "pipe")).seed == 5
+    writer.wait()
+    with pytest.raises(ConfigError, match="no recipe is called"):
+        parse("--config", str(tmp_path))
 
 
 # --- Options ---
