@@ -17,7 +17,7 @@ from typing import NoReturn
 from cit_scale.config import RunConfig, check_config, check_names, split_batch
 from cit_scale.distributed.ranks import Ranks
 from cit_scale.errors import ConfigError, RunError, exit_code_of
-from cit_scale.recipe import OPTIONS, Tree, build, drops_others, lay_over, parse_option, read_recipe
+from cit_scale.recipe import OPTIONS, Tree, build, lay_over, names_network, parse_option, read_recipe
 from cit_scale.run_folder import INSIDE
 from cit_scale.settings import inherit_from_student, to_yaml
 from cit_scale.usage import DEFAULT_RECIPE, short_help, whole_help
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append")
     parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--override-resume", action="store_true")
+    parser.add_argument("--override-resume", "--override_resume", action="store_true")
     parser.add_argument("--print_config", action="store_true")
     parser.add_argument("--help-all", action="store_true")
     # DeepSpeed's own scripts take a bare --deepspeed, which switches DeepSpeed on. It is on by default here.
@@ -176,8 +176,9 @@ def _compose(recipes: Sequence[str], settings: Sequence[tuple[str, str]]) -> Run
     for name in recipes:
         tree = lay_over(tree, read_recipe(name), RunConfig)
     # First those that drop what belongs to another network: what else is typed is meant for the one that is named.
-    for name, text in sorted(settings, key=lambda setting: not drops_others(setting[0])):
-        tree = lay_over(tree, parse_option(name, text), RunConfig)
+    options = [parse_option(name, text) for name, text in settings]
+    for option in sorted(options, key=lambda option: not names_network(option)):
+        tree = lay_over(tree, option, RunConfig)
     return build(tree, RunConfig)
 
 

@@ -352,12 +352,13 @@ def check_config(config: RunConfig) -> None:
             "shorten it"
         )
     optim, batch = config.optim, config.train.global_batch_size
-    for name in ("warmup_lr", "min_lr"):
-        if config.peak_lr < getattr(optim, name):
+    lowest = {"min_lr": optim.min_lr} | ({"warmup_lr": optim.warmup_lr} if optim.warmup_epochs else {})
+    for name, lr in lowest.items():
+        if config.peak_lr < lr:
             raise ConfigError(
-                f"the learning rate would not fall from its peak: that is optim.lr={optim.lr:g} * "
+                f"the peak of the learning rate would be its lowest value: it is optim.lr={optim.lr:g} * "
                 f"train.global_batch_size={batch} / optim.lr_batch_size={optim.lr_batch_size} = {config.peak_lr:g}, "
-                f"below optim.{name}={getattr(optim, name):g}; raise optim.lr or lower optim.{name}"
+                f"below optim.{name}={lr:g}; raise optim.lr or lower optim.{name}"
             )
     if config.engine.name == "zero":
         find_ds_config(config.engine.ds_config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import re
 import typing
 from collections.abc import Hashable, Mapping
@@ -72,6 +73,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":  # "<<", whose keys the mapping may override
                 continue
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key has to be a text", key.start_mark)
             if (key.tag, key.value) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark
@@ -87,10 +90,32 @@ _FLOAT = r"""(?x)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
 
+class _Blank:
+    """What stands behind a key with nothing behind it. YAML calls it null; here only null that is written removes."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_BLANK = _Blank()
+_Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if node.value else _BLANK)
+
+
+def _without_blanks(value: Any) -> Any:
+    """``value`` with null for nothing, as YAML has it."""
+    if isinstance(value, dict):
+        return {key: _without_blanks(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_blanks(each) for each in value]
+    return None if value is _BLANK else value
+
+
 def _load(text: str, source: str) -> Any:
     """The value that a YAML text holds. Raises ConfigError."""
     try:
-        return yaml.load(text, _Loader)
+        loaded = _Loader(text).get_single_data()
+        json.dumps(loaded, default=str)  # raises ValueError for an alias that holds itself
+        return loaded
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text.strip() else ""
         raise ConfigError(f"{source}{line}: {one_line(error.problem or error)}") from error
@@ -120,7 +145,7 @@ def parse_recipe(content: bytes, source: str) -> Tree:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source} is not a text in UTF-8: {error}") from error
     if not isinstance(tree, dict):
-        held = "no settings" if tree is None else f"{tree!r:.60}, and no settings"
+        held = "no settings" if tree in (None, _BLANK) else f"{tree!r:.60}, and no settings"
         raise ConfigError(f"{source} holds {held}; write some, such as 'train: {{epochs: 100}}'")
     return _checked(tree, RunConfig, f"{source}: ")
 
@@ -133,11 +158,17 @@ def parse_option(name: str, text: str) -> Tree:
     return _checked({name: value}, RunConfig, "--")
 
 
-def drops_others(name: str) -> bool:
-    """Whether another value of the setting makes those beside it void."""
-    outer, _, last = name.rpartition(".")
-    kind = _kind_of_setting(outer) if outer else RunConfig
-    return _is_section(kind) and any(each.name == last and facts_of(each).drops for each in fields(kind))
+def names_network(tree: Tree, of: type = RunConfig) -> bool:
+    """Whether a tree gives a setting of which another value makes those beside it void."""
+    for each in fields(of):
+        kind, given = _kind_of(of, each.name), tree.get(each.name)
+        if given is not None and facts_of(each).drops:
+            return True
+        inner = [given] if _is_section(kind) else list((given or {}).values()) if isinstance(kind, _ByName) else []
+        section = kind.of if isinstance(kind, _ByName) else kind
+        if any(names_network(one, section) for one in inner if one):
+            return True
+    return False
 
 
 def _kind_of_setting(name: str) -> Any:
@@ -194,8 +225,14 @@ def _value(value: Any, kind: Any, source: str, name: str) -> Any:
         return _checked(value, kind, source, f"{name}.")
     types = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
     takes_text = str in types or typing.get_origin(kind) is Literal
+    if value is _BLANK and (isinstance(kind, _ByName) or typing.get_origin(kind) is dict):
+        raise ConfigError(f"{source}{name}: nothing stands below it; leave it out, or give null to remove all")
+    if value == "" and not takes_text:
+        raise ConfigError(f"{source}{name} is empty; give a value or leave it out")
     if isinstance(value, str) and (not takes_text or (value == "null" and type(None) in types)):
         value = _load(value, f"{source}{name}")
+    if not isinstance(kind, _ByName):
+        value = _without_blanks(value)
     if value is None:  # it removes, or overrides an earlier value: only the whole can tell whether it is one
         return None
     if isinstance(kind, _ByName):
@@ -220,7 +257,13 @@ def _value(value: Any, kind: Any, source: str, name: str) -> Any:
 def _mapping(tree: Any, source: str, prefix: str) -> dict[str, Any]:
     """``tree`` if it is a mapping with keys of text. Raises ConfigError."""
     if not isinstance(tree, dict):
-        held = "nothing stands below it" if tree is None else f"it is given as {tree!r:.60}"
+        held = (
+            "nothing stands below it"
+            if tree is _BLANK
+            else "it is null"
+            if tree is None
+            else f"it is given as {tree!r:.60}"
+        )
         raise ConfigError(f"{source}{prefix[:-1]} is a section of settings, but {held}; leave it out or give some")
     for key in tree:
         if not isinstance(key, str):

@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ from cit_scale.errors import (
     exit_code_of,
 )
 from cit_scale.evaluate import HEADS_MEAN, evaluate
-from cit_scale.files import read_note, read_notes, rename_aside, write_text
+from cit_scale.files import free_name, read_note, read_notes, rename_aside, write_text
 from cit_scale.losses import co_advise_loss
 from cit_scale.optim import learning_rate
 from cit_scale.run.bad_images import BadImages
@@ -343,6 +344,7 @@ def finished_results(
     run_dir, world = prepared.config.run_dir, prepared.world
     noted = finished.get("inputs", {})
     here = run_on_all_ranks(world, lambda: fingerprints(prepared, hash_teachers(teachers)))
+    refuse_different(world, here)
     other = changed_inputs(noted, here)
     trained_with = " and ".join(name for name in other if name != EVALUATION_DATA)
     if trained_with and world.is_main:
@@ -368,8 +370,8 @@ def finished_results(
 
     def write() -> None:
         if world.is_main:
-            rename_aside(run_dir / RESULTS)
-            write_text(run_dir / CONFIG, to_yaml(prepared.config))
+            # A copy: killed in between, the run is still a finished one. Its config.yaml stays as it was trained.
+            shutil.copyfile(run_dir / RESULTS, free_name(run_dir / RESULTS))
             write_text(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
 
     with writing(run_dir):

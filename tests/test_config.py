@@ -141,6 +141,10 @@ def test_a_mistake_is_one_line_that_names_it(argv, expected):
     assert "\n" not in str(error.value)
 
 
+def test_a_warm_up_that_there_is_not_has_no_learning_rate():
+    check_config(parse("--optim.warmup_lr", "0.1", "--optim.warmup_epochs", "0"))
+
+
 def test_null_in_a_recipe_is_refused_where_it_means_nothing(tmp_path):
     """The parser lets it in."""
     (tmp_path / "mine.yaml").write_text("optim: {lr: null, ema_decay: null}\n")
@@ -217,6 +221,9 @@ def test_impossible_batches_are_refused_with_the_way_out(total, world_size, micr
         (["--mixing.prob", "1.5"], r"mixing.prob=1.5 must be between 0 and 1"),
         (["--augment.crop_scale", "[0.5,0.1]"], "augment.crop_scale"),
         (["--optim.betas", "[0.9,1.0]"], "optim.betas"),
+        (["--optim.ema_decay", "1"], "optim.ema_decay=1.0 must be from 0 to below 1"),
+        (["--optim.lr", "1e-6"], "= 1e-06, below optim.min_lr=1e-05"),
+        (["--optim.warmup_lr", "0.1"], "= 0.002, below optim.warmup_lr=0.1"),
         (["--seed", "100000000000000000000"], "seed=.* more than 64 bits"),
         (["--data.image_size", "1000000000"], "data.image_size=1000000000 must be at most 65535"),
         (["--data.decode_threads", "1000000000"], "data.decode_threads=1000000000 must be at most 1024"),

@@ -32,6 +32,9 @@ def run_config(tmp_path: Path, ds_config: dict | str) -> RunConfig:
         ({"gradient_accumulation_steps": 8}, ["=8", "says 2", "train.micro_batch_size"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled=true", "says false", "engine.precision"]),
         ({"fp16": {"enabled": True, "loss_scale": 128}}, ["fp16.enabled=true", "engine.precision"]),
+        ({"fp16": True}, ["fp16=true, where DeepSpeed has a section"]),
+        ({"optimizer": "AdamW"}, ['optimizer="AdamW", where DeepSpeed has a section']),
+        ({"scheduler": {"params": {"warmup_num_steps": 5}}}, ["warmup_num_steps=5: remove the section"]),
         ({"optimizer": {"type": "Lion"}}, ['optimizer.type="Lion"', 'says "AdamW"']),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, ["adam_w_mode=false", "remove it"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-4}}}, ["params.lr=0.0003", "says 0.001", "optim.lr"]),
@@ -97,6 +100,7 @@ def test_a_ds_config_may_repeat_the_recipe_or_say_auto(tmp_path):
         "scheduler": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": False},
+        "torch_autocast": False,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
         "steps_per_print": 10,
     }

@@ -8,7 +8,7 @@ import pytest
 from cit_scale import cli, recipe
 from cit_scale.config import RunConfig, StudentConfig, TeacherConfig
 from cit_scale.errors import ConfigError
-from cit_scale.recipe import build, drops_others, lay_over, parse_option, parse_recipe
+from cit_scale.recipe import build, lay_over, parse_option, parse_recipe
 
 
 def parse(*argv):
@@ -61,6 +61,12 @@ def laid(*texts):
         ("augment: {crop_scale: [0.1]}", r"mine.yaml: augment.crop_scale=\[0.1\] should be a list of 2 numbers"),
         ("augment: {crop_scale: 0.1}", "mine.yaml: augment.crop_scale=0.1 should be a list of 2 numbers"),
         ("student: {kwargs: 3}", "mine.yaml: student.kwargs=3 should be a valid dictionary"),
+        ("? [a, b]\n: 3", "mine.yaml, line 1: a key has to be a text"),
+        ("student: &s {kwargs: *s}", "mine.yaml is not YAML: Circular"),
+        ("teachers:\n# conv: {}\nseed: 3", "mine.yaml: teachers: nothing stands below it"),
+        ("student:\n  kwargs:\n", "mine.yaml: student.kwargs: nothing stands below it"),
+        ("teachers: {conv: }", "mine.yaml: teachers.conv is a section of settings, but nothing stands below it"),
+        ("student: null", "mine.yaml: student is a section of settings, but it is null"),
         ("fresh: true", "mine.yaml: fresh: this is an option of the command line, not a setting"),
         ("override-resume: true", "mine.yaml: override-resume: this is an option of the command line"),
         ("config: digits", "mine.yaml: config: this is an option of the command line"),
@@ -210,15 +216,15 @@ def test_options_are_laid_over_the_recipes_like_a_last_one():
 
 
 def test_another_network_on_the_command_line_drops_the_recipe_s_arguments_and_keeps_those_typed_beside_it():
-    for argv in (["--student.kwargs.depth=3", "--student.name=x"], ["--student.name=x", "--student.kwargs.depth=3"]):
+    for argv in (
+        ["--student.kwargs.depth=3", "--student.name=x"],
+        ["--student.name=x", "--student.kwargs.depth=3"],
+        ["--student.kwargs.depth=3", "--student={name: x}"],
+    ):
         assert parse(*argv).student == StudentConfig("x", {"depth": 3})
     assert parse("--teachers.conv.model=x").teachers["conv"] == TeacherConfig("x")
-    assert [
-        name for name in ("student.name", "teachers.a.model", "name", "seed", "data.train") if drops_others(name)
-    ] == [
-        "student.name",
-        "teachers.a.model",
-    ]
+    both = parse("--teachers.conv.weights=a.pth", "--teachers={conv: {model: x}}")
+    assert both.teachers["conv"] == TeacherConfig("x", weights="a.pth")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +254,9 @@ def test_a_typed_text_has_the_type_of_its_setting(name, text, value):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--seed="], "--seed is empty; give a value or leave it out"),
+        (["--teachers="], "--teachers is empty; give a value or leave it out"),
+        (["--student.kwargs="], "--student.kwargs is empty; give a value or leave it out"),
         (["--seed=x"], "--seed='x' should be a valid integer"),
         (["--dta.image_size=3"], "--dta.image_size: there is no such setting; did you mean data.image_size?"),
         (["--engine", "1"], "--engine is a section of settings, but it is given as 1"),
@@ -271,5 +280,5 @@ def test_a_command_line_that_is_wrong_is_one_line(argv, said):
 
 def test_the_options_of_the_command_line_are_no_settings():
     spelled = {option[2:] for action in cli._parser()._actions for option in action.option_strings}
-    assert spelled | {"help", "override_resume"} == recipe.OPTIONS
+    assert spelled | {"help"} == recipe.OPTIONS
     assert not recipe.OPTIONS & RunConfig.__dataclass_fields__.keys()

@@ -1,5 +1,7 @@
 """What a run is prepared from: its folder, its checkpoint, its student's weights."""
 
+import platform
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
 from cit_scale.engines.build import prepare_engine
 from cit_scale.errors import RefusedError
+from cit_scale.run import setup
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore
 from cit_scale.run.setup import CONFIG, PreparedRun, check_same_run, slow_precisions
 
@@ -82,6 +85,8 @@ def test_a_student_starts_from_the_weights_that_the_recipe_names(prepared, tmp_p
 def test_a_precision_without_instructions_is_said_with_the_way_out(has_it, monkeypatch):
     names = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**dict.fromkeys(names, lambda: has_it)))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     cpu = torch.device("cpu")
     slow = parse("--engine.precision=bf16", "--distill.teacher_precision=bf16")
     lines = slow_precisions(slow, cpu)
@@ -95,6 +100,8 @@ def test_a_precision_without_instructions_is_said_with_the_way_out(has_it, monke
     assert slow_precisions(slow, torch.device("cuda")) == []
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of flags are those of x86")
 def test_the_instructions_of_this_cpu_are_asked_for():
-    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert setup._has_bf16() == bool({"avx512_bf16", "amx_bf16"} & set(flags))
     assert isinstance(torch.ops.mkldnn._is_mkldnn_fp16_supported(), bool)

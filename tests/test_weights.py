@@ -192,7 +192,21 @@ def test_our_student_inside_another_module_is_read(tmp_path):
     assert torch.equal(target.model.pos_embed, student.model.pos_embed)
 
 
+def test_of_two_plain_places_the_one_taken_is_said(state, tmp_path):
+    torch.save({"state_dict": state, "model": other(state)}, tmp_path / "w.pth")
+    assert loaded(tmp_path / "w.pth")[1] == ["state_dict is taken, not model"]
+
+
 # --- Refused ---
+
+
+def test_of_two_networks_that_fit_none_is_guessed(state, tmp_path):
+    torch.save({**prefixed(state, "student."), **prefixed(other(state), "teacher.")}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="several networks that fit, under 'student', 'teacher'"):
+        load_weights(network(), tmp_path / "w.pth")
+    torch.save({**state, **prefixed(other(state), "module.")}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"names with and without module\."):
+        load_weights(network(), tmp_path / "w.pth")
 
 
 def test_tensors_that_belong_nowhere_are_no_part_to_be_left_out(state, tmp_path):

@@ -231,7 +231,15 @@ def _complaints_of_recipe(
                     f"{key}={json.dumps(value)}, the recipe says {json.dumps(wanted)}: remove it from the file or "
                     f'write "auto"{f", or set {home}" if home else ""}'
                 )
-        elif section in sections and section != "scheduler":  # which one complaint about its type is enough for
+        elif key == section and section in sections:
+            if value is not False:
+                complaints.append(f"{key}={json.dumps(value)}, where DeepSpeed has a section: remove it")
+        elif section == "scheduler":
+            if "type" not in sharding[section]:
+                complaints.append(
+                    f"{key}={json.dumps(value)}: remove the section; optim.warmup_epochs and optim.min_lr say it"
+                )
+        elif section in sections:
             wanted, _ = recipe.get(f"{section}.enabled", (True, None))
             if sharding[section].get("enabled", wanted) is not False and wanted is not False:
                 complaints.append(f"{key}={json.dumps(value)}, which the recipe does not have: remove it")

@@ -106,10 +106,11 @@ def _unwrap(content: Any, path: Path) -> Weights:
     if isinstance(content, dict) and not _is_state(content):
         places = [key for key in PLACES if isinstance(content.get(key), Mapping) and _is_state(content[key])]
         if places:
-            left = [key for key in places[1:] if key != places[0]]
+            others = f", not {' or '.join(places[1:])}" if places[1:] else ""
             if places[0] in AVERAGES:
-                others = f", not {' or '.join(left)}" if left else ""
                 notes.append(f"the moving average is taken: {places[0]}{others}")
+            elif others:
+                notes.append(f"{places[0]} is taken{others}")
             content = content[places[0]]
         else:
             inner = [str(key) for key, value in content.items() if isinstance(value, Mapping) and _is_state(value)]
@@ -118,6 +119,10 @@ def _unwrap(content: Any, path: Path) -> Weights:
     if not isinstance(content, Mapping) or not _is_state(content):
         raise ConfigError(f"weights {path} hold no state dict, but a {type(content).__name__}")
     tensors = {_without_wrappers(key): value for key, value in content.items()}
+    if len(tensors) < len(content):
+        raise ConfigError(
+            f"weights {path} hold names with and without {' or '.join(WRAPPERS)}; save one network by itself"
+        )
     tensors.pop("n_averaged", None)  # the count of torch's AveragedModel
     return Weights(tensors, tuple(notes))
 
@@ -173,11 +178,15 @@ def _part_that_fits(
     }
     parts = {
         prefix: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        for prefix in ("", *sorted(beginnings, key=len))
+        for prefix in ("", *sorted(beginnings))
     }
-    best = max(parts, key=lambda prefix: len({renamed(key) for key in parts[prefix]} & expected))
+    fitting = {prefix: len({renamed(key) for key in part} & expected) for prefix, part in parts.items()}
+    best, *others_as_good = [prefix for prefix, count in fitting.items() if count == max(fitting.values())]
     if best == "":
         return state, []
+    if others_as_good:
+        among = ", ".join(repr(prefix[:-1]) for prefix in (best, *others_as_good))
+        raise ConfigError(f"weights hold several networks that fit, under {among}; save one of them by itself")
     left = len(state) - len(parts[best])
     others = f"; {left} others belong to something else and are left out" if left else ""
     return parts[best], [f"the tensors under {best[:-1]!r} are taken{others}"]

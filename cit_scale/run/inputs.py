@@ -43,17 +43,18 @@ def refuse_different(world: World, inputs: Mapping[str, str]) -> None:
             )
 
 
-def noted_inputs(run_dir: Path) -> dict[str, str]:
-    """The fingerprints that a run folder notes: in its results, else in its newest checkpoint. Empty where it has
-    neither, or one of an earlier version or that is damaged: what is damaged is found when it is loaded."""
+def noted_inputs(run_dir: Path) -> tuple[dict[str, str], bool]:
+    """The fingerprints that a run folder notes, in its results or else in its newest checkpoint, and whether they are
+    those of results. Empty where it has neither, or one of an earlier version or that is damaged: what is damaged is
+    found when it is loaded."""
     steps = saved_steps(run_dir / CHECKPOINTS)
     notes = [run_dir / RESULTS, *(step_path(run_dir / CHECKPOINTS, step) / META for step in sorted(steps)[-1:])]
     for note in notes:
         with contextlib.suppress(OSError, ValueError):
             content = json.loads(note.read_text())
             if isinstance(content, dict) and isinstance(content.get("inputs"), dict):
-                return content["inputs"]
-    return {}
+                return content["inputs"], note.name == RESULTS
+    return {}, False
 
 
 def changed_inputs(noted: Mapping[str, Any], here: Mapping[str, str]) -> list[str]:
@@ -62,13 +63,15 @@ def changed_inputs(noted: Mapping[str, Any], here: Mapping[str, str]) -> list[st
 
 
 def refuse_other_inputs(prepared: PreparedRun, teachers: Mapping[str, TeacherConfig]) -> None:
-    """Raise RefusedError if the run folder belongs to other training data or teachers. Evaluation data may be others.
+    """Raise RefusedError if the run folder belongs to other training data or teachers, or, where its run is not
+    finished, to other evaluation data.
 
     Called before anything is trained, for all runs at once: only the last of several teachers may be of other data.
     """
     config = prepared.config
-    noted, here = noted_inputs(config.run_dir), fingerprints(prepared, hash_teachers(teachers))
-    other = [name for name in changed_inputs(noted, here) if name != EVALUATION_DATA]
+    noted, is_finished = noted_inputs(config.run_dir)
+    here = fingerprints(prepared, hash_teachers(teachers) if noted else {})
+    other = [name for name in changed_inputs(noted, here) if not (is_finished and name == EVALUATION_DATA)]
     if other:
         shown = "; ".join(f"{name}: {noted[name]:.12} -> {here[name]:.12}" for name in other)
         raise RefusedError(

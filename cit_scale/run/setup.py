@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -214,7 +215,7 @@ def slow_precisions(config: RunConfig, device: torch.device) -> list[str]:
         given["distill.teacher_precision"] = config.distill.teacher_precision
     supported = {
         "float32": True,
-        "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "bf16": _has_bf16(),
         "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
     return [
@@ -223,6 +224,13 @@ def slow_precisions(config: RunConfig, device: torch.device) -> list[str]:
         for setting, precision in given.items()
         if not supported[precision]
     ]
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU has instructions for bf16. On x86, oneDNN's own answer is yes for every CPU with AVX-512."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_networks(prepared: PreparedRun, setting: str = "student.name") -> list[str]:
