@@ -27,6 +27,7 @@ VERBS = {
     "pack": Verb("any data set to checked tar shards", "cit_scale.datasets.commands", "pack"),
     "video": Verb("class folders of videos to class folders of frames", "cit_scale.datasets.commands", "video"),
     "runs": Verb("list and show run folders", "cit_scale.run.show", prints_results=True),
+    "where": Verb("print the folder of launchers/, slurm/ and ds_configs/", "cit_scale.where", prints_results=True),
 }
 
 

@@ -9,7 +9,7 @@ the numbers is a property or a function of them, never a second field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from cit_scale.errors import ConfigError
 from cit_scale.settings import (
     ABOVE_0_TO_1,
     BETAS,
+    FROM_0_TO_BELOW_1,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_RANGE,
@@ -30,7 +31,10 @@ from cit_scale.settings import (
     walk,
 )
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "ds_configs" / "zero1.json").is_file() else PACKAGE / "checkout"
+"""The checkout. Installed from a wheel: the folder in which the build has put what stands beside the package there."""
+
 DS_CONFIGS = REPOSITORY / "ds_configs"
 
 
@@ -38,7 +42,7 @@ DS_CONFIGS = REPOSITORY / "ds_configs"
 class StudentConfig:
     """The network that this run trains."""
 
-    name: str = setting("cit_base_patch16_224", in_listing=True)
+    name: str = setting("cit_base_patch16_224", in_listing=True, drops=["kwargs", "weights"])
     """Any timm model; the ones registered by cit_scale.models can be advised."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +56,7 @@ class StudentConfig:
 class TeacherConfig:
     """One frozen network that advises the student through a token of its own."""
 
-    model: str
+    model: str = setting(MISSING, drops=["kwargs", "weights", "recipe"])
     """Any timm model."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -199,7 +203,7 @@ class OptimConfig:
     clip_norm: float = setting(15.0, rules=[NOT_NEGATIVE])
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
 
-    ema_decay: float | None = setting(None, rules=[SHARE])
+    ema_decay: float | None = setting(None, rules=[FROM_0_TO_BELOW_1])
     """Keep an exponential moving average of the weights with this decay."""
 
 
@@ -347,6 +351,15 @@ def check_config(config: RunConfig) -> None:
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than train.epochs={config.train.epochs}; "
             "shorten it"
         )
+    optim, batch = config.optim, config.train.global_batch_size
+    lowest = {"min_lr": optim.min_lr} | ({"warmup_lr": optim.warmup_lr} if optim.warmup_epochs else {})
+    for name, lr in lowest.items():
+        if config.peak_lr < lr:
+            raise ConfigError(
+                f"the peak of the learning rate would be its lowest value: it is optim.lr={optim.lr:g} * "
+                f"train.global_batch_size={batch} / optim.lr_batch_size={optim.lr_batch_size} = {config.peak_lr:g}, "
+                f"below optim.{name}={lr:g}; raise optim.lr or lower optim.{name}"
+            )
     if config.engine.name == "zero":
         find_ds_config(config.engine.ds_config)
 

@@ -38,9 +38,14 @@ def rename_to_free(path: Path, suffixes: Iterable[str]) -> Path:
     return path.rename(next(free for suffix in suffixes if not (free := path.with_name(path.name + suffix)).exists()))
 
 
+def free_name(path: Path) -> Path:
+    """Returns path.1, or path.2 and so on if that exists."""
+    return next(free for i in itertools.count(1) if not (free := path.with_name(f"{path.name}.{i}")).exists())
+
+
 def rename_aside(path: Path) -> Path:
     """Rename a file or folder to path.1, or path.2 and so on if that exists. Returns the new path."""
-    return rename_to_free(path, (f".{i}" for i in itertools.count(1)))
+    return path.rename(free_name(path))
 
 
 def read_note(path: Path) -> dict[str, Any]:

@@ -40,9 +40,10 @@ NOT_NEGATIVE = Rule(lambda value: value >= 0, "must not be negative")
 SHARE = Rule(lambda value: 0 <= value <= 1, "must be between 0 and 1")
 UP_TO_1024 = Rule(lambda value: value <= 1024, "must be at most 1024")
 UP_TO_65535 = Rule(lambda value: value <= 65535, "must be at most 65535, the most pixels of a side of a JPEG")
+FROM_0_TO_BELOW_1 = Rule(lambda value: 0 <= value < 1, "must be from 0 to below 1")
 ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 POSITIVE_RANGE = Rule(lambda pair: 0 < pair[0] <= pair[1], "must be two numbers above 0, the smaller first")
-BETAS = Rule(lambda pair: all(0 <= beta < 1 for beta in pair), "must be two numbers from 0 to below 1")
+BETAS = Rule(lambda pair: all(map(FROM_0_TO_BELOW_1.holds, pair)), "must be two numbers from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class Facts:
     in_listing: bool = False
     """Whether ``cit-scale runs show`` lists it."""
 
+    drops: Sequence[str] = ()
+    """The settings beside it that belong to its value: where a later recipe gives another value, the earlier recipe's
+    are dropped."""
+
 
 NO_FACTS = Facts()
 FACTS = "facts"
@@ -77,9 +82,12 @@ def setting(
     may_change: bool = False,
     for_teachers: bool | None = None,
     in_listing: bool = False,
+    drops: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field with a default and its ``Facts``. A plain default is a setting of which nothing is known."""
-    return field(default=default, metadata={FACTS: Facts(tuple(rules), may_change, for_teachers, in_listing)})
+    """A dataclass field with a default, or MISSING, and its ``Facts``. A plain default is a setting of which nothing is
+    known."""
+    facts = Facts(tuple(rules), may_change, for_teachers, in_listing, tuple(drops))
+    return field(default=default, metadata={FACTS: facts})
 
 
 def section(of: type, *, for_teachers: bool | None = None) -> Any:
@@ -132,8 +140,9 @@ def check_values(config: Any, prefix: str = "") -> None:
     """
     for name, of, _, default, value in walk(config, prefix):
         if value is None and type(None) not in typing.get_args(of):
-            instead = f"; leave it out for its default{'' if is_dataclass(default) else f', {_as_lists(default)}'}"
-            raise ConfigError(f"{name}=null, and null is no value of this setting{instead}")
+            shown = "" if is_dataclass(default) else f", {_as_lists(default)}"
+            way_out = "give one" if default is None else f"leave it out for its default{shown}"
+            raise ConfigError(f"{name}=null, and null is no value of this setting; {way_out}")
         wrong = _first_unusable(value)
         if wrong is not None:
             raise ConfigError(

@@ -14,7 +14,8 @@ from cit_scale.config import DistillConfig, TeacherConfig
 from cit_scale.errors import ConfigError
 from cit_scale.files import file_sha256
 from cit_scale.models.fold import fold_batch_norm
-from cit_scale.models.network import Network, Precision, build_network, load_weights
+from cit_scale.models.network import Network, Precision, build_network
+from cit_scale.models.weights import load_weights
 
 
 @dataclass(frozen=True)

@@ -47,28 +47,35 @@ from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.slurm_job import restart_count
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Watchdog
-from cit_scale.distributed.world import World, agree_any, broadcast, gather, run_on_all_ranks, start
+from cit_scale.distributed.world import World, agree_any, broadcast, run_on_all_ranks, start
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import (
     BadImageError,
-    RefusedError,
+    MissingInputError,
     RunError,
     Stopped,
     exit_code_of,
 )
 from cit_scale.evaluate import HEADS_MEAN, evaluate
-from cit_scale.files import file_sha256, read_note, read_notes, rename_aside, sync, write_text
+from cit_scale.files import free_name, read_note, read_notes, rename_aside, write_text
 from cit_scale.losses import co_advise_loss
-from cit_scale.models.network import load_weights
 from cit_scale.optim import learning_rate
 from cit_scale.run.bad_images import BadImages
 from cit_scale.run.bad_steps import BadSteps, find_culprits
 from cit_scale.run.flops import ModelFlops, model_flops
 from cit_scale.run.folders import numbers
+from cit_scale.run.inputs import (
+    EVALUATION_DATA,
+    changed_inputs,
+    fingerprints,
+    hash_teachers,
+    refuse_different,
+    refuse_other_inputs,
+)
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
-from cit_scale.run.results import device_name, environment_record, print_table
+from cit_scale.run.results import EXPORTS, device_name, environment_record, export_weights, measure, print_table
 from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
 from cit_scale.settings import to_yaml
@@ -76,9 +83,6 @@ from cit_scale.teachers import Teacher, run_teachers
 
 # Longest time without progress before the first step: indexing a large data set for the first time takes this long.
 PREPARATION_S = 3600.0
-
-# Weights that a finished run leaves in its folder, by the name in results.json: files of its last checkpoint.
-EXPORTS = {"student": layout.STUDENT, "student ema": layout.STUDENT_EMA}
 
 
 def main(
@@ -146,6 +150,8 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
             elif same_run:
                 # Checked again under the lock: before, another job could still write to the folder.
                 run_on_all_ranks(world, lambda: check_same_runs((config, *arguments.teacher_run_configs.values())))
+                for each in (*prepared.teacher_runs.values(), prepared):
+                    run_on_all_ranks(world, partial(refuse_other_inputs, each, each.config.teachers))
         teachers = dict(config.teachers)
         # From here on a second Ctrl-C waits until the state is saved; before, it interrupts at once.
         with stop.shielded():
@@ -229,13 +235,9 @@ class Session:
         useful_s, wall_s = self.progress.useful_s, time.time() - self.loaded.started_at
         return useful_s / wall_s if 0 < useful_s <= wall_s else None
 
-    def interruptible_eval_batches(self) -> Iterator[Batch]:
-        """Collective. This rank's share of the evaluation set, once. Raises Stopped on all ranks if one must stop."""
-        for batch in self.prepared.eval_batches():
-            self.watchdog.progress()
-            if any(agree_any(self.prepared.world, self.stop.requested)):
-                raise Stopped(self.progress.step, self.stop.signum)
-            yield batch
+    def eval_batches(self) -> Iterator[Batch]:
+        """``interruptible_eval_batches`` of this run at this step."""
+        return interruptible_eval_batches(self.prepared, self.progress.step, self.stop, self.watchdog)
 
 
 def train(
@@ -243,9 +245,9 @@ def train(
 ) -> dict[str, Any]:
     """Collective. Train the run's student, from the newest checkpoint on if there is one. Returns its results.
 
-    teachers: by name; all of them have weights. The results of a finished run are returned as they are, and refused if
-    they belong to other images or teachers; with ``override`` a run of another length is trained on. Raises Stopped,
-    with everything saved, when ``stop`` is requested on any rank.
+    teachers: by name; all of them have weights. Of a finished run ``finished_results`` are returned; with ``override``
+    a run of another length is trained on. Raises Stopped, with everything saved, when ``stop`` is requested on any
+    rank.
     """
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
     with watch_preparation(config, world) as preparation:
@@ -255,8 +257,8 @@ def train(
         is_finished = "steps" in finished
         if is_finished and (finished["steps"] == prepared.total_steps or not override):
             if not override:
-                run_on_all_ranks(world, lambda: refuse_other_inputs(prepared, teachers, finished))
-            return finished
+                run_on_all_ranks(world, lambda: refuse_other_inputs(prepared, teachers))
+            return finished_results(prepared, teachers, finished, stop, preparation)
         loaded = load(prepared, teachers, preparation, override=override)
     step = loaded.progress.step
     with writing(run_dir):
@@ -304,7 +306,8 @@ def load(
     engine = build_engine(prepared.build_student(), prepared.engine_setup)
     preparation.progress()
 
-    inputs = fingerprints(prepared, frozen)
+    inputs = fingerprints(prepared, {teacher.name: teacher.sha256 for teacher in frozen})
+    refuse_different(world, inputs)
     progress, overridden = TrainingProgress(), list[str]()
     found = checkpoint.load_newest(run_dir, world)
     preparation.progress()
@@ -326,43 +329,66 @@ def open_log(prepared: PreparedRun, step: int) -> RunLog:
     return RunLog(config.run_dir, prepared.world, title=config.name, step=step, total_steps=prepared.total_steps)
 
 
-def refuse_other_inputs(
-    prepared: PreparedRun, teachers: Mapping[str, TeacherConfig], finished: Mapping[str, Any]
-) -> None:
-    """Raise RefusedError if ``finished``, the run folder's results, belong to other images or teachers.
+def finished_results(
+    prepared: PreparedRun,
+    teachers: Mapping[str, TeacherConfig],
+    finished: Mapping[str, Any],
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> dict[str, Any]:
+    """Collective. The results of a run that is finished: its results.json, ``finished``, or new ones where the
+    evaluation data are others.
 
-    Results of earlier versions have no fingerprints and pass.
+    Results of earlier versions, which have no fingerprints, are taken as they are.
     """
-    noted, here = finished.get("inputs", {}), data_fingerprints(prepared)
-    for name, teacher in teachers.items():
-        if teacher.weights is not None:
-            here[f"teacher {name}"] = file_sha256(Path(teacher.weights).expanduser())
-    other = [name for name in here if noted.get(name, here[name]) != here[name]]
-    if other:
-        raise RefusedError(
-            f"{prepared.config.run_dir} holds a finished run of other {' and '.join(other)}; give this one another "
-            "--name, or set that one aside with --fresh"
+    run_dir, world = prepared.config.run_dir, prepared.world
+    noted = finished.get("inputs", {})
+    here = run_on_all_ranks(world, lambda: fingerprints(prepared, hash_teachers(teachers)))
+    refuse_different(world, here)
+    other = changed_inputs(noted, here)
+    trained_with = " and ".join(name for name in other if name != EVALUATION_DATA)
+    if trained_with and world.is_main:
+        print(
+            f"{run_dir} is finished, and taken as it is although it was trained with other {trained_with}", flush=True
         )
+    if EVALUATION_DATA not in other:
+        return dict(finished)
+    if world.is_main:
+        print(f"{run_dir} is finished, and evaluated anew as the evaluation data are others", flush=True)
+    frozen = run_on_all_ranks(world, lambda: [prepared.load_teacher(*each) for each in teachers.items()])
+    files = broadcast(world, run_on_all_ranks(world, lambda: find_weights(run_dir, finished) if world.is_main else {}))
+    measured = measure(
+        prepared,
+        teachers,
+        frozen,
+        files,
+        lambda: interruptible_eval_batches(prepared, finished["steps"], stop, watchdog),
+    )
+    bad_images = BadImages(run_dir, (prepared.eval_images,), prepared.config.data.max_bad_images, world)
+    bad_images.collect(lambda line: print(line, flush=True) if world.is_main else None)
+    results = {**finished, **measured, "inputs": {**noted, EVALUATION_DATA: here[EVALUATION_DATA]}}
+
+    def write() -> None:
+        if world.is_main:
+            # A copy: killed in between, the run is still a finished one. Its config.yaml stays as it was trained.
+            shutil.copyfile(run_dir / RESULTS, free_name(run_dir / RESULTS))
+            write_text(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
+
+    with writing(run_dir):
+        run_on_all_ranks(world, write)
+    return results
 
 
-def data_fingerprints(prepared: PreparedRun) -> dict[str, str]:
-    return {"data": prepared.train_set.fingerprint, "evaluation data": prepared.eval_set.fingerprint}
-
-
-def fingerprints(prepared: PreparedRun, teachers: Sequence[Teacher]) -> dict[str, str]:
-    """Collective. Fingerprints of data and teachers, by name. Raises RefusedError if ranks read different files."""
-    inputs = {
-        **data_fingerprints(prepared),
-        **{f"teacher {teacher.name}": teacher.sha256 for teacher in teachers},
-    }
-    for rank, theirs in enumerate(gather(prepared.world, inputs)):
-        different = [name for name in inputs if theirs[name] != inputs[name]]
-        if different:
-            raise RefusedError(
-                f"ranks {min(rank, prepared.world.rank)} and {max(rank, prepared.world.rank)} read different files as "
-                f"{', '.join(different)}; put one copy where all nodes see it"
-            )
-    return inputs
+def find_weights(run_dir: Path, finished: Mapping[str, Any]) -> dict[str, str]:
+    """On rank 0. The weights in a finished run's folder, or in its last checkpoint. Raises MissingInputError."""
+    there = {name: file for name, file in EXPORTS.items() if (run_dir / file).exists()}
+    files = there or export_weights(run_dir, finished["steps"])
+    if not files:
+        raise MissingInputError(
+            f"{run_dir} is finished, but its weights, {EXPORTS['student']}, are gone, so that they cannot be evaluated "
+            "anew; bring them back, or start over with --fresh"
+        )
+    return files
 
 
 def record_start(prepared: PreparedRun, progress: TrainingProgress, overridden: Sequence[str], now: float) -> float:
@@ -589,11 +615,11 @@ def evaluate_student(session: Session) -> bool:
     engine, world, progress = session.engine, session.prepared.world, session.progress
     engine.module.eval()
     try:
-        top1 = evaluate(engine.forward, session.interruptible_eval_batches(), world).top1
+        top1 = evaluate(engine.forward, session.eval_batches(), world).top1
         numbers = _named("top1_", top1)
         if session.prepared.config.optim.ema_decay is not None:
             with engine.averaged():
-                averaged = evaluate(engine.forward, session.interruptible_eval_batches(), world)
+                averaged = evaluate(engine.forward, session.eval_batches(), world)
             numbers |= _named("top1_ema_", averaged.top1)
     except Stopped:
         return False
@@ -617,35 +643,15 @@ def finish(session: Session, teachers: Mapping[str, TeacherConfig]) -> dict[str,
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
     with writing(run_dir):
         files = run_on_all_ranks(world, lambda: export_weights(run_dir, progress.step) if world.is_main else {})
-    accuracy = {}
-    network = prepared.build_student_without_weights().eval()
-    for name, file in broadcast(world, files).items():
-        run_on_all_ranks(world, partial(load_weights, network, run_dir / file))
-        network.to(world.device)
-        accuracy[name] = evaluate(network, session.interruptible_eval_batches(), world)
     results = {
         "model": config.student.name,
         "steps": progress.step,
         "bad_steps": progress.bad_steps,
         "images_per_s": session.clock.mean_images_per_s(),
         "goodput": session.goodput(),
-        "eval_images": next(iter(accuracy.values())).images,
         "inputs": dict(session.loaded.inputs),
-        "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
-        "teachers": {},
+        **measure(prepared, teachers, session.teachers, broadcast(world, files), session.eval_batches),
     }
-    if session.teachers:
-        batches = session.interruptible_eval_batches()
-        measured = evaluate(lambda images: run_teachers(session.teachers, images), batches, world)
-        results["teachers"] = {
-            teacher.name: {
-                "model": teachers[teacher.name].model,
-                "sha256": teacher.sha256,
-                "top1": measured.top1[teacher.name],
-                "top5": measured.top5[teacher.name],
-            }
-            for teacher in session.teachers
-        }
     session.bad_images.collect(session.log.say)
     text = json.dumps(results, indent=2) + "\n"
     with writing(run_dir):
@@ -653,18 +659,15 @@ def finish(session: Session, teachers: Mapping[str, TeacherConfig]) -> dict[str,
     return results
 
 
-def export_weights(run_dir: Path, step: int) -> dict[str, str]:
-    """On rank 0. Copy the weights of a checkpoint into the run folder. Returns the files by the names of EXPORTS."""
-    files = {}
-    for name, file in EXPORTS.items():
-        saved = checkpoint.path(run_dir, step) / file
-        if saved.exists():
-            partial = run_dir / f"{file}.partial"
-            shutil.copyfile(saved, partial)
-            sync(partial)
-            partial.replace(run_dir / file)
-            files[name] = file
-    return files
+def interruptible_eval_batches(
+    prepared: PreparedRun, step: int, stop: StopRequest, watchdog: Watchdog
+) -> Iterator[Batch]:
+    """Collective. This rank's share of the evaluation set, once. Raises Stopped on all ranks if one must stop."""
+    for batch in prepared.eval_batches():
+        watchdog.progress()
+        if any(agree_any(prepared.world, stop.requested)):
+            raise Stopped(step, stop.signum)
+        yield batch
 
 
 def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

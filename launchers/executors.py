@@ -81,7 +81,6 @@ def setup_lines(options: Options, resources: Resources, runs: Sequence[RunReques
     lines = [
         *options.setup,
         f"export CIT_SCALE={checkout} CIT_PYTHON={shlex.quote(sys.executable)} CIT_MAX_RESTARTS={options.max_restarts}",
-        'export PYTHONPATH="$CIT_SCALE${PYTHONPATH:+:$PYTHONPATH}"',
     ]
     if len(resources.node_counts) > 1:
         lines.append(f"export SLURM_NTASKS_PER_NODE={resources.ranks_per_node}")

@@ -14,6 +14,7 @@ import yaml
 
 from cit_scale.config import RunConfig
 from cit_scale.errors import ConfigError, one_line
+from cit_scale.recipe import OPTIONS
 from cit_scale.text import ExampleParser
 
 CLUSTER_FILE = Path(__file__).with_name("cluster.yaml")
@@ -170,8 +171,7 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def refuse_misspelt(train_argv: Sequence[str]) -> None:
     """Raise ConfigError for an argument that is no setting of train.py and nearly an option of submit.py."""
     here = [spelled(field.name) for field in dataclasses.fields(Options)]
-    trains = {"config", "fresh", "override-resume", "deepspeed_config", "deepspeed", "local_rank", "print_config"}
-    trains |= {field.name for field in dataclasses.fields(RunConfig)}
+    trains = OPTIONS | {field.name for field in dataclasses.fields(RunConfig)}
     for argument in train_argv:
         name = argument.removeprefix("--").split("=")[0]
         if argument.startswith("--") and "." not in name and name not in trains:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by a batch script in the checkout, whose arguments are those of train.py. Sets how many ranks there are and
 # where they meet, and queues the job again at its end if that is right. srun and the ranks read everything from the
-# environment, so the line that starts them is a bare "srun python cit_scale/train.py".
+# environment, so the line that starts them is a bare "srun python -m cit_scale.train".
 
 # Use fewer nodes than Slurm allotted if the global batch is not a multiple of all of them (--min-nodes of submit.py).
 # CIT_NODE_COUNTS lists the possible counts, largest first.
@@ -29,6 +29,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 # 0 waits train.start_timeout_s, five minutes, before it names the node of a rank that did not arrive. Ending the others
 # at once (--kill-on-bad-exit) would count ranks that are still exiting as failed whenever a run is asked to stop.
 export SLURM_WAIT=360 SLURM_KILL_BAD_EXIT=0
+
+# The package of the checkout goes before an installed one.
+export PYTHONPATH="$CIT_SCALE${PYTHONPATH:+:$PYTHONPATH}"
 
 # The ranks meet on the first node. The port follows from job id and restart count, so that two jobs on one node, or two
 # starts of one job, use different ports. The range lies below Linux's range of ephemeral ports.

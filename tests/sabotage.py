@@ -25,6 +25,7 @@ from cit_scale import train
 from cit_scale.checkpoint import async_save
 from cit_scale.checkpoint import store as checkpoint
 from cit_scale.distributed.world import World
+from cit_scale.run import results
 
 Action = tuple[Any, ...]
 """A function and its arguments."""
@@ -181,6 +182,7 @@ def _at_save(step: int, act: Callable[..., None]) -> None:
 
 def _at_evaluation(number: int, act: Callable[..., None]) -> None:
     inner, calls = train.evaluate, []
+    assert results.evaluate is inner
 
     def acting(batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -191,7 +193,7 @@ def _at_evaluation(number: int, act: Callable[..., None]) -> None:
         calls.append(True)
         return inner(forward, acting(batches) if len(calls) == number else batches, world)
 
-    train.evaluate = evaluate
+    train.evaluate = results.evaluate = evaluate
 
 
 PLACES: dict[str, Callable[[int, Callable[..., None]], None]] = {

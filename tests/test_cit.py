@@ -66,6 +66,7 @@ def test_the_released_student_gives_the_logits_of_the_authors_implementation(rel
 def test_four_training_steps_are_those_of_the_authors_implementation(released_student):
     network = timm.create_model("cit_small_patch16_224").double().train()
     network.load_state_dict(released_student)
+    network.set_distilled_training()
     optimizer = adamw(network, OptimConfig(weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8))
     set_learning_rate(optimizer, 1e-3)
 
@@ -96,6 +97,7 @@ def test_four_training_steps_are_those_of_the_authors_implementation(released_st
 
 def test_training_answers_by_head_and_evaluation_with_the_average():
     network = small_cit(teachers=["conv", "inv", "swin"], stems={"swin": "patch"})
+    network.set_distilled_training()
     by_head = network.train()(small_images())
     assert by_head._fields == ("cls", "conv", "inv", "swin")
     assert all(logits.shape == (2, 3) for logits in by_head)
@@ -150,7 +152,7 @@ def test_without_teachers_it_is_a_plain_vit():
     ).eval()
     plain.load_state_dict(network.state_dict())
     torch.testing.assert_close(network(small_images()), plain(small_images()))
-    assert network.train()(small_images())._fields == ("cls",)
+    assert network.forward_heads(small_images())._fields == ("cls",)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(kwargs, said):
 
 
 def test_images_of_another_size_than_built_for_are_refused():
-    with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\).*\(16, 16\)"):
+    with pytest.raises(AssertionError, match="images of height 32, but the model takes 16"):
         small_cit()(small_images(32))
 
 
@@ -257,7 +259,7 @@ def test_the_classifier_is_all_heads_and_can_be_reset():
     names = network.pretrained_cfg["classifier"]
     assert network.get_classifier() == tuple(network.get_submodule(name) for name in names)
     network.reset_classifier(7)
-    assert [logits.shape for logits in network(small_images())] == [(2, 7)] * 3
+    assert [logits.shape for logits in network.forward_heads(small_images())] == [(2, 7)] * 3
     network.reset_classifier(0)
     features = network.eval().forward_features(small_images())
     torch.testing.assert_close(network(small_images()), network.forward_head(features, pre_logits=True))
@@ -290,7 +292,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     for enable in (False, True):
         network = small_cit().train()
         network.set_grad_checkpointing(enable)
-        sum(logits.square().sum() for logits in network(small_images())).backward()
+        sum(logits.square().sum() for logits in network.forward_heads(small_images())).backward()
         grads.append([parameter.grad for parameter in network.parameters()])
     assert all(grad is not None for grad in grads[0])
     torch.testing.assert_close(grads[1], grads[0])
@@ -310,6 +312,7 @@ def test_a_copy_is_independent_and_still_resamples():
 @pytest.mark.parametrize("aligned", [True, False])
 def test_training_and_evaluation_compile_to_one_graph(aligned):
     network = small_cit(aligned=aligned)
+    network.set_distilled_training()
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=False)
     by_head = compiled(small_images())
     assert type(by_head) is network.logits_type
@@ -322,7 +325,7 @@ def test_training_and_evaluation_compile_to_one_graph(aligned):
 def test_under_autocast_it_trains_with_float32_weights():
     network = small_cit()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        by_head = network(small_images())
+        by_head = network.forward_heads(small_images())
     assert all(logits.dtype == torch.bfloat16 for logits in by_head)
     sum(logits.float().square().sum() for logits in by_head).backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in network.parameters())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cit_scale.config import DS_CONFIGS, BatchSplit, EngineConfig, OptimConfig, RunConfig
-from cit_scale.engines.ds_config import read_ds_config
+from cit_scale.engines.ds_config import OF_OTHERS, read_ds_config
 from cit_scale.errors import ConfigError
 
 # The default global batch of 1024.
@@ -31,8 +31,12 @@ def run_config(tmp_path: Path, ds_config: dict | str) -> RunConfig:
         ({"train_micro_batch_size_per_gpu": 32}, ["=32", "says 256", "train.micro_batch_size"]),
         ({"gradient_accumulation_steps": 8}, ["=8", "says 2", "train.micro_batch_size"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled=true", "says false", "engine.precision"]),
-        ({"fp16": {"enabled": "auto", "loss_scale": 0}}, ["fp16.loss_scale=0", "remove it"]),
-        ({"optimizer": {"type": "Adam"}}, ['optimizer.type="Adam"', 'says "AdamW"']),
+        ({"fp16": {"enabled": True, "loss_scale": 128}}, ["fp16.enabled=true", "engine.precision"]),
+        ({"fp16": True}, ["fp16=true, where DeepSpeed has a section"]),
+        ({"optimizer": "AdamW"}, ['optimizer="AdamW", where DeepSpeed has a section']),
+        ({"scheduler": {"params": {"warmup_num_steps": 5}}}, ["warmup_num_steps=5: remove the section"]),
+        ({"optimizer": {"type": "Lion"}}, ['optimizer.type="Lion"', 'says "AdamW"']),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, ["adam_w_mode=false", "remove it"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-4}}}, ["params.lr=0.0003", "says 0.001", "optim.lr"]),
         ({"scheduler": {"type": "WarmupLR"}}, ['scheduler.type="WarmupLR"', "cosine", "optim.warmup_epochs"]),
         ({"zero_optimisation": {"stage": 2}}, ["unknown key 'zero_optimisation'; the nearest", "zero_optimization,"]),
@@ -60,7 +64,11 @@ def run_config(tmp_path: Path, ds_config: dict | str) -> RunConfig:
         ({"steps_per_print": "10"}, ['steps_per_print="10"', "valid integer"]),
         ({"steps_per_print": 0}, ["steps_per_print=0", "greater than 0"]),
         ({"wall_clock_breakdown": 1}, ["wall_clock_breakdown=1", "valid boolean"]),
-        ({"prescale_gradients": True}, ["unknown key 'prescale_gradients'; the nearest"]),
+        ({"prescale_gradients": True}, ["prescale_gradients=true would do nothing here: remove it"]),
+        ({"wandb": {"enabled": True, "team": "us"}}, ["would do nothing here", "metrics.jsonl"]),
+        ({"activation_checkpointing": {"partition_activations": True}}, ["set engine.activation_checkpointing"]),
+        ({"communication_data_type": "fp16"}, ["gradients are reduced in float32"]),
+        ({"gradient_cliping": 1.0}, ["unknown key 'gradient_cliping'; the nearest", "gradient_clipping"]),
         (
             {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none", "ratio": 0.5}}},
             ["mine.json: zero_optimization: Assertion failed, Partial offloading only supported for ZeRO Stage 3"],
@@ -92,6 +100,7 @@ def test_a_ds_config_may_repeat_the_recipe_or_say_auto(tmp_path):
         "scheduler": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": False},
+        "torch_autocast": False,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
         "steps_per_print": 10,
     }
@@ -127,3 +136,138 @@ def test_compiling_under_zero3_is_refused():
     config = RunConfig(engine=EngineConfig(ds_config="zero3", compile=True))
     with pytest.raises(ConfigError, match="take stage 0, 1 or 2"):
         read_ds_config(config, WHOLE)
+
+
+# As in public repositories: of a trainer that fills in "auto", of a tutorial, of a research project.
+FOREIGN = {
+    "auto": {
+        "fp16": {
+            "enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+            "min_loss_scale": 1,
+        },
+        "bf16": {"enabled": "auto"},
+        "optimizer": {
+            "type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "none", "pin_memory": True},
+            "offload_param": {"device": "none", "pin_memory": True},
+            "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9, "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+            "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000,
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
+    },
+    "tutorial": {
+        "train_batch_size": 16, "steps_per_print": 2000,
+        "optimizer": {
+            "type": "Adam", "params": {"lr": 0.001, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 3e-7},
+        },
+        "scheduler": {
+            "type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 1000},
+        },
+        "gradient_clipping": 1.0, "prescale_gradients": False, "bf16": {"enabled": False},
+        "fp16": {
+            "enabled": False, "fp16_master_weights_and_grads": False, "loss_scale": 0, "loss_scale_window": 500,
+            "hysteresis": 2, "min_loss_scale": 1, "initial_scale_power": 15,
+        },
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": 0, "allgather_partitions": True, "reduce_scatter": True, "allgather_bucket_size": 50000000,
+            "reduce_bucket_size": 50000000, "overlap_comm": True, "contiguous_gradients": True, "cpu_offload": False,
+        },
+    },
+    "research": {
+        "train_micro_batch_size_per_gpu": 256, "gradient_accumulation_steps": 2, "gradient_clipping": 15.0,
+        "zero_allow_untested_optimizer": True, "communication_data_type": "fp32", "prescale_gradients": False,
+        "zero_optimization": {
+            "stage": 2, "allgather_partitions": True, "allgather_bucket_size": 2e8, "overlap_comm": True,
+            "reduce_scatter": True, "reduce_bucket_size": 2e8, "round_robin_gradients": True,
+        },
+        "activation_checkpointing": {"partition_activations": False, "contiguous_memory_optimization": False},
+        "data_types": {"grad_accum_dtype": "fp32"}, "dump_state": False, "memory_breakdown": False,
+        "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": True},
+        "tensorboard": {"enabled": False}, "wandb": {"enabled": False}, "csv_monitor": {"enabled": False},
+        "comms_logger": {"enabled": False, "verbose": False}, "autotuning": {"enabled": False},
+        "elasticity": {"enabled": False, "max_train_batch_size": 2000}, "sparse_gradients": False,
+        "hybrid_engine": {"enabled": False}, "curriculum_learning": {"enabled": False}, "amp": {"enabled": False},
+    },
+}  # fmt: skip
+
+
+def test_a_file_of_a_trainer_that_fills_in_auto_is_accepted(tmp_path):
+    checked = read_ds_config(run_config(tmp_path, FOREIGN["auto"]), ON_TWO_RANKS)
+    assert checked["zero_optimization"]["stage"] == 3
+    assert checked["train_batch_size"] == 1024
+    assert not {"fp16", "bf16", "optimizer"} & checked.keys()
+
+
+def test_a_tutorials_file_is_refused_once_with_all_that_the_recipe_says_otherwise(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        read_ds_config(run_config(tmp_path, FOREIGN["tutorial"]), ON_TWO_RANKS)
+    said = str(error.value)
+    assert "\n" not in said
+    assert [complaint.split(") ")[1].split("=")[0] for complaint in said.split(" (")[1:]] == [
+        "train_batch_size", "optimizer.params.betas", "optimizer.params.weight_decay", "scheduler.type",
+        "gradient_clipping",
+    ]  # fmt: skip
+    mended = json.loads(json.dumps(FOREIGN["tutorial"]))
+    for key in ("train_batch_size", "scheduler", "gradient_clipping"):
+        del mended[key]
+    for key in ("betas", "weight_decay"):
+        del mended["optimizer"]["params"][key]
+    read_ds_config(run_config(tmp_path, mended), ON_TWO_RANKS)
+
+
+def test_a_research_projects_file_needs_one_change(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"mine\.json: activation_checkpointing=.* set engine\.activation_checkpointing"
+    ):
+        read_ds_config(run_config(tmp_path, FOREIGN["research"]), ON_TWO_RANKS)
+    mended = {key: value for key, value in FOREIGN["research"].items() if key != "activation_checkpointing"}
+    assert read_ds_config(run_config(tmp_path, mended), ON_TWO_RANKS)["zero_optimization"]["stage"] == 2
+
+
+def test_the_loss_scale_of_fp16_is_ours_and_says_so(tmp_path):
+    ours = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1, "min_loss_scale": 1}
+    for enabled in (True, "auto"):
+        config = run_config(tmp_path, {"fp16": {"enabled": enabled, **ours}})
+        fp16 = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="fp16"))
+        read_ds_config(fp16, WHOLE)
+        config = run_config(tmp_path, {"fp16": {"enabled": enabled, **ours, "loss_scale": 128, "hysteresis": 2}})
+        fp16 = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision="fp16"))
+        with pytest.raises(ConfigError, match=r"\(1\) fp16\.loss_scale=128.* \(2\) fp16\.hysteresis=2"):
+            read_ds_config(fp16, WHOLE)
+
+
+def test_all_complaints_are_made_at_once(tmp_path):
+    wrong = {
+        "gradient_clipping": 1.0,
+        "wandb": {"enabled": True},
+        "zero_optimization": {"stage": 9, "stge": 1, "reduce_bucket_size": "big"},
+        "steps_per_print": "x",
+        "nosuch": 1,
+    }
+    with pytest.raises(ConfigError) as error:
+        read_ds_config(run_config(tmp_path, wrong), ON_TWO_RANKS)
+    for key in ("gradient_clipping", "wandb", "stage=9", "'stge'", '"big"', "steps_per_print", "'nosuch'", "(7) "):
+        assert key in str(error.value)
+
+
+@pytest.mark.parametrize("key", OF_OTHERS)
+def test_a_key_of_deepspeeds_that_is_off_is_accepted(key, tmp_path):
+    without_effect, _ = OF_OTHERS[key]
+    for value in (None, "auto", {}, {"enabled": False, "more": 1}, *without_effect):
+        checked = read_ds_config(run_config(tmp_path, {key: value}), WHOLE)
+        assert key not in checked or key == "zero_force_ds_cpu_optimizer"
+    with pytest.raises(ConfigError, match=f"{key}={{.*would do nothing here: remove it"):
+        read_ds_config(run_config(tmp_path, {key: {"enabled": True}}), WHOLE)
+
+
+def test_deepspeeds_adam_is_adamw_unless_it_says_otherwise():
+    from deepspeed.runtime.config import ADAM_W_MODE_DEFAULT  # here: ours sets what DeepSpeed reads as it is imported
+
+    assert ADAM_W_MODE_DEFAULT is True

@@ -14,7 +14,7 @@ from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
 from cit_scale.errors import CannotWriteError, MissingInputError, RunError, TransientError, exit_code_of, os_error
-from cit_scale.models.network import read_weights
+from cit_scale.models.weights import read_weights
 from cit_scale.run import setup
 from launchers import requeue
 
@@ -94,7 +94,7 @@ def test_a_fault_that_passes_has_the_exit_code_of_one_wherever_it_is_met(place, 
     (tmp_path / "weights.safetensors").touch()
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits" / "config.yaml").touch()
-    cli.parse_arguments([])  # imports jsonargparse, which reads the versions of packages from files
+    cli.parse_arguments([])  # imports pydantic, which reads the versions of packages from files
     monkeypatch.setattr(called, failing(code))
     with pytest.raises((RunError, OSError)) as caught:
         call(tmp_path)

@@ -133,10 +133,14 @@ def test_a_finished_run_does_not_answer_for_other_data(stopped):
     stopped.finish()
     relabel(stopped)
     before = (stopped.run_dir / "results.json").read_text()
-    assert_refused(stopped.run(), 7, "holds a finished run of other data", "--name", "--fresh")
+    assert_refused(stopped.run(), 7, "holds a run of other files (data: ", "--name", "--fresh", "--override-resume")
+    assert (stopped.run_dir / "results.json").read_text() == before
+    taken = stopped.finish("--override-resume")
+    assert "is finished, and taken as it is although it was trained with other data" in taken.outputs[0]
     assert (stopped.run_dir / "results.json").read_text() == before
     results = json.loads(before)
-    del results["inputs"]  # as a version before this one left it
+    del results["inputs"]  # as an early version left it
+    shutil.rmtree(stopped.run_dir / "ckpt")
     (stopped.run_dir / "results.json").write_text(json.dumps(results))
     stopped.finish()
 
@@ -144,7 +148,63 @@ def test_a_finished_run_does_not_answer_for_other_data(stopped):
 def test_a_finished_run_does_not_answer_for_another_teacher(stopped):
     stopped.finish()
     retrain(stopped)
-    assert_refused(stopped.run(), 7, "holds a finished run of other teacher conv", "--name", "--fresh")
+    assert_refused(stopped.run(), 7, "holds a run of other files (teacher conv: ", "--name", "--fresh")
+
+
+def more_eval_images(run):
+    pixels = np.random.default_rng(7).integers(0, 256, (15, 8, 8), np.uint8)
+    write_idx(run.inputs / "eval", pixels, np.arange(15) % CLASSES)
+
+
+def test_a_finished_run_is_evaluated_anew_on_other_evaluation_data(stopped, tmp_path):
+    stopped.finish()
+    before = json.loads((stopped.run_dir / "results.json").read_text())
+    more_eval_images(stopped)
+    again = stopped.finish()
+    assert "is finished, and evaluated anew as the evaluation data are others" in again.outputs[0]
+    results = json.loads((stopped.run_dir / "results.json").read_text())
+    assert (before["eval_images"], results["eval_images"]) == (9, 15)
+    assert json.loads((stopped.run_dir / "results.json.1").read_text()) == before
+    of_weights = ("accuracy", "teachers", "eval_images", "inputs")
+    assert {key: results[key] for key in results if key not in of_weights} == {
+        key: before[key] for key in before if key not in of_weights
+    }
+    # As by a run that had these data from the beginning: they do not reach the weights.
+    other = dataclasses.replace(stopped, runs_dir=tmp_path / "other")
+    other.finish()
+    measured = json.loads((other.run_dir / "results.json").read_text())
+    assert {key: results[key] for key in of_weights} == {key: measured[key] for key in of_weights}
+    assert "evaluated anew" not in stopped.finish().output
+
+
+def test_a_finished_run_without_its_weights_takes_them_from_its_last_checkpoint_or_says_so(stopped):
+    stopped.finish()
+    before = (stopped.run_dir / "results.json").read_text()
+    more_eval_images(stopped)
+    for file in ("student.safetensors", "student_ema.safetensors"):
+        (stopped.run_dir / file).unlink()
+    shutil.move(stopped.run_dir / "ckpt", stopped.run_dir / "elsewhere")
+    assert_refused(stopped.run(), 3, "its weights, student.safetensors, are gone", "--fresh")
+    assert (stopped.run_dir / "results.json").read_text() == before
+    shutil.move(stopped.run_dir / "elsewhere", stopped.run_dir / "ckpt")
+    stopped.finish()
+    assert json.loads((stopped.run_dir / "results.json").read_text())["eval_images"] == 15
+
+
+def test_a_teacher_of_other_data_is_refused_before_another_is_trained(stopped, tmp_path):
+    recipe = tmp_path / "teacher.yaml"
+    recipe.write_text(
+        "{train: {epochs: 1, global_batch_size: 8}, optim: {lr_batch_size: 8, warmup_epochs: 0}, "
+        "mixing: {group_size: 2}}"
+    )
+    teachers = {"conv": {"weights": None, "recipe": str(recipe)}, "late": {**TEACHER, "recipe": str(recipe)}}
+    options = [f"--teachers={json.dumps(teachers)}", "--student.kwargs.stems={late: patch}"]
+    run = TinyRun(stopped.inputs, tmp_path / "advised", "plain", tuple(options))
+    run.finish()
+    shutil.rmtree(run.run_dir / "teachers" / "conv")
+    relabel(run)
+    assert_refused(run.run(), 7, "teachers/late holds a run of other files (data: ")
+    assert not (run.run_dir / "teachers" / "conv").exists()
 
 
 def test_a_change_that_is_taken_back_leaves_no_trace(stopped, calm):

@@ -234,7 +234,7 @@ def test_in_a_recipe_it_is_a_mistake(tag, key, tiny_run, mark, tmp_path):
 
 @pytest.mark.parametrize("key", ["student", "data", "teachers.conv"])
 def test_a_module_that_a_recipe_names_is_not_imported(key, tiny_run, mark, tmp_path, monkeypatch):
-    """jsonargparse would import what stands after class_path to see whether it fits, and run the module by that."""
+    """Parsers that build what class_path names would import the module, and run it by that."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "planted_module.py").write_text(f"open({str(mark)!r}, 'w')\nclass Planted: pass\n")
     monkeypatch.syspath_prepend(tmp_path / "modules")

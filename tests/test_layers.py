@@ -29,11 +29,14 @@ WALLS = {
     "checkpoint": "config distributed engines errors files run_folder",
     "teachers": "batch config errors files models",
     "evaluate": "batch distributed",
-    "cli": "config distributed.ranks errors run_folder settings",
-    "run": "batch checkpoint config data datasets distributed engines errors files models optim run_folder settings "
-    "teachers text",
+    "recipe": "config errors settings",
+    "usage": "config recipe settings",
+    "cli": "config distributed.ranks errors recipe run_folder settings usage",
+    "run": "batch checkpoint config data datasets distributed engines errors evaluate files models optim run_folder "
+    "settings teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
     "run run_folder settings teachers text",
+    "where": "config text",
     "__main__": "cli text",
     "job": "distributed errors text train",
     "bench": "checkpoint config data datasets distributed engines errors files models run teachers",

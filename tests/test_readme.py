@@ -10,6 +10,7 @@ from cit_scale import cli
 from cit_scale.__main__ import VERBS
 from cit_scale.config import RunConfig, check_config
 from cit_scale.datasets.commands import pack_parser, video_parser
+from cit_scale.recipe import recipe_names
 from cit_scale.settings import to_yaml
 
 REPOSITORY = Path(__file__).parents[1]
@@ -114,7 +115,7 @@ def test_every_file_and_setting_that_the_pages_name_exists():
 
 def test_the_readme_names_every_recipe_for_users():
     own = {"digits_teacher"}  # a part of digits
-    assert not [name for name in cli.recipe_names() if f"`{name}`" not in README and name not in own]
+    assert not [name for name in recipe_names() if f"`{name}`" not in README and name not in own]
 
 
 def test_every_figure_of_the_readme_stands_in_a_measurement_that_says_where_it_comes_from():

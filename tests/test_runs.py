@@ -683,7 +683,7 @@ sys.argv = ["runs.py", "list", "--json"]
 try:
     runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 except SystemExit as end:
-    heavy = {{"torch", "submitit", "numpy", "jsonargparse"}} & set(sys.modules)
+    heavy = {{"torch", "submitit", "numpy", "pydantic"}} & set(sys.modules)
     sys.exit(f"code {{end.code}}, imported {{heavy}}" if end.code or heavy else 0)
 """
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

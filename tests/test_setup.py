@@ -1,17 +1,27 @@
 """What a run is prepared from: its folder, its checkpoint, its student's weights."""
 
+import platform
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_run import TINY_CIT
 
+from cit_scale import cli
 from cit_scale.config import EngineConfig, RunConfig, StudentConfig, TrainConfig
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
 from cit_scale.engines.build import prepare_engine
 from cit_scale.errors import RefusedError
+from cit_scale.run import setup
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore
-from cit_scale.run.setup import CONFIG, PreparedRun, check_same_run
+from cit_scale.run.setup import CONFIG, PreparedRun, check_same_run, slow_precisions
+
+
+def parse(*argv):
+    return cli.parse_arguments(argv).config
 
 
 @pytest.fixture
@@ -69,3 +79,29 @@ def test_a_student_starts_from_the_weights_that_the_recipe_names(prepared, tmp_p
     save_file(state, tmp_path / "student.safetensors")
     loaded = prepared(weights=str(tmp_path / "student.safetensors")).build_student().model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_precision_without_instructions_is_said_with_the_way_out(has_it, monkeypatch):
+    names = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**dict.fromkeys(names, lambda: has_it)))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    cpu = torch.device("cpu")
+    slow = parse("--engine.precision=bf16", "--distill.teacher_precision=bf16")
+    lines = slow_precisions(slow, cpu)
+    assert [line.split(" ")[0] for line in lines] == (
+        [] if has_it else ["engine.precision=bf16", "distill.teacher_precision=bf16"]
+    )
+    assert all("=float32" in line for line in lines)
+    assert len(slow_precisions(parse("--engine.precision=fp16"), cpu)) == (0 if has_it else 1)
+    alone = parse("--distill.teacher_precision=bf16", "--teachers=null")
+    assert slow_precisions(alone, cpu) == slow_precisions(parse(), cpu) == []
+    assert slow_precisions(slow, torch.device("cuda")) == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of flags are those of x86")
+def test_the_instructions_of_this_cpu_are_asked_for():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert setup._has_bf16() == bool({"avx512_bf16", "amx_bf16"} & set(flags))
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_fp16_supported(), bool)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import wheel
 from slurm_cluster import Cluster, why_not
 from tiny_run import STEPS, STEPS_PER_EPOCH, assert_same_tensors, learned
 
@@ -29,6 +30,8 @@ EPOCHS = 5
 LONG_STEPS = EPOCHS * STEPS_PER_EPOCH
 LONG = ["--train.epochs", str(EPOCHS)]
 ON_CPUS = ["--gpus-per-node=0"]
+ALONE = "--teachers.inv=null"
+"""The batch scripts' recipes have two teachers, the tiny recipe over them has one."""
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +83,11 @@ def python_folder(tmp_path_factory):
         steps = f"exec {sys.executable} {Path(__file__).parent}/slow_steps.py {slow}"
         train = {
             "fail": "echo this fails; exit 1",
-            "absent": f'shift; [ "$SLURMD_NODENAME" = remote1 ] && exit 127; {steps.replace("absent", "0")} train "$@"',
-        }.get(slow, f'shift; {steps} train "$@"')
+            "absent": '[ "$SLURMD_NODENAME" = remote1 ] && exit 127; '
+            f'shift 2; {steps.replace("absent", "0")} train "$@"',
+        }.get(slow, f'shift 2; {steps} train "$@"')
         script.write_text(
-            f'#!/bin/sh\ncase "$*" in\n*/train.py*) {train};;\n'
+            f'#!/bin/sh\ncase "$*" in\n*cit_scale.train*) {train};;\n'
             f'*submitit.core._submit*) shift 3; {steps} submitit "$@";;\nesac\nexec {sys.executable} "$@"\n'
         )
         script.chmod(0o755)
@@ -122,7 +126,7 @@ def sbatch(cluster, login, tiny):
 
     def queue(script: str, name: str, *options: str, train: list[str] = (), slow: float | str = 0) -> Run:
         log = cluster.shared / f"{name}.log"
-        said = login("sbatch", f"--output={log}", *options, f"slurm/{script}.sh", *tiny(name, *train), slow=slow)
+        said = login("sbatch", f"--output={log}", *options, f"slurm/{script}.sh", *tiny(name, ALONE, *train), slow=slow)
         return Run(cluster, said.split()[-1], cluster.shared / name, log)
 
     return queue
@@ -195,6 +199,35 @@ def test_a_script_trains_on_all_its_nodes(script, nodes, sbatch):
     assert run.starts()[0]["world_size"] == nodes
     assert (run.run_dir / "results.json").exists()
     assert [line[0] for line in learned(run.run_dir)] == list(range(1, STEPS // 2 + 1))
+
+
+def test_an_installed_package_trains_by_its_own_scripts(cluster, python_folder, tiny, tmp_path_factory):
+    """From a wheel, submitted from a folder that is no checkout."""
+    site = wheel.install(tmp_path_factory.mktemp("wheel"))
+    path = f"{python_folder(0)}:{Path(sys.executable).parent}:{cluster.env['PATH']}"
+    env = {"PATH": path, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    where = cluster.run("python", "-m", "cit_scale", "where", env=env, cwd=cluster.shared).strip()
+    assert where == str((site / "cit_scale" / "checkout").resolve())
+
+    shown = cluster.run(
+        *("python", f"{where}/launchers/submit.py", "--nodes", "2", *ON_CPUS, "--dry-run", *tiny("installed")),
+        env=env,
+        cwd=cluster.shared,
+    )
+    assert f"source {where}/slurm/env.sh" in shown
+
+    log = cluster.shared / "installed.log"
+    script = f"{where}/slurm/cit_tiny.sh"
+    said = cluster.run(
+        *("sbatch", f"--output={log}", *ON_CPUS, "--nodes=2", script, *tiny("installed", ALONE)),
+        env=env,
+        cwd=cluster.shared,
+    )
+    run = Run(cluster, said.split()[-1], cluster.shared / "installed", log)
+    run.ends()
+    assert run.starts()[0]["world_size"] == 2
+    assert run.starts()[0]["commit"] is None
+    assert (run.run_dir / "results.json").exists()
 
 
 def test_ranks_are_as_many_as_ntasks_per_node_says(sbatch):

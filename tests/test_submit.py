@@ -14,6 +14,7 @@ import yaml
 from test_partitions import SCONTROL, SINFO
 
 from cit_scale import cli
+from cit_scale import recipe as recipes
 from cit_scale.config import REPOSITORY
 from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
@@ -447,20 +448,22 @@ def test_gpus_that_are_hidden_here_stay_hidden_from_a_local_job():
 
 
 def test_a_recipe_is_parsed_once_for_all_nodes_and_runs(call, tiny, tmp_path, monkeypatch):
-    """20 runs on 64 to 1 nodes: each run's command line once, and the teacher's recipe once."""
+    """20 runs on 64 to 1 nodes."""
     recipe = {"teachers": {"conv": {"model": "resnet10t", "recipe": str(tmp_path / "teacher.yaml")}}}
     (tmp_path / "teacher.yaml").write_text(yaml.safe_dump({"train": {"global_batch_size": 512, "epochs": 30}}))
     (tmp_path / "advised.yaml").write_text(yaml.safe_dump(recipe))
     parsed = []
-    parse = cli._parse
-    monkeypatch.setattr(cli, "_parse", lambda argv: parsed.append(argv) or parse(argv))
+    load = recipes._load
+    monkeypatch.setattr(recipes, "_load", lambda text, source: parsed.append(source) or load(text, source))
     seeds = ",".join(map(str, range(20)))
     arguments = cli.parse_arguments(["--config", str(tmp_path / "advised.yaml")])
     runs = submit.plan_runs(arguments, ["--config", str(tmp_path / "advised.yaml")], [f"seed={seeds}"])
     monkeypatch.setattr(resources, "can_host", lambda run, world_size: True)
     counts = resources.node_counts(options.Options(nodes=64, min_nodes=1), 1, runs)
     assert counts == (64, 32, 16, 8, 4, 2, 1)
-    assert len(parsed) == 1 + 20 + 1
+    assert [source for source in parsed if not source.startswith("--")] == [
+        str(tmp_path / name) for name in ("advised.yaml", "teacher.yaml")
+    ]
 
 
 def test_a_sweep_gives_what_the_teachers_of_its_recipe_lack(tmp_path):

@@ -7,7 +7,8 @@ from torch import nn
 
 from cit_scale.config import DistillConfig, TeacherConfig
 from cit_scale.errors import ConfigError
-from cit_scale.models.network import build_network, load_weights
+from cit_scale.models.network import build_network
+from cit_scale.models.weights import load_weights
 from cit_scale.teachers import load_teacher, run_teachers
 
 CPU = torch.device("cpu")

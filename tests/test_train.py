@@ -143,7 +143,7 @@ def test_one_command_trains_teachers_and_student_and_leaves_a_run_that_describes
 
 
 def test_a_run_without_teachers_is_plain_supervised_training(tiny):
-    assert main([*tiny, "--teachers", "{}", "--student.name", "resnet10t", "--student.kwargs", "{}"]) == 0
+    assert main([*tiny, "--teachers", "null", "--student.name", "resnet10t", "--student.kwargs", "{}"]) == 0
     results = json.loads((run_dir(tiny) / "results.json").read_text())
     assert set(results["accuracy"]["student"]["top1"]) == {"cls"}
     assert results["teachers"] == {}
@@ -161,7 +161,7 @@ def test_a_run_without_teachers_is_plain_supervised_training(tiny):
         (["--train.global_batch_size", "2048"], 2, "2048"),
         (["--data.train", "/no/such/folder"], 3, "/no/such/folder"),
         (["--student.name", "resnet18"], 2, "has no token"),
-        (["--teachers.conv.model", "regnety_0020"], 2, "no model is called 'regnety_0020'"),
+        (["--teachers.conv", "{model: regnety_0020, recipe: digits_teacher}"], 2, "no model is called 'regnety_0020'"),
         (["--teachers.conv.weights", "/no/such/file"], 3, "/no/such/file"),
         (["--teachers.conv.recipe", "null"], 2, "--teachers.conv.weights FILE"),
         (["--engine.ds_config", "zero9"], 2, "zero9"),
@@ -328,7 +328,7 @@ def bomb(width, height):
 def on_photos(arguments, folder):
     """The tiny recipe, without teachers, on these images."""
     sizes = ["--train.global_batch_size", "16", "--train.micro_batch_size", "8", "--optim.lr_batch_size", "16"]
-    return [*arguments, "--teachers", "{}", "--data.train", str(folder), *sizes]
+    return [*arguments, "--teachers", "null", "--data.train", str(folder), *sizes]
 
 
 def bad_images(folder):

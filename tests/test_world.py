@@ -2,6 +2,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
+from cit_scale.cli import read_ranks
 from cit_scale.distributed.world import (
     World,
     agree_any,
@@ -10,6 +11,7 @@ from cit_scale.distributed.world import (
     sum_over_ranks,
     warn_once_per_job,
 )
+from cit_scale.errors import ConfigError
 
 
 def test_a_process_without_a_launcher_is_alone():
@@ -60,6 +62,21 @@ def test_a_batch_script_outside_srun_is_one_process():
 def test_half_an_environment_is_refused_with_what_is_missing():
     with pytest.raises(ValueError, match=r"RANK=1 is set but LOCAL_RANK, WORLD_SIZE is not"):
         World.from_env({"RANK": "1"})
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_a_variable_that_is_no_number_is_named(name):
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", name: "x"}
+    with pytest.raises(ValueError, match=f"{name}='x' in the environment is no whole number"):
+        World.from_env(env)
+
+
+def test_a_port_that_is_none_is_named():
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}
+    for port in ("x", "0", "65536", "", "-1"):
+        with pytest.raises(ConfigError, match=f"MASTER_PORT='{port}' in the environment is no port"):
+            read_ranks(env | {"MASTER_PORT": port})
+    assert read_ranks(env | {"MASTER_PORT": "29500"}).world_size == 2
 
 
 def test_a_rank_beyond_the_world_is_refused():

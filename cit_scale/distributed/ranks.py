@@ -41,7 +41,8 @@ class Ranks(NamedTuple):
     def from_env(cls, env: Mapping[str, str]) -> Ranks:
         """Read the variables of DeepSpeed, torchrun, submitit or srun. Without any, returns rank 0 of world size 1.
 
-        Raises ValueError if only some of a launcher's variables are set, or if a rank is not below its size.
+        Raises ValueError if only some of a launcher's variables are set, if one is no whole number, or if a rank is not
+        below its size.
         """
         for launcher, (rank, local_rank, world_size, local_sizes) in SPELLINGS.items():
             if rank not in env:
@@ -55,10 +56,18 @@ class Ranks(NamedTuple):
                 raise ValueError(
                     f"{rank}={env[rank]} is set but {', '.join(missing)} is not; set all or none ({launcher})"
                 )
-            size = int(env[world_size])
+            size = _whole_number(world_size, env)
             # Without a variable for it, all ranks are taken to be on this node.
-            local_size = next((int(env[name]) for name in local_sizes if name in env), size)
-            ranks = cls(int(env[rank]), int(env[local_rank]), size, local_size)
+            local_size = next((_whole_number(name, env) for name in local_sizes if name in env), size)
+            ranks = cls(_whole_number(rank, env), _whole_number(local_rank, env), size, local_size)
             ranks.check()
             return ranks
         return cls()
+
+
+def _whole_number(name: str, env: Mapping[str, str]) -> int:
+    """The value of a variable. Raises ValueError that names it."""
+    try:
+        return int(env[name])
+    except ValueError:
+        raise ValueError(f"{name}={env[name]!r} in the environment is no whole number; a launcher sets it") from None

@@ -6,13 +6,14 @@ import difflib
 import json
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic_core import ErrorDetails
 
 from cit_scale.config import BatchSplit, RunConfig, find_ds_config
+from cit_scale.engines.loss_scale import GROWTH_STEPS
 from cit_scale.errors import ConfigError, os_error
 from cit_scale.settings import flatten
 
@@ -68,11 +69,80 @@ UNTESTED_OPTIONS = (
 )  # fmt: skip
 
 
+# Of the recipe's sections: what DeepSpeed's users write beside the values, and which of it changes nothing here. The
+# loss scale of fp16 is as in loss_scale.py. DeepSpeed's "Adam" decays weights as AdamW, unless adam_w_mode is false.
+NO_EFFECT: dict[str, Sequence[Any]] = {
+    "fp16.loss_scale": (0,),
+    "fp16.initial_scale_power": (16,),
+    "fp16.loss_scale_window": (GROWTH_STEPS,),
+    "fp16.hysteresis": (1,),
+    "fp16.consecutive_hysteresis": (False,),
+    "fp16.min_loss_scale": (1,),
+    "fp16.auto_cast": (False, True),
+    "fp16.fp16_master_weights_and_grads": (False,),
+    "bf16.immediate_grad_update": (False, True),
+    "optimizer.type": ("Adam",),
+    "optimizer.params.torch_adam": (True,),
+    "optimizer.params.adam_w_mode": (True,),
+    "optimizer.params.bias_correction": (True,),
+    "optimizer.params.amsgrad": (False,),
+    "optimizer.params.fused": (False, True),
+    "torch_autocast.dtype": ("bfloat16", "float16"),
+    "data_types.grad_accum_dtype": ("fp32",),
+}
+
+# DeepSpeed's other keys, which this trainer does not pass on: the values that change nothing, and what to do instead.
+REMOVE = "remove it"
+OF_OTHERS: dict[str, tuple[Sequence[Any], str]] = {
+    "activation_checkpointing": ((), "remove it, and set engine.activation_checkpointing"),
+    "aio": ((), "remove it; nothing is offloaded to NVMe"),
+    "amp": ((), "remove it, and set engine.precision"),
+    "autotuning": ((), REMOVE),
+    "checkpoint": (
+        (),
+        "remove it; train.save_every_steps and the other settings of train say when checkpoints are saved",
+    ),
+    "comet": ((), "remove it; metrics are in metrics.jsonl and in TensorBoard's files of the run folder"),
+    "communication_data_type": (("fp32",), "remove it; gradients are reduced in float32"),
+    "compile": ((), "remove it, and set engine.compile"),
+    "compression_training": ((), REMOVE),
+    "csv_monitor": ((), "remove it; metrics are in metrics.jsonl of the run folder"),
+    "curriculum_learning": ((), REMOVE),
+    "data_efficiency": ((), REMOVE),
+    "dataloader_drop_last": ((False, True), REMOVE),
+    "disable_allgather": ((False,), REMOVE),
+    "dump_state": ((False,), REMOVE),
+    "eigenvalue": ((), REMOVE),
+    "elasticity": ((), "remove it; any number of ranks goes on from any checkpoint"),
+    "gradient_predivide_factor": ((1,), REMOVE),
+    "hybrid_engine": ((), REMOVE),
+    "load_universal_checkpoint": ((False,), "remove it; every engine reads every checkpoint of this trainer"),
+    "memory_breakdown": ((False,), "remove it; memory_gib is in the log"),
+    "monitor_config": ((), "remove it; metrics are in metrics.jsonl and in TensorBoard's files of the run folder"),
+    "nebula": ((), REMOVE),
+    "pipeline": ((), REMOVE),
+    "prescale_gradients": ((False,), REMOVE),
+    "progressive_layer_drop": ((), REMOVE),
+    "quantize_training": ((), REMOVE),
+    "seq_parallel_communication_data_type": (("fp32",), REMOVE),
+    "sparse_attention": ((), REMOVE),
+    "sparse_gradients": ((False,), REMOVE),
+    "tensor_parallel": (({"autotp_size": 0}, {"autotp_size": 1}), REMOVE),
+    "tensorboard": ((), "remove it; TensorBoard's files are in the run folder"),
+    "use_data_before_expert_parallelism": ((False,), REMOVE),
+    "use_node_local_storage": ((False,), REMOVE),
+    "wandb": ((), "remove it; metrics are in metrics.jsonl and in TensorBoard's files of the run folder"),
+    "weight_quantization": ((), REMOVE),
+    "zero_allow_untested_optimizer": ((False, True), REMOVE),
+    "zero_force_ds_cpu_optimizer": ((False,), "remove it; the update is torch's AdamW"),
+}
+
+
 def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]:
     """What DeepSpeed is told: how to shard, from the file that engine.ds_config names, and the recipe's numbers.
 
-    What the recipe owns may stand in the file if it is equal, or "auto". Raises ConfigError, with both values and where
-    to change them, if it is not, and for a key that is unknown, at any depth.
+    What the recipe owns may stand in the file if it is equal, or "auto", and whatever changes nothing here. Raises
+    ConfigError with all that may not: both values and where to change them, and keys that are unknown, at any depth.
     """
     path = find_ds_config(config.engine.ds_config)
     try:
@@ -85,9 +155,18 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
 
     recipe = _recipe_values(config, batch_split)
     recipe_sections = {key.split(".")[0] for key in recipe} - ShardingConfig.model_fields.keys()
-    _check_recipe(path, sharding, recipe, recipe_sections)
-    sharding = {key: value for key, value in sharding.items() if key not in recipe_sections and value != "auto"}
-    zero = _check_sharding(path, sharding, recipe_sections)
+    complaints = _complaints_of_recipe(sharding, recipe, recipe_sections)
+    complaints += _complaints_of_others(sharding)
+    sharding = {
+        key: value
+        for key, value in sharding.items()
+        if key not in recipe_sections and key not in OF_OTHERS and value != "auto"
+    }
+    zero, more = _read_sharding(sharding, [*recipe_sections, *OF_OTHERS])
+    complaints += more
+    if zero is None or complaints:
+        numbered = [f"({number}) {complaint}" for number, complaint in enumerate(complaints, 1)]
+        raise ConfigError(f"{path}: {'; '.join(complaints if len(complaints) == 1 else numbered)}")
     if zero.stage == 3 and config.engine.compile:
         # It gives the right numbers, after compiling DeepSpeed's hooks around every layer for minutes.
         raise ConfigError(f"engine.compile is of no use at ZeRO stage 3 ({path}); turn it off, or take stage 0, 1 or 2")
@@ -133,65 +212,95 @@ def _recipe_values(config: RunConfig, batch_split: BatchSplit) -> dict[str, tupl
     }
 
 
-def _check_recipe(
-    path: Path, sharding: Mapping[str, Any], recipe: Mapping[str, tuple[Any, str | None]], sections: Container[str]
-) -> None:
-    """Raise ConfigError for the first value of the recipe's that is neither equal to it nor "auto".
+def _complaints_of_recipe(
+    sharding: Mapping[str, Any], recipe: Mapping[str, tuple[Any, str | None]], sections: Container[str]
+) -> list[str]:
+    """A line for each value of the recipe's that is neither equal to it nor "auto" nor of no effect.
 
     sections: the top-level keys that are wholly the recipe's.
     """
+    complaints = []
     for key, value in flatten(sharding).items():
+        if value in ("auto", None, *NO_EFFECT.get(key, ())):
+            continue
+        section = key.split(".")[0]
         if key in recipe:
             wanted, home = recipe[key]
-            if value not in ("auto", wanted):
-                raise ConfigError(
-                    f"{path} sets {key}={json.dumps(value)}, the recipe says {json.dumps(wanted)}; "
-                    f'remove it from the file or write "auto"{f", or set {home}" if home else ""}'
+            if value != wanted:
+                complaints.append(
+                    f"{key}={json.dumps(value)}, the recipe says {json.dumps(wanted)}: remove it from the file or "
+                    f'write "auto"{f", or set {home}" if home else ""}'
                 )
-        elif key.split(".")[0] in sections and value != "auto":
-            raise ConfigError(f"{path} sets {key}={json.dumps(value)}, which the recipe does not have; remove it")
+        elif key == section and section in sections:
+            if value is not False:
+                complaints.append(f"{key}={json.dumps(value)}, where DeepSpeed has a section: remove it")
+        elif section == "scheduler":
+            if "type" not in sharding[section]:
+                complaints.append(
+                    f"{key}={json.dumps(value)}: remove the section; optim.warmup_epochs and optim.min_lr say it"
+                )
+        elif section in sections:
+            wanted, _ = recipe.get(f"{section}.enabled", (True, None))
+            if sharding[section].get("enabled", wanted) is not False and wanted is not False:
+                complaints.append(f"{key}={json.dumps(value)}, which the recipe does not have: remove it")
+    return complaints
 
 
-def _check_sharding(path: Path, sharding: dict[str, Any], others: Iterable[str]) -> DeepSpeedZeroConfig:
-    """Read every key at every depth; what is unknown, badly typed or not tested here is a ConfigError.
+def _complaints_of_others(sharding: Mapping[str, Any]) -> list[str]:
+    """A line for each key of DeepSpeed's that does nothing here and whose value asks for something."""
+    complaints = []
+    for key, (without_effect, way_out) in OF_OTHERS.items():
+        value = sharding.get(key)
+        if value not in (None, "auto", *without_effect) and not _is_off(value):
+            complaints.append(f"{key}={json.dumps(value)} would do nothing here: {way_out}")
+    return complaints
+
+
+def _is_off(section: Any) -> bool:
+    """Whether a section says of itself that it is off, or says nothing."""
+    return isinstance(section, dict) and (not section or section.get("enabled") in (False, "auto"))
+
+
+def _read_sharding(sharding: dict[str, Any], others: Iterable[str]) -> tuple[DeepSpeedZeroConfig | None, list[str]]:
+    """Read every key at every depth. Returns a complaint for each that is unknown, badly typed or not tested here.
 
     others: keys that may stand in the file beside these.
     """
     try:
         zero = ShardingConfig(**sharding).zero_optimization
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error, others)}") from error
+        return None, [_explain(each, others) for each in error.errors()]
+    complaints = []
     for name, stages in OFFLOAD_STAGES.items():
         section = getattr(zero, name)
         if section is None or section.device == "none":
             continue
-        place = f"{path}: zero_optimization.{name}"
+        place = f"zero_optimization.{name}"
         if section.device != "cpu":
-            raise ConfigError(f"{place}.device={section.device} is not supported; the devices are cpu and none")
+            complaints.append(f"{place}.device={section.device} is not supported; the devices are cpu and none")
         if zero.stage not in stages:
             known = " and ".join(map(str, stages))
-            raise ConfigError(f"{place} is not supported at stage {zero.stage}; it is at {known}")
+            complaints.append(f"{place} is not supported at stage {zero.stage}; it is at {known}")
         for key in section.model_fields_set - set(OFFLOAD_KEYS):
             if getattr(section, key) != type(section).model_fields[key].default:
-                raise ConfigError(f"{place}.{key} is not supported; remove it")
+                complaints.append(f"{place}.{key} is not supported; remove it")
     for option in UNTESTED_OPTIONS:
         if getattr(zero, option) != DeepSpeedZeroConfig.model_fields[option].default:
-            raise ConfigError(f"{path}: zero_optimization.{option} is not supported; remove it")
-    return zero
+            complaints.append(f"zero_optimization.{option} is not supported; remove it")
+    return zero, complaints
 
 
-def _explain(error: ValidationError, others: Iterable[str]) -> str:
-    """The first of the complaints in one line; for a key that is unknown, with the nearest known ones."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
+def _explain(found: ErrorDetails, others: Iterable[str]) -> str:
+    """One complaint of pydantic's in one line; for a key that is unknown, with the nearest known ones."""
+    place = [str(part) for part in found["loc"]]
+    if found["type"] == "extra_forbidden":
         *section, key = place
         known = [*_known_keys(section), *(() if section else others)]
         return f"{'.'.join(section)}{': ' if section else ''}unknown key {_suggest(key, known)}"
     # Where several keys do not go together, the input is the whole section.
-    is_section = isinstance(first["input"], BaseModel | dict)
-    value = "" if is_section else f"={json.dumps(first['input'])}"
-    return f"{'.'.join(place)}{value}: {first['msg']}"
+    is_section = isinstance(found["input"], BaseModel | dict)
+    value = "" if is_section else f"={json.dumps(found['input'])}"
+    return f"{'.'.join(place)}{value}: {found['msg']}"
 
 
 def _known_keys(section: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ import keyword
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -166,12 +166,20 @@ class AlignedEmbed(nn.Module):
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[2:]) != self.img_size:
-            raise ValueError(f"images are {tuple(images.shape)}, but the model was built for {self.img_size} pixels")
-        features = [self.projections[name](stem(images)) for name, stem in self.stems.items()]  # each (B, C, h, w)
-        patches = [feature.flatten(2).transpose(1, 2) for feature in features]  # each (B, N, C), N = h * w
-        tokens = [patch.mean(1, keepdim=True) for patch in patches]  # each (B, 1, C)
-        return torch.cat([*tokens, sum(patches)], dim=1)
+        # An assertion of torch's and no "if": torch.fx and torch.jit take it along.
+        height, width = images.shape[2], images.shape[3]
+        torch._assert(height == self.img_size[0], f"images of height {height}, but the model takes {self.img_size[0]}")
+        torch._assert(width == self.img_size[1], f"images of width {width}, but the model takes {self.img_size[1]}")
+        tokens: list[Tensor] = []  # each (B, 1, C)
+        patches: list[Tensor] = []  # each (B, N, C), N = h * w
+        for stem, projection in zip(self.stems.values(), self.projections.values()):  # noqa: B905  torch.jit has no strict
+            patch = projection(stem(images)).flatten(2).transpose(1, 2)
+            tokens.append(patch.mean(1, keepdim=True))
+            patches.append(patch)
+        total = patches[0]
+        for patch in patches[1:]:
+            total = total + patch
+        return torch.cat(tokens + [total], dim=1)  # noqa: RUF005  torch.jit cannot unpack
 
 
 class CiT(VisionTransformer):
@@ -187,8 +195,9 @@ class CiT(VisionTransformer):
     vit: arguments of timm's VisionTransformer. img_size must be a multiple of patch_size; with a stem of stride 2,
     patch_size must be even.
 
-    Forward: images (B, in_chans, H, W) -> in training mode StudentLogits(cls, *teachers), each (B, num_classes); in
-    evaluation mode, and after set_distilled_training(False), the mean of all heads, (B, num_classes).
+    Forward: images (B, in_chans, H, W) -> the mean of all heads, (B, num_classes); in training mode, after
+    set_distilled_training(True), StudentLogits(cls, *teachers), each (B, num_classes). This is timm's contract for
+    distilled models. AssertionError for images of another size. `forward_heads` returns every head in any mode.
     Loading a state dict of another image size resamples its position embedding.
     Raises ValueError for teachers, stems and sizes that do not fit.
     """
@@ -211,7 +220,7 @@ class CiT(VisionTransformer):
         factory = get_device_dtype(self)
         self.teachers = teachers
         self.logits_type = student_logits_type(teachers)
-        self.distilled_training = True
+        self.distilled_training = False
         # timm has counted the class token only: make the prefix, the position embedding and the patch dropout count the
         # teachers' tokens, too.
         self.num_prefix_tokens = 1 + len(teachers)
@@ -240,7 +249,8 @@ class CiT(VisionTransformer):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters without weight decay, part of timm's contract for models."""
-        return {"cls_token", "pos_embed", "teacher_tokens"}
+        learned = {"cls_token", "pos_embed"}
+        return learned if self.teacher_tokens is None else {*learned, "teacher_tokens"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return patterns that assign parameters to layers, part of timm's contract for models."""
@@ -249,8 +259,16 @@ class CiT(VisionTransformer):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without the type of the logits, which is made at run time and has no place in a module."""
+        return {name: value for name, value in self.__dict__.items() if name != "logits_type"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.logits_type = student_logits_type(self.teachers)
+
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Make training mode return the logits of every head (the default) or, with False, their mean."""
+        """Make training mode return the logits of every head or, with False (the default), their mean."""
         self.distilled_training = enable
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
@@ -271,24 +289,32 @@ class CiT(VisionTransformer):
             self.teacher_heads[name] = head.train(self.training)  # new modules start in training mode
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Put learned teacher tokens where AlignedEmbed puts its own; timm adds the class token and the positions."""
-        if self.teacher_tokens is not None:
-            x = torch.cat([self.teacher_tokens.expand(x.shape[0], -1, -1), x], dim=1)
-        return super()._pos_embed(x)
+        """Put the class token, learned teachers' tokens and the patches in a row, and add the positions.
 
-    def _head_logits(self, features: Tensor) -> StudentLogits:
+        AlignedEmbed has put the teachers' tokens before the patches already. Written anew and not called of timm's: a
+        call of super() is nothing to torch.jit. FIXED_OPTIONS rule out timm's other ways.
+        """
+        assert self.cls_token is not None
+        assert self.pos_embed is not None
+        tokens = [self.cls_token.expand(x.shape[0], -1, -1)]
+        if self.teacher_tokens is not None:
+            tokens.append(self.teacher_tokens.expand(x.shape[0], -1, -1))
+        tokens.append(x)
+        return self.pos_drop(torch.cat(tokens, dim=1) + self.pos_embed)
+
+    def _head_logits(self, features: Tensor) -> list[Tensor]:
         """Return the logits of every head. features: (B, 1 + T + N, C), after the last LayerNorm."""
-        tokens = self.head_drop(features[:, : self.num_prefix_tokens]).unbind(1)
-        heads = self.get_classifier()
-        return self.logits_type(*(head(token) for head, token in zip(heads, tokens, strict=True)))
+        tokens = self.head_drop(features[:, : self.num_prefix_tokens])
+        logits = [self.head(tokens[:, 0])]
+        for index, head in enumerate(self.teacher_heads.values()):
+            logits.append(head(tokens[:, 1 + index]))
+        return logits
 
     def forward_heads(self, images: Tensor) -> StudentLogits:
         """Return the logits of every head in training and in evaluation mode: StudentLogits, each (B, num_classes)."""
-        return self._head_logits(self.forward_features(images))
+        return self.logits_type(*self._head_logits(self.forward_features(images)))
 
-    def forward_head(  # type: ignore[override]  # timm's own returns a Tensor always; ours a tuple in training
-        self, x: Tensor, pre_logits: bool = False
-    ) -> StudentLogits | Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits, as described for the class. x: (B, 1 + T + N, C) from forward_features.
 
         pre_logits: return the mean of the heads' tokens instead, (B, C).
@@ -296,9 +322,9 @@ class CiT(VisionTransformer):
         if pre_logits:
             return self.head_drop(x[:, : self.num_prefix_tokens]).mean(1)
         logits = self._head_logits(x)
-        if self.training and self.distilled_training:
-            return logits
-        return torch.stack(tuple(logits)).mean(0)
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            return cast(Any, self.logits_type(*logits))  # no Tensor in this mode: timm's contract
+        return torch.stack(logits).mean(0)
 
 
 def _check_vit_options(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -55,15 +54,13 @@ OURS = re.compile(
 )
 
 
-def convert(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict of a released CiT or RedNet under our names. Keys that are ours already stay.
 
-    checkpoint: a state dict, or a dictionary with a state dict under 'state_dict' or 'model'.
     Raises ValueError that names the keys of neither network.
     """
-    state_dict = _unwrap(checkpoint)
-    converted = {_rename(key): tensor for key, tensor in state_dict.items()}
-    unknown = [key for key in state_dict if not OURS.fullmatch(_rename(key))]
+    converted = {rename(key): tensor for key, tensor in state_dict.items()}
+    unknown = [key for key in state_dict if not OURS.fullmatch(rename(key))]
     if unknown:
         shown = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
         raise ValueError(
@@ -72,15 +69,7 @@ def convert(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return converted
 
 
-def _unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Return the state dict in a checkpoint."""
-    for key in ("state_dict", "model"):
-        if isinstance(checkpoint.get(key), Mapping):
-            return checkpoint[key]
-    return checkpoint
-
-
-def _rename(key: str) -> str:
+def rename(key: str) -> str:
     """Apply all RENAMES to a key."""
     for released, ours in RENAMES:
         key = re.sub(released, ours, key)

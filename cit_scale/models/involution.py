@@ -293,8 +293,6 @@ class Involution2d(nn.Module):
 class _Span(nn.Conv2d):
     """The 1x1 convolution that computes an involution's kernel, with a layout that suits the device."""
 
-    bias: Tensor  # never None here
-
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
 
@@ -303,7 +301,8 @@ class _Span(nn.Conv2d):
 
 
 @torch.fx.wrap  # the choice depends on the tensor, not on the proxy that fx puts in its place
-def _span(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _span(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert bias is not None
     return _planar_span(features, weight, bias) if features.is_cuda else F.conv2d(features, weight, bias)
 
 

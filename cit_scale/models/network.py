@@ -1,22 +1,24 @@
-"""Wraps timm models for the trainer: images in [0, 1] in, logits per head out. Builds them and loads their weights."""
+"""Wraps timm models for the trainer: images in [0, 1] in, logits per head out. Builds and tries them."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
-from pathlib import Path
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
 
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
-from cit_scale.errors import ConfigError, MissingInputError, RefusedError, one_line, os_error
-from cit_scale.models.convert_checkpoint import convert
+from cit_scale.errors import ConfigError, one_line
 
 MOST = 400  # characters of a library's error message: one about a state dict that does not fit lists every key
 
@@ -55,7 +57,7 @@ class Network(nn.Module):
         GPU, DeepSpeed disables an autocast around its engine, with one line in the log."""
 
         self._single_head = student_logits_type(())  # looked up here: torch.compile does not trace a cached function
-        statistics = _pretrained_cfg(model)
+        statistics = pretrained_cfg_of(model)
         # Not persistent: the statistics belong to the model's configuration, not to its weights.
         self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
@@ -102,14 +104,13 @@ def build_network(
     determines (RUN_OWNS), and for arguments that timm refuses.
     """
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:8] or timm.list_models(module="cit")
-        raise ConfigError(f"no model is called {name!r}; known ones include {', '.join(near)}")
+        raise ConfigError(f"no model is called {name!r}; the nearest are {_nearest(name, timm.list_models())}")
     try:
         pretrained_cfg = timm.get_pretrained_cfg(name)  # None for a model that is registered without one
     except RuntimeError:  # an unknown tag after the model's name
         model = name.partition(".")[0]
-        known = [model, *timm.list_pretrained(f"{model}.*")[:8]]
-        raise ConfigError(f"no model is called {name!r}; known ones include {', '.join(known)}") from None
+        known = [model, *timm.list_pretrained(f"{model}.*")]
+        raise ConfigError(f"no model is called {name!r}; the nearest are {_nearest(name, known)}") from None
     is_cit = timm.models.is_model_in_modules(name, ["cit"])
     if teachers and not is_cit:
         raise ConfigError(
@@ -134,7 +135,55 @@ def build_network(
         raise ConfigError(f"{call} refuses: {one_line(error, MOST)}") from error
 
 
-def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
+def try_forward(network: Network, *, batch_size: int, image_size: int, num_classes: int) -> None:
+    """Raise ConfigError unless the network turns images of this size into logits.
+
+    network: on the meta device, in the mode in which it is to be used. Nothing is computed and no memory is taken. A
+    network whose shapes follow from the values in the images cannot be tried so, and passes.
+    """
+    called = f"images ({batch_size}, 3, {image_size}, {image_size})"
+    try:
+        with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
+            images = torch.empty(batch_size, 3, image_size, image_size)
+            logits = torch.func.functional_call(network, fake_state(network), (images,))
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+        return
+    except Exception as error:  # whatever a model of timm's raises when an image is too small for it
+        way_out = "choose another model or data.image_size" + (", or a larger batch" if batch_size == 1 else "")
+        raise ConfigError(f"it cannot take {called}: {one_line(error, MOST)}; {way_out}") from error
+    for head, tensor in logits._asdict().items():
+        if tuple(tensor.shape) != (batch_size, num_classes):
+            raise ConfigError(
+                f"it turns {called} into {tuple(tensor.shape)} and not into logits {(batch_size, num_classes)} "
+                f"({head}); choose a model that classifies"
+            )
+
+
+def fake_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers like the module's, within FakeTensorMode: on the CPU, and without memory.
+
+    Not on the meta device, which autocast does not support.
+    """
+    return {
+        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).requires_grad_(
+            tensor.requires_grad
+        )
+        for name, tensor in tensors_of(module).items()
+    }
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """The names that resemble ``name`` most, of its family if there is one: what stands before the first "_"."""
+    family = [each for each in known if each.split("_")[0] == name.split("_")[0]]
+    return ", ".join(difflib.get_close_matches(name, family or known, n=4, cutoff=0.0))
+
+
+def pretrained_cfg_of(model: nn.Module) -> Mapping[str, Any]:
     """timm's description of a model: mean and std of its images, the name of its classifier, and more."""
     return cast(Any, model).pretrained_cfg  # timm sets it, and nn.Module's types know parameters and modules only
 
@@ -142,68 +191,3 @@ def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
 def _spelled(arguments: Mapping[str, Any]) -> str:
     """Return arguments as they are written in a call."""
     return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-
-
-def read_weights(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Return the state dict in a safetensors file or a PyTorch file.
-
-    A PyTorch file may contain tensors only (weights_only=True), as other objects in a pickle can execute code. The
-    state dict may be wrapped in a dictionary under 'model' or 'state_dict'.
-    device: "cpu", or "meta" for names and shapes without memory.
-    Raises MissingInputError, RefusedError for a pickle with other objects, ConfigError, and OSError.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
-    try:
-        path.open("rb").close()  # its OSError has a number; safetensors reports every error as "no such file"
-        if path.suffix != ".safetensors":
-            state = torch.load(path, map_location=device, weights_only=True)
-        elif device == "meta":
-            with safetensors.safe_open(path, "pt") as file:
-                state = {key: torch.empty(file.get_slice(key).get_shape(), device=device) for key in file.keys()}  # noqa: SIM118
-        else:
-            state = safetensors.torch.load_file(path)
-    except pickle.UnpicklingError as error:
-        raise RefusedError(
-            f"weights {path} hold more than tensors, or are damaged; other objects in a pickle can execute code, so "
-            "the file is not loaded; save a bare state dict, best as safetensors"
-        ) from error
-    except Exception as error:  # each file format raises its own exceptions for damage
-        raise os_error(error, f"weights {path} cannot be read: {one_line(error, MOST)}", lasting=ConfigError) from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"weights {path} hold no state dict, bare or under 'model' or 'state_dict'")
-    return state
-
-
-def load_weights(network: Network, path: str | Path) -> None:
-    """Load weights into the network's model. All names and shapes must match.
-
-    Released checkpoints of CiT and RedNet are converted to our names. A CiT resamples the position embedding of another
-    image size. For a network on the meta device only names and shapes are compared.
-    Raises ConfigError for weights that do not fit, and the exceptions of `read_weights`.
-    """
-    model = network.model
-    is_meta = any(parameter.is_meta for parameter in model.parameters())
-    state = read_weights(path, "meta" if is_meta else "cpu")
-    if type(model).__module__.startswith("cit_scale."):
-        try:
-            state = convert(state)  # keys of released checkpoints become ours, our own keys stay
-        except ValueError as error:
-            raise ConfigError(f"weights {path} do not fit: {error}") from error
-    # Weights for another number of classes are the likeliest mistake, so they get a message of their own.
-    classifier = _pretrained_cfg(model)["classifier"]  # timm's convention: one name, or a tuple of several
-    key = f"{classifier if isinstance(classifier, str) or classifier is None else classifier[0]}.weight"
-    found, expected = state.get(key), model.state_dict().get(key)
-    if found is not None and expected is not None and len(found) != len(expected):
-        raise ConfigError(
-            f"weights {path} have {len(found)} classes, the data set has {len(expected)}; "
-            f"use weights trained on this data set, or give a recipe that trains them"
-        )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ConfigError(f"weights {path} do not fit: {one_line(error, MOST)}") from error

@@ -7,13 +7,16 @@ for Visual Recognition", CVPR 2021). Importing this module registers the models 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_classifier, get_device_dtype
+from timm.layers import DropPath, create_classifier, get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from cit_scale.models.involution import Involution2d
@@ -67,12 +70,14 @@ class InvolutionStem(nn.Module):
 class Bottleneck(nn.Module):
     """ResNet's bottleneck with a 7x7 involution in the middle, which has the stride.
 
+    drop_path: probability that the residual branch is left out for an image in training.
+
     Forward: (B, in_chans, H, W) -> (B, 4 x width, ceil(H / stride), ceil(W / stride)).
     """
 
     expansion = 4
 
-    def __init__(self, in_chans: int, width: int, stride: int = 1) -> None:
+    def __init__(self, in_chans: int, width: int, stride: int = 1, drop_path: float = 0.0) -> None:
         super().__init__()
         out_chans = width * self.expansion
         self.conv1 = nn.Conv2d(in_chans, width, 1, bias=False)
@@ -88,19 +93,20 @@ class Bottleneck(nn.Module):
             )
         else:
             self.downsample = nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
-        return F.relu(self.bn3(self.conv3(x)) + shortcut)
+        return F.relu(self.drop_path(self.bn3(self.conv3(x))) + shortcut)
 
 
-def _stage(in_chans: int, width: int, depth: int, stride: int) -> nn.Sequential:
-    """Return `depth` bottlenecks, of which the first has the stride."""
+def _stage(in_chans: int, width: int, stride: int, drop_paths: Sequence[float]) -> nn.Sequential:
+    """Return a bottleneck for each of ``drop_paths``, of which the first has the stride."""
     out_chans = width * Bottleneck.expansion
-    first = Bottleneck(in_chans, width, stride)
-    return nn.Sequential(first, *(Bottleneck(out_chans, width) for _ in range(depth - 1)))
+    first = Bottleneck(in_chans, width, stride, drop_paths[0])
+    return nn.Sequential(first, *(Bottleneck(out_chans, width, drop_path=rate) for rate in drop_paths[1:]))
 
 
 class RedNet(nn.Module):
@@ -111,9 +117,12 @@ class RedNet(nn.Module):
     four times its width.
     stem_width: width of the stem; its output has twice as many channels. base_width and stem_width must be multiples of
     16, the number of channels that share an involution kernel.
-    drop_rate: dropout before the classifier.
+    drop_rate: dropout before the classifier. drop_path_rate: that of the last bottleneck's residual branch; it rises
+    linearly from 0 at the first.
+    output_stride: of the last feature map, 32, 16 or 8: the last stages keep the size of their input. Their involutions
+    are not dilated, as in the authors' code.
 
-    Forward: (B, in_chans, H, W) -> (B, num_classes). The last feature map has 1/32 of the height and width.
+    Forward: (B, in_chans, H, W) -> (B, num_classes). The last feature map has 1 / output_stride of height and width.
     Raises ValueError for widths or layers that do not fit.
     """
 
@@ -126,12 +135,16 @@ class RedNet(nn.Module):
         base_width: int = 64,
         stem_width: int = 32,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        output_stride: int = 32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if len(layers) != 4 or min(layers) < 1:
             raise ValueError(f"layers={tuple(layers)}: RedNet has four stages with at least one bottleneck each")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride={output_stride}: a RedNet has 32, 16 or 8")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -139,18 +152,22 @@ class RedNet(nn.Module):
 
         widths = tuple(base_width * 2**stage for stage in range(4))
         outputs = tuple(width * Bottleneck.expansion for width in widths)
+        reductions = tuple(min(reduction, output_stride) for reduction in (4, 8, 16, 32))
+        strides = (1, *(after // before for before, after in itertools.pairwise(reductions)))
+        rates = torch.linspace(0, drop_path_rate, sum(layers), device="cpu")
+        drop_paths = [stage.tolist() for stage in rates.split(tuple(layers))]
         self.stem = InvolutionStem(in_chans, stem_width)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = _stage(self.stem.num_features, widths[0], layers[0], stride=1)
-        self.layer2 = _stage(outputs[0], widths[1], layers[1], stride=2)
-        self.layer3 = _stage(outputs[1], widths[2], layers[2], stride=2)
-        self.layer4 = _stage(outputs[2], widths[3], layers[3], stride=2)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = _stage(self.stem.num_features, widths[0], strides[0], drop_paths[0])
+        self.layer2 = _stage(outputs[0], widths[1], strides[1], drop_paths[1])
+        self.layer3 = _stage(outputs[1], widths[2], strides[2], drop_paths[2])
+        self.layer4 = _stage(outputs[2], widths[3], strides[3], drop_paths[3])
         # timm's features_only reads from this where to take feature maps, and their strides.
         self.feature_info = [
             {"num_chs": self.stem.num_features, "reduction": 2, "module": "stem"},
             *(
-                {"num_chs": output, "reduction": 4 * 2**stage, "module": f"layer{stage + 1}"}
-                for stage, output in enumerate(outputs)
+                {"num_chs": output, "reduction": reduction, "module": f"layer{stage}"}
+                for stage, (output, reduction) in enumerate(zip(outputs, reductions, strict=True), 1)
             ),
         ]
         self.num_features = outputs[-1]
@@ -190,14 +207,51 @@ class RedNet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last feature map, (B, num_features, ceil(H / 32), ceil(W / 32)). x: (B, in_chans, H, W)."""
+        """Return the last feature map, (B, num_features, h, w). x: (B, in_chans, H, W)."""
         x = self.maxpool(self.stem(x))
-        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
-        if self.grad_checkpointing:
-            return checkpoint_seq(stages, x, flatten=True)
-        for stage in stages:
-            x = stage(x)
-        return x
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the last feature map and those of ``feature_info``, each (B, C, h, w); part of timm's contract.
+
+        x: (B, in_chans, H, W). indices: which of the five; the last n for a number, all for None. norm: there is none
+        to apply. stop_early: leave out the stages behind the last index. intermediates_only: return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: a RedNet has feature maps in 'NCHW'")
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        x = self.stem(x)
+        maps = [x]
+        x = self.maxpool(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[: last if stop_early else None]:
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            maps.append(x)
+        intermediates = [maps[index] for index in taken]
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages behind the last of ``indices``, and the classifier; part of timm's contract."""
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        for number in range(last + 1, len(self.feature_info)):
+            setattr(self, f"layer{number}", nn.Sequential())  # empty, so that checkpoint_seq can go through it
+        if last == 0:
+            self.maxpool = nn.Identity()
+        self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or last < len(self.feature_info) - 1:
+            self.reset_classifier(0, "")
+        return taken
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits (B, num_classes); with pre_logits the pooled features. x: (B, num_features, h, w)."""
@@ -228,7 +282,8 @@ default_cfgs = generate_default_cfgs({name: _cfg() for name in LAYERS})
 
 
 def _create_rednet(name: str, pretrained: bool, **kwargs: Any) -> RedNet:
-    return build_model_with_cfg(RedNet, name, pretrained, **{"layers": LAYERS[name], **kwargs})
+    features = {"out_indices": (0, 1, 2, 3, 4)}
+    return build_model_with_cfg(RedNet, name, pretrained, feature_cfg=features, **{"layers": LAYERS[name], **kwargs})
 
 
 @register_model

@@ -11,8 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cit_scale.errors import one_line
-from cit_scale.models.network import MOST, Network, Precision
-from cit_scale.run.plan import fake_state
+from cit_scale.models.network import MOST, Network, Precision, fake_state
 from cit_scale.run.setup import PreparedRun
 
 # Dense peak in FLOP/s by what stands in torch.cuda.get_device_name: with tensor cores (bf16, fp16), and without them

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from cit_scale.config import EngineConfig, RunConfig
 from cit_scale.engines.activation_checkpointing import blocks_of, checkpoint_activations
 from cit_scale.engines.base import EngineSetup
-from cit_scale.models.network import Network
+from cit_scale.models.network import Network, fake_state, tensors_of
 from cit_scale.run.setup import PreparedRun
 
 FLOAT32_BYTES = 4
@@ -108,7 +108,7 @@ def estimate_memory(prepared: PreparedRun) -> Memory:
     sharding = read_sharding(prepared.engine_setup)
     return dataclasses.replace(
         state_memory(parameters, sharding, world_size, has_average=config.optim.ema_decay is not None),
-        teachers=sum(tensor.nbytes for teacher in teachers for tensor in _state(teacher).values()),
+        teachers=sum(tensor.nbytes for teacher in teachers for tensor in tensors_of(teacher).values()),
         activations=activation_bytes(network, config.engine, (split.micro_batch_size, 3, image_size, image_size)),
     )
 
@@ -194,19 +194,6 @@ def _fake_forward_bytes(network: Network, images_shape: tuple[int, ...]) -> int:
         )
 
 
-def fake_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers like the module's, within FakeTensorMode: on the CPU, and without memory.
-
-    Not on the meta device, which autocast does not support.
-    """
-    return {
-        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).requires_grad_(
-            tensor.requires_grad
-        )
-        for name, tensor in _state(module).items()
-    }
-
-
 def kept_for_backward(forward: Callable[[Tensor], object], images: Tensor, state: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages that autograd holds after ``forward``, without the storages of ``state``."""
     known = {tensor.untyped_storage()._cdata for tensor in state}
@@ -221,10 +208,6 @@ def kept_for_backward(forward: Callable[[Tensor], object], images: Tensor, state
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward(images)
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

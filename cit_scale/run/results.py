@@ -1,13 +1,15 @@
-"""Records the environment of a run, and prints the table of results at its end."""
+"""The results of a run: the environment it ran in, its weights as files, their accuracy, the table at its end."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cit_scale.config import REPOSITORY
+from cit_scale.batch import Batch
+from cit_scale.checkpoint import layout
+from cit_scale.config import REPOSITORY, TeacherConfig
 from cit_scale.distributed.slurm_job import job_record
-from cit_scale.distributed.world import World
+from cit_scale.distributed.world import World, run_on_all_ranks
+from cit_scale.evaluate import evaluate
+from cit_scale.files import sync
+from cit_scale.models.weights import load_weights
+from cit_scale.run.setup import PreparedRun
+from cit_scale.run_folder import CHECKPOINTS, step_path
+from cit_scale.teachers import Teacher, run_teachers
+
+# Weights that a finished run leaves in its folder, by the name in results.json: files of its last checkpoint.
+EXPORTS = {"student": layout.STUDENT, "student ema": layout.STUDENT_EMA}
 
 PACKAGES = (
     "torch",
@@ -56,6 +69,8 @@ def device_name(device: torch.device) -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout, with -dirty if files differ from it; None without git or outside a repository."""
+    if not (REPOSITORY / "pyproject.toml").is_file():  # an installed package may lie in the repository of its user
+        return None
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -68,6 +83,56 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def export_weights(run_dir: Path, step: int) -> dict[str, str]:
+    """On rank 0. Copy the weights of a checkpoint into the run folder. Returns the files by the names of EXPORTS."""
+    files = {}
+    for name, file in EXPORTS.items():
+        saved = step_path(run_dir / CHECKPOINTS, step) / file
+        if saved.exists():
+            partial = run_dir / f"{file}.partial"
+            shutil.copyfile(saved, partial)
+            sync(partial)
+            partial.replace(run_dir / file)
+            files[name] = file
+    return files
+
+
+def measure(
+    prepared: PreparedRun,
+    teachers: Mapping[str, TeacherConfig],
+    frozen: Sequence[Teacher],
+    files: Mapping[str, str],
+    eval_batches: Callable[[], Iterator[Batch]],
+) -> dict[str, Any]:
+    """Collective. Evaluate the weights in the run folder, and the teachers: the part of results.json that says so.
+
+    teachers, frozen: the same teachers, as configured and loaded. files: weights by the names of EXPORTS.
+    """
+    world, accuracy = prepared.world, {}
+    network = prepared.build_student_without_weights().eval()
+    for name, file in files.items():
+        run_on_all_ranks(world, partial(load_weights, network, prepared.config.run_dir / file))
+        network.to(world.device)
+        accuracy[name] = evaluate(network, eval_batches(), world)
+    advisers = {}
+    if frozen:
+        measured = evaluate(lambda images: run_teachers(frozen, images), eval_batches(), world)
+        advisers = {
+            teacher.name: {
+                "model": teachers[teacher.name].model,
+                "sha256": teacher.sha256,
+                "top1": measured.top1[teacher.name],
+                "top5": measured.top5[teacher.name],
+            }
+            for teacher in frozen
+        }
+    return {
+        "eval_images": next(iter(accuracy.values())).images,
+        "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
+        "teachers": advisers,
+    }
 
 
 def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:

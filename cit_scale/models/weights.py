@@ -1,0 +1,204 @@
+"""Weights as people have them: from any file to the state dict of a network, and what was made of it in words.
+
+A file of safetensors or PyTorch's holds a state dict, bare or inside a trainer's checkpoint, under names that
+wrappers have lengthened. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cit_scale.errors import ConfigError, MissingInputError, RefusedError, one_line, os_error
+from cit_scale.models.convert_checkpoint import convert, rename
+from cit_scale.models.network import MOST, Network, pretrained_cfg_of
+
+# Where trainers keep a state dict in a checkpoint; the first that is there is taken. A moving average comes first, as
+# in timm: it is what its trainer evaluates and releases.
+AVERAGES = ("state_dict_ema", "model_ema")
+PLACES = (*AVERAGES, "state_dict", "model_state_dict", "model", "module")  # module: DeepSpeed's
+
+# Wrappers that lengthen names: DistributedDataParallel and torch.compile, one inside the other.
+WRAPPERS = ("module.", "_orig_mod.")
+
+# A pickle may hold objects of these types beside tensors: they run nothing when they are loaded. timm's and DeiT's
+# checkpoints have the arguments of their command lines.
+HARMLESS: list[Any] = [argparse.Namespace]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict, and what has to be said of it: which of several was taken, what was left out."""
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def read_weights(path: str | Path, device: str = "cpu") -> Weights:
+    """Return the state dict in a safetensors file or a PyTorch file, without the prefixes of wrappers.
+
+    A PyTorch file may hold plain values and tensors only (weights_only=True): other objects in a pickle can execute
+    code. device: "cpu", or "meta" for names and shapes without memory.
+    Raises MissingInputError, RefusedError for a pickle with other objects, ConfigError, and OSError.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
+    try:
+        path.open("rb").close()  # its OSError has a number; safetensors reports every error as "no such file"
+        content = _read_safetensors(path, device) if _is_safetensors(path) else _read_pickle(path, device)
+    except pickle.UnpicklingError as error:
+        raise _refuse_objects(path, error) from error
+    except Exception as error:  # each file format raises its own exceptions for damage
+        raise os_error(error, f"weights {path} cannot be read: {one_line(error, MOST)}", lasting=ConfigError) from error
+    return _unwrap(content, path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by its beginning: caches of downloads keep files under other names."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _read_safetensors(path: Path, device: str) -> dict[str, Tensor]:
+    if device != "meta":
+        return safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        return {key: torch.empty(file.get_slice(key).get_shape(), device=device) for key in file.keys()}  # noqa: SIM118
+
+
+def _read_pickle(path: Path, device: str) -> Any:
+    with torch.serialization.safe_globals(HARMLESS):
+        return torch.load(path, map_location=device, weights_only=True)
+
+
+def _refuse_objects(path: Path, error: pickle.UnpicklingError) -> RefusedError:
+    """What to raise for a pickle with other objects, or for a file that is none."""
+    try:
+        others = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # a file of before PyTorch 1.6, or a damaged one
+        return RefusedError(
+            f"weights {path} hold more than tensors, or are damaged; other objects in a pickle can execute code, so "
+            f"the file is not loaded ({one_line(error, 120)}); save a bare state dict, best as safetensors"
+        )
+    others -= {f"{each.__module__}.{each.__qualname__}" for each in HARMLESS}
+    named = ", ".join(sorted(others))
+    return RefusedError(
+        f"weights {path} hold objects of {named} beside the tensors, which can execute code when they are loaded; "
+        f"where you trust the file, strip it: python -c \"import torch; c = torch.load('{path}', 'cpu', "
+        f"weights_only=False); torch.save(c.state_dict() if isinstance(c, torch.nn.Module) else {{k: c[k] for k in "
+        f"{PLACES} if k in c}}, 'stripped.pth')\""
+    )
+
+
+def _unwrap(content: Any, path: Path) -> Weights:
+    """The state dict in what a file holds."""
+    notes = []
+    if isinstance(content, dict) and not _is_state(content):
+        places = [key for key in PLACES if isinstance(content.get(key), Mapping) and _is_state(content[key])]
+        if places:
+            others = f", not {' or '.join(places[1:])}" if places[1:] else ""
+            if places[0] in AVERAGES:
+                notes.append(f"the moving average is taken: {places[0]}{others}")
+            elif others:
+                notes.append(f"{places[0]} is taken{others}")
+            content = content[places[0]]
+        else:
+            inner = [str(key) for key, value in content.items() if isinstance(value, Mapping) and _is_state(value)]
+            hint = f"; there are some under {', '.join(inner)}: save one of them by itself" if inner else ""
+            raise ConfigError(f"weights {path} hold no state dict, bare or under {', '.join(PLACES)}{hint}")
+    if not isinstance(content, Mapping) or not _is_state(content):
+        raise ConfigError(f"weights {path} hold no state dict, but a {type(content).__name__}")
+    tensors = {_without_wrappers(key): value for key, value in content.items()}
+    if len(tensors) < len(content):
+        raise ConfigError(
+            f"weights {path} hold names with and without {' or '.join(WRAPPERS)}; save one network by itself"
+        )
+    tensors.pop("n_averaged", None)  # the count of torch's AveragedModel
+    return Weights(tensors, tuple(notes))
+
+
+def _is_state(value: Mapping[Any, Any]) -> bool:
+    """Whether a dictionary is a state dict: text to tensors."""
+    return bool(value) and all(isinstance(key, str) and isinstance(each, Tensor) for key, each in value.items())
+
+
+def _without_wrappers(key: str) -> str:
+    while key.startswith(WRAPPERS):
+        key = key.split(".", 1)[1]
+    return key
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into a network
+
+
+def load_weights(network: Network, path: str | Path) -> tuple[str, ...]:
+    """Load weights into the network's model. All names and shapes must match. Returns what is to be said of them.
+
+    The model may be a part of what was saved, such as a Lightning module's attribute. Released checkpoints of CiT and
+    RedNet are converted to our names. A CiT resamples the position embedding of another image size. For a network on
+    the meta device only names and shapes are compared.
+    Raises ConfigError for weights that do not fit, and the exceptions of `read_weights`.
+    """
+    model = network.model
+    is_meta = any(parameter.is_meta for parameter in model.parameters())
+    weights = read_weights(path, "meta" if is_meta else "cpu")
+    is_ours = type(model).__module__.startswith("cit_scale.")
+    state, notes = _part_that_fits(weights.tensors, model, rename if is_ours else str)
+    if is_ours:
+        try:
+            state = convert(state)
+        except ValueError as error:
+            raise ConfigError(f"weights {path} do not fit: {error}") from error
+    _refuse_other_classes(state, model, path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"weights {path} do not fit: {one_line(error, MOST)}") from error
+    return (*weights.notes, *notes)
+
+
+def _part_that_fits(
+    state: dict[str, Tensor], model: nn.Module, renamed: Callable[[str], str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The part of a state dict that belongs to the model, under names without its prefix, and what is to be said."""
+    expected = model.state_dict().keys()
+    beginnings = {
+        ".".join(key.split(".")[:depth]) + "." for key in state for depth in (1, 2) if key.count(".") >= depth
+    }
+    parts = {
+        prefix: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for prefix in ("", *sorted(beginnings))
+    }
+    fitting = {prefix: len({renamed(key) for key in part} & expected) for prefix, part in parts.items()}
+    best, *others_as_good = [prefix for prefix, count in fitting.items() if count == max(fitting.values())]
+    if best == "":
+        return state, []
+    if others_as_good:
+        among = ", ".join(repr(prefix[:-1]) for prefix in (best, *others_as_good))
+        raise ConfigError(f"weights hold several networks that fit, under {among}; save one of them by itself")
+    left = len(state) - len(parts[best])
+    others = f"; {left} others belong to something else and are left out" if left else ""
+    return parts[best], [f"the tensors under {best[:-1]!r} are taken{others}"]
+
+
+def _refuse_other_classes(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> None:
+    """Raise ConfigError for weights of another number of classes: the likeliest mistake has a message of its own."""
+    classifier = pretrained_cfg_of(model)["classifier"]  # timm's convention: one name, or a tuple of several
+    key = f"{classifier if isinstance(classifier, str) or classifier is None else classifier[0]}.weight"
+    found, expected = state.get(key), model.state_dict().get(key)
+    if found is not None and expected is not None and len(found) != len(expected):
+        raise ConfigError(
+            f"weights {path} have {len(found)} classes, the data set has {len(expected)}; "
+            f"use weights trained on this data set, or give a recipe that trains them"
+        )

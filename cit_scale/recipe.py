@@ -1,0 +1,394 @@
+"""Recipe files and options of a command line, checked one by one and laid over one another: from text to a RunConfig.
+
+A recipe is a YAML file with some of the settings. ``read_recipe`` checks it against the settings there are and gives
+each value its type, ``parse_option`` does so for one option. Both return a tree, a nested dict with what was given and
+no more. ``lay_over`` merges two trees, ``build`` makes the configuration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+import typing
+from collections.abc import Hashable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeAlias, TypeGuard, TypeVar, cast
+
+import yaml
+
+from cit_scale.config import RunConfig, expand
+from cit_scale.errors import ConfigError, MissingInputError, one_line
+from cit_scale.settings import SECTIONS, check_values, facts_of, flatten, to_dict
+
+C = TypeVar("C")
+Tree: TypeAlias = dict[str, Any]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+OPTIONS = {
+    *("config", "fresh", "override-resume", "override_resume", "help", "help-all", "print_config"),
+    *("deepspeed", "deepspeed_config", "local_rank"),
+}
+"""Names on the command line that are no settings, and which a recipe cannot hold."""
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The path of a recipe, given by name or by path.
+
+    Raises MissingInputError, with the known names, if there is no such recipe.
+    """
+    named, given = RECIPES / f"{name}.yaml", expand(name)
+    if named.is_file():
+        return named
+    if given.exists() and not given.is_dir():  # a pipe, too: --config <(command)
+        return given
+    raise MissingInputError(
+        f"no recipe is called {name!r} and no such file exists; recipes: {', '.join(recipe_names())}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types only: a tag that names an object of Python's is an error. A date is text, 1e-3 is a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Refuses a key that stands twice in one mapping: YAML would take the last without a word."""
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # "<<", whose keys the mapping may override
+                continue
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key has to be a text", key.start_mark)
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+# As YAML 1.2 has it: YAML 1.1, PyYAML's, takes 1e-3 for text.
+_FLOAT = r"""(?x)
+    [-+]? (\d[\d_]*\.[\d_]*([eE][-+]?\d+)? | \d[\d_]*[eE][-+]?\d+ | \.\d[\d_]*([eE][-+]?\d+)? | \.(inf|Inf|INF)) $
+    | \.(nan|NaN|NAN) $"""
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+
+
+class _Blank:
+    """What stands behind a key with nothing behind it. YAML calls it null; here only null that is written removes."""
+
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_BLANK = _Blank()
+_Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if node.value else _BLANK)
+
+
+def _without_blanks(value: Any) -> Any:
+    """``value`` with null for nothing, as YAML has it."""
+    if isinstance(value, dict):
+        return {key: _without_blanks(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_blanks(each) for each in value]
+    return None if value is _BLANK else value
+
+
+def _load(text: str, source: str) -> Any:
+    """The value that a YAML text holds. Raises ConfigError."""
+    try:
+        loaded = _Loader(text).get_single_data()
+        json.dumps(loaded, default=str)  # raises ValueError for an alias that holds itself
+        return loaded
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text.strip() else ""
+        raise ConfigError(f"{source}{line}: {one_line(error.problem or error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number such as 0b or 1:_
+        raise ConfigError(f"{source} is not YAML: {one_line(error)}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trees
+
+
+def read_recipe(name: str) -> Tree:
+    """What a recipe, by name or path, gives of a run's settings.
+
+    Raises ConfigError for what is no YAML, no mapping, no setting, or a value of another type; MissingInputError, and
+    OSError if the file cannot be opened.
+    """
+    path = recipe_path(name)
+    return parse_recipe(path.read_bytes(), str(path))
+
+
+@functools.cache
+def parse_recipe(content: bytes, source: str) -> Tree:
+    """As ``read_recipe``. source: what messages call the file. Once per content: the runs of a sweep share recipes."""
+    try:
+        tree = _load(content.decode("utf-8-sig"), source)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not a text in UTF-8: {error}") from error
+    if not isinstance(tree, dict):
+        held = "no settings" if tree in (None, _BLANK) else f"{tree!r:.60}, and no settings"
+        raise ConfigError(f"{source} holds {held}; write some, such as 'train: {{epochs: 100}}'")
+    return _checked(tree, RunConfig, f"{source}: ")
+
+
+def parse_option(name: str, text: str) -> Tree:
+    """What ``--name text`` gives of a run's settings. name: dotted. Raises ConfigError as ``read_recipe`` does."""
+    kind = _kind_of_setting(name)
+    # A whole section, and what stands inside free arguments, have no type but YAML's. An empty text stays one.
+    value = _load(text, f"--{name}") if text and not _is_leaf(kind) else text
+    return _checked({name: value}, RunConfig, "--")
+
+
+def names_network(tree: Tree, of: type = RunConfig) -> bool:
+    """Whether a tree gives a setting of which another value makes those beside it void."""
+    for each in fields(of):
+        kind, given = _kind_of(of, each.name), tree.get(each.name)
+        if given is not None and facts_of(each).drops:
+            return True
+        inner = [given] if _is_section(kind) else list((given or {}).values()) if isinstance(kind, _ByName) else []
+        section = kind.of if isinstance(kind, _ByName) else kind
+        if any(names_network(one, section) for one in inner if one):
+            return True
+    return False
+
+
+def _kind_of_setting(name: str) -> Any:
+    return functools.reduce(_kind_of, name.split("."), RunConfig)
+
+
+@dataclass(frozen=True)
+class _ByName:
+    """The kind of a field that holds sections of one dataclass by name."""
+
+    of: type
+
+
+def _kind_of(outer: Any, name: str) -> Any:
+    """What stands under ``name`` in a kind: a dataclass for a section, a ``_ByName``, or the type of a setting. Any
+    where there is nothing of that name, as inside free arguments."""
+    if isinstance(outer, _ByName):
+        return outer.of
+    if not _is_section(outer) or name not in typing.get_type_hints(outer):
+        return Any
+    of = next(each for each in fields(outer) if each.name == name).metadata.get(SECTIONS)
+    return typing.get_type_hints(outer)[name] if of is None else _ByName(of)
+
+
+def _is_section(kind: Any) -> TypeGuard[type]:
+    return isinstance(kind, type) and is_dataclass(kind)
+
+
+def _is_leaf(kind: Any) -> bool:
+    """Whether a kind is the type of a setting, and that is no dict of free arguments."""
+    return not (kind is Any or _is_section(kind) or isinstance(kind, _ByName) or typing.get_origin(kind) is dict)
+
+
+def _checked(tree: Any, of: type, source: str, prefix: str = "") -> Tree:
+    """One section, all of whose keys are known, with the types of its settings.
+
+    source: begins every message. prefix: the section's dotted name and a dot, or nothing for the whole.
+    """
+    checked: Tree = {}
+    for key, value in _mapping(tree, source, prefix).items():
+        name, *inside = key.split(".")  # "train.epochs: 3" is "train: {epochs: 3}"
+        for part in reversed(inside):
+            value = {part: value}
+        if name not in {each.name for each in fields(of)}:
+            raise ConfigError(f"{source}{_unknown(name, value, of, prefix)}")
+        given = _value(value, _kind_of(of, name), source, f"{prefix}{name}")
+        checked[name] = _both(checked[name], given, f"{source}{prefix}{name}") if name in checked else given
+    return checked
+
+
+def _value(value: Any, kind: Any, source: str, name: str) -> Any:
+    """What a recipe gives under ``name``: a checked section, sections by name, or a value of the setting's type."""
+    if _is_section(kind):
+        return _checked(value, kind, source, f"{name}.")
+    types = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    takes_text = str in types or typing.get_origin(kind) is Literal
+    if value is _BLANK and (isinstance(kind, _ByName) or typing.get_origin(kind) is dict):
+        raise ConfigError(f"{source}{name}: nothing stands below it; leave it out, or give null to remove all")
+    if value == "" and not takes_text:
+        raise ConfigError(f"{source}{name} is empty; give a value or leave it out")
+    if isinstance(value, str) and (not takes_text or (value == "null" and type(None) in types)):
+        value = _load(value, f"{source}{name}")
+    if not isinstance(kind, _ByName):
+        value = _without_blanks(value)
+    if value is None:  # it removes, or overrides an earlier value: only the whole can tell whether it is one
+        return None
+    if isinstance(kind, _ByName):
+        sections = _mapping(value, source, f"{name}.").items()
+        return {
+            key: None if each is None else _checked(each, kind.of, source, f"{name}.{key}.") for key, each in sections
+        }
+    from pydantic import TypeAdapter, ValidationError  # here: --help does without it
+
+    try:
+        # In pydantic's strict mode true is no number, and a list no tuple.
+        return TypeAdapter(kind).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]["msg"].removeprefix("Input ")
+        if typing.get_origin(kind) is tuple:
+            wrong = f"should be a list of {len(typing.get_args(kind))} numbers"
+        elif str in types and isinstance(value, (bool, int, float)):
+            wrong = "should be a text; write it in quotes"
+        raise ConfigError(f"{source}{name}={value!r:.80} {wrong[0].lower()}{wrong[1:]}") from error
+
+
+def _mapping(tree: Any, source: str, prefix: str) -> dict[str, Any]:
+    """``tree`` if it is a mapping with keys of text. Raises ConfigError."""
+    if not isinstance(tree, dict):
+        held = (
+            "nothing stands below it"
+            if tree is _BLANK
+            else "it is null"
+            if tree is None
+            else f"it is given as {tree!r:.60}"
+        )
+        raise ConfigError(f"{source}{prefix[:-1]} is a section of settings, but {held}; leave it out or give some")
+    for key in tree:
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"{source}{prefix}{key}: YAML takes this key for a {type(key).__name__}; write it in quotes"
+            )
+    return tree
+
+
+def _both(first: Any, second: Any, name: str) -> Any:
+    """What one file gives in two places: a section in one, a dotted name in the other. Raises ConfigError for two
+    values of one setting."""
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        raise ConfigError(f"{name} is given twice")
+    return first | {
+        key: _both(first[key], value, f"{name}.{key}") if key in first else value for key, value in second.items()
+    }
+
+
+def _unknown(key: str, value: Any, of: type, prefix: str) -> str:
+    """What is said of a key that is no setting, with the nearest that are."""
+    if not prefix and key in OPTIONS:
+        return f"{key}: this is an option of the command line, not a setting; give it there"
+    full = ".".join([f"{prefix}{key}", *_first_path(value)])
+    known = list(flatten(to_dict(RunConfig())))
+    beside = [f"{prefix}{each.name}" for each in fields(of)]
+    last = full.rsplit(".", 1)[-1]
+    near = (
+        [name for name in known if name.rsplit(".", 1)[-1] == last and "." not in full]
+        or difflib.get_close_matches(full, {*beside, *known}, n=1, cutoff=0.75)
+        or [name for name in known if name.rsplit(".", 1)[-1] == last]
+        or [f"{prefix}{name}" for name in difflib.get_close_matches(key, [each.name for each in fields(of)], n=1)]
+        or [name for name in known if difflib.get_close_matches(name.rsplit(".", 1)[-1], [last], cutoff=0.75)]
+    )
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help-all"
+    return f"{full}: there is no such setting; {hint}"
+
+
+def _first_path(value: Any) -> list[str]:
+    """The keys that lead into nested mappings, the first of each."""
+    if not isinstance(value, dict) or not value:
+        return []
+    key = next(iter(value))
+    return [str(key), *_first_path(value[key])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From trees to a configuration
+
+
+def lay_over(earlier: Tree, later: Tree, of: type, prefix: str = "") -> Tree:
+    """``earlier`` with what ``later`` gives in its place.
+
+    Dictionaries are merged key by key, at any depth, and null removes a key, or all of them. Where a later tree names
+    another network, what belongs to the earlier one is dropped (``Facts.drops``). Raises ConfigError for a section that
+    is removed and not there, and for an empty dictionary over a full one, of which nobody can tell what it means.
+    """
+    merged = dict(earlier)
+    for each in fields(of):
+        if each.name in earlier and later.get(each.name, earlier[each.name]) != earlier[each.name]:
+            for dropped in facts_of(each).drops:
+                merged.pop(dropped, None)
+    for key, value in later.items():
+        kind, name, before = _kind_of(of, key), f"{prefix}{key}", merged.get(key) or {}
+        if _is_section(kind):
+            merged[key] = lay_over(before, value, kind, f"{name}.")
+        elif _is_leaf(kind):
+            merged[key] = value
+        elif value is None:
+            merged[key] = {}
+        elif value == {} and before:
+            raise ConfigError(
+                f"{name}={{}} adds nothing to {', '.join(before)}; leave it out, or give null to remove all"
+            )
+        elif isinstance(kind, _ByName):
+            merged[key] = _lay_sections(before, value, kind.of, f"{name}.")
+        else:
+            merged[key] = _lay_free(before, value)
+    return merged
+
+
+def _lay_sections(
+    earlier: Mapping[str, Tree], later: Mapping[str, Tree | None], of: type, prefix: str
+) -> dict[str, Tree]:
+    merged = dict(earlier)
+    for key, value in later.items():
+        if value is not None:
+            merged[key] = lay_over(earlier.get(key, {}), value, of, f"{prefix}{key}.")
+        elif merged.pop(key, None) is None:
+            raise ConfigError(
+                f"{prefix}{key}=null, but there is none to remove; there are: {', '.join(earlier) or 'none'}"
+            )
+    return merged
+
+
+def _lay_free(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(earlier)
+    for key, value in later.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            before = merged.get(key)
+            merged[key] = _lay_free(before if isinstance(before, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def build(tree: Tree, of: type[C], prefix: str = "") -> C:
+    """The configuration of a tree, with the defaults of what it does not give. Raises ConfigError for a value that is
+    missing, or that no setting of its type can have."""
+    given: dict[str, Any] = {}
+    for each in fields(cast(Any, of)):
+        kind = _kind_of(of, each.name)
+        if each.name not in tree:
+            if each.default is MISSING and each.default_factory is MISSING:
+                raise ConfigError(f"{prefix}{each.name} is missing; give it beside the other settings of {prefix[:-1]}")
+        elif _is_section(kind):
+            given[each.name] = build(tree[each.name], kind, f"{prefix}{each.name}.")
+        elif isinstance(kind, _ByName):
+            sections = tree[each.name].items()
+            given[each.name] = {key: build(value, kind.of, f"{prefix}{each.name}.{key}.") for key, value in sections}
+        else:
+            given[each.name] = tree[each.name]
+    config = of(**given)
+    if not prefix:
+        check_values(config)
+    return config

@@ -1,0 +1,80 @@
+"""What a run learns from and is measured on, by fingerprint: data and teachers' files. Paths may change, bytes not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cit_scale.checkpoint.store import META
+from cit_scale.config import TeacherConfig
+from cit_scale.distributed.world import World, gather
+from cit_scale.errors import RefusedError
+from cit_scale.files import file_sha256
+from cit_scale.run.setup import PreparedRun
+from cit_scale.run_folder import CHECKPOINTS, RESULTS, saved_steps, step_path
+
+EVALUATION_DATA = "evaluation data"
+"""The input that decides on the results alone, and not on the weights."""
+
+
+def fingerprints(prepared: PreparedRun, teacher_hashes: Mapping[str, str]) -> dict[str, str]:
+    """Of data and teachers, by name. teacher_hashes: SHA-256 of their files."""
+    data = {"data": prepared.train_set.fingerprint, EVALUATION_DATA: prepared.eval_set.fingerprint}
+    return data | {f"teacher {name}": sha256 for name, sha256 in teacher_hashes.items()}
+
+
+def hash_teachers(teachers: Mapping[str, TeacherConfig]) -> dict[str, str]:
+    """SHA-256 of the weights of each teacher that has some."""
+    files = {name: Path(teacher.weights).expanduser() for name, teacher in teachers.items() if teacher.weights}
+    return {name: file_sha256(file) for name, file in files.items()}
+
+
+def refuse_different(world: World, inputs: Mapping[str, str]) -> None:
+    """Collective. Raise RefusedError if ranks read different files."""
+    for rank, theirs in enumerate(gather(world, inputs)):
+        different = [name for name in inputs if theirs[name] != inputs[name]]
+        if different:
+            raise RefusedError(
+                f"ranks {min(rank, world.rank)} and {max(rank, world.rank)} read different files as "
+                f"{', '.join(different)}; put one copy where all nodes see it"
+            )
+
+
+def noted_inputs(run_dir: Path) -> tuple[dict[str, str], bool]:
+    """The fingerprints that a run folder notes, in its results or else in its newest checkpoint, and whether they are
+    those of results. Empty where it has neither, or one of an earlier version or that is damaged: what is damaged is
+    found when it is loaded."""
+    steps = saved_steps(run_dir / CHECKPOINTS)
+    notes = [run_dir / RESULTS, *(step_path(run_dir / CHECKPOINTS, step) / META for step in sorted(steps)[-1:])]
+    for note in notes:
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(note.read_text())
+            if isinstance(content, dict) and isinstance(content.get("inputs"), dict):
+                return content["inputs"], note.name == RESULTS
+    return {}, False
+
+
+def changed_inputs(noted: Mapping[str, Any], here: Mapping[str, str]) -> list[str]:
+    """The names of the inputs that are others than ``noted``. What is not noted is not compared."""
+    return [name for name in here if noted.get(name, here[name]) != here[name]]
+
+
+def refuse_other_inputs(prepared: PreparedRun, teachers: Mapping[str, TeacherConfig]) -> None:
+    """Raise RefusedError if the run folder belongs to other training data or teachers, or, where its run is not
+    finished, to other evaluation data.
+
+    Called before anything is trained, for all runs at once: only the last of several teachers may be of other data.
+    """
+    config = prepared.config
+    noted, is_finished = noted_inputs(config.run_dir)
+    here = fingerprints(prepared, hash_teachers(teachers) if noted else {})
+    other = [name for name in changed_inputs(noted, here) if not (is_finished and name == EVALUATION_DATA)]
+    if other:
+        shown = "; ".join(f"{name}: {noted[name]:.12} -> {here[name]:.12}" for name in other)
+        raise RefusedError(
+            f"{config.run_dir} holds a run of other files ({shown}); bring those back, give this run another --name, "
+            "set that one aside with --fresh, or go on with it all the same with --override-resume"
+        )
