@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cit_scale.config import DS_CONFIGS, BatchSplit, EngineConfig, OptimConfig, RunConfig
-from cit_scale.engines.ds_config import OF_OTHERS, read_ds_config
+from cit_scale.engines.ds_config import NOT_PASSED_ON, ShardingConfig, read_ds_config
 from cit_scale.errors import ConfigError
 
 # The default global batch of 1024.
@@ -222,13 +222,12 @@ def test_a_tutorials_file_is_refused_once_with_all_that_the_recipe_says_otherwis
     read_ds_config(run_config(tmp_path, mended), ON_TWO_RANKS)
 
 
-def test_a_research_projects_file_needs_one_change(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"mine\.json: activation_checkpointing=.* set engine\.activation_checkpointing"
-    ):
-        read_ds_config(run_config(tmp_path, FOREIGN["research"]), ON_TWO_RANKS)
-    mended = {key: value for key, value in FOREIGN["research"].items() if key != "activation_checkpointing"}
-    assert read_ds_config(run_config(tmp_path, mended), ON_TWO_RANKS)["zero_optimization"]["stage"] == 2
+def test_a_research_projects_file_is_accepted(tmp_path):
+    checked = read_ds_config(run_config(tmp_path, FOREIGN["research"]), ON_TWO_RANKS)
+    assert checked["zero_optimization"]["stage"] == 2
+    assert checked.keys() == read_ds_config(run_config(tmp_path, "zero2"), ON_TWO_RANKS).keys() | {
+        "flops_profiler", "comms_logger",
+    }  # fmt: skip
 
 
 def test_the_loss_scale_of_fp16_is_ours_and_says_so(tmp_path):
@@ -257,14 +256,102 @@ def test_all_complaints_are_made_at_once(tmp_path):
         assert key in str(error.value)
 
 
-@pytest.mark.parametrize("key", OF_OTHERS)
+def test_complaints_of_a_type_hide_no_others(tmp_path):
+    wrong = {
+        "zero_optimization": {
+            "stage": 3, "stge": 1, "zero_hpz_partition_size": 2, "offload_param": {"device": "nvme", "pin": 1},
+        },
+        "steps_per_print": "x",
+    }  # fmt: skip
+    config = run_config(tmp_path, wrong)
+    with pytest.raises(ConfigError) as error:
+        read_ds_config(dataclasses.replace(config, engine=dataclasses.replace(config.engine, compile=True)), WHOLE)
+    for said in ("'stge'", "hpz_partition_size is", "device=nvme", "'pin'", "steps_per_print", "compile is", "(6) "):
+        assert said in str(error.value)
+    assert "(7)" not in str(error.value)
+
+
+def test_a_stage_that_cannot_be_read_makes_no_complaint_of_its_own(tmp_path):
+    wrong = {"zero_optimization": {"stage": "two", "offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(ConfigError, match=r'json: zero_optimization\.stage="two"') as error:
+        read_ds_config(run_config(tmp_path, wrong), WHOLE)
+    assert "offload" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", NOT_PASSED_ON)
 def test_a_key_of_deepspeeds_that_is_off_is_accepted(key, tmp_path):
-    without_effect, _ = OF_OTHERS[key]
-    for value in (None, "auto", {}, {"enabled": False, "more": 1}, *without_effect):
+    for value in (None, "auto", False, {}, {"enabled": False, "more": 1}):
         checked = read_ds_config(run_config(tmp_path, {key: value}), WHOLE)
         assert key not in checked or key == "zero_force_ds_cpu_optimizer"
-    with pytest.raises(ConfigError, match=f"{key}={{.*would do nothing here: remove it"):
-        read_ds_config(run_config(tmp_path, {key: {"enabled": True}}), WHOLE)
+
+
+@pytest.mark.parametrize("key", [key for key, (neutral, _) in NOT_PASSED_ON.items() if "asks" not in neutral])
+def test_a_key_of_deepspeeds_that_asks_for_something_is_refused(key, tmp_path):
+    for value in ({"enabled": True}, "asks", 7):
+        with pytest.raises(ConfigError, match=f"{key}=.*would do nothing here: remove it"):
+            read_ds_config(run_config(tmp_path, {key: value}), WHOLE)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"activation_checkpointing": {
+            "partition_activations": False, "cpu_checkpointing": False, "contiguous_memory_optimization": False,
+            "number_checkpoints": None, "synchronize_checkpoint_boundary": False, "profile": False,
+        }},
+        {"aio": {"block_size": 1048576, "queue_depth": 8, "thread_count": 1, "single_submit": False}},
+        {"bfloat16": {"enabled": False}},
+        {"checkpoint": {"tag_validation": "Warn", "use_node_local_storage": False}},
+        {"comet": {"project": "vit"}},
+        {"communication_data_type": "fp32"},
+        {"compile": {"deepcompile": False}},
+        {"compression_training": {"weight_quantization": {"shared_parameters": {"enabled": False}}}},
+        {"csv_monitor": {"output_path": "out", "job_name": "vit"}},
+        {"dataloader_drop_last": True},
+        {"gradient_predivide_factor": 1.0},
+        {"monitor_config": {"tensorboard": {"enabled": False}}},
+        {"pipeline": {"stages": "auto", "partition": "best", "seed_layers": False}},
+        {"tensor_parallel": {"autotp_size": 1}},
+        {"tensor_parallel": {"tp_size": 1}},
+        {"tensorboard": {"output_path": "out"}},
+        {"timers": {"throughput": {"enabled": True, "synchronized": True}}},
+        {"vocabulary_size": 50304},
+        {"wandb": False},
+        {"zero_allow_untested_optimizer": True},
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_in_deepspeed_either_is_accepted(section, tmp_path):
+    assert not section.keys() & read_ds_config(run_config(tmp_path, section), WHOLE).keys()
+
+
+def test_every_key_that_deepspeed_reads_is_known(tmp_path, monkeypatch):
+    from deepspeed.runtime.config import DeepSpeedConfig  # here: ours sets what DeepSpeed reads as it is imported
+
+    asked = set()
+
+    class Recorded(dict):
+        def __contains__(self, key):
+            asked.add(key)
+            return super().__contains__(key)
+
+        def __getitem__(self, key):
+            asked.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key, default=None):
+            asked.add(key)
+            return super().get(key, default)
+
+        def keys(self):
+            return self
+
+    DeepSpeedConfig(Recorded(train_batch_size=1))
+    assert len(asked) > 50
+    with pytest.raises(ConfigError) as error:
+        read_ds_config(run_config(tmp_path, dict.fromkeys(asked, "nosuch")), WHOLE)
+    assert "unknown key" not in str(error.value)
+    assert asked >= NOT_PASSED_ON.keys() - {"monitor_config"}  # of versions before this one
+    assert asked >= ShardingConfig.model_fields.keys()
 
 
 def test_deepspeeds_adam_is_adamw_unless_it_says_otherwise():

@@ -69,6 +69,15 @@ UNTESTED_OPTIONS = (
 )  # fmt: skip
 
 
+class _Any:
+    """A container that has everything in it."""
+
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
+ANY = _Any()
+
 # Of the recipe's sections: what DeepSpeed's users write beside the values, and which of it changes nothing here. The
 # loss scale of fp16 is as in loss_scale.py. DeepSpeed's "Adam" decays weights as AdamW, unless adam_w_mode is false.
 NO_EFFECT: dict[str, Sequence[Any]] = {
@@ -81,6 +90,7 @@ NO_EFFECT: dict[str, Sequence[Any]] = {
     "fp16.auto_cast": (False, True),
     "fp16.fp16_master_weights_and_grads": (False,),
     "bf16.immediate_grad_update": (False, True),
+    "bfloat16.immediate_grad_update": (False, True),
     "optimizer.type": ("Adam",),
     "optimizer.params.torch_adam": (True,),
     "optimizer.params.adam_w_mode": (True,),
@@ -91,50 +101,65 @@ NO_EFFECT: dict[str, Sequence[Any]] = {
     "data_types.grad_accum_dtype": ("fp32",),
 }
 
-# DeepSpeed's other keys, which this trainer does not pass on: the values that change nothing, and what to do instead.
+# Ways out for keys that are not passed on to DeepSpeed.
 REMOVE = "remove it"
-OF_OTHERS: dict[str, tuple[Sequence[Any], str]] = {
-    "activation_checkpointing": ((), "remove it, and set engine.activation_checkpointing"),
-    "aio": ((), "remove it; nothing is offloaded to NVMe"),
-    "amp": ((), "remove it, and set engine.precision"),
-    "autotuning": ((), REMOVE),
+LOGGED = "remove it; metrics are in metrics.jsonl and in TensorBoard's files of the run folder"
+
+# A section that DeepSpeed switches on by "enabled", and which is off without it.
+OFF: Mapping[str, Any] = {}
+
+# DeepSpeed's other keys, which are not passed on: the values that have no effect, and what to do with any other value.
+# For a section, the values by key. None, false and "auto" never have an effect.
+NOT_PASSED_ON: dict[str, tuple[Mapping[str, Any] | Container[Any], str]] = {
+    "activation_checkpointing": ({}, "remove it, and set engine.activation_checkpointing"),
+    "aio": (ANY, REMOVE),  # of NVMe, to which nothing is offloaded
+    "amp": (OFF, "remove it, and set engine.precision"),
+    "autotuning": (OFF, REMOVE),
     "checkpoint": (
-        (),
+        {"tag_validation": ("Warn", "WARN", "warn", "Ignore", "IGNORE", "ignore"), "checkpoint_serialization": (True,)},
         "remove it; train.save_every_steps and the other settings of train say when checkpoints are saved",
     ),
-    "comet": ((), "remove it; metrics are in metrics.jsonl and in TensorBoard's files of the run folder"),
+    "comet": (OFF, LOGGED),
     "communication_data_type": (("fp32",), "remove it; gradients are reduced in float32"),
-    "compile": ((), "remove it, and set engine.compile"),
-    "compression_training": ((), REMOVE),
-    "csv_monitor": ((), "remove it; metrics are in metrics.jsonl of the run folder"),
-    "curriculum_learning": ((), REMOVE),
-    "data_efficiency": ((), REMOVE),
-    "dataloader_drop_last": ((False, True), REMOVE),
-    "disable_allgather": ((False,), REMOVE),
-    "dump_state": ((False,), REMOVE),
-    "eigenvalue": ((), REMOVE),
-    "elasticity": ((), "remove it; any number of ranks goes on from any checkpoint"),
+    "compile": ({}, "remove it, and set engine.compile"),
+    "compression_training": ({}, REMOVE),
+    "csv_monitor": (OFF, LOGGED),
+    "curriculum_learning": (OFF, REMOVE),
+    "data_efficiency": (OFF, REMOVE),
+    "dataloader_drop_last": (ANY, REMOVE),  # of DeepSpeed's own data loader
+    "datastates_ckpt": ({}, REMOVE),
+    "disable_allgather": ((), REMOVE),
+    "disable_python_gc": ((), REMOVE),
+    "dump_state": ((), REMOVE),
+    "eigenvalue": (OFF, REMOVE),
+    "elasticity": (OFF, "remove it; a checkpoint can be continued on any number of ranks"),
+    "expert_parallel": (OFF, REMOVE),
     "gradient_predivide_factor": ((1,), REMOVE),
-    "hybrid_engine": ((), REMOVE),
-    "load_universal_checkpoint": ((False,), "remove it; every engine reads every checkpoint of this trainer"),
-    "memory_breakdown": ((False,), "remove it; memory_gib is in the log"),
-    "monitor_config": ((), "remove it; metrics are in metrics.jsonl and in TensorBoard's files of the run folder"),
-    "nebula": ((), REMOVE),
-    "pipeline": ((), REMOVE),
-    "prescale_gradients": ((False,), REMOVE),
-    "progressive_layer_drop": ((), REMOVE),
-    "quantize_training": ((), REMOVE),
+    "graph_harvesting": ((), REMOVE),
+    "hybrid_engine": (OFF, REMOVE),
+    "log_level": ((), REMOVE),
+    "memory_breakdown": ((), "remove it; memory_gib is in the log"),
+    "monitor_config": ({}, LOGGED),
+    "nebula": (OFF, REMOVE),
+    "pipeline": (ANY, REMOVE),  # of DeepSpeed's own PipelineModule
+    "prescale_gradients": ((), REMOVE),
+    "progressive_layer_drop": (OFF, REMOVE),
+    "quantize_training": (OFF, REMOVE),
     "seq_parallel_communication_data_type": (("fp32",), REMOVE),
-    "sparse_attention": ((), REMOVE),
-    "sparse_gradients": ((False,), REMOVE),
-    "tensor_parallel": (({"autotp_size": 0}, {"autotp_size": 1}), REMOVE),
-    "tensorboard": ((), "remove it; TensorBoard's files are in the run folder"),
-    "use_data_before_expert_parallelism": ((False,), REMOVE),
-    "use_node_local_storage": ((False,), REMOVE),
-    "wandb": ((), "remove it; metrics are in metrics.jsonl and in TensorBoard's files of the run folder"),
-    "weight_quantization": ((), REMOVE),
-    "zero_allow_untested_optimizer": ((False, True), REMOVE),
-    "zero_force_ds_cpu_optimizer": ((False,), "remove it; the update is torch's AdamW"),
+    "sparse_attention": ({}, REMOVE),
+    "sparse_gradients": ((), REMOVE),
+    "tensor_parallel": (
+        {"autotp_size": (0, 1), "tp_size": (1,), "tensor_parallel": {"tp_size": (1,)}, "tp": {"tp_size": (1,)}},
+        REMOVE,
+    ),
+    "tensorboard": (OFF, LOGGED),
+    "timers": ({"throughput": {"enabled": (True,), "synchronized": (True,)}}, "remove it; images/s are in the log"),
+    "use_data_before_expert_parallelism": ((), REMOVE),
+    "vocabulary_size": (ANY, REMOVE),  # of a warning
+    "wandb": (OFF, LOGGED),
+    "weight_quantization": ({}, REMOVE),
+    "zero_allow_untested_optimizer": (ANY, REMOVE),
+    "zero_force_ds_cpu_optimizer": ((), "remove it; the optimizer is torch's AdamW"),
 }
 
 
@@ -160,16 +185,16 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
     sharding = {
         key: value
         for key, value in sharding.items()
-        if key not in recipe_sections and key not in OF_OTHERS and value != "auto"
+        if key not in recipe_sections and key not in NOT_PASSED_ON and value != "auto"
     }
-    zero, more = _read_sharding(sharding, [*recipe_sections, *OF_OTHERS])
+    zero, more = _read_sharding(sharding, [*recipe_sections, *NOT_PASSED_ON])
     complaints += more
-    if zero is None or complaints:
-        numbered = [f"({number}) {complaint}" for number, complaint in enumerate(complaints, 1)]
-        raise ConfigError(f"{path}: {'; '.join(complaints if len(complaints) == 1 else numbered)}")
     if zero.stage == 3 and config.engine.compile:
         # It gives the right numbers, after compiling DeepSpeed's hooks around every layer for minutes.
-        raise ConfigError(f"engine.compile is of no use at ZeRO stage 3 ({path}); turn it off, or take stage 0, 1 or 2")
+        complaints.append("engine.compile is of no use at ZeRO stage 3; turn it off, or take stage 0, 1 or 2")
+    if complaints:
+        numbered = [f"({number}) {complaint}" for number, complaint in enumerate(complaints, 1)]
+        raise ConfigError(f"{path}: {'; '.join(complaints if len(complaints) == 1 else numbered)}")
     return {
         **sharding,
         # memory_efficient_linear would replace torch.nn.functional.linear in the whole process, for the teachers too.
@@ -189,7 +214,7 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
 def _recipe_values(config: RunConfig, batch_split: BatchSplit) -> dict[str, tuple[Any, str | None]]:
     """What the recipe owns, by DeepSpeed's key: the value, and the setting to change, if there is one."""
     optim, train = config.optim, config.train
-    # Mixed precision is autocast over float32 weights, under DeepSpeed's three names for it.
+    # Mixed precision is autocast over float32 weights, under DeepSpeed's names for it.
     precision = config.engine.precision
     return {
         "train_batch_size": (train.global_batch_size, "train.global_batch_size"),
@@ -204,6 +229,7 @@ def _recipe_values(config: RunConfig, batch_split: BatchSplit) -> dict[str, tupl
         "scheduler.type": ("warm-up and cosine", "optim.warmup_epochs and optim.min_lr"),
         "fp16.enabled": (precision == "fp16", "engine.precision"),
         "bf16.enabled": (precision == "bf16", "engine.precision"),
+        "bfloat16.enabled": (precision == "bf16", "engine.precision"),
         "torch_autocast.enabled": (precision != "float32", "engine.precision"),
         "data_types.grad_accum_dtype": ("fp32", "engine.precision"),
         "gradient_allreduce_op": ("mean", None),
@@ -247,30 +273,41 @@ def _complaints_of_recipe(
 
 
 def _complaints_of_others(sharding: Mapping[str, Any]) -> list[str]:
-    """A line for each key of DeepSpeed's that does nothing here and whose value asks for something."""
-    complaints = []
-    for key, (without_effect, way_out) in OF_OTHERS.items():
-        value = sharding.get(key)
-        if value not in (None, "auto", *without_effect) and not _is_off(value):
-            complaints.append(f"{key}={json.dumps(value)} would do nothing here: {way_out}")
-    return complaints
+    """A line for each key that is not passed on to DeepSpeed and has a value with an effect."""
+    return [
+        f"{key}={json.dumps(sharding[key])} would do nothing here: {way_out}"
+        for key, (neutral, way_out) in NOT_PASSED_ON.items()
+        if not _has_no_effect(sharding.get(key), neutral)
+    ]
 
 
-def _is_off(section: Any) -> bool:
-    """Whether a section says of itself that it is off, or says nothing."""
-    return isinstance(section, dict) and (not section or section.get("enabled") in (False, "auto"))
+def _has_no_effect(value: Any, neutral: Mapping[str, Any] | Container[Any]) -> bool:
+    """Whether a value asks for nothing. neutral: as in NOT_PASSED_ON."""
+    if value in (None, False, "auto"):
+        return True
+    by_key = neutral if isinstance(neutral, Mapping) else {}
+    if neutral is ANY or not isinstance(value, dict):
+        return neutral is not by_key and value in neutral
+    if value.get("enabled", True) in (False, "auto") or ("enabled" not in value and neutral is OFF):
+        return True
+    return all(_has_no_effect(inner, by_key.get(key, ())) for key, inner in value.items())
 
 
-def _read_sharding(sharding: dict[str, Any], others: Iterable[str]) -> tuple[DeepSpeedZeroConfig | None, list[str]]:
+def _read_sharding(sharding: dict[str, Any], others: Iterable[str]) -> tuple[DeepSpeedZeroConfig, list[str]]:
     """Read every key at every depth. Returns a complaint for each that is unknown, badly typed or not tested here.
 
     others: keys that may stand in the file beside these.
     """
-    try:
-        zero = ShardingConfig(**sharding).zero_optimization
-    except ValidationError as error:
-        return None, [_explain(each, others) for each in error.errors()]
-    complaints = []
+    complaints, readable = [], sharding
+    while True:
+        try:
+            zero = ShardingConfig(**readable).zero_optimization
+            break
+        except ValidationError as error:
+            for each in error.errors():
+                complaints.append(_explain(each, others))
+                readable = _without(readable, each["loc"])
+    is_stage_known = ("stage" in _section(readable)) == ("stage" in _section(sharding))
     for name, stages in OFFLOAD_STAGES.items():
         section = getattr(zero, name)
         if section is None or section.device == "none":
@@ -278,7 +315,7 @@ def _read_sharding(sharding: dict[str, Any], others: Iterable[str]) -> tuple[Dee
         place = f"zero_optimization.{name}"
         if section.device != "cpu":
             complaints.append(f"{place}.device={section.device} is not supported; the devices are cpu and none")
-        if zero.stage not in stages:
+        if is_stage_known and zero.stage not in stages:
             known = " and ".join(map(str, stages))
             complaints.append(f"{place} is not supported at stage {zero.stage}; it is at {known}")
         for key in section.model_fields_set - set(OFFLOAD_KEYS):
@@ -288,6 +325,20 @@ def _read_sharding(sharding: dict[str, Any], others: Iterable[str]) -> tuple[Dee
         if getattr(zero, option) != DeepSpeedZeroConfig.model_fields[option].default:
             complaints.append(f"zero_optimization.{option} is not supported; remove it")
     return zero, complaints
+
+
+def _section(sharding: Mapping[str, Any]) -> Container[str]:
+    section = sharding.get("zero_optimization")
+    return section if isinstance(section, dict) else ()
+
+
+def _without(tree: dict[str, Any], place: Sequence[int | str]) -> dict[str, Any]:
+    """``tree`` without the innermost key that ``place``, a path of pydantic's, leads to."""
+    key, *inner = map(str, place)
+    section = tree.get(key)
+    if inner and isinstance(section, dict) and inner[0] in section:
+        return tree | {key: _without(section, inner)}
+    return {name: value for name, value in tree.items() if name != key}
 
 
 def _explain(found: ErrorDetails, others: Iterable[str]) -> str:
