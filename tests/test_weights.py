@@ -3,7 +3,7 @@
 import argparse
 import collections
 import json
-import re
+import shlex
 import subprocess
 import sys
 
@@ -233,25 +233,48 @@ def test_a_file_without_a_state_dict_is_one_line(content, said, tmp_path):
 
 
 OBJECTS = {
-    "a model": lambda state: timm.create_model("resnet10t", num_classes=5, **SMALL),
+    "a model": lambda state: module(state),
+    "a model under model": lambda state: {"model": module(state), "epoch": 3},
+    "a model under a key of its own": lambda state: {"net": module(state)},
     "numpy's number": lambda state: {"state_dict": state, "metric": np.float64(71.5)},
+    "numpy's number in a bare dict": lambda state: {**state, "metric": np.float64(71.5)},
     "a path": lambda state: {"model": state, "args": argparse.Namespace(output=__import__("pathlib").Path("x"))},
     "an average's object": lambda state: {"model_ema": state, "callback": collections.UserDict()},
 }
 
 
+def module(state):
+    model = timm.create_model("resnet10t", num_classes=5, **SMALL)
+    model.load_state_dict(state)
+    return model
+
+
 @pytest.mark.parametrize("kind", OBJECTS)
-def test_other_objects_are_named_and_the_line_says_how_to_strip_them(kind, state, tmp_path):
-    torch.save(OBJECTS[kind](state), tmp_path / "w.pth")
+def test_other_objects_are_named_and_the_line_says_how_to_keep_the_tensors(kind, state, tmp_path):
+    path = tmp_path / "it's 100 %.pth"
+    torch.save(OBJECTS[kind](state), path)
     with pytest.raises(RefusedError, match="hold objects of ") as error:
-        read_weights(tmp_path / "w.pth")
+        read_weights(path)
     assert "\n" not in str(error.value)
     assert "Namespace" not in str(error.value).split("beside")[0]
-    program = re.search(r'python -c "(.*)"$', str(error.value))[1]
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    command = str(error.value).split("tensors alone: python ")[1]
+    subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} {command}"], cwd=tmp_path, check=True)
+    if "of its own" in kind:
+        with pytest.raises(ConfigError, match="there are some under net: save one"):
+            read_weights(tmp_path / "stripped.pth")
+        return
     found, _ = loaded(tmp_path / "stripped.pth")
-    expected = state if kind != "a model" else None
-    assert expected is None or all(torch.equal(found[key], expected[key]) for key in state)
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("entry", [None, 3, [1.0], "text"])
+@pytest.mark.parametrize("place", [None, "model"])
+def test_what_stands_between_the_tensors_is_named(entry, place, state, tmp_path):
+    content = {**state, "head._extra_state": entry}
+    torch.save({place: content} if place else content, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=rf"no tensors: 'head\._extra_state' \({type(entry).__name__}\)") as error:
+        read_weights(tmp_path / "w.pth")
+    assert "\n" not in str(error.value)
 
 
 def test_every_place_is_looked_into(state, tmp_path):

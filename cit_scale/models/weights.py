@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,13 @@ WRAPPERS = ("module.", "_orig_mod.")
 # A pickle may hold objects of these types beside tensors: they run nothing when they are loaded. timm's and DeiT's
 # checkpoints have the arguments of their command lines.
 HARMLESS: list[Any] = [argparse.Namespace]
+
+# Saves the tensors of a file, at any depth and those of modules too, under another name.
+STRIP = (
+    "import sys, torch; f = lambda v: f(v.state_dict()) if hasattr(v, 'state_dict') else {k: t for k, e in v.items() "
+    "if (t := f(e)) is not None} if isinstance(v, dict) else v if isinstance(v, torch.Tensor) else None; "
+    "torch.save(f(torch.load(sys.argv[1], 'cpu', weights_only=False)), sys.argv[2])"
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +99,10 @@ def _refuse_objects(path: Path, error: pickle.UnpicklingError) -> RefusedError:
             f"the file is not loaded ({one_line(error, 120)}); save a bare state dict, best as safetensors"
         )
     others -= {f"{each.__module__}.{each.__qualname__}" for each in HARMLESS}
-    named = ", ".join(sorted(others))
     return RefusedError(
-        f"weights {path} hold objects of {named} beside the tensors, which can execute code when they are loaded; "
-        f"where you trust the file, strip it: python -c \"import torch; c = torch.load('{path}', 'cpu', "
-        f"weights_only=False); torch.save(c.state_dict() if isinstance(c, torch.nn.Module) else {{k: c[k] for k in "
-        f"{PLACES} if k in c}}, 'stripped.pth')\""
+        f"weights {path} hold objects of {', '.join(sorted(others))} beside the tensors, which can execute code when "
+        f'they are loaded; where you trust the file, keep its tensors alone: python -c "{STRIP}" '
+        f"{shlex.quote(str(path))} stripped.pth"
     )
 
 
@@ -115,6 +121,8 @@ def _unwrap(content: Any, path: Path) -> Weights:
         else:
             inner = [str(key) for key, value in content.items() if isinstance(value, Mapping) and _is_state(value)]
             hint = f"; there are some under {', '.join(inner)}: save one of them by itself" if inner else ""
+            for place, value in {"": content, **content}.items():
+                hint = hint or _entries_without_tensors(place, value)
             raise ConfigError(f"weights {path} hold no state dict, bare or under {', '.join(PLACES)}{hint}")
     if not isinstance(content, Mapping) or not _is_state(content):
         raise ConfigError(f"weights {path} hold no state dict, but a {type(content).__name__}")
@@ -130,6 +138,18 @@ def _unwrap(content: Any, path: Path) -> Weights:
 def _is_state(value: Mapping[Any, Any]) -> bool:
     """Whether a dictionary is a state dict: text to tensors."""
     return bool(value) and all(isinstance(key, str) and isinstance(each, Tensor) for key, each in value.items())
+
+
+def _entries_without_tensors(place: Any, value: Any) -> str:
+    """What is said of a dictionary that would be a state dict without some of its entries; nothing of any other."""
+    if not isinstance(value, Mapping):
+        return ""
+    others = {key: type(each).__name__ for key, each in value.items() if not isinstance(each, Tensor)}
+    if len(others) > len(value) / 2:
+        return ""
+    named = ", ".join(f"{key!r} ({kind})" for key, kind in list(others.items())[:3])
+    under = f" under {place!r}" if place else ""
+    return f"; what stands{under} is none because of entries that are no tensors: {named}; save it without them"
 
 
 def _without_wrappers(key: str) -> str:
