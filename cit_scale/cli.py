@@ -17,10 +17,19 @@ from typing import NoReturn
 from cit_scale.config import RunConfig, check_config, check_names, split_batch
 from cit_scale.distributed.ranks import Ranks
 from cit_scale.errors import ConfigError, RunError, exit_code_of
-from cit_scale.recipe import OPTIONS, Tree, build, lay_over, names_network, parse_option, read_recipe
+from cit_scale.recipe import (
+    DEFAULT_RECIPE,
+    OPTIONS,
+    Tree,
+    build,
+    lay_over,
+    names_network,
+    parse_option,
+    read_recipe,
+)
 from cit_scale.run_folder import INSIDE
 from cit_scale.settings import inherit_from_student, to_yaml
-from cit_scale.usage import DEFAULT_RECIPE, short_help, whole_help
+from cit_scale.usage import short_help, whole_help
 
 ASKS_ONLY = {"-h", "--help", "--help-all", "--print_config"}
 
@@ -83,7 +92,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
         )
     port = env.get("MASTER_PORT", "29500")
     if ranks.world_size > 1 and not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-        raise ConfigError(f"MASTER_PORT={port!r} in the environment is no port; a launcher sets it, from 1 to 65535")
+        raise ConfigError(f"MASTER_PORT={port!r} in the environment is not a port from 1 to 65535; launchers set it")
     return ranks
 
 
@@ -139,17 +148,10 @@ def _print_and_leave(text: str) -> NoReturn:
 
 @functools.cache
 def _parser() -> argparse.ArgumentParser:
-    """What is no setting. Abbreviations would take a misspelt setting for an option."""
+    """Parser of the options that are no settings. An abbreviation would take a misspelt setting for one of them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", action="append")
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--override-resume", "--override_resume", action="store_true")
-    parser.add_argument("--print_config", action="store_true")
-    parser.add_argument("--help-all", action="store_true")
-    # DeepSpeed's own scripts take a bare --deepspeed, which switches DeepSpeed on. It is on by default here.
-    parser.add_argument("--deepspeed", action="store_true")
-    parser.add_argument("--deepspeed_config")
-    parser.add_argument("--local_rank", type=int)
+    for name, added in OPTIONS.items():
+        parser.add_argument(f"--{name}", **added)
     return parser
 
 
@@ -166,6 +168,7 @@ def _settings(rest: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not equals:
             text = next(arguments, "--")
             if text.startswith("--"):
+                parse_option(name, "null")  # refuses a name that there is not
                 raise ConfigError(f"--{name}: expected one argument; give --{name} VALUE, or --{name}=VALUE")
         yield name, text
 

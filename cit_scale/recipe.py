@@ -1,8 +1,8 @@
-"""Recipe files and options of a command line, checked one by one and laid over one another: from text to a RunConfig.
+"""Recipe files and command-line options: parse them, merge them, and build a RunConfig.
 
-A recipe is a YAML file with some of the settings. ``read_recipe`` checks it against the settings there are and gives
-each value its type, ``parse_option`` does so for one option. Both return a tree, a nested dict with what was given and
-no more. ``lay_over`` merges two trees, ``build`` makes the configuration.
+A recipe is a YAML file with some of the settings. ``read_recipe`` and ``parse_option`` check names and types, and
+return a tree: a nested dict of the settings that were given. ``lay_over`` merges two trees, and ``build`` adds the
+defaults.
 """
 
 from __future__ import annotations
@@ -29,11 +29,24 @@ Tree: TypeAlias = dict[str, Any]
 
 RECIPES = Path(__file__).parent / "recipes"
 
-OPTIONS = {
-    *("config", "fresh", "override-resume", "override_resume", "help", "help-all", "print_config"),
-    *("deepspeed", "deepspeed_config", "local_rank"),
+DEFAULT_RECIPE = "digits"
+"""Of a command line that names none."""
+
+_SWITCH = {"action": "store_true"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "config": {"action": "append"},
+    "fresh": _SWITCH,
+    "override-resume": _SWITCH,
+    "override_resume": _SWITCH,
+    "print_config": _SWITCH,
+    "help": _SWITCH,
+    "help-all": _SWITCH,
+    # DeepSpeed's own scripts take a bare --deepspeed, which switches DeepSpeed on. It is on by default here.
+    "deepspeed": _SWITCH,
+    "deepspeed_config": {},
+    "local_rank": {"type": int},
 }
-"""Names on the command line that are no settings, and which a recipe cannot hold."""
+"""Options of the command line that are no settings, and which a recipe cannot hold: by name, as argparse adds them."""
 
 
 def recipe_names() -> list[str]:
@@ -60,7 +73,7 @@ def recipe_path(name: str) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types only: a tag that names an object of Python's is an error. A date is text, 1e-3 is a number."""
+    """Loads plain YAML types only: a tag that names a Python object is an error. A date is text, 1e-3 is a number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
@@ -68,7 +81,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Refuses a key that stands twice in one mapping: YAML would take the last without a word."""
+        """Raises for a key that a mapping has twice. PyYAML would keep the last one without a warning."""
         seen = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":  # "<<", whose keys the mapping may override
@@ -83,7 +96,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# As YAML 1.2 has it: YAML 1.1, PyYAML's, takes 1e-3 for text.
+# Floats of YAML 1.2. PyYAML follows YAML 1.1, in which 1e-3 is text.
 _FLOAT = r"""(?x)
     [-+]? (\d[\d_]*\.[\d_]*([eE][-+]?\d+)? | \d[\d_]*[eE][-+]?\d+ | \.\d[\d_]*([eE][-+]?\d+)? | \.(inf|Inf|INF)) $
     | \.(nan|NaN|NAN) $"""
@@ -91,7 +104,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), lis
 
 
 class _Blank:
-    """What stands behind a key with nothing behind it. YAML calls it null; here only null that is written removes."""
+    """Value of a key without a value. YAML reads it as null, but here only a written null removes a setting."""
 
     def __repr__(self) -> str:
         return "nothing"
@@ -102,7 +115,7 @@ _Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if n
 
 
 def _without_blanks(value: Any) -> Any:
-    """``value`` with null for nothing, as YAML has it."""
+    """``value`` with None in place of every blank."""
     if isinstance(value, dict):
         return {key: _without_blanks(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -111,7 +124,7 @@ def _without_blanks(value: Any) -> Any:
 
 
 def _load(text: str, source: str) -> Any:
-    """The value that a YAML text holds. Raises ConfigError."""
+    """Parse a YAML text. Raises ConfigError."""
     try:
         loaded = _Loader(text).get_single_data()
         json.dumps(loaded, default=str)  # raises ValueError for an alias that holds itself
@@ -128,10 +141,10 @@ def _load(text: str, source: str) -> Any:
 
 
 def read_recipe(name: str) -> Tree:
-    """What a recipe, by name or path, gives of a run's settings.
+    """Read a recipe, given by name or path. Returns the tree of its settings.
 
-    Raises ConfigError for what is no YAML, no mapping, no setting, or a value of another type; MissingInputError, and
-    OSError if the file cannot be opened.
+    Raises ConfigError for invalid YAML, an unknown setting or a value of the wrong type; MissingInputError, and OSError
+    if the file cannot be opened.
     """
     path = recipe_path(name)
     return parse_recipe(path.read_bytes(), str(path))
@@ -139,7 +152,7 @@ def read_recipe(name: str) -> Tree:
 
 @functools.cache
 def parse_recipe(content: bytes, source: str) -> Tree:
-    """As ``read_recipe``. source: what messages call the file. Once per content: the runs of a sweep share recipes."""
+    """As ``read_recipe``. source: name of the file in messages. Cached, because the runs of a sweep share recipes."""
     try:
         tree = _load(content.decode("utf-8-sig"), source)
     except UnicodeDecodeError as error:
@@ -147,19 +160,19 @@ def parse_recipe(content: bytes, source: str) -> Tree:
     if not isinstance(tree, dict):
         held = "no settings" if tree in (None, _BLANK) else f"{tree!r:.60}, and no settings"
         raise ConfigError(f"{source} holds {held}; write some, such as 'train: {{epochs: 100}}'")
-    return _checked(tree, RunConfig, f"{source}: ")
+    return _check_section(tree, RunConfig, f"{source}: ")
 
 
 def parse_option(name: str, text: str) -> Tree:
-    """What ``--name text`` gives of a run's settings. name: dotted. Raises ConfigError as ``read_recipe`` does."""
+    """Parse ``--name text``. name: dotted. Returns a tree of one setting. Raises ConfigError."""
     kind = _kind_of_setting(name)
-    # A whole section, and what stands inside free arguments, have no type but YAML's. An empty text stays one.
+    # Whole sections and free arguments are parsed as YAML. An empty text is kept.
     value = _load(text, f"--{name}") if text and not _is_leaf(kind) else text
-    return _checked({name: value}, RunConfig, "--")
+    return _check_section({name: value}, RunConfig, "--")
 
 
 def names_network(tree: Tree, of: type = RunConfig) -> bool:
-    """Whether a tree gives a setting of which another value makes those beside it void."""
+    """Whether a tree names a network, so that settings beside it may belong to another one (``Facts.drops``)."""
     for each in fields(of):
         kind, given = _kind_of(of, each.name), tree.get(each.name)
         if given is not None and facts_of(each).drops:
@@ -183,8 +196,8 @@ class _ByName:
 
 
 def _kind_of(outer: Any, name: str) -> Any:
-    """What stands under ``name`` in a kind: a dataclass for a section, a ``_ByName``, or the type of a setting. Any
-    where there is nothing of that name, as inside free arguments."""
+    """Kind of the entry ``name`` in a kind: a dataclass for a section, a ``_ByName``, or the type of a setting. Any for
+    an unknown name, and inside free arguments."""
     if isinstance(outer, _ByName):
         return outer.of
     if not _is_section(outer) or name not in typing.get_type_hints(outer):
@@ -198,14 +211,14 @@ def _is_section(kind: Any) -> TypeGuard[type]:
 
 
 def _is_leaf(kind: Any) -> bool:
-    """Whether a kind is the type of a setting, and that is no dict of free arguments."""
+    """Whether a kind is the type of a setting other than a dict of free arguments."""
     return not (kind is Any or _is_section(kind) or isinstance(kind, _ByName) or typing.get_origin(kind) is dict)
 
 
-def _checked(tree: Any, of: type, source: str, prefix: str = "") -> Tree:
-    """One section, all of whose keys are known, with the types of its settings.
+def _check_section(tree: Any, of: type, source: str, prefix: str = "") -> Tree:
+    """Check the keys of one section, and convert each value to the type of its setting. Raises ConfigError.
 
-    source: begins every message. prefix: the section's dotted name and a dot, or nothing for the whole.
+    source: start of every message. prefix: the section's dotted name and a dot; empty for the whole configuration.
     """
     checked: Tree = {}
     for key, value in _mapping(tree, source, prefix).items():
@@ -214,15 +227,15 @@ def _checked(tree: Any, of: type, source: str, prefix: str = "") -> Tree:
             value = {part: value}
         if name not in {each.name for each in fields(of)}:
             raise ConfigError(f"{source}{_unknown(name, value, of, prefix)}")
-        given = _value(value, _kind_of(of, name), source, f"{prefix}{name}")
-        checked[name] = _both(checked[name], given, f"{source}{prefix}{name}") if name in checked else given
+        given = _check_value(value, _kind_of(of, name), source, f"{prefix}{name}")
+        checked[name] = _join(checked[name], given, f"{source}{prefix}{name}") if name in checked else given
     return checked
 
 
-def _value(value: Any, kind: Any, source: str, name: str) -> Any:
-    """What a recipe gives under ``name``: a checked section, sections by name, or a value of the setting's type."""
+def _check_value(value: Any, kind: Any, source: str, name: str) -> Any:
+    """Check one entry: a section, sections by name, or the value of a setting. Raises ConfigError."""
     if _is_section(kind):
-        return _checked(value, kind, source, f"{name}.")
+        return _check_section(value, kind, source, f"{name}.")
     types = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
     takes_text = str in types or typing.get_origin(kind) is Literal
     if value is _BLANK and (isinstance(kind, _ByName) or typing.get_origin(kind) is dict):
@@ -233,12 +246,13 @@ def _value(value: Any, kind: Any, source: str, name: str) -> Any:
         value = _load(value, f"{source}{name}")
     if not isinstance(kind, _ByName):
         value = _without_blanks(value)
-    if value is None:  # it removes, or overrides an earlier value: only the whole can tell whether it is one
+    if value is None:  # removes an entry, or sets a setting to null: lay_over and check_values know which
         return None
     if isinstance(kind, _ByName):
         sections = _mapping(value, source, f"{name}.").items()
         return {
-            key: None if each is None else _checked(each, kind.of, source, f"{name}.{key}.") for key, each in sections
+            key: None if each is None else _check_section(each, kind.of, source, f"{name}.{key}.")
+            for key, each in sections
         }
     from pydantic import TypeAdapter, ValidationError  # here: --help does without it
 
@@ -255,7 +269,7 @@ def _value(value: Any, kind: Any, source: str, name: str) -> Any:
 
 
 def _mapping(tree: Any, source: str, prefix: str) -> dict[str, Any]:
-    """``tree`` if it is a mapping with keys of text. Raises ConfigError."""
+    """Return ``tree`` if it is a mapping from texts. Raises ConfigError."""
     if not isinstance(tree, dict):
         held = (
             "nothing stands below it"
@@ -273,18 +287,18 @@ def _mapping(tree: Any, source: str, prefix: str) -> dict[str, Any]:
     return tree
 
 
-def _both(first: Any, second: Any, name: str) -> Any:
-    """What one file gives in two places: a section in one, a dotted name in the other. Raises ConfigError for two
-    values of one setting."""
+def _join(first: Any, second: Any, name: str) -> Any:
+    """Join what one file gives in two places, as a section and by dotted names. Raises ConfigError for a setting that
+    is given twice."""
     if not isinstance(first, dict) or not isinstance(second, dict):
         raise ConfigError(f"{name} is given twice")
     return first | {
-        key: _both(first[key], value, f"{name}.{key}") if key in first else value for key, value in second.items()
+        key: _join(first[key], value, f"{name}.{key}") if key in first else value for key, value in second.items()
     }
 
 
 def _unknown(key: str, value: Any, of: type, prefix: str) -> str:
-    """What is said of a key that is no setting, with the nearest that are."""
+    """Message for a key that is no setting, with the nearest settings."""
     if not prefix and key in OPTIONS:
         return f"{key}: this is an option of the command line, not a setting; give it there"
     full = ".".join([f"{prefix}{key}", *_first_path(value)])
@@ -303,7 +317,7 @@ def _unknown(key: str, value: Any, of: type, prefix: str) -> str:
 
 
 def _first_path(value: Any) -> list[str]:
-    """The keys that lead into nested mappings, the first of each."""
+    """First key of each nested mapping, from the outermost in."""
     if not isinstance(value, dict) or not value:
         return []
     key = next(iter(value))
@@ -315,11 +329,11 @@ def _first_path(value: Any) -> list[str]:
 
 
 def lay_over(earlier: Tree, later: Tree, of: type, prefix: str = "") -> Tree:
-    """``earlier`` with what ``later`` gives in its place.
+    """Merge two trees. Returns ``earlier``, overridden by ``later``.
 
-    Dictionaries are merged key by key, at any depth, and null removes a key, or all of them. Where a later tree names
-    another network, what belongs to the earlier one is dropped (``Facts.drops``). Raises ConfigError for a section that
-    is removed and not there, and for an empty dictionary over a full one, of which nobody can tell what it means.
+    Dictionaries are merged key by key, at any depth, and null removes a key, or all of them. Where ``later`` names
+    another network, the settings that belong to the earlier network are dropped (``Facts.drops``). Raises ConfigError
+    if a section to remove does not exist, and for an empty dictionary over a full one, which is ambiguous.
     """
     merged = dict(earlier)
     for each in fields(of):
@@ -373,8 +387,8 @@ def _lay_free(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str,
 
 
 def build(tree: Tree, of: type[C], prefix: str = "") -> C:
-    """The configuration of a tree, with the defaults of what it does not give. Raises ConfigError for a value that is
-    missing, or that no setting of its type can have."""
+    """Build the configuration of a tree; settings that are not given get their defaults. Raises ConfigError for a
+    missing or invalid value."""
     given: dict[str, Any] = {}
     for each in fields(cast(Any, of)):
         kind = _kind_of(of, each.name)

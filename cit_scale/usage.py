@@ -11,10 +11,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from cit_scale.config import RunConfig
-from cit_scale.recipe import recipe_names
+from cit_scale.recipe import DEFAULT_RECIPE, recipe_names
 from cit_scale.settings import SECTIONS
-
-DEFAULT_RECIPE = "digits"
 
 # Printing this imports no slow library.
 HELP = """\

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,22 @@ from typing import Any, NoReturn
 
 import yaml
 
-from cit_scale.config import RunConfig
+from cit_scale.config import PACKAGE, REPOSITORY, RunConfig
 from cit_scale.errors import ConfigError, one_line
 from cit_scale.recipe import OPTIONS
 from cit_scale.text import ExampleParser
 
-CLUSTER_FILE = Path(__file__).with_name("cluster.yaml")
+
+def cluster_file(env: Mapping[str, str]) -> Path:
+    """Where the cluster's options are read: beside this script in a checkout. For an installed package in the user's
+    folder for configuration, because installing it anew replaces what stands beside this script.
+    """
+    if REPOSITORY.parent != PACKAGE:
+        return Path(__file__).with_name("cluster.yaml")
+    return Path(env.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "cit_scale" / "cluster.yaml"
+
+
+CLUSTER_FILE = cluster_file(os.environ)
 
 
 @dataclass(frozen=True)
@@ -65,10 +76,10 @@ limit, a preemption or a broken node the job queues itself again and goes on.
 --sweep queues an array of runs, each in a folder such as
 runs/cit_small-lr=0.001-seed=0.
 """
-EPILOG = """\
-Options that your cluster always needs can stand in launchers/cluster.yaml,
-beside this script, under their names. The command line overrides the file; its
---setup replaces the file's list:
+EPILOG = f"""\
+Options that your cluster always needs can stand under their names in
+{CLUSTER_FILE}
+The command line overrides the file; its --setup replaces the file's list:
 
     partition: gpu
     account: vision
@@ -171,7 +182,7 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def refuse_misspelt(train_argv: Sequence[str]) -> None:
     """Raise ConfigError for an argument that is no setting of train.py and nearly an option of submit.py."""
     here = [spelled(field.name) for field in dataclasses.fields(Options)]
-    trains = OPTIONS | {field.name for field in dataclasses.fields(RunConfig)}
+    trains = {*OPTIONS} | {field.name for field in dataclasses.fields(RunConfig)}
     for argument in train_argv:
         name = argument.removeprefix("--").split("=")[0]
         if argument.startswith("--") and "." not in name and name not in trains:

@@ -262,6 +262,9 @@ def test_a_typed_text_has_the_type_of_its_setting(name, text, value):
         (["--engine", "1"], "--engine is a section of settings, but it is given as 1"),
         (["--student.kwargs.a", "["], "--student.kwargs.a: "),
         (["--seed", "--name", "x"], "--seed: expected one argument"),
+        (["--nosuch"], "--nosuch: there is no such setting"),
+        (["--train.epoch", "--fresh"], "--train.epoch: there is no such setting; did you mean train.epochs?"),
+        (["--train.epochs"], "--train.epochs: expected one argument"),
         (["seed=3"], "unrecognized argument 'seed=3'; settings are given as --NAME VALUE"),
         (["-seed", "3"], "unrecognized argument '-seed'"),
         (["--frseh"], "there is no option --frseh; did you mean --fresh?"),
@@ -279,6 +282,4 @@ def test_a_command_line_that_is_wrong_is_one_line(argv, said):
 
 
 def test_the_options_of_the_command_line_are_no_settings():
-    spelled = {option[2:] for action in cli._parser()._actions for option in action.option_strings}
-    assert spelled | {"help"} == recipe.OPTIONS
-    assert not recipe.OPTIONS & RunConfig.__dataclass_fields__.keys()
+    assert not recipe.OPTIONS.keys() & RunConfig.__dataclass_fields__.keys()
