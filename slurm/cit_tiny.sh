@@ -21,7 +21,8 @@
 # No --time: the limit of the partition applies. USR2 and not USR1, which some plugins of NCCL catch.
 
 export CIT_SCALE=${CIT_SCALE:-$SLURM_SUBMIT_DIR}
-[[ -e $CIT_SCALE/slurm/env.sh ]] || CIT_SCALE=$("${CIT_PYTHON:-python}" -m cit_scale where) # an installed package
+[[ -e $CIT_SCALE/slurm/env.sh ]] || CIT_SCALE=$("${CIT_PYTHON:-python}" -P -m cit_scale where) # an installed package
 set -- --config cit_tiny "$@"
 source "$CIT_SCALE/slurm/env.sh" || { echo "error: run sbatch in the checkout, set CIT_SCALE to it, or install the package" >&2; exit 2; }
-srun "${CIT_PYTHON:-python}" -m cit_scale.train "$@"
+# -P: the package is that of $CIT_SCALE, whatever the folder of submission holds.
+srun "${CIT_PYTHON:-python}" -P -m cit_scale.train "$@"

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by a batch script in the checkout, whose arguments are those of train.py. Sets how many ranks there are and
 # where they meet, and queues the job again at its end if that is right. srun and the ranks read everything from the
-# environment, so the line that starts them is a bare "srun python -m cit_scale.train".
+# environment, so the line that starts them is a bare "srun python -P -m cit_scale.train".
 
 # Use fewer nodes than Slurm allotted if the global batch is not a multiple of all of them (--min-nodes of submit.py).
 # CIT_NODE_COUNTS lists the possible counts, largest first.

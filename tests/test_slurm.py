@@ -84,8 +84,8 @@ def python_folder(tmp_path_factory):
         train = {
             "fail": "echo this fails; exit 1",
             "absent": '[ "$SLURMD_NODENAME" = remote1 ] && exit 127; '
-            f'shift 2; {steps.replace("absent", "0")} train "$@"',
-        }.get(slow, f'shift 2; {steps} train "$@"')
+            f'shift 3; {steps.replace("absent", "0")} train "$@"',
+        }.get(slow, f'shift 3; {steps} train "$@"')
         script.write_text(
             f'#!/bin/sh\ncase "$*" in\n*cit_scale.train*) {train};;\n'
             f'*submitit.core._submit*) shift 3; {steps} submitit "$@";;\nesac\nexec {sys.executable} "$@"\n'

@@ -24,7 +24,8 @@ def site(tmp_path_factory):
 
 @pytest.fixture
 def python(site, tmp_path):
-    """``python(*arguments)``: a command of the installed package's, in an empty folder."""
+    """``python(*arguments)``: a command of the installed package's, in an empty folder. Returns what it prints, and
+    errors for another exit code than 0."""
 
     def run(*arguments, code=0):
         (tmp_path / "empty").mkdir(exist_ok=True)
@@ -36,7 +37,7 @@ def python(site, tmp_path):
             text=True,
         )
         assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        return done.stderr if code else done.stdout
 
     return run
 
@@ -107,15 +108,34 @@ def test_the_launchers_work(python, site, tiny_inputs, tmp_path):
     assert "usage: submit.py" in python(f"{where}/launchers/submit.py", "--help")
 
 
+def test_the_clusters_options_stand_outside_the_package(python, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    submit = Path(python("-m", "cit_scale", "where").strip()) / "launchers" / "submit.py"
+    file = tmp_path / "cit_scale" / "cluster.yaml"
+    assert f"\n{file}\n" in python(submit, "--help")
+    file.parent.mkdir()
+    file.write_text("nodes: many")
+    assert f"error: {file}: argument --nodes" in python(submit, "--dry-run", code=2)
+
+
+def test_the_command_cit_scale_is_installed(site, tmp_path):
+    """The only file of the package's that stands outside its folder."""
+    command = site / "bin" / "cit-scale"
+    done = subprocess.run(
+        [command, "where"], cwd=tmp_path, env=wheel.environment(site), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{(site / 'cit_scale' / 'checkout').resolve()}\n"
+
+
 def test_nothing_looks_for_the_checkout_by_its_place():
     """Whatever stands beside the package is found by ``config.REPOSITORY``, which knows both places."""
     places = []
     for path in sorted((REPOSITORY / "cit_scale").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.Attribute)
-                and node.attr == "parents"
-                and path.name not in ("config.py", "train.py")
-            ):
+            climbs = isinstance(node, ast.Attribute) and (
+                node.attr == "parents"
+                or (node.attr == "parent" and isinstance(node.value, ast.Attribute) and node.value.attr == "parent")
+            )
+            if climbs and path.name not in ("config.py", "train.py"):
                 places.append(f"{path.name}:{node.lineno}")
     assert places == []
