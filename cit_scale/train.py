@@ -336,10 +336,9 @@ def finished_results(
     stop: StopRequest,
     watchdog: Watchdog,
 ) -> dict[str, Any]:
-    """Collective. The results of a run that is finished: its results.json, ``finished``, or new ones where the
-    evaluation data are others.
+    """Collective. Return the results of a finished run; if its evaluation data changed, evaluate it again first.
 
-    Results of earlier versions, which have no fingerprints, are taken as they are.
+    finished: contents of its results.json. Those of earlier versions have no fingerprints and are returned unchanged.
     """
     run_dir, world = prepared.config.run_dir, prepared.world
     noted = finished.get("inputs", {})
@@ -348,13 +347,11 @@ def finished_results(
     other = changed_inputs(noted, here)
     trained_with = " and ".join(name for name in other if name != EVALUATION_DATA)
     if trained_with and world.is_main:
-        print(
-            f"{run_dir} is finished, and taken as it is although it was trained with other {trained_with}", flush=True
-        )
+        print(f"{run_dir} is finished, and is not trained again although this changed: {trained_with}", flush=True)
     if EVALUATION_DATA not in other:
         return dict(finished)
     if world.is_main:
-        print(f"{run_dir} is finished, and evaluated anew as the evaluation data are others", flush=True)
+        print(f"{run_dir} is finished; its evaluation data changed, so it is evaluated again", flush=True)
     frozen = run_on_all_ranks(world, lambda: [prepared.load_teacher(*each) for each in teachers.items()])
     files = broadcast(world, run_on_all_ranks(world, lambda: find_weights(run_dir, finished) if world.is_main else {}))
     measured = measure(
@@ -380,13 +377,15 @@ def finished_results(
 
 
 def find_weights(run_dir: Path, finished: Mapping[str, Any]) -> dict[str, str]:
-    """On rank 0. The weights in a finished run's folder, or in its last checkpoint. Raises MissingInputError."""
+    """On rank 0. Return the weight files of a finished run, copied from its last checkpoint if they are missing.
+    Raises MissingInputError.
+    """
     there = {name: file for name, file in EXPORTS.items() if (run_dir / file).exists()}
     files = there or export_weights(run_dir, finished["steps"])
     if not files:
         raise MissingInputError(
-            f"{run_dir} is finished, but its weights, {EXPORTS['student']}, are gone, so that they cannot be evaluated "
-            "anew; bring them back, or start over with --fresh"
+            f"{run_dir} is finished, but cannot be evaluated again, because {EXPORTS['student']} is missing; bring it "
+            "back, or start over with --fresh"
         )
     return files
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sabotage
+import torch
+from safetensors.torch import load_file
 from tiny_run import (
     CLASSES,
     LAYOUTS,
@@ -136,7 +138,7 @@ def test_a_finished_run_does_not_answer_for_other_data(stopped):
     assert_refused(stopped.run(), 7, "holds a run of other files (data: ", "--name", "--fresh", "--override-resume")
     assert (stopped.run_dir / "results.json").read_text() == before
     taken = stopped.finish("--override-resume")
-    assert "is finished, and taken as it is although it was trained with other data" in taken.outputs[0]
+    assert "is finished, and is not trained again although this changed: data" in taken.outputs[0]
     assert (stopped.run_dir / "results.json").read_text() == before
     results = json.loads(before)
     del results["inputs"]  # as an early version left it
@@ -151,6 +153,16 @@ def test_a_finished_run_does_not_answer_for_another_teacher(stopped):
     assert_refused(stopped.run(), 7, "holds a run of other files (teacher conv: ", "--name", "--fresh")
 
 
+def test_what_is_said_of_a_teachers_weights_is_said_by_one_rank(stopped, tmp_path):
+    state = load_file(stopped.inputs / "conv.safetensors")
+    torch.save({"model_ema": state, "model": state}, tmp_path / "conv.pth")
+    run = dataclasses.replace(stopped, runs_dir=tmp_path / "new").finish(
+        f"--teachers.conv.weights={tmp_path / 'conv.pth'}"
+    )
+    said = "teachers.conv.weights: the moving average is taken: model_ema, not model"
+    assert [output.count(said) for output in run.outputs] == [1, 0]
+
+
 def more_eval_images(run):
     pixels = np.random.default_rng(7).integers(0, 256, (15, 8, 8), np.uint8)
     write_idx(run.inputs / "eval", pixels, np.arange(15) % CLASSES)
@@ -161,7 +173,7 @@ def test_a_finished_run_is_evaluated_anew_on_other_evaluation_data(stopped, tmp_
     before = json.loads((stopped.run_dir / "results.json").read_text())
     more_eval_images(stopped)
     again = stopped.finish()
-    assert "is finished, and evaluated anew as the evaluation data are others" in again.outputs[0]
+    assert "is finished; its evaluation data changed, so it is evaluated again" in again.outputs[0]
     results = json.loads((stopped.run_dir / "results.json").read_text())
     assert (before["eval_images"], results["eval_images"]) == (9, 15)
     assert json.loads((stopped.run_dir / "results.json.1").read_text()) == before
@@ -174,7 +186,7 @@ def test_a_finished_run_is_evaluated_anew_on_other_evaluation_data(stopped, tmp_
     other.finish()
     measured = json.loads((other.run_dir / "results.json").read_text())
     assert {key: results[key] for key in of_weights} == {key: measured[key] for key in of_weights}
-    assert "evaluated anew" not in stopped.finish().output
+    assert "evaluated again" not in stopped.finish().output
 
 
 def test_a_finished_run_without_its_weights_takes_them_from_its_last_checkpoint_or_says_so(stopped):
@@ -184,7 +196,7 @@ def test_a_finished_run_without_its_weights_takes_them_from_its_last_checkpoint_
     for file in ("student.safetensors", "student_ema.safetensors"):
         (stopped.run_dir / file).unlink()
     shutil.move(stopped.run_dir / "ckpt", stopped.run_dir / "elsewhere")
-    assert_refused(stopped.run(), 3, "its weights, student.safetensors, are gone", "--fresh")
+    assert_refused(stopped.run(), 3, "evaluated again, because student.safetensors is missing", "--fresh")
     assert (stopped.run_dir / "results.json").read_text() == before
     shutil.move(stopped.run_dir / "elsewhere", stopped.run_dir / "ckpt")
     stopped.finish()

@@ -1,5 +1,6 @@
 """What a run is prepared from: its folder, its checkpoint, its student's weights."""
 
+import dataclasses
 import platform
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,19 @@ def test_a_precision_without_instructions_is_said_with_the_way_out(has_it, monke
     alone = parse("--distill.teacher_precision=bf16", "--teachers=null")
     assert slow_precisions(alone, cpu) == slow_precisions(parse(), cpu) == []
     assert slow_precisions(slow, torch.device("cuda")) == []
+
+
+def test_what_is_said_of_weights_and_precision_is_printed_once(prepared, tiny_digits, tmp_path, monkeypatch, capsys):
+    state = prepared().build_student().model.state_dict()
+    torch.save({"state_dict_ema": state, "state_dict": state}, tmp_path / "student.pth")
+    config = prepared(weights=str(tmp_path / "student.pth")).config
+    config = dataclasses.replace(config, engine=EngineConfig(name="plain", precision="bf16"))
+    monkeypatch.setattr(setup, "open_data", lambda data: (tiny_digits, tiny_digits))
+    monkeypatch.setattr(setup, "_has_bf16", lambda: False)
+    setup.prepare(config, {}, World(), same_run=True)
+    weights, precision = capsys.readouterr().out.splitlines()
+    assert weights == "student.weights: the moving average is taken: state_dict_ema, not state_dict"
+    assert precision.startswith("engine.precision=bf16 is slower than float32 here")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of flags are those of x86")

@@ -1,4 +1,4 @@
-"""What a run learns from and is measured on, by fingerprint: data and teachers' files. Paths may change, bytes not."""
+"""Fingerprints of a run's inputs, the data and the teachers' files. Paths may change between starts, bytes may not."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import CHECKPOINTS, RESULTS, saved_steps, step_path
 
 EVALUATION_DATA = "evaluation data"
-"""The input that decides on the results alone, and not on the weights."""
+"""Name of the input that changes the results of a run, but not its weights."""
 
 
 def fingerprints(prepared: PreparedRun, teacher_hashes: Mapping[str, str]) -> dict[str, str]:
-    """Of data and teachers, by name. teacher_hashes: SHA-256 of their files."""
+    """Fingerprints of data and teachers, by name. teacher_hashes: SHA-256 of the teachers' files."""
     data = {"data": prepared.train_set.fingerprint, EVALUATION_DATA: prepared.eval_set.fingerprint}
     return data | {f"teacher {name}": sha256 for name, sha256 in teacher_hashes.items()}
 
 
 def hash_teachers(teachers: Mapping[str, TeacherConfig]) -> dict[str, str]:
-    """SHA-256 of the weights of each teacher that has some."""
+    """SHA-256 of the weights file of each teacher, without teachers that have no weights yet."""
     files = {name: Path(teacher.weights).expanduser() for name, teacher in teachers.items() if teacher.weights}
     return {name: file_sha256(file) for name, file in files.items()}
 
@@ -44,9 +44,9 @@ def refuse_different(world: World, inputs: Mapping[str, str]) -> None:
 
 
 def noted_inputs(run_dir: Path) -> tuple[dict[str, str], bool]:
-    """The fingerprints that a run folder notes, in its results or else in its newest checkpoint, and whether they are
-    those of results. Empty where it has neither, or one of an earlier version or that is damaged: what is damaged is
-    found when it is loaded."""
+    """Read the fingerprints in a run folder, from its results or else its newest checkpoint, and whether they come from
+    results. Empty without either, and for a file that is damaged or of an earlier version: loading it reports damage.
+    """
     steps = saved_steps(run_dir / CHECKPOINTS)
     notes = [run_dir / RESULTS, *(step_path(run_dir / CHECKPOINTS, step) / META for step in sorted(steps)[-1:])]
     for note in notes:
@@ -58,15 +58,15 @@ def noted_inputs(run_dir: Path) -> tuple[dict[str, str], bool]:
 
 
 def changed_inputs(noted: Mapping[str, Any], here: Mapping[str, str]) -> list[str]:
-    """The names of the inputs that are others than ``noted``. What is not noted is not compared."""
+    """Names of the inputs whose fingerprints differ from ``noted``. Inputs that are not noted are not compared."""
     return [name for name in here if noted.get(name, here[name]) != here[name]]
 
 
 def refuse_other_inputs(prepared: PreparedRun, teachers: Mapping[str, TeacherConfig]) -> None:
-    """Raise RefusedError if the run folder belongs to other training data or teachers, or, where its run is not
-    finished, to other evaluation data.
+    """Raise RefusedError if the run folder belongs to other training data or teachers, or, unless its run is finished,
+    to other evaluation data.
 
-    Called before anything is trained, for all runs at once: only the last of several teachers may be of other data.
+    Called for all runs before the first is trained, because any one of the teachers' runs may belong to other data.
     """
     config = prepared.config
     noted, is_finished = noted_inputs(config.run_dir)

@@ -91,10 +91,10 @@ def export_weights(run_dir: Path, step: int) -> dict[str, str]:
     for name, file in EXPORTS.items():
         saved = step_path(run_dir / CHECKPOINTS, step) / file
         if saved.exists():
-            partial = run_dir / f"{file}.partial"
-            shutil.copyfile(saved, partial)
-            sync(partial)
-            partial.replace(run_dir / file)
+            unfinished = run_dir / f"{file}.partial"
+            shutil.copyfile(saved, unfinished)
+            sync(unfinished)
+            unfinished.replace(run_dir / file)
             files[name] = file
     return files
 
@@ -106,9 +106,9 @@ def measure(
     files: Mapping[str, str],
     eval_batches: Callable[[], Iterator[Batch]],
 ) -> dict[str, Any]:
-    """Collective. Evaluate the weights in the run folder, and the teachers: the part of results.json that says so.
+    """Collective. Evaluate the weights in the run folder, and the teachers. Returns that part of results.json.
 
-    teachers, frozen: the same teachers, as configured and loaded. files: weights by the names of EXPORTS.
+    teachers, frozen: the same teachers, as configured and as loaded. files: weight files by the names of EXPORTS.
     """
     world, accuracy = prepared.world, {}
     network = prepared.build_student_without_weights().eval()
@@ -116,10 +116,10 @@ def measure(
         run_on_all_ranks(world, partial(load_weights, network, prepared.config.run_dir / file))
         network.to(world.device)
         accuracy[name] = evaluate(network, eval_batches(), world)
-    advisers = {}
+    measured_teachers = {}
     if frozen:
         measured = evaluate(lambda images: run_teachers(frozen, images), eval_batches(), world)
-        advisers = {
+        measured_teachers = {
             teacher.name: {
                 "model": teachers[teacher.name].model,
                 "sha256": teacher.sha256,
@@ -131,7 +131,7 @@ def measure(
     return {
         "eval_images": next(iter(accuracy.values())).images,
         "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
-        "teachers": advisers,
+        "teachers": measured_teachers,
     }
 
 
