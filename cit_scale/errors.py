@@ -119,7 +119,7 @@ class Stopped(RunError):  # noqa: N818  an outcome, not an error
 
 def one_line(error: object, most: int | None = None) -> str:
     """Returns an error's message in one line, cut after ``most`` characters; the type's name if there is no message."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()) or type(error).__name__  # without colours
     return text if most is None or len(text) <= most else f"{text[:most]} ..."
 
 
@@ -155,5 +155,6 @@ def os_error(error: Exception, message: str, lasting: type[RunError]) -> RunErro
         return MissingInputError(message)
     # EEXIST and EFBIG last as well: a file in the place of a folder, and a limit on the size of files, stay as they
     # are. Without an errno the content is wrong, which does not pass either.
-    is_lasting = code is None or code in WRONG_PATH | {errno.EEXIST, errno.EFBIG}
+    # EINVAL is what torch says of a zip file that is cut short.
+    is_lasting = code is None or code in WRONG_PATH | {errno.EEXIST, errno.EFBIG, errno.EINVAL}
     return lasting(message) if is_lasting else TransientError(message)

@@ -15,7 +15,7 @@ from golden_fill import GOLDEN
 from safetensors.torch import save_file
 from tiny_run import TINY_CIT
 
-from cit_scale.errors import ConfigError, RefusedError
+from cit_scale.errors import ConfigError, MissingInputError, RefusedError
 from cit_scale.models.network import build_network
 from cit_scale.models.weights import PLACES, load_weights, read_weights
 
@@ -65,11 +65,38 @@ FORMS = {
         [f"{AVERAGE}model_ema, not model"],
     ),
     "an average alone": (lambda state: {"model_ema": state}, [f"{AVERAGE}model_ema"]),
+    "an average under a name of its own": (
+        lambda state: {"state_dict": other(state), "ema_state_dict": state},
+        [f"{AVERAGE}ema_state_dict, not state_dict"],
+    ),
+    "the object of an average": (
+        lambda state: {"state_dict": other(state), "state_dict_ema": {"module": state, "decay": 0.99}},
+        [f"{AVERAGE}state_dict_ema, not state_dict"],
+    ),
+    "an average in a callback": (
+        lambda state: {"state_dict": state, "callbacks": {"EMA": {"ema_weights": other(state)}}},
+        ["state_dict is taken, not callbacks.EMA.ema_weights"],
+    ),
+    "states that are no network's": (
+        lambda state: {
+            "model": state,
+            "rng": {"cpu": torch.get_rng_state()},
+            "optimizer": {"state": {"fc.weight": {"exp_avg": torch.ones(2, 2)}}},
+        },
+        [],
+    ),
     "an average that was not kept": (lambda state: {"state_dict": state, "state_dict_ema": None}, []),
     "DistributedDataParallel": (lambda state: prefixed(state, "module."), []),
     "torch.compile": (lambda state: prefixed(state, "_orig_mod."), []),
     "compiled, then parallel": (lambda state: {"model": prefixed(state, "module._orig_mod.")}, []),
     "parallel, then compiled": (lambda state: {"model": prefixed(state, "_orig_mod.module.")}, []),
+    "checkpointed and sharded blocks": (
+        lambda state: {
+            key.replace(".0.", ".0._checkpoint_wrapped_module.", 1).replace(".1.", "._fsdp_wrapped_module.1.", 1): each
+            for key, each in state.items()
+        },
+        [],
+    ),
     "torch's AveragedModel": (lambda state: {"n_averaged": torch.tensor(7), **prefixed(state, "module.")}, []),
     "timm's checkpoint": (
         lambda state: {
@@ -211,7 +238,7 @@ def test_of_two_networks_that_fit_none_is_guessed(state, tmp_path):
 
 def test_tensors_that_belong_nowhere_are_no_part_to_be_left_out(state, tmp_path):
     torch.save({**state, "extra.weight": torch.ones(3)}, tmp_path / "w.pth")
-    with pytest.raises(ConfigError, match=r"do not fit: .*extra\.weight"):
+    with pytest.raises(ConfigError, match=r"do not fit ResNet; name the network .*extra\.weight"):
         load_weights(network(), tmp_path / "w.pth")
 
 
@@ -219,10 +246,19 @@ def test_tensors_that_belong_nowhere_are_no_part_to_be_left_out(state, tmp_path)
     ("content", "said"),
     [
         ([1, 2], "hold no state dict, but a list"),
-        ({}, "hold no state dict"),
+        ({}, "hold no state dict, bare or under [a-z_, ]*$"),
+        (
+            {"model": {"a": torch.ones(2, 2)}, "model_ema": {"a": torch.ones(2, 2), "num_updates": 3}},
+            r"under 'model_ema' is no state dict because of entries that are no tensors: 'num_updates' \(int\)",
+        ),
+        ({"model": {"a": torch.ones(2, 2)}, "ema": {"decay": 0.9}}, "what stands under 'ema' is no state dict"),
         ({"epoch": 3}, "hold no state dict, bare or under state_dict_ema, "),
-        ({"model": {"a": 1}}, "hold no state dict"),
-        ({"teacher": {"a": torch.ones(1)}, "student": {"a": torch.ones(1)}}, "there are some under teacher, student"),
+        ({"model": {"a": 1}}, "hold no state dict, bare or under [a-z_, ]*$"),
+        ({"model": {}}, "hold no state dict, bare or under [a-z_, ]*$"),
+        (
+            {"teacher": {"a": torch.ones(2, 2)}, "student": {"a": torch.ones(2, 2)}},
+            "there are some under teacher, student",
+        ),
     ],
 )
 def test_a_file_without_a_state_dict_is_one_line(content, said, tmp_path):
@@ -239,6 +275,7 @@ OBJECTS = {
     "numpy's number": lambda state: {"state_dict": state, "metric": np.float64(71.5)},
     "numpy's number in a bare dict": lambda state: {**state, "metric": np.float64(71.5)},
     "a path": lambda state: {"model": state, "args": argparse.Namespace(output=__import__("pathlib").Path("x"))},
+    "numpy's arrays": lambda state: {key: tensor.numpy() for key, tensor in state.items()},
     "an average's object": lambda state: {"model_ema": state, "callback": collections.UserDict()},
 }
 
@@ -275,6 +312,49 @@ def test_what_stands_between_the_tensors_is_named(entry, place, state, tmp_path)
     with pytest.raises(ConfigError, match=rf"no tensors: 'head\._extra_state' \({type(entry).__name__}\)") as error:
         read_weights(tmp_path / "w.pth")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_numbers_that_are_no_weights_are_refused(dtype, state, tmp_path):
+    torch.save({**state, "fc.weight": state["fc.weight"].to(dtype)}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=rf"hold fc\.weight in {str(dtype)[6:]}, from which"):
+        load_weights(network(), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, state, tmp_path):
+    torch.save({**state, "fc.bias": torch.full_like(state["fc.bias"], value)}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"are not finite, in fc\.bias; take an earlier checkpoint"):
+        load_weights(network(), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [b"<!DOCTYPE html>\n<html>", b"version https://git-lfs.github.com/spec/v1\n", b"\x93NUMPY\x01", b"GGUF"]
+)
+def test_a_file_that_is_none_of_weights_is_said_to_be_none(content, tmp_path):
+    (tmp_path / "w.pth").write_bytes(content * 9)
+    with pytest.raises(MissingInputError, match=r"w\.pth (are|cannot be read: .*) neither a safetensors file nor one"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_a_file_that_is_cut_short_is_one_line(state, tmp_path):
+    torch.save(state, tmp_path / "w.pth")
+    content = (tmp_path / "w.pth").read_bytes()
+    for part in (0.5, 0.01, 0):
+        (tmp_path / "w.pth").write_bytes(content[: int(len(content) * part)])
+        with pytest.raises(MissingInputError) as error:
+            read_weights(tmp_path / "w.pth")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_another_protocol_of_pickles_can_be_stripped_too(protocol, state, tmp_path):
+    torch.save(state, tmp_path / "w.pth", pickle_protocol=protocol)
+    with pytest.raises(RefusedError, match="of a protocol of pickle's") as error:
+        read_weights(tmp_path / "w.pth")
+    command = str(error.value).split("tensors alone: python ")[1]
+    subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} {command}"], cwd=tmp_path, check=True)
+    assert loaded(tmp_path / "stripped.pth")[1] == []
 
 
 def test_every_place_is_looked_into(state, tmp_path):

@@ -1,7 +1,7 @@
-"""Weights as people have them: from any file to the state dict of a network, and what was made of it in words.
+"""Reads weights from files of many trainers, and loads them into a network. Notes say what was chosen on the way.
 
-A file of safetensors or PyTorch's holds a state dict, bare or inside a trainer's checkpoint, under names that
-wrappers have lengthened. Nothing in a file is executed.
+A safetensors or PyTorch file holds a state dict, bare or inside a trainer's checkpoint, under names that wrappers have
+lengthened. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from cit_scale.models.network import MOST, Network, pretrained_cfg_of
 
 # Where trainers keep a state dict in a checkpoint; the first that is there is taken. A moving average comes first, as
 # in timm: it is what its trainer evaluates and releases.
-AVERAGES = ("state_dict_ema", "model_ema")
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 PLACES = (*AVERAGES, "state_dict", "model_state_dict", "model", "module")  # module: DeepSpeed's
 
-# Wrappers that lengthen names: DistributedDataParallel and torch.compile, one inside the other.
-WRAPPERS = ("module.", "_orig_mod.")
+# Wrappers that lengthen names. DistributedDataParallel's stands at the beginning, the others anywhere.
+WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 # A pickle may hold objects of these types beside tensors: they run nothing when they are loaded. timm's and DeiT's
 # checkpoints have the arguments of their command lines.
@@ -38,7 +38,8 @@ HARMLESS: list[Any] = [argparse.Namespace]
 # Saves the tensors of a file, at any depth and those of modules too, under another name.
 STRIP = (
     "import sys, torch; f = lambda v: f(v.state_dict()) if hasattr(v, 'state_dict') else {k: t for k, e in v.items() "
-    "if (t := f(e)) is not None} if isinstance(v, dict) else v if isinstance(v, torch.Tensor) else None; "
+    "if (t := f(e)) is not None} if isinstance(v, dict) else torch.as_tensor(v) if getattr(v, 'ndim', 0) or "
+    "isinstance(v, torch.Tensor) else None; "
     "torch.save(f(torch.load(sys.argv[1], 'cpu', weights_only=False)), sys.argv[2])"
 )
 
@@ -65,9 +66,13 @@ def read_weights(path: str | Path, device: str = "cpu") -> Weights:
         path.open("rb").close()  # its OSError has a number; safetensors reports every error as "no such file"
         content = _read_safetensors(path, device) if _is_safetensors(path) else _read_pickle(path, device)
     except pickle.UnpicklingError as error:
-        raise _refuse_objects(path, error) from error
+        raise _refuse_objects(path) from error
     except Exception as error:  # each file format raises its own exceptions for damage
-        raise os_error(error, f"weights {path} cannot be read: {one_line(error, MOST)}", lasting=ConfigError) from error
+        message = (
+            f"weights {path} cannot be read: {type(error).__name__}: {one_line(error, MOST)}; if it is whole, it is "
+            "neither a safetensors file nor one of torch.save"
+        )
+        raise os_error(error, message, lasting=MissingInputError) from error
     return _unwrap(content, path)
 
 
@@ -89,50 +94,76 @@ def _read_pickle(path: Path, device: str) -> Any:
         return torch.load(path, map_location=device, weights_only=True)
 
 
-def _refuse_objects(path: Path, error: pickle.UnpicklingError) -> RefusedError:
+def _refuse_objects(path: Path) -> RefusedError | MissingInputError:
     """What to raise for a pickle with other objects, or for a file that is none."""
+    keep = (
+        f'where you trust the file, keep its tensors alone: python -c "{STRIP}" {shlex.quote(str(path))} stripped.pth'
+    )
+    with path.open("rb") as file:
+        is_pickle = file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+    if not is_pickle:
+        return MissingInputError(f"weights {path} are neither a safetensors file nor one of torch.save")
     try:
         others = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # a file of before PyTorch 1.6, or a damaged one
+    except Exception:  # a file of before PyTorch 1.6, of another protocol of pickle's, or a damaged one
         return RefusedError(
-            f"weights {path} hold more than tensors, or are damaged; other objects in a pickle can execute code, so "
-            f"the file is not loaded ({one_line(error, 120)}); save a bare state dict, best as safetensors"
+            f"weights {path} hold more than tensors, are of a protocol of pickle's that torch.save does not write by "
+            f"itself, or are damaged; as such a file can execute code when it is loaded, it is not; {keep}"
         )
     others -= {f"{each.__module__}.{each.__qualname__}" for each in HARMLESS}
+    named = ", ".join(sorted(others)[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
     return RefusedError(
-        f"weights {path} hold objects of {', '.join(sorted(others))} beside the tensors, which can execute code when "
-        f'they are loaded; where you trust the file, keep its tensors alone: python -c "{STRIP}" '
-        f"{shlex.quote(str(path))} stripped.pth"
+        f"weights {path} hold objects of {named} beside the tensors, which can execute code when "
+        f"they are loaded; {keep}"
     )
 
 
 def _unwrap(content: Any, path: Path) -> Weights:
     """The state dict in what a file holds."""
-    notes = []
-    if isinstance(content, dict) and not _is_state(content):
-        places = [key for key in PLACES if isinstance(content.get(key), Mapping) and _is_state(content[key])]
-        if places:
-            others = f", not {' or '.join(places[1:])}" if places[1:] else ""
-            if places[0] in AVERAGES:
-                notes.append(f"the moving average is taken: {places[0]}{others}")
-            elif others:
-                notes.append(f"{places[0]} is taken{others}")
-            content = content[places[0]]
-        else:
-            inner = [str(key) for key, value in content.items() if isinstance(value, Mapping) and _is_state(value)]
-            hint = f"; there are some under {', '.join(inner)}: save one of them by itself" if inner else ""
-            for place, value in {"": content, **content}.items():
-                hint = hint or _entries_without_tensors(place, value)
-            raise ConfigError(f"weights {path} hold no state dict, bare or under {', '.join(PLACES)}{hint}")
-    if not isinstance(content, Mapping) or not _is_state(content):
+    if not isinstance(content, Mapping):
         raise ConfigError(f"weights {path} hold no state dict, but a {type(content).__name__}")
-    tensors = {_without_wrappers(key): value for key, value in content.items()}
-    if len(tensors) < len(content):
+    states = {"": content} if _is_state(content) else dict(_states_in(content))
+    taken = next((place for place in ("", *PLACES) if place in states), None)
+    unread = next((key for key in AVERAGES if content.get(key) and "" not in states and key not in states), None)
+    if unread is not None:
+        hint = _entries_without_tensors(unread, content[unread]) or f"what stands under {unread!r} is no state dict"
+        raise ConfigError(f"weights {path}: {hint}")
+    if taken is None:
+        hints = [_entries_without_tensors(place, value) for place, value in {"": content, **content}.items()]
+        if states:
+            hints.insert(0, f"there are some under {', '.join(states)}: save one of them by itself")
+        hint = next((f"; {hint}" for hint in hints if hint), "")
+        raise ConfigError(f"weights {path} hold no state dict, bare or under {', '.join(PLACES)}{hint}")
+    others = " or ".join(place for place in states if place != taken)
+    notes = []
+    if taken in AVERAGES:
+        notes.append(f"the moving average is taken: {taken}{others and f', not {others}'}")
+    elif others:
+        notes.append(f"{taken} is taken, not {others}")
+    tensors = {_without_wrappers(key): value for key, value in states[taken].items()}
+    if len(tensors) < len(states[taken]):
         raise ConfigError(
             f"weights {path} hold names with and without {' or '.join(WRAPPERS)}; save one network by itself"
         )
     tensors.pop("n_averaged", None)  # the count of torch's AveragedModel
     return Weights(tensors, tuple(notes))
+
+
+def _states_in(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """State dicts of networks inside a dictionary, at any depth, by the names under which they stand.
+
+    One inside a moving average, as a trainer's object for it saves itself, stands under the average's name.
+    """
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if not isinstance(value, Mapping) or not isinstance(key, str) or "optim" in key:
+            continue
+        if _is_state(value):
+            if any(tensor.is_floating_point() and tensor.ndim > 1 for tensor in value.values()):
+                yield name, value
+            continue
+        inner = list(_states_in(value, f"{name}."))
+        yield from [(name, inner[0][1])] if name in AVERAGES and len(inner) == 1 else inner
 
 
 def _is_state(value: Mapping[Any, Any]) -> bool:
@@ -141,20 +172,22 @@ def _is_state(value: Mapping[Any, Any]) -> bool:
 
 
 def _entries_without_tensors(place: Any, value: Any) -> str:
-    """What is said of a dictionary that would be a state dict without some of its entries; nothing of any other."""
+    """Names the entries without which a dictionary would be a state dict. Empty for any other value."""
     if not isinstance(value, Mapping):
         return ""
     others = {key: type(each).__name__ for key, each in value.items() if not isinstance(each, Tensor)}
-    if len(others) > len(value) / 2:
+    if not others or len(others) > len(value) / 2:
         return ""
     named = ", ".join(f"{key!r} ({kind})" for key, kind in list(others.items())[:3])
     under = f" under {place!r}" if place else ""
-    return f"; what stands{under} is none because of entries that are no tensors: {named}; save it without them"
+    return f"what stands{under} is no state dict because of entries that are no tensors: {named}; save it without them"
 
 
 def _without_wrappers(key: str) -> str:
     while key.startswith(WRAPPERS):
         key = key.split(".", 1)[1]
+    for wrapper in WRAPPERS[1:]:
+        key = key.replace(f".{wrapper}", ".")
     return key
 
 
@@ -181,10 +214,14 @@ def load_weights(network: Network, path: str | Path) -> tuple[str, ...]:
         except ValueError as error:
             raise ConfigError(f"weights {path} do not fit: {error}") from error
     _refuse_other_classes(state, model, path)
+    _refuse_other_numbers(state, model, path)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ConfigError(f"weights {path} do not fit: {one_line(error, MOST)}") from error
+        raise ConfigError(
+            f"weights {path} do not fit {type(model).__name__}; name the network and the arguments that they are of: "
+            f"{one_line(error, MOST)}"
+        ) from error
     return (*weights.notes, *notes)
 
 
@@ -205,11 +242,26 @@ def _part_that_fits(
     if best == "":
         return state, []
     if others_as_good:
-        among = ", ".join(repr(prefix[:-1]) for prefix in (best, *others_as_good))
+        among = ", ".join(repr(prefix[:-1])[:60] for prefix in (best, *others_as_good)[:5])
         raise ConfigError(f"weights hold several networks that fit, under {among}; save one of them by itself")
     left = len(state) - len(parts[best])
     others = f"; {left} others belong to something else and are left out" if left else ""
     return parts[best], [f"the tensors under {best[:-1]!r} are taken{others}"]
+
+
+def _refuse_other_numbers(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> None:
+    """Raise ConfigError for quantized or complex weights, and for weights that are not finite."""
+    expected = model.state_dict()
+    for key, tensor in state.items():
+        if key not in expected or not expected[key].is_floating_point():
+            continue
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ConfigError(
+                f"weights {path} hold {key} in {str(tensor.dtype).removeprefix('torch.')}, from which the weights "
+                "cannot be told; convert them to float32 first"
+            )
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise ConfigError(f"weights {path} are not finite, in {key}; take an earlier checkpoint")
 
 
 def _refuse_other_classes(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> None:
