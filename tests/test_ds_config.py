@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from cit_scale.config import DS_CONFIGS, BatchSplit, EngineConfig, OptimConfig, RunConfig
-from cit_scale.engines.ds_config import NOT_PASSED_ON, ShardingConfig, read_ds_config
+from cit_scale.engines.ds_config import ANY, NOT_PASSED_ON, ShardingConfig, read_ds_config
 from cit_scale.errors import ConfigError
 
 # The default global batch of 1024.
@@ -44,6 +45,8 @@ def run_config(tmp_path: Path, ds_config: dict | str) -> RunConfig:
         ({"zero_optimization": {"leaf_module": {"clases": []}}}, ["leaf_module: unknown key 'clases'", "classes,"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage=4"]),
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, ['zero_optimization.reduce_bucket_size="big"']),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, ["enabled=true, the recipe says false"]),
+        ({"fp16.enabled": True}, ["mine.json: unknown key 'fp16.enabled'"]),
         ({"zero_optimization": 1}, ["zero_optimization=1: Input should be a valid dictionary"]),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, ["compute_grad_norm=false", "says true"]),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin": 1}}}, ["'pin'", "pin_memory,"]),
@@ -61,7 +64,7 @@ def run_config(tmp_path: Path, ds_config: dict | str) -> RunConfig:
         ({"comms_logger": {"enabeld": True}}, ["comms_logger: unknown key 'enabeld'; the nearest", "enabled,"]),
         ({"flops_profiler": {"profile_stp": 1}}, ["flops_profiler: unknown key 'profile_stp'", "profile_step,"]),
         ({"flops_profiler": {"profile_step": "first"}}, ['flops_profiler.profile_step="first"']),
-        ({"steps_per_print": "10"}, ['steps_per_print="10"', "valid integer"]),
+        ({"steps_per_print": "10"}, ['steps_per_print="10"', "valid number"]),
         ({"steps_per_print": 0}, ["steps_per_print=0", "greater than 0"]),
         ({"wall_clock_breakdown": 1}, ["wall_clock_breakdown=1", "valid boolean"]),
         ({"prescale_gradients": True}, ["prescale_gradients=true would do nothing here: remove it"]),
@@ -82,6 +85,13 @@ def test_a_ds_config_that_contradicts_the_recipe_or_is_misspelt_is_refused_in_on
     assert "\n" not in str(error.value)
     for complaint in complaints:
         assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"steps_per_print": 1, "steps_per_print": 2}', '{"a": {"stage": 1, "stage": 2}}'])
+def test_a_key_that_stands_twice_is_refused(text, tmp_path):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.json cannot be read as JSON: the key '\w+' stands twice"):
+        read_ds_config(run_config(tmp_path, str(tmp_path / "mine.json")), WHOLE)
 
 
 def test_a_ds_config_that_is_not_json_is_refused(tmp_path):
@@ -118,6 +128,14 @@ def test_a_precision_in_a_ds_config_is_the_recipes(precision, tmp_path):
         read_ds_config(config, WHOLE)
     config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
     assert not {precision, "torch_autocast"} & read_ds_config(config, WHOLE).keys()
+    dtypes = {"bf16": "bfloat16", "fp16": "float16"}
+    same, other = dtypes.pop(precision), *dtypes.values()
+    for enabled in (True, "auto"):
+        (tmp_path / "mine.json").write_text(json.dumps({"torch_autocast": {"enabled": enabled, "dtype": same}}))
+        read_ds_config(config, WHOLE)
+        (tmp_path / "mine.json").write_text(json.dumps({"torch_autocast": {"enabled": enabled, "dtype": other}}))
+        with pytest.raises(ConfigError, match=rf'torch_autocast\.dtype="{other}", the recipe says "{same}"'):
+            read_ds_config(config, WHOLE)
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
@@ -210,7 +228,7 @@ def test_a_tutorials_file_is_refused_once_with_all_that_the_recipe_says_otherwis
         read_ds_config(run_config(tmp_path, FOREIGN["tutorial"]), ON_TWO_RANKS)
     said = str(error.value)
     assert "\n" not in said
-    assert [complaint.split(") ")[1].split("=")[0] for complaint in said.split(" (")[1:]] == [
+    assert [complaint.split("=")[0] for complaint in re.split(r"\(\d\) ", said)[1:]] == [
         "train_batch_size", "optimizer.params.betas", "optimizer.params.weight_decay", "scheduler.type",
         "gradient_clipping",
     ]  # fmt: skip
@@ -228,6 +246,14 @@ def test_a_research_projects_file_is_accepted(tmp_path):
     assert checked.keys() == read_ds_config(run_config(tmp_path, "zero2"), ON_TWO_RANKS).keys() | {
         "flops_profiler", "comms_logger",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "passed_on"), [("1e5", 100000), ("Infinity", None), ("10", 10), ("null", None)])
+def test_steps_per_print_is_any_number(given, passed_on, tmp_path):
+    (tmp_path / "mine.json").write_text('\ufeff{"steps_per_print": ' + given + "}")
+    checked = read_ds_config(run_config(tmp_path, str(tmp_path / "mine.json")), WHOLE)
+    assert checked.get("steps_per_print") == passed_on
+    assert not isinstance(checked.get("steps_per_print"), float)
 
 
 def test_the_loss_scale_of_fp16_is_ours_and_says_so(tmp_path):
@@ -285,7 +311,7 @@ def test_a_key_of_deepspeeds_that_is_off_is_accepted(key, tmp_path):
         assert key not in checked or key == "zero_force_ds_cpu_optimizer"
 
 
-@pytest.mark.parametrize("key", [key for key, (neutral, _) in NOT_PASSED_ON.items() if "asks" not in neutral])
+@pytest.mark.parametrize("key", [key for key, (neutral, _) in NOT_PASSED_ON.items() if neutral is not ANY])
 def test_a_key_of_deepspeeds_that_asks_for_something_is_refused(key, tmp_path):
     for value in ({"enabled": True}, "asks", 7):
         with pytest.raises(ConfigError, match=f"{key}=.*would do nothing here: remove it"):
@@ -316,12 +342,18 @@ def test_a_key_of_deepspeeds_that_asks_for_something_is_refused(key, tmp_path):
         {"tensorboard": {"output_path": "out"}},
         {"timers": {"throughput": {"enabled": True, "synchronized": True}}},
         {"vocabulary_size": 50304},
+        {"flops_profiler": {"enabled": False, "profile_step": "auto"}},
+        {"flops_profiler": None, "comms_logger": False, "zero_optimization": None, "wall_clock_breakdown": None},
+        {"torch_autocast": {"enabled": False, "dtype": "bfloat16"}},
         {"wandb": False},
         {"zero_allow_untested_optimizer": True},
     ],
 )  # fmt: skip
 def test_what_has_no_effect_in_deepspeed_either_is_accepted(section, tmp_path):
-    assert not section.keys() & read_ds_config(run_config(tmp_path, section), WHOLE).keys()
+    checked = read_ds_config(run_config(tmp_path, section), WHOLE)
+    nothing = read_ds_config(run_config(tmp_path, {}), WHOLE)
+    assert {**checked, "flops_profiler": None} == {**nothing, "flops_profiler": None}
+    assert checked.get("flops_profiler", {}) in ({}, {"enabled": False})
 
 
 def test_every_key_that_deepspeed_reads_is_known(tmp_path, monkeypatch):

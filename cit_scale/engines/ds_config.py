@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Annotated, Any, get_args
 
@@ -48,11 +50,13 @@ class ShardingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     zero_optimization: DeepSpeedZeroConfig = DeepSpeedZeroConfig()
-    steps_per_print: Annotated[int, Field(gt=0, strict=True)] | None = None
+    steps_per_print: Annotated[float, Field(gt=0, strict=True)] | None = None
     wall_clock_breakdown: StrictBool = False
     comms_logger: CommsLoggerConfig = CommsLoggerConfig()
     flops_profiler: FlopsProfilerConfig = FlopsProfilerConfig()
 
+
+SECTIONS = [name for name, field in ShardingConfig.model_fields.items() if isinstance(field.default, BaseModel)]
 
 # The stages at which a section of zero_optimization that sends something to the CPU's memory is tested here.
 OFFLOAD_STAGES = {"offload_optimizer": (2, 3), "offload_param": (3,)}
@@ -97,8 +101,6 @@ NO_EFFECT: dict[str, Sequence[Any]] = {
     "optimizer.params.bias_correction": (True,),
     "optimizer.params.amsgrad": (False,),
     "optimizer.params.fused": (False, True),
-    "torch_autocast.dtype": ("bfloat16", "float16"),
-    "data_types.grad_accum_dtype": ("fp32",),
 }
 
 # Ways out for keys that are not passed on to DeepSpeed.
@@ -171,8 +173,8 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
     """
     path = find_ds_config(config.engine.ds_config)
     try:
-        sharding = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        sharding = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_refuse_twice)
+    except (OSError, ValueError, RecursionError) as error:
         message = f"engine.ds_config: {path} cannot be read as JSON: {error}"
         raise os_error(error, message, lasting=ConfigError) from error
     if not isinstance(sharding, dict):
@@ -182,11 +184,13 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
     recipe_sections = {key.split(".")[0] for key in recipe} - ShardingConfig.model_fields.keys()
     complaints = _complaints_of_recipe(sharding, recipe, recipe_sections)
     complaints += _complaints_of_others(sharding)
-    sharding = {
-        key: value
-        for key, value in sharding.items()
-        if key not in recipe_sections and key not in NOT_PASSED_ON and value != "auto"
-    }
+    sharding = _without_unset(
+        {
+            key: value
+            for key, value in sharding.items()
+            if key not in recipe_sections and key not in NOT_PASSED_ON and not (value is False and key in SECTIONS)
+        }
+    )
     zero, more = _read_sharding(sharding, [*recipe_sections, *NOT_PASSED_ON])
     complaints += more
     if zero.stage == 3 and config.engine.compile:
@@ -195,6 +199,9 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
     if complaints:
         numbered = [f"({number}) {complaint}" for number, complaint in enumerate(complaints, 1)]
         raise ConfigError(f"{path}: {'; '.join(complaints if len(complaints) == 1 else numbered)}")
+    steps_per_print = sharding.pop("steps_per_print", None)
+    if steps_per_print is not None and math.isfinite(steps_per_print):  # Infinity: never
+        sharding["steps_per_print"] = int(steps_per_print)
     return {
         **sharding,
         # memory_efficient_linear would replace torch.nn.functional.linear in the whole process, for the teachers too.
@@ -209,6 +216,21 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
         # At stage 0 the engine clips, in the pass in which it checks.
         "gradient_clipping": recipe["gradient_clipping"][0] if zero.stage > 0 else 0.0,
     }
+
+
+def _refuse_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that it has twice: Python would keep the last one."""
+    counts = Counter(key for key, _ in pairs)
+    twice = [key for key, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} stands twice")
+    return dict(pairs)
+
+
+def _without_unset(tree: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` without null and "auto" at any depth, which leave a key at DeepSpeed's default."""
+    kept = {key: value for key, value in tree.items() if value is not None and value != "auto"}
+    return {key: _without_unset(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _recipe_values(config: RunConfig, batch_split: BatchSplit) -> dict[str, tuple[Any, str | None]]:
@@ -226,11 +248,12 @@ def _recipe_values(config: RunConfig, batch_split: BatchSplit) -> dict[str, tupl
         "optimizer.params.betas": (list(optim.betas), "optim.betas"),
         "optimizer.params.eps": (optim.eps, "optim.eps"),
         "optimizer.params.weight_decay": (optim.weight_decay, "optim.weight_decay"),
-        "scheduler.type": ("warm-up and cosine", "optim.warmup_epochs and optim.min_lr"),
+        "scheduler.type": ("a warm-up and a cosine", None),
         "fp16.enabled": (precision == "fp16", "engine.precision"),
         "bf16.enabled": (precision == "bf16", "engine.precision"),
         "bfloat16.enabled": (precision == "bf16", "engine.precision"),
         "torch_autocast.enabled": (precision != "float32", "engine.precision"),
+        "torch_autocast.dtype": ({"bf16": "bfloat16", "fp16": "float16"}.get(precision), "engine.precision"),
         "data_types.grad_accum_dtype": ("fp32", "engine.precision"),
         "gradient_allreduce_op": ("mean", None),
         "managed_gradient_accumulation": (True, None),
@@ -246,12 +269,19 @@ def _complaints_of_recipe(
     sections: the top-level keys that are wholly the recipe's.
     """
     complaints = []
-    for key, value in flatten(sharding).items():
+    for key, value in flatten({key: value for key, value in sharding.items() if "." not in key}).items():
         if value in ("auto", None, *NO_EFFECT.get(key, ())):
             continue
         section = key.split(".")[0]
-        if key in recipe:
-            wanted, home = recipe[key]
+        if section == "scheduler" and key != section:
+            if key == "scheduler.type" or "type" not in sharding[section]:
+                complaints.append(
+                    f"{key}={json.dumps(value)}: remove the section; the schedule is a warm-up and a cosine "
+                    "(optim.warmup_epochs and optim.min_lr)"
+                )
+            continue
+        wanted, home = recipe.get(key, (None, None))
+        if wanted is not None:
             if value != wanted:
                 complaints.append(
                     f"{key}={json.dumps(value)}, the recipe says {json.dumps(wanted)}: remove it from the file or "
@@ -260,11 +290,6 @@ def _complaints_of_recipe(
         elif key == section and section in sections:
             if value is not False:
                 complaints.append(f"{key}={json.dumps(value)}, where DeepSpeed has a section: remove it")
-        elif section == "scheduler":
-            if "type" not in sharding[section]:
-                complaints.append(
-                    f"{key}={json.dumps(value)}: remove the section; optim.warmup_epochs and optim.min_lr say it"
-                )
         elif section in sections:
             wanted, _ = recipe.get(f"{section}.enabled", (True, None))
             if sharding[section].get("enabled", wanted) is not False and wanted is not False:
@@ -351,7 +376,7 @@ def _explain(found: ErrorDetails, others: Iterable[str]) -> str:
     # Where several keys do not go together, the input is the whole section.
     is_section = isinstance(found["input"], BaseModel | dict)
     value = "" if is_section else f"={json.dumps(found['input'])}"
-    return f"{'.'.join(place)}{value}: {found['msg']}"
+    return f"{'.'.join(place)}{value}: {found['msg'].replace('2, 3 or 3', '2 or 3')}"  # its stages have a last one, too
 
 
 def _known_keys(section: Sequence[str]) -> list[str]:
