@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from golden_fill import golden, golden_images, released_state_dict, stream, unit_variance
+from safetensors.torch import save_file
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
@@ -329,3 +330,24 @@ def test_under_autocast_it_trains_with_float32_weights():
     assert all(logits.dtype == torch.bfloat16 for logits in by_head)
     sum(logits.float().square().sum() for logits in by_head).backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"teachers": ("conv", "swin"), "stems": {"swin": "patch"}},
+        {"teachers": ("conv", "q"), "aligned": False},
+        {"teachers": ()},
+    ],
+)
+@pytest.mark.parametrize("change", [{"num_classes": 9}, {"in_chans": 1}])
+def test_timm_adapts_the_weights_of_any_teachers(kwargs, change, tmp_path):
+    kwargs = {**kwargs, "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    before = timm.create_model("cit_tiny_patch16_224", num_classes=5, **kwargs)
+    save_file(before.state_dict(), tmp_path / "w.safetensors")
+    overlay = {"file": str(tmp_path / "w.safetensors"), "num_classes": 5}
+    kwargs = {"num_classes": 5, **kwargs, **change}
+    model = timm.create_model("cit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, before.blocks[0].attn.qkv.weight)
+    names = dict(model.named_modules())
+    assert all(name in names for key in ("classifier", "first_conv") for name in model.pretrained_cfg[key])

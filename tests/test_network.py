@@ -140,7 +140,7 @@ def tried(name, kwargs=None, *, mode=True, teachers=(), **sizes):
     [
         ("inception_v3", {"mode": True}, r"images \(2, 3, 32, 32\): .*[Kk]ernel size"),
         ("inception_v3", {"mode": False}, r"images \(2, 3, 32, 32\): .*[Kk]ernel size"),
-        ("resnet18", {"batch_size": 1}, r"images \(1, 3, 32, 32\): Expected more than 1 value per channel"),
+        ("resnet18", {"batch_size": 1}, r"images \(1, 3, 32, 32\): ValueError: Expected more than 1 value per channel"),
         ("vgg11", {"image_size": 16}, "it cannot take images"),
         ("mobilenetv5_300m_enc", {"image_size": 256}, r"and not into logits \(2, 5\)"),
     ],
@@ -163,3 +163,31 @@ def test_a_model_that_can_is_let_pass(name, mode):
 def test_a_wrong_argument_of_a_model_is_one_line():
     with pytest.raises(ConfigError, match=r"timm\.create_model\('resnet18'.*depht"):
         build_network("resnet18", {"depht": 3}, num_classes=5, image_size=32)
+
+
+WRONG_ARGUMENTS = [
+    ("cit_tiny_patch16_224", {"act_layer": "geluu"}, "KeyError: 'geluu'"),
+    ("cit_tiny_patch16_224", {"patch_size": 0}, "ZeroDivisionError"),
+    ("cit_tiny_patch16_224", {"embed_dim": 0}, "ZeroDivisionError"),
+    ("cit_tiny_patch16_224", {"drop_path_rate": 2.0}, "drop_path_rate=2.0, which must be from 0 to below 1"),
+    ("cit_tiny_patch16_224", {"pretrained": True}, "the setting weights beside it"),
+    ("rednet26", {"base_width": -16}, "RuntimeError"),
+    ("resnet10t", {"channels": []}, "IndexError"),
+    ("resnet10t", {"pretrained_cfg_overlay": {"mean": [0, 0]}}, "RuntimeError"),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "said"), WRONG_ARGUMENTS)
+def test_arguments_that_a_model_cannot_have_are_one_line(name, kwargs, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        build_network(name, kwargs, num_classes=5, image_size=32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_cannot_take_the_images_leaves_no_stack_in_the_log(caplog, capfd):
+    with torch.device("meta"):
+        network = build_network("vgg11", {}, num_classes=5, image_size=16)
+    with pytest.raises(ConfigError, match="it cannot take images"):
+        try_forward(network, batch_size=2, image_size=16, num_classes=5)
+    assert caplog.text == ""
+    assert "Traceback" not in capfd.readouterr().err

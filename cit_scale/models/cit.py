@@ -291,8 +291,8 @@ class CiT(VisionTransformer):
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Put the class token, learned teachers' tokens and the patches in a row, and add the positions.
 
-        AlignedEmbed has put the teachers' tokens before the patches already. Written anew and not called of timm's: a
-        call of super() is nothing to torch.jit. FIXED_OPTIONS rule out timm's other ways.
+        AlignedEmbed has put the teachers' tokens before the patches already. It does not call timm's own,
+        because torch.jit does not support super(). FIXED_OPTIONS rule out timm's other options.
         """
         assert self.cls_token is not None
         assert self.pos_embed is not None
@@ -403,6 +403,23 @@ def _resample_pos_embed(model: CiT, state_dict: dict[str, Tensor], prefix: str, 
         state_dict[key] = resample_abs_pos_embed(state_dict[key], grid_size, num_prefix_tokens=prefix_tokens)
 
 
+def _layer_names(
+    teachers: Sequence[str] = ("conv", "inv"),
+    aligned: bool = True,
+    stems: Mapping[str, str] | None = None,
+    **_: Any,
+) -> dict[str, tuple[str, ...]]:
+    """Return the names of the classifiers and of the first convolutions, for timm's pretrained_cfg."""
+    first: tuple[str, ...] = ("patch_embed.proj",)
+    if aligned and teachers:
+        kinds = {name: (stems or {}).get(name, name) for name in teachers}
+        first = tuple(
+            f"patch_embed.projections.{name}" if kind == "patch" else f"patch_embed.stems.{name}.conv1"
+            for name, kind in kinds.items()
+        )
+    return {"classifier": ("head", *(f"teacher_heads.{name}" for name in teachers)), "first_conv": first}
+
+
 def _cfg() -> dict[str, Any]:
     """Return timm's pretrained_cfg of a CiT with the default teachers. There are no weights to download."""
     return {
@@ -414,8 +431,7 @@ def _cfg() -> dict[str, Any]:
         "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": ("patch_embed.stems.conv.conv1", "patch_embed.stems.inv.conv1"),
-        "classifier": ("head", "teacher_heads.conv", "teacher_heads.inv"),
+        **_layer_names(),
         "license": "apache-2.0",
     }
 
@@ -424,8 +440,16 @@ default_cfgs = generate_default_cfgs({name: _cfg() for name in SIZES})
 
 
 def _create_cit(name: str, pretrained: bool, **kwargs: Any) -> CiT:
-    features = {"out_indices": 3, "feature_cls": "getter"}
-    return build_model_with_cfg(CiT, name, pretrained, feature_cfg=features, **{**SIZES[name], **kwargs})
+    # timm replaces classifiers and first convolutions by these names, so they are those of this model's teachers.
+    overlay = _layer_names(**kwargs) | dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    return build_model_with_cfg(
+        CiT,
+        name,
+        pretrained,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        pretrained_cfg_overlay=overlay,
+        **{**SIZES[name], **kwargs},
+    )
 
 
 @register_model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import timm
@@ -14,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
 
 import cit_scale.models  # noqa: F401  registers ours with timm
@@ -28,6 +31,9 @@ RUN_OWNS = {
     "img_size": "data.image_size sets it for every network",
     "in_chans": "images have three channels",
     "teachers": "the run's own setting teachers names them",
+    "pretrained": "the setting weights beside it names a file",
+    "checkpoint_path": "the setting weights beside it names a file",
+    "device": "the launcher says which",
 }
 
 
@@ -122,6 +128,10 @@ def build_network(
         raise ConfigError(
             f"the kwargs of {name} set {owned[0]}={kwargs[owned[0]]!r}, but {RUN_OWNS[owned[0]]}; remove it"
         )
+    for key, value in kwargs.items():
+        # timm takes any number; the first step then raises, or computes with a negative probability.
+        if key.startswith("drop") and key.endswith("_rate") and isinstance(value, int | float) and not 0 <= value < 1:
+            raise ConfigError(f"the kwargs of {name} set {key}={value}, which must be from 0 to below 1")
     arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
     if is_cit:
         arguments["teachers"] = teachers
@@ -130,9 +140,19 @@ def build_network(
         arguments["img_size"] = image_size
     try:
         return Network(timm.create_model(name, **arguments))
-    except (TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # of a wrong argument a model's code can raise anything
         call = f"timm.create_model({name!r}, {_spelled(arguments)})"
-        raise ConfigError(f"{call} refuses: {one_line(error, MOST)}") from error
+        raise ConfigError(f"{call} refuses: {type(error).__name__}: {one_line(error, MOST)}") from error
+
+
+UNTRIED = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
+"""What torch raises for a network that computes, but not without values."""
 
 
 def try_forward(network: Network, *, batch_size: int, image_size: int, num_classes: int) -> None:
@@ -143,20 +163,34 @@ def try_forward(network: Network, *, batch_size: int, image_size: int, num_class
     """
     called = f"images ({batch_size}, 3, {image_size}, {image_size})"
     try:
-        with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
+        # Torch logs the stack of what a model raises, beside raising it.
+        with quiet("torch._subclasses.fake_tensor"), FakeTensorMode(), torch.device("cpu"), torch.no_grad():
             images = torch.empty(batch_size, 3, image_size, image_size)
             logits = torch.func.functional_call(network, fake_state(network), (images,))
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+    except UNTRIED:
         return
     except Exception as error:  # whatever a model of timm's raises when an image is too small for it
         way_out = "choose another model or data.image_size" + (", or a larger batch" if batch_size == 1 else "")
-        raise ConfigError(f"it cannot take {called}: {one_line(error, MOST)}; {way_out}") from error
+        raise ConfigError(
+            f"it cannot take {called}: {type(error).__name__}: {one_line(error, MOST)}; {way_out}"
+        ) from error
     for head, tensor in logits._asdict().items():
         if tuple(tensor.shape) != (batch_size, num_classes):
             raise ConfigError(
                 f"it turns {called} into {tuple(tensor.shape)} and not into logits {(batch_size, num_classes)} "
                 f"({head}); choose a model that classifies"
             )
+
+
+@contextlib.contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Switch a logger of the logging module off."""
+    log = logging.getLogger(logger)
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
 
 
 def fake_state(module: nn.Module) -> dict[str, Tensor]:
