@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from cit_scale.config import RunConfig, check_config, check_names, split_batch
+from cit_scale.config import NO_DATA, RunConfig, check_config, check_names, split_batch
 from cit_scale.distributed.ranks import Ranks
 from cit_scale.errors import ConfigError, RunError, exit_code_of
 from cit_scale.recipe import (
@@ -22,13 +22,15 @@ from cit_scale.recipe import (
     OPTIONS,
     Tree,
     build,
+    lay_options,
     lay_over,
-    names_network,
     parse_option,
     read_recipe,
+    recipe_names,
+    recipe_path,
 )
 from cit_scale.run_folder import INSIDE
-from cit_scale.settings import inherit_from_student, to_yaml
+from cit_scale.settings import check_rules, inherit_from_student, to_yaml
 from cit_scale.usage import short_help, whole_help
 
 ASKS_ONLY = {"-h", "--help", "--help-all", "--print_config"}
@@ -66,6 +68,8 @@ def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
             "leave the flag to the launcher"
         )
     check_config(arguments.config)
+    if arguments.config.data.train is None:
+        raise ConfigError(NO_DATA)
     split_batch(arguments.config, ranks.world_size)
     _ = arguments.teacher_run_configs  # refuses what cannot be resolved
     return arguments
@@ -85,7 +89,7 @@ def read_ranks(env: Mapping[str, str]) -> Ranks:
         ranks = Ranks.from_env(env)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if ranks.world_size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+    if ranks.world_size > 1 and not all(env.get(name, "").strip() for name in ("MASTER_ADDR", "MASTER_PORT")):
         raise ConfigError(
             f"there are {ranks.world_size} ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet; "
             "start with deepspeed or torchrun, source slurm/env.sh in a batch script of Slurm's, or set both"
@@ -137,6 +141,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             f"name={config.name!r} lies inside another run's folder, where {min(taken)} is that run's own; give another"
         )
     if options.print_config:
+        check_rules(config)
         _print_and_leave(to_yaml(config))
     return Arguments(config, options.fresh, options.override_resume, options.local_rank)
 
@@ -177,12 +182,12 @@ def _compose(recipes: Sequence[str], settings: Sequence[tuple[str, str]]) -> Run
     """The configuration of some recipes and settings. Later recipes override earlier ones, and settings all recipes."""
     tree: Tree = {}
     for name in recipes:
-        tree = lay_over(tree, read_recipe(name), RunConfig)
-    # First those that drop what belongs to another network: what else is typed is meant for the one that is named.
-    options = [parse_option(name, text) for name, text in settings]
-    for option in sorted(options, key=lambda option: not names_network(option)):
-        tree = lay_over(tree, option, RunConfig)
-    return build(tree, RunConfig)
+        given = read_recipe(name)
+        try:
+            tree = lay_over(tree, given)
+        except ConfigError as error:
+            raise ConfigError(f"{recipe_path(name)}: {error}") from error
+    return build(lay_options(tree, [parse_option(name, text) for name, text in settings]), RunConfig)
 
 
 def load_recipe(name: str) -> RunConfig:
@@ -204,7 +209,8 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
         if teacher.recipe is None:
             raise ConfigError(
                 f"teacher {name} ({teacher.model}) has neither weights nor a recipe; "
-                f"give --teachers.{name}.weights FILE, or --teachers.{name}.recipe NAME to train it first"
+                f"give --teachers.{name}.weights FILE, or --teachers.{name}.recipe NAME to train it first, such as "
+                f"{', '.join(each for each in recipe_names() if 'teacher' in each)}"
             )
         recipe = load_recipe(teacher.recipe)
         if recipe.teachers:

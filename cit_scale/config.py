@@ -35,7 +35,12 @@ PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "ds_configs" / "zero1.json").is_file() else PACKAGE / "checkout"
 """The checkout. Installed from a wheel: the folder in which the build has put what stands beside the package there."""
 
+IS_CHECKOUT = REPOSITORY != PACKAGE / "checkout"
+TRAIN_COMMAND = "deepspeed cit_scale/train.py" if IS_CHECKOUT else "deepspeed --module cit_scale.train"
+
 DS_CONFIGS = REPOSITORY / "ds_configs"
+
+NO_DATA = "data.train is not set; say what to train on with --data.train DIR, or --data.train digits for a trial"
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class StudentConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model."""
 
-    weights: str | None = None
+    weights: str | None = setting(None, may_change=True)
     """Start from these weights: a safetensors or PyTorch state dict, ours or the authors' released one."""
 
 
@@ -76,9 +81,9 @@ class TeacherConfig:
 class DataConfig:
     """Where the images come from."""
 
-    train: str = setting("digits", may_change=True, in_listing=True)
-    """A folder with one sub-folder of images per class, a folder of tar shards, a .csv or .tsv table of paths and
-    labels, an idx file of images, or 'digits' (scikit-learn's handwritten digits)."""
+    train: str | None = setting(None, may_change=True, in_listing=True)
+    """Has to be given: a folder with one sub-folder of images per class, a folder of tar shards, a .csv or .tsv table
+    of paths and labels, an idx file of images, or 'digits' (scikit-learn's handwritten digits)."""
 
     eval: str | None = setting(None, may_change=True)
     """Like `train`, with the same classes. Without it a part of `train` is held out."""
@@ -349,7 +354,7 @@ def check_config(config: RunConfig) -> None:
     if config.optim.warmup_epochs > config.train.epochs:
         raise ConfigError(
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than train.epochs={config.train.epochs}; "
-            "shorten it"
+            f"set optim.warmup_epochs to {config.train.epochs} or less"
         )
     optim, batch = config.optim, config.train.global_batch_size
     lowest = {"min_lr": optim.min_lr} | ({"warmup_lr": optim.warmup_lr} if optim.warmup_epochs else {})

@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -30,7 +30,7 @@ Tree: TypeAlias = dict[str, Any]
 RECIPES = Path(__file__).parent / "recipes"
 
 DEFAULT_RECIPE = "digits"
-"""Of a command line that names none."""
+"""The recipe of a command line without --config."""
 
 _SWITCH = {"action": "store_true"}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -63,9 +63,9 @@ def recipe_path(name: str) -> Path:
         return named
     if given.exists() and not given.is_dir():  # a pipe, too: --config <(command)
         return given
-    raise MissingInputError(
-        f"no recipe is called {name!r} and no such file exists; recipes: {', '.join(recipe_names())}"
-    )
+    near = difflib.get_close_matches(name, [*recipe_names(), *map(str, Path().glob("*.y*ml"))], n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(recipe_names())}"
+    raise MissingInputError(f"no recipe is called {name!r} and no such file exists; {hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class _Loader(yaml.SafeLoader):
     """Loads plain YAML types only: a tag that names a Python object is an error. A date is text, 1e-3 is a number."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float"))]
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":float", ":int"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -84,9 +84,7 @@ class _Loader(yaml.SafeLoader):
         """Raises for a key that a mapping has twice. PyYAML would keep the last one without a warning."""
         seen = set()
         for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":  # "<<", whose keys the mapping may override
-                continue
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:null":
                 raise yaml.constructor.ConstructorError(None, None, "a key has to be a text", key.start_mark)
             if (key.tag, key.value) in seen:
                 raise yaml.constructor.ConstructorError(
@@ -102,6 +100,14 @@ _FLOAT = r"""(?x)
     | \.(nan|NaN|NAN) $"""
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
 
+# Integers of YAML 1.2: in YAML 1.1, 010 is 8 and 1:30 is 90.
+_INT = r"[-+]?(0x[0-9a-fA-F]+|0o[0-7]+|\d[\d_]*)$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INT), list("-+0123456789"))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(node.value, 0 if "x" in node.value or "o" in node.value else 10),
+)
+
 
 class _Blank:
     """Value of a key without a value. YAML reads it as null, but here only a written null removes a setting."""
@@ -114,13 +120,12 @@ _BLANK = _Blank()
 _Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None if node.value else _BLANK)
 
 
-def _without_blanks(value: Any) -> Any:
-    """``value`` with None in place of every blank."""
-    if isinstance(value, dict):
-        return {key: _without_blanks(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_without_blanks(each) for each in value]
-    return None if value is _BLANK else value
+def _blank_place(value: Any, name: str) -> str | None:
+    """Name of the first blank in a value, or None."""
+    if value is _BLANK:
+        return name
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next(filter(None, (_blank_place(each, f"{name}.{key}") for key, each in inner)), None)
 
 
 def _load(text: str, source: str) -> Any:
@@ -132,7 +137,7 @@ def _load(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text.strip() else ""
         raise ConfigError(f"{source}{line}: {one_line(error.problem or error)}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number such as 0b or 1:_
+    except Exception as error:  # of a tag beside a value that it does not fit, each constructor raises its own
         raise ConfigError(f"{source} is not YAML: {one_line(error)}") from error
 
 
@@ -169,19 +174,6 @@ def parse_option(name: str, text: str) -> Tree:
     # Whole sections and free arguments are parsed as YAML. An empty text is kept.
     value = _load(text, f"--{name}") if text and not _is_leaf(kind) else text
     return _check_section({name: value}, RunConfig, "--")
-
-
-def names_network(tree: Tree, of: type = RunConfig) -> bool:
-    """Whether a tree names a network, so that settings beside it may belong to another one (``Facts.drops``)."""
-    for each in fields(of):
-        kind, given = _kind_of(of, each.name), tree.get(each.name)
-        if given is not None and facts_of(each).drops:
-            return True
-        inner = [given] if _is_section(kind) else list((given or {}).values()) if isinstance(kind, _ByName) else []
-        section = kind.of if isinstance(kind, _ByName) else kind
-        if any(names_network(one, section) for one in inner if one):
-            return True
-    return False
 
 
 def _kind_of_setting(name: str) -> Any:
@@ -221,7 +213,7 @@ def _check_section(tree: Any, of: type, source: str, prefix: str = "") -> Tree:
     source: start of every message. prefix: the section's dotted name and a dot; empty for the whole configuration.
     """
     checked: Tree = {}
-    for key, value in _mapping(tree, source, prefix).items():
+    for key, value in _mapping(tree, source, prefix, fields(of)[0].name).items():
         name, *inside = key.split(".")  # "train.epochs: 3" is "train: {epochs: 3}"
         for part in reversed(inside):
             value = {part: value}
@@ -240,16 +232,17 @@ def _check_value(value: Any, kind: Any, source: str, name: str) -> Any:
     takes_text = str in types or typing.get_origin(kind) is Literal
     if value is _BLANK and (isinstance(kind, _ByName) or typing.get_origin(kind) is dict):
         raise ConfigError(f"{source}{name}: nothing stands below it; leave it out, or give null to remove all")
+    blank = None if isinstance(kind, _ByName) else _blank_place(value, name)
+    if blank is not None:
+        raise ConfigError(f"{source}{blank} has no value; leave it out, or write null")
     if value == "" and not takes_text:
         raise ConfigError(f"{source}{name} is empty; give a value or leave it out")
     if isinstance(value, str) and (not takes_text or (value == "null" and type(None) in types)):
         value = _load(value, f"{source}{name}")
-    if not isinstance(kind, _ByName):
-        value = _without_blanks(value)
     if value is None:  # removes an entry, or sets a setting to null: lay_over and check_values know which
         return None
     if isinstance(kind, _ByName):
-        sections = _mapping(value, source, f"{name}.").items()
+        sections = _mapping(value, source, f"{name}.", f"NAME.{fields(kind.of)[0].name}").items()
         return {
             key: None if each is None else _check_section(each, kind.of, source, f"{name}.{key}.")
             for key, each in sections
@@ -268,17 +261,14 @@ def _check_value(value: Any, kind: Any, source: str, name: str) -> Any:
         raise ConfigError(f"{source}{name}={value!r:.80} {wrong[0].lower()}{wrong[1:]}") from error
 
 
-def _mapping(tree: Any, source: str, prefix: str) -> dict[str, Any]:
-    """Return ``tree`` if it is a mapping from texts. Raises ConfigError."""
+def _mapping(tree: Any, source: str, prefix: str, example: str) -> dict[str, Any]:
+    """Return ``tree`` if it is a mapping from texts. Raises ConfigError. example: a setting that may stand in it."""
     if not isinstance(tree, dict):
-        held = (
-            "nothing stands below it"
-            if tree is _BLANK
-            else "it is null"
-            if tree is None
-            else f"it is given as {tree!r:.60}"
+        held = "has nothing below it" if tree is _BLANK else "is null" if tree is None else f"is given as {tree!r:.60}"
+        raise ConfigError(
+            f"{source}{prefix[:-1]} {held}, but it is a section; set what stands in it, such as {prefix}{example}, or "
+            "leave it out"
         )
-        raise ConfigError(f"{source}{prefix[:-1]} is a section of settings, but {held}; leave it out or give some")
     for key in tree:
         if not isinstance(key, str):
             raise ConfigError(
@@ -307,13 +297,28 @@ def _unknown(key: str, value: Any, of: type, prefix: str) -> str:
     last = full.rsplit(".", 1)[-1]
     near = (
         [name for name in known if name.rsplit(".", 1)[-1] == last and "." not in full]
+        or [name for name in [_corrected(full)] if name]
         or difflib.get_close_matches(full, {*beside, *known}, n=1, cutoff=0.75)
         or [name for name in known if name.rsplit(".", 1)[-1] == last]
         or [f"{prefix}{name}" for name in difflib.get_close_matches(key, [each.name for each in fields(of)], n=1)]
+        or [name for name in known if last in name.rsplit(".", 1)[-1] and len(last) > 3]
         or [name for name in known if difflib.get_close_matches(name.rsplit(".", 1)[-1], [last], cutoff=0.75)]
     )
     hint = f"did you mean {' or '.join(near)}?" if near else "see --help-all"
     return f"{full}: there is no such setting; {hint}"
+
+
+def _corrected(full: str) -> str | None:
+    """A dotted name with each misspelt part replaced by the nearest one; None where none is near."""
+    kind, corrected = cast(Any, RunConfig), list[str]()
+    for part in full.split("."):
+        known = [each.name for each in fields(kind)] if _is_section(kind) else [part]
+        near = [part] if part in known else difflib.get_close_matches(part, known, n=1, cutoff=0.75)
+        if not near:
+            return None
+        corrected += near
+        kind = _kind_of(kind, near[0])
+    return ".".join(corrected)
 
 
 def _first_path(value: Any) -> list[str]:
@@ -328,22 +333,49 @@ def _first_path(value: Any) -> list[str]:
 # From trees to a configuration
 
 
-def lay_over(earlier: Tree, later: Tree, of: type, prefix: str = "") -> Tree:
-    """Merge two trees. Returns ``earlier``, overridden by ``later``.
+def lay_over(earlier: Tree, later: Tree) -> Tree:
+    """Merge two trees of a run's settings. Returns ``earlier``, overridden by ``later``.
 
     Dictionaries are merged key by key, at any depth, and null removes a key, or all of them. Where ``later`` names
-    another network, the settings that belong to the earlier network are dropped (``Facts.drops``). Raises ConfigError
-    if a section to remove does not exist, and for an empty dictionary over a full one, which is ambiguous.
+    another network, the settings that belong to the earlier network are dropped. Raises ConfigError if a section to
+    remove does not exist, and for an empty dictionary over a full one, which is ambiguous.
     """
-    merged = dict(earlier)
+    return _merge(_without_dropped(earlier, later, RunConfig), later, RunConfig)
+
+
+def lay_options(tree: Tree, options: Sequence[Tree]) -> Tree:
+    """Merge options, in the order in which they were typed, into the tree of the recipes.
+
+    As ``lay_over``, but options drop settings of recipes only: what is typed is meant for the network that is typed.
+    """
+    tree = _without_dropped(tree, functools.reduce(_lay_free, options, {}), RunConfig)
+    return functools.reduce(lambda merged, option: _merge(merged, option, RunConfig), options, tree)
+
+
+def _without_dropped(earlier: Tree, later: Tree, of: type) -> Tree:
+    """``earlier`` without the settings that belong to networks for which ``later`` names others (``Facts.drops``)."""
+    kept = dict(earlier)
     for each in fields(of):
-        if each.name in earlier and later.get(each.name, earlier[each.name]) != earlier[each.name]:
+        before, after, kind = earlier.get(each.name), later.get(each.name), _kind_of(of, each.name)
+        if before is None or after is None:
+            continue
+        if _is_section(kind):
+            kept[each.name] = _without_dropped(before, after, kind)
+        elif isinstance(kind, _ByName):
+            kept[each.name] = {key: _without_dropped(one, after.get(key) or {}, kind.of) for key, one in before.items()}
+        elif after != before:
             for dropped in facts_of(each).drops:
-                merged.pop(dropped, None)
+                kept.pop(dropped, None)
+    return kept
+
+
+def _merge(earlier: Tree, later: Tree, of: type, prefix: str = "") -> Tree:
+    """``lay_over`` for one section, without dropping."""
+    merged = dict(earlier)
     for key, value in later.items():
         kind, name, before = _kind_of(of, key), f"{prefix}{key}", merged.get(key) or {}
         if _is_section(kind):
-            merged[key] = lay_over(before, value, kind, f"{name}.")
+            merged[key] = _merge(before, value, kind, f"{name}.")
         elif _is_leaf(kind):
             merged[key] = value
         elif value is None:
@@ -353,19 +385,19 @@ def lay_over(earlier: Tree, later: Tree, of: type, prefix: str = "") -> Tree:
                 f"{name}={{}} adds nothing to {', '.join(before)}; leave it out, or give null to remove all"
             )
         elif isinstance(kind, _ByName):
-            merged[key] = _lay_sections(before, value, kind.of, f"{name}.")
+            merged[key] = _merge_sections(before, value, kind.of, f"{name}.")
         else:
             merged[key] = _lay_free(before, value)
     return merged
 
 
-def _lay_sections(
+def _merge_sections(
     earlier: Mapping[str, Tree], later: Mapping[str, Tree | None], of: type, prefix: str
 ) -> dict[str, Tree]:
     merged = dict(earlier)
     for key, value in later.items():
         if value is not None:
-            merged[key] = lay_over(earlier.get(key, {}), value, of, f"{prefix}{key}.")
+            merged[key] = _merge(merged.get(key, {}), value, of, f"{prefix}{key}.")
         elif merged.pop(key, None) is None:
             raise ConfigError(
                 f"{prefix}{key}=null, but there is none to remove; there are: {', '.join(earlier) or 'none'}"

@@ -84,8 +84,8 @@ def setting(
     in_listing: bool = False,
     drops: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field with a default, or MISSING, and its ``Facts``. A plain default is a setting of which nothing is
-    known."""
+    """A dataclass field with a default, or MISSING, and its ``Facts``. A plain default is one without
+    facts."""
     facts = Facts(tuple(rules), may_change, for_teachers, in_listing, tuple(drops))
     return field(default=default, metadata={FACTS: facts})
 

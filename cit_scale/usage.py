@@ -10,21 +10,22 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from cit_scale.config import RunConfig
+from cit_scale.config import TRAIN_COMMAND, RunConfig
 from cit_scale.recipe import DEFAULT_RECIPE, recipe_names
 from cit_scale.settings import SECTIONS
 
 # Printing this imports no slow library.
 HELP = """\
-deepspeed cit_scale/train.py --name pets --data.train photos    all GPUs of this machine, or the CPU
-cit-scale train --config mine.yaml --train.epochs 100           one process alone
+{command} --name pets --data.train photos    all GPUs of this machine, or the CPU
+cit-scale train --config digits --config mine.yaml    one process alone
 
 Train a co-advised vision transformer, or any timm model alone. The same command goes on where it
 was stopped.
 
 what to train
   --config RECIPE          by name, or a YAML file; {default} without it; repeatable, and later ones
-                           override earlier ones
+                           override earlier ones. One alone stands over the paper's numbers, without
+                           teachers: give --config {default} --config mine.yaml for those of {default}
   --name NAME              of the run; its folder is RUNS_DIR/NAME
   --runs_dir DIR           where the folders of runs stand
   --data.train WHERE       class folders, tar shards, a table (.csv, .tsv), an idx file, or digits
@@ -56,7 +57,7 @@ WIDTH = 100
 def short_help() -> str:
     """The text of ``--help``."""
     recipes = textwrap.fill(", ".join(recipe_names()), width=90, subsequent_indent=" " * 9)
-    return HELP.format(recipes=recipes, default=DEFAULT_RECIPE)
+    return HELP.format(recipes=recipes, default=DEFAULT_RECIPE, command=TRAIN_COMMAND)
 
 
 def whole_help() -> str:
@@ -75,7 +76,7 @@ def _settings(of: type, prefix: str) -> Iterator[str]:
         if SECTIONS in each.metadata:
             inner.append((each.metadata[SECTIONS], f"{prefix}{each.name}.NAME."))
         default = each.default if each.default_factory is MISSING else each.default_factory()
-        told = "has to be given" if default is MISSING else f"default: {_spelled(default)}"
+        told = "has to be given" if default is MISSING else f"default: {_as_yaml(default)}"
         yield f"  --{prefix}{each.name} {_type_name(types[each.name], each.metadata)}\n"
         text = f"{meanings.get(each.name, '')} ({told})".strip()
         yield (
@@ -102,7 +103,7 @@ def _meanings(of: type) -> dict[str, str]:
 
 
 def _type_name(of: Any, metadata: Any) -> str:
-    """A type as somebody reads it who writes YAML."""
+    """Name of a type in the notation of recipes."""
     arguments = [_type_name(each, {}) for each in typing.get_args(of)]
     if SECTIONS in metadata:
         return "{NAME: {...}}"
@@ -115,7 +116,7 @@ def _type_name(of: Any, metadata: Any) -> str:
     return "null" if of is type(None) else str(getattr(of, "__name__", of))
 
 
-def _spelled(default: Any) -> str:
+def _as_yaml(default: Any) -> str:
     """A default as a recipe has it."""
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]

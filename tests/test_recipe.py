@@ -22,7 +22,7 @@ def tree(text):
 def laid(*texts):
     merged = {}
     for text in texts:
-        merged = lay_over(merged, tree(text), RunConfig)
+        merged = lay_over(merged, tree(text))
     return build(merged, RunConfig)
 
 
@@ -42,13 +42,13 @@ def laid(*texts):
         ("train:\n  epochs: 3\n  keep_last: 1\n  epochs: 4\n", "mine.yaml, line 4: the key 'epochs' stands twice"),
         ("student: {kwargs: {depth: 1, depth: 2}}", "the key 'depth' stands twice"),
         ("train: {epochs: 3}\ntrain.epochs: 4\n", "mine.yaml: train.epochs is given twice"),
-        ("engine:\nname: x\n", "mine.yaml: engine is a section of settings, but nothing stands below it"),
-        ("engine: 1", "mine.yaml: engine is a section of settings, but it is given as 1"),
-        ("engine: [zero]", r"mine.yaml: engine is a section of settings, but it is given as \['zero'\]"),
-        ("teachers: {conv: 3}", "mine.yaml: teachers.conv is a section of settings, but it is given as 3"),
-        ("teachers: 0", "mine.yaml: teachers is a section of settings, but it is given as 0"),
-        ("teachers: {conv: ''}", "mine.yaml: teachers.conv is a section of settings, but it is given as ''"),
-        ("teachers: conv", "mine.yaml: teachers is a section of settings, but it is given as 'conv'"),
+        ("engine:\nname: x\n", "mine.yaml: engine has nothing below it, but it is a section"),
+        ("engine: 1", "mine.yaml: engine is given as 1, but it is a section"),
+        ("engine: [zero]", r"mine.yaml: engine is given as \['zero'\], but it is a section"),
+        ("teachers: {conv: 3}", "mine.yaml: teachers.conv is given as 3, but it is a section"),
+        ("teachers: 0", "mine.yaml: teachers is given as 0, but it is a section"),
+        ("teachers: {conv: ''}", "mine.yaml: teachers.conv is given as '', but it is a section"),
+        ("teachers: conv", "mine.yaml: teachers is given as 'conv', but it is a section"),
         ("teachers: {1: {model: a}}", "mine.yaml: teachers.1: YAML takes this key for a int; write it in quotes"),
         ("teachers: {on: {model: a}}", "mine.yaml: teachers.True: YAML takes this key for a bool"),
         ("name: 12", "mine.yaml: name=12 should be a text; write it in quotes"),
@@ -65,8 +65,8 @@ def laid(*texts):
         ("student: &s {kwargs: *s}", "mine.yaml is not YAML: Circular"),
         ("teachers:\n# conv: {}\nseed: 3", "mine.yaml: teachers: nothing stands below it"),
         ("student:\n  kwargs:\n", "mine.yaml: student.kwargs: nothing stands below it"),
-        ("teachers: {conv: }", "mine.yaml: teachers.conv is a section of settings, but nothing stands below it"),
-        ("student: null", "mine.yaml: student is a section of settings, but it is null"),
+        ("teachers: {conv: }", "mine.yaml: teachers.conv has nothing below it, but it is a section"),
+        ("student: null", "mine.yaml: student is null, but it is a section"),
         ("fresh: true", "mine.yaml: fresh: this is an option of the command line, not a setting"),
         ("override-resume: true", "mine.yaml: override-resume: this is an option of the command line"),
         ("config: digits", "mine.yaml: config: this is an option of the command line"),
@@ -75,6 +75,12 @@ def laid(*texts):
         ("crop_ratio: 1", r"did you mean data\.crop_ratio or augment\.crop_ratio\?"),
         ("teachers: {conv: {weigths: a}}", r"teachers\.conv\.weigths: .*; did you mean teachers\.conv\.weights\?"),
         ("dta: {image_size: 3}", r"dta\.image_size: there is no such setting; did you mean data\.image_size\?"),
+        ("engine: {compile: !!bool maybe}", "mine.yaml is not YAML: "),
+        ("student: !!map [1]", "mine.yaml"),
+        ("a: &a {seed: 1}\nb: &b {seed: 2}\ntrain:\n  <<: *a\n  <<: *b", "line 5: the key '<<' stands twice"),
+        ("? \n: 1", "line 1: a key has to be a text"),
+        ("optim:\n  ema_decay:\n", r"mine.yaml: optim\.ema_decay has no value; leave it out, or write null"),
+        ("student: {kwargs: {a: {b: [1, ]}, c: }}", r"student\.kwargs\.c has no value"),
         ("zzzzz: 3", "zzzzz: there is no such setting; see --help-all"),
     ],
 )
@@ -227,10 +233,24 @@ def test_another_network_on_the_command_line_drops_the_recipe_s_arguments_and_ke
     assert both.teachers["conv"] == TeacherConfig("x", weights="a.pth")
 
 
+def test_options_are_laid_over_one_another_in_the_order_in_which_they_are_typed():
+    conv = TeacherConfig("x", weights="f")
+    assert parse("--teachers=null", "--teachers.conv={model: x, weights: f}").teachers == {"conv": conv}
+    assert parse("--teachers=null", "--teachers.conv.model=x", "--teachers.conv.weights=f").teachers == {"conv": conv}
+    assert parse("--teachers.conv=null", "--teachers.conv={model: x, weights: f}").teachers["conv"] == conv
+    assert list(parse("--teachers.conv={model: x, weights: f}", "--teachers=null").teachers) == []
+    typed = parse("--student.kwargs=null", "--student={name: x, kwargs: {depth: 1}}")
+    assert typed.student == StudentConfig("x", {"depth": 1})
+    assert parse("--student.name=x", f"--student.name={parse().student.name}").student == parse().student
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
         ("seed", "0x10", 16),
+        ("seed", "0o17", 15),
+        ("seed", "010", 10),
+        ("seed", "1_000", 1000),
         ("optim.lr", "1e-3", 0.001),
         ("engine.compile", "yes", True),
         ("name", "12", "12"),
@@ -259,10 +279,14 @@ def test_a_typed_text_has_the_type_of_its_setting(name, text, value):
         (["--student.kwargs="], "--student.kwargs is empty; give a value or leave it out"),
         (["--seed=x"], "--seed='x' should be a valid integer"),
         (["--dta.image_size=3"], "--dta.image_size: there is no such setting; did you mean data.image_size?"),
-        (["--engine", "1"], "--engine is a section of settings, but it is given as 1"),
+        (["--engine", "1"], "--engine is given as 1, but it is a section"),
         (["--student.kwargs.a", "["], "--student.kwargs.a: "),
         (["--seed", "--name", "x"], "--seed: expected one argument"),
         (["--nosuch"], "--nosuch: there is no such setting"),
+        (["--teacher.conv.weights=x"], "did you mean teachers.conv.weights?"),
+        (["--studnt.kwargs.depth=3"], "did you mean student.kwargs.depth?"),
+        (["--batch_size=3"], "did you mean optim.lr_batch_size or train.global_batch_size or train.micro_batch_size?"),
+        (["--seed=1:30"], "--seed='1:30' should be a valid integer"),
         (["--train.epoch", "--fresh"], "--train.epoch: there is no such setting; did you mean train.epochs?"),
         (["--train.epochs"], "--train.epochs: expected one argument"),
         (["seed=3"], "unrecognized argument 'seed=3'; settings are given as --NAME VALUE"),

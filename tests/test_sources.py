@@ -48,7 +48,7 @@ def keys(source):
 @pytest.fixture
 def data(tmp_path):
     """Options whose caches go to a folder of the test's own."""
-    return DataConfig(cache_dir=str(tmp_path / "cache"))
+    return DataConfig(train="digits", cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -73,10 +73,13 @@ def test_a_variable_that_is_no_number_is_named(name):
 
 def test_a_port_that_is_none_is_named():
     env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}
-    for port in ("x", "0", "65536", "", "-1"):
+    for port in ("x", "0", "65536", "-1"):
         with pytest.raises(ConfigError, match=f"MASTER_PORT='{port}' in the environment is not a port"):
             read_ranks(env | {"MASTER_PORT": port})
     assert read_ranks(env | {"MASTER_PORT": "29500"}).world_size == 2
+    for empty in ({"MASTER_PORT": ""}, {"MASTER_PORT": "29500", "MASTER_ADDR": " "}):
+        with pytest.raises(ConfigError, match="do not say where they meet"):
+            read_ranks(env | empty)
 
 
 def test_a_rank_beyond_the_world_is_refused():

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from cit_scale.config import DataConfig
+from cit_scale.config import NO_DATA, DataConfig
 from cit_scale.data.order import permutation
 from cit_scale.datasets.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
 from cit_scale.datasets.idx import labels_beside, read_idx
@@ -143,6 +143,8 @@ def open_sources(data: DataConfig) -> tuple[Source, Source]:
 
     Raises ConfigError, or its subclass MissingInputError for a path that does not exist.
     """
+    if data.train is None:
+        raise ConfigError(NO_DATA)
     if data.eval is None and not 0 < data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is not between 0 and 1; use 0.2, or set data.eval to a folder")
     cache_dir = Path(data.cache_dir).expanduser()
