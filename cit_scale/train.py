@@ -285,12 +285,20 @@ def train(
         )
         split = prepared.batch_split
         start_of_run = f"continues after step {step}" if step else f"starts in {run_dir}"
-        cut = f"{world.world_size} ranks x {split.micro_steps} micro-steps x {split.micro_batch_size} images"
-        log.say(f"{start_of_run}; an update is {cut}")
+        ranks, micro_steps = _counted(world.world_size, "rank"), _counted(split.micro_steps, "micro-step")
+        log.say(f"{start_of_run}; an update is {ranks} x {micro_steps} x {split.micro_batch_size} images")
+        log.say(
+            f"trains {config.student.name} on {_counted(len(prepared.train_set), 'image')} of {config.data.train} "
+            f"in {prepared.num_classes} classes, advised by {' and '.join(config.teachers) or 'no teacher'}"
+        )
         for change in loaded.overridden:
             log.say(f"continues although this changed: {change}")
         training_loop(session)
         return finish(session, teachers)
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def load(
@@ -380,12 +388,16 @@ def find_weights(run_dir: Path, finished: Mapping[str, Any]) -> dict[str, str]:
     """On rank 0. Return the weight files of a finished run, copied from its last checkpoint if they are missing.
     Raises MissingInputError.
     """
-    there = {name: file for name, file in EXPORTS.items() if (run_dir / file).exists()}
-    files = there or export_weights(run_dir, finished["steps"])
-    if not files:
+    files = {name: EXPORTS[name] for name in finished.get("accuracy", {}) if name in EXPORTS} or {
+        "student": EXPORTS["student"]
+    }
+    if not all((run_dir / file).exists() for file in files.values()):
+        export_weights(run_dir, finished["steps"])
+    missing = [file for file in files.values() if not (run_dir / file).exists()]
+    if missing:
         raise MissingInputError(
-            f"{run_dir} is finished, but cannot be evaluated again, because {EXPORTS['student']} is missing; bring it "
-            "back, or start over with --fresh"
+            f"{run_dir} is finished, but cannot be evaluated again, because {' and '.join(missing)} are gone; "
+            "bring them back, or start over with --fresh"
         )
     return files
 

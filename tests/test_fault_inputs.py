@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sabotage
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import (
     CLASSES,
     LAYOUTS,
@@ -24,6 +24,8 @@ from tiny_run import (
     write_idx,
     write_teacher,
 )
+
+from cit_scale.models.network import build_network
 
 pytestmark = pytest.mark.fault
 
@@ -76,7 +78,7 @@ TEACHERS = {
         2,
         ["have 7 classes, the data set has 3"],
     ),
-    "damaged": (damaged, 2, ["cannot be read"]),
+    "damaged": (damaged, 3, ["cannot be read"]),
 }
 
 
@@ -153,6 +155,26 @@ def test_a_finished_run_does_not_answer_for_another_teacher(stopped):
     assert_refused(stopped.run(), 7, "holds a run of other files (teacher conv: ", "--name", "--fresh")
 
 
+def test_a_run_does_not_answer_for_another_start_of_its_student(stopped, tmp_path):
+    def begin(seed):
+        torch.manual_seed(seed)
+        kwargs = RECIPE["student"]["kwargs"]
+        student = build_network(
+            RECIPE["student"]["name"], kwargs, num_classes=CLASSES, image_size=16, teachers=("conv",)
+        )
+        save_file(student.model.state_dict(), tmp_path / "start.safetensors")
+
+    begin(1)
+    run = dataclasses.replace(
+        stopped, runs_dir=tmp_path / "new", more=(f"--student.weights={tmp_path}/start.safetensors",)
+    )
+    run.finish()
+    shutil.copy(tmp_path / "start.safetensors", tmp_path / "moved.safetensors")
+    dataclasses.replace(run, more=(f"--student.weights={tmp_path}/moved.safetensors",)).finish()
+    begin(2)
+    assert_refused(run.run(), 7, "holds a run of other files (the student's first weights: ", "--name", "--fresh")
+
+
 def test_what_is_said_of_a_teachers_weights_is_said_by_one_rank(stopped, tmp_path):
     state = load_file(stopped.inputs / "conv.safetensors")
     torch.save({"model_ema": state, "model": state}, tmp_path / "conv.pth")
@@ -168,7 +190,7 @@ def more_eval_images(run):
     write_idx(run.inputs / "eval", pixels, np.arange(15) % CLASSES)
 
 
-def test_a_finished_run_is_evaluated_anew_on_other_evaluation_data(stopped, tmp_path):
+def test_a_finished_run_is_evaluated_again_on_other_evaluation_data(stopped, tmp_path):
     stopped.finish()
     before = json.loads((stopped.run_dir / "results.json").read_text())
     more_eval_images(stopped)
@@ -196,10 +218,21 @@ def test_a_finished_run_without_its_weights_takes_them_from_its_last_checkpoint_
     for file in ("student.safetensors", "student_ema.safetensors"):
         (stopped.run_dir / file).unlink()
     shutil.move(stopped.run_dir / "ckpt", stopped.run_dir / "elsewhere")
-    assert_refused(stopped.run(), 3, "evaluated again, because student.safetensors is missing", "--fresh")
+    assert_refused(stopped.run(), 3, "because student.safetensors and student_ema.safetensors are gone", "--fresh")
     assert (stopped.run_dir / "results.json").read_text() == before
     shutil.move(stopped.run_dir / "elsewhere", stopped.run_dir / "ckpt")
     stopped.finish()
+    found = json.loads((stopped.run_dir / "results.json").read_text())
+    assert set(found["accuracy"]) == {"student", "student ema"}
+
+
+def test_a_finished_run_without_one_of_its_networks_takes_it_from_its_last_checkpoint(stopped):
+    stopped.finish()
+    more_eval_images(stopped)
+    (stopped.run_dir / "student_ema.safetensors").unlink()
+    stopped.finish()
+    found = json.loads((stopped.run_dir / "results.json").read_text())
+    assert set(found["accuracy"]) == {"student", "student ema"}
     assert json.loads((stopped.run_dir / "results.json").read_text())["eval_images"] == 15
 
 

@@ -86,6 +86,7 @@ def test_a_student_starts_from_the_weights_that_the_recipe_names(prepared, tmp_p
 def test_a_precision_without_instructions_is_said_with_the_way_out(has_it, monkeypatch):
     names = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**dict.fromkeys(names, lambda: has_it)))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     cpu = torch.device("cpu")
@@ -118,4 +119,4 @@ def test_what_is_said_of_weights_and_precision_is_printed_once(prepared, tiny_di
 def test_the_instructions_of_this_cpu_are_asked_for():
     flags = Path("/proc/cpuinfo").read_text().split()
     assert setup._has_bf16() == bool({"avx512_bf16", "amx_bf16"} & set(flags))
-    assert isinstance(torch.ops.mkldnn._is_mkldnn_fp16_supported(), bool)
+    assert setup._has_fp16() == bool({"avx512_fp16", "amx_fp16"} & set(flags))

@@ -1,4 +1,4 @@
-"""Fingerprints of a run's inputs, the data and the teachers' files. Paths may change between starts, bytes may not."""
+"""Fingerprints of a run's inputs, the data and the files of weights. Paths may change between starts, bytes may not."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ EVALUATION_DATA = "evaluation data"
 
 
 def fingerprints(prepared: PreparedRun, teacher_hashes: Mapping[str, str]) -> dict[str, str]:
-    """Fingerprints of data and teachers, by name. teacher_hashes: SHA-256 of the teachers' files."""
-    data = {"data": prepared.train_set.fingerprint, EVALUATION_DATA: prepared.eval_set.fingerprint}
-    return data | {f"teacher {name}": sha256 for name, sha256 in teacher_hashes.items()}
+    """Fingerprints of data and weights, by name. teacher_hashes: SHA-256 of the teachers' files."""
+    found = {"data": prepared.train_set.fingerprint, EVALUATION_DATA: prepared.eval_set.fingerprint}
+    start = prepared.config.student.weights
+    if start is not None:
+        found["the student's first weights"] = file_sha256(Path(start).expanduser())
+    return found | {f"teacher {name}": sha256 for name, sha256 in teacher_hashes.items()}
 
 
 def hash_teachers(teachers: Mapping[str, TeacherConfig]) -> dict[str, str]:

@@ -165,7 +165,7 @@ def check_all_settings(
     """Check all that needs neither data nor networks. Returns the engine setups, by teacher, and under STUDENT."""
     setups = {STUDENT: check_settings(config, world, same_run=same_run)}
     for name, teacher_config in teacher_run_configs.items():
-        with naming(f"teacher {name}"):
+        with naming(f"teacher {name}, recipe {config.teachers[name].recipe}"):
             setups[name] = check_settings(teacher_config, world, same_run=same_run)
     return setups
 
@@ -213,16 +213,12 @@ def slow_precisions(config: RunConfig, device: torch.device) -> list[str]:
     given = {"engine.precision": config.engine.precision}
     if config.teachers:
         given["distill.teacher_precision"] = config.distill.teacher_precision
-    supported = {
-        "float32": True,
-        "bf16": _has_bf16(),
-        "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    }
+    supported = {"float32": lambda: True, "bf16": _has_bf16, "fp16": _has_fp16}
     return [
         f"{setting}={precision} is slower than float32 here, maybe many times: this CPU has no instructions for it; "
         f"set {setting}=float32"
         for setting, precision in given.items()
-        if not supported[precision]
+        if not supported[precision]()
     ]
 
 
@@ -230,7 +226,11 @@ def _has_bf16() -> bool:
     """Whether the CPU has instructions for bf16. On x86, oneDNN's own answer is yes for every CPU with AVX-512."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _has_fp16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def check_networks(prepared: PreparedRun, setting: str = "student.name") -> list[str]:
