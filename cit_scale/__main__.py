@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from cit_scale import cli, text
+from cit_scale.config import TRAIN_COMMAND
 
 
 class Verb(NamedTuple):
@@ -43,7 +45,7 @@ advise one plain ViT student.
 {rows}
 
 cit-scale VERB --help says more. Training on several GPUs is started by a
-launcher: deepspeed cit_scale/train.py
+launcher: {TRAIN_COMMAND}
 """
 
 
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(usage(), end="")
+        return 0
+    if name == "--version":
+        print(importlib.metadata.version("cit-scale"))
         return 0
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1)

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "installed package has them.",
         examples=(
             "cit-scale where",
-            "python $(cit-scale where)/launchers/submit.py --nodes 8 --config cit_base",
+            "python $(cit-scale where)/launchers/submit.py --nodes 8 --config cit_base --data.train DIR",
             "sbatch $(cit-scale where)/slurm/cit_base.sh --data.train DIR",
         ),
     )

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from cit_scale.config import PACKAGE, REPOSITORY, RunConfig
+from cit_scale.config import IS_CHECKOUT, RunConfig
 from cit_scale.errors import ConfigError, one_line
 from cit_scale.recipe import OPTIONS
 from cit_scale.text import ExampleParser
@@ -23,7 +23,7 @@ def cluster_file(env: Mapping[str, str]) -> Path:
     """Where the cluster's options are read: beside this script in a checkout. For an installed package in the user's
     folder for configuration, because installing it anew replaces what stands beside this script.
     """
-    if REPOSITORY.parent != PACKAGE:
+    if IS_CHECKOUT:
         return Path(__file__).with_name("cluster.yaml")
     return Path(env.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "cit_scale" / "cluster.yaml"
 
@@ -65,8 +65,8 @@ NOT_IN_FILE = {"sweep", "dry_run"}
 
 EXAMPLES = (
     "python launchers/submit.py --nodes 8 --partition gpu --config cit_base --data.train /data/imagenet/train",
-    "python launchers/submit.py --nodes 8 --config cit_base --dry-run",
-    "python launchers/submit.py --config cit_small --sweep lr=0.001,0.002 --sweep seed=0,1",
+    "python launchers/submit.py --nodes 2 --dry-run",
+    "python launchers/submit.py --config cit_small --data.train DIR --sweep lr=0.001,0.002 --sweep seed=0,1",
 )
 DESCRIPTION = """\
 Queue a training run with Slurm, after everything that could fail has been
@@ -89,7 +89,7 @@ The command line overrides the file; its --setup replaces the file's list:
     setup:
       - module load cuda
 
-The arguments of train.py are listed by: python cit_scale/train.py --help
+The arguments of train.py are listed by: python -m cit_scale.train --help
 """
 
 

@@ -20,8 +20,11 @@
 # USR2@300: Slurm sends SIGUSR2 to the ranks 300 s before the time limit; the run then saves and is queued again.
 # No --time: the limit of the partition applies. USR2 and not USR1, which some plugins of NCCL catch.
 
-export CIT_SCALE=${CIT_SCALE:-$SLURM_SUBMIT_DIR}
-[[ -e $CIT_SCALE/slurm/env.sh ]] || CIT_SCALE=$("${CIT_PYTHON:-python}" -P -m cit_scale where) # an installed package
+if [[ -z ${CIT_SCALE:-} ]]; then
+  CIT_SCALE=$SLURM_SUBMIT_DIR
+  [[ -e $CIT_SCALE/slurm/env.sh ]] || CIT_SCALE=$("${CIT_PYTHON:-python}" -P -m cit_scale where) # an installed package
+fi
+export CIT_SCALE
 set -- --config cit_small "$@"
 source "$CIT_SCALE/slurm/env.sh" || { echo "error: run sbatch in the checkout, set CIT_SCALE to it, or install the package" >&2; exit 2; }
 # -P: the package is that of $CIT_SCALE, whatever the folder of submission holds.

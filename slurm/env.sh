@@ -3,6 +3,11 @@
 # where they meet, and queues the job again at its end if that is right. srun and the ranks read everything from the
 # environment, so the line that starts them is a bare "srun python -P -m cit_scale.train".
 
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  echo "error: this is a batch script; queue it with sbatch" >&2
+  exit 2
+fi
+
 # Use fewer nodes than Slurm allotted if the global batch is not a multiple of all of them (--min-nodes of submit.py).
 # CIT_NODE_COUNTS lists the possible counts, largest first.
 nodes=$SLURM_JOB_NUM_NODES

@@ -2,7 +2,10 @@
 
 import ast
 import graphlib
+import importlib.metadata
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,7 +40,7 @@ WALLS = {
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
     "run run_folder settings teachers text",
     "where": "config text",
-    "__main__": "cli text",
+    "__main__": "cli config text",
     "job": "distributed errors text train",
     "bench": "checkpoint config data datasets distributed engines errors files models run teachers",
 }
@@ -187,6 +190,25 @@ def test_each_large_library_has_one_door():
         if imported.split(".")[0] == library and name not in doors
     ]
     assert not strays, "\n".join(strays)
+
+
+def test_every_library_that_is_imported_is_a_dependency():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w.-]", each)[0].lower() for each in project["dependencies"]}
+    imported = {
+        each.split(".")[0]
+        for path in {**modules(), **launchers()}.values()
+        for _, each in imports(path)
+        if each.split(".")[0] not in {*sys.stdlib_module_names, "cit_scale", "launchers"}
+    }
+    distributions = importlib.metadata.packages_distributions()
+    missing = {
+        library
+        for library in imported
+        if not {re.sub(r"[-_.]+", "-", each).lower() for each in distributions.get(library, [library])} & declared
+    }
+    # With torch, where there is a GPU; with pydantic; for type checkers alone.
+    assert missing - {"triton", "pydantic_core", "_typeshed"} == set()
 
 
 def test_only_one_file_of_the_launchers_runs_slurms_commands():
