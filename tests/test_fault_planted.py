@@ -117,7 +117,7 @@ def test_in_weights_it_is_refused(where, kind, tiny_run, mark, tmp_path):
             torch.save({"meta": Planted(mark), "state_dict": {"backbone.x": torch.ones(1)}}, path)
     run = dataclasses.replace(tiny_run, layout="plain")
     option = "--teachers.conv.weights" if where == "teacher" else "--student.weights"
-    ended = run_and_look(run, mark, option, str(path), code=2 if kind == "safetensors" else 7)
+    ended = run_and_look(run, mark, option, str(path), code=3 if kind == "safetensors" else 7)
     assert str(path) in ended.outputs[0]
     assert not run.run_dir.exists()
 
