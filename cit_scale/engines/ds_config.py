@@ -148,6 +148,7 @@ NOT_PASSED_ON: dict[str, tuple[Mapping[str, Any] | Container[Any], str]] = {
     "progressive_layer_drop": (OFF, REMOVE),
     "quantize_training": (OFF, REMOVE),
     "seq_parallel_communication_data_type": (("fp32",), REMOVE),
+    "sequence_parallel_size": ((1,), REMOVE),
     "sparse_attention": ({}, REMOVE),
     "sparse_gradients": ((), REMOVE),
     "tensor_parallel": (
