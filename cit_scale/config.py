@@ -418,6 +418,14 @@ def check_config(config: RunConfig) -> None:
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than train.epochs={config.train.epochs}; "
             f"set optim.warmup_epochs to {config.train.epochs} or less"
         )
+    if config.student.weights and config.student.pretrained:
+        raise ConfigError("student.weights and student.pretrained both say where the student starts; give one of them")
+    for name, teacher in config.teachers.items():
+        if teacher.classes and teacher.ready is None:
+            raise ConfigError(
+                f"teachers.{name}.classes={teacher.classes} maps the classes of weights that know more, and there are "
+                f"none; give teachers.{name}.pretrained, or .weights"
+            )
     optim, batch = config.optim, config.train.global_batch_size
     lowest = {"min_lr": optim.min_lr} | ({"warmup_lr": optim.warmup_lr} if optim.warmup_epochs else {})
     for name, lr in lowest.items():

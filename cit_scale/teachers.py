@@ -32,15 +32,15 @@ class Teacher:
 
 def build_teacher_without_weights(config: TeacherConfig, *, classes: Sequence[str], image_size: int) -> Network:
     """The teacher's network for these classes, newly initialized. Raises ConfigError if their columns are not found."""
-    start = config.start
-    description = {} if start is None or config.classes is None else find_pretrained(start).description
-    columns = None if config.classes is None else class_columns(classes, config.classes, description)
+    columns, num_classes = None, len(classes)
+    if config.classes is not None and config.ready is not None:
+        columns, num_classes = class_columns(classes, config.classes, find_pretrained(config.ready).description)
     return build_network(
         config.model,
         config.kwargs,
-        num_classes=len(classes) if columns is None else int(description["num_classes"]),
+        num_classes=num_classes,
         image_size=image_size,
-        pretrained=start,
+        pretrained=config.start,
         own_size=config.image_size,
         columns=columns,
     )

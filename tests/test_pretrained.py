@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_run import TINY_CIT
 
+from cit_scale.config import DistillConfig, RunConfig, StudentConfig, TeacherConfig, check_config
 from cit_scale.errors import ConfigError, MissingInputError
 from cit_scale.models.classes import class_columns
 from cit_scale.models.network import build_network
 from cit_scale.models.pretrained import find_pretrained
 from cit_scale.models.weights import load_weights, start_from
+from cit_scale.teachers import load_teacher
 
 SMALL = {"channels": [8, 8, 16, 16], "stem_width": 8}
 MEAN = [0.5, 0.25, 0.125]
@@ -312,18 +314,20 @@ def test_a_cit_starts_from_any_vit(source, size, aligned, tmp_path):
 def test_columns_are_found_by_name(tmp_path):
     described = {"num_classes": 5, "label_names": LABELS}
     classes = ["Goldfish", "tiger_shark", "tench"]
-    assert class_columns(classes, "names", described) == [1, 3, 0]
+    assert class_columns(classes, "names", described) == ([1, 3, 0], 5)
     (tmp_path / "names.txt").write_text("\n".join(LABELS) + "\n")
-    assert class_columns(classes, str(tmp_path / "names.txt"), {}) == [1, 3, 0]
+    assert class_columns(classes, str(tmp_path / "names.txt"), {}) == ([1, 3, 0], 5)
     (tmp_path / "map.json").write_text('{"white": "great white shark", "five": 4}')
-    assert class_columns(["white", "five", "tench"], str(tmp_path / "map.json"), described) == [2, 4, 0]
+    assert class_columns(["white", "five", "tench"], str(tmp_path / "map.json"), described) == ([2, 4, 0], 5)
     (tmp_path / "numbers.json").write_text('{"a": 2, "b": 0}')
-    assert class_columns(["a", "b"], str(tmp_path / "numbers.json"), {"num_classes": 3}) == [2, 0]
+    assert class_columns(["a", "b"], str(tmp_path / "numbers.json"), {"num_classes": 3}) == ([2, 0], 3)
+    with pytest.raises(ConfigError, match="do not say how many classes they have"):
+        class_columns(["a", "b"], str(tmp_path / "numbers.json"), {})
 
 
 def test_columns_of_imagenet_are_found_by_wordnet_id_and_by_word():
     imagenet = {"num_classes": 1000}
-    assert class_columns(["n02123045", "tiger cat", "Golden_Retriever"], "names", imagenet) == [281, 282, 207]
+    assert class_columns(["n02123045", "tiger cat", "Golden_Retriever"], "names", imagenet)[0] == [281, 282, 207]
 
 
 @pytest.mark.parametrize(
@@ -349,6 +353,39 @@ def test_classes_without_a_column_of_their_own_are_listed(classes, how, said, tm
 def test_weights_without_names_need_a_file():
     with pytest.raises(ConfigError, match="come without names of their classes; give a file"):
         class_columns(["a"], "names", {"num_classes": 7})
+
+
+@pytest.mark.parametrize("how", ["pretrained", "weights"])
+def test_a_teacher_of_more_classes_advises_by_its_columns(how, folder, tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(LABELS))
+    name = str(folder / "model.safetensors") if how == "weights" else f"local-dir:{folder}"
+    classes = str(tmp_path / "names.txt") if how == "weights" else "names"
+    config = TeacherConfig("resnet10t", SMALL, **{how: name}, classes=classes, recipe="finetune")
+    assert config.ready == name
+    teacher = load_teacher(
+        "conv", config, DistillConfig(compile=False), classes=["tiger shark", "tench"], image_size=48,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    whole = build_network("resnet10t", SMALL, num_classes=5, image_size=48, pretrained=config.start).eval()
+    load_weights(whole, name)
+    images = torch.rand(2, 3, 48, 48)
+    torch.testing.assert_close(teacher.forward(images), whole(images).cls[:, [3, 0]], rtol=1e-4, atol=1e-5)
+
+
+def test_settings_that_do_not_go_together_are_refused():
+    with pytest.raises(ConfigError, match="both say where the student starts"):
+        check_config(RunConfig(student=StudentConfig(weights="a", pretrained=True)))
+    with pytest.raises(ConfigError, match=r"give teachers\.conv\.pretrained, or \.weights"):
+        check_config(RunConfig(teachers={"conv": TeacherConfig("resnet18", classes="names", recipe="finetune")}))
+
+
+def test_the_trunk_of_an_advised_model_is_found_under_an_attribute(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file({f"net.{key}": each for key, each in state.items()}, folder / "model.safetensors")
+    network = build_network("resnet10t", SMALL, num_classes=5, image_size=32, teachers=("conv",))
+    said = start_from(network, str(folder))
+    assert said[0] == "the tensors under 'net' are taken"
+    assert torch.equal(network.model.trunk.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
 
 
 def test_a_mapped_teacher_says_what_its_columns_say(folder):

@@ -15,8 +15,8 @@ BY_NAME = "names"  # the value of the setting that asks for the names that come 
 MOST_SHOWN = 20
 
 
-def class_columns(classes: Sequence[str], how: str, description: Mapping[str, Any]) -> list[int]:
-    """Columns of a classifier's logits for the classes of a data set, in their order.
+def class_columns(classes: Sequence[str], how: str, description: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Columns of a classifier's logits for the classes of a data set, in their order, and how many columns it has.
 
     how: BY_NAME, or a file: a line per column with its name, or names with commas between; or a JSON object from the
     data set's classes to names or numbers of columns. description: timm's pretrained_cfg of the weights; without names
@@ -57,7 +57,7 @@ def class_columns(classes: Sequence[str], how: str, description: Mapping[str, An
     twice = sorted({name for name, column in zip(classes, found, strict=True) if found.count(column) > 1})
     if twice:
         raise ConfigError(f"classes={how}: these classes of the data share a column: {', '.join(twice[:MOST_SHOWN])}")
-    return found
+    return found, len(labels)
 
 
 def _described_labels(description: Mapping[str, Any]) -> list[list[str]]:
@@ -92,8 +92,11 @@ def _read_file(how: str, description: Mapping[str, Any]) -> tuple[list[list[str]
     try:
         return _described_labels(description), content
     except ConfigError:  # columns can be given by number without names
-        numbers = [each for each in content.values() if isinstance(each, int)]
-        return [[] for _ in range(description.get("num_classes") or max(numbers, default=-1) + 1)], content
+        if "num_classes" not in description:
+            raise ConfigError(
+                f"classes={how}: the weights do not say how many classes they have; give a file with a line for each"
+            ) from None
+        return [[] for _ in range(description["num_classes"])], content
 
 
 def _plain(name: str) -> str:

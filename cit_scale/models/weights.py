@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError, one_line, os_error
+from cit_scale.models.advised import PREFIX as TRUNK_PREFIX
 from cit_scale.models.cit import CiT
 from cit_scale.models.convert_checkpoint import convert, rename
 from cit_scale.models.network import MOST, Network, head_names, pretrained_cfg_of
@@ -362,7 +363,8 @@ def _part_that_fits(
     state: dict[str, Tensor], model: nn.Module, renamed: Callable[[str], str]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The part of a state dict that belongs to the model, under names without its prefix, and what is to be said."""
-    expected = model.state_dict().keys()
+    keys = model.state_dict().keys()
+    expected = {*keys, *(key.removeprefix(TRUNK_PREFIX) for key in keys)}  # the trunk of an advised model, by itself
     beginnings = {
         ".".join(key.split(".")[:depth]) + "." for key in state for depth in (1, 2) if key.count(".") >= depth
     }
