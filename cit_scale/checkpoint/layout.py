@@ -18,7 +18,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from cit_scale.run_folder import STUDENT, STUDENT_EMA
+STUDENT = "student.safetensors"
+STUDENT_EMA = "student_ema.safetensors"
 
 # The student is a Network, which holds timm's model as its attribute ``model``. The files drop this prefix, so that
 # their keys are those of timm's model.
