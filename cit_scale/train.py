@@ -74,6 +74,7 @@ from cit_scale.run.inputs import (
     refuse_other_inputs,
 )
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
+from cit_scale.run.plan import counted
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import EXPORTS, device_name, environment_record, export_weights, measure, print_table
 from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
@@ -285,20 +286,16 @@ def train(
         )
         split = prepared.batch_split
         start_of_run = f"continues after step {step}" if step else f"starts in {run_dir}"
-        ranks, micro_steps = _counted(world.world_size, "rank"), _counted(split.micro_steps, "micro-step")
+        ranks, micro_steps = counted(world.world_size, "rank"), counted(split.micro_steps, "micro-step")
         log.say(f"{start_of_run}; an update is {ranks} x {micro_steps} x {split.micro_batch_size} images")
         log.say(
-            f"trains {config.student.name} on {_counted(len(prepared.train_set), 'image')} of {config.data.train} "
+            f"trains {config.student.name} on {counted(len(prepared.train_set), 'image')} of {config.data.train} "
             f"in {prepared.num_classes} classes, advised by {' and '.join(config.teachers) or 'no teacher'}"
         )
         for change in loaded.overridden:
             log.say(f"continues although this changed: {change}")
         training_loop(session)
         return finish(session, teachers)
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def load(

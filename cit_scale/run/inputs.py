@@ -73,7 +73,9 @@ def refuse_other_inputs(prepared: PreparedRun, teachers: Mapping[str, TeacherCon
     """
     config = prepared.config
     noted, is_finished = noted_inputs(config.run_dir)
-    here = fingerprints(prepared, hash_teachers(teachers) if noted else {})
+    if not noted:  # nothing to compare with: hashing gigabytes of weights can wait until they are loaded
+        return
+    here = fingerprints(prepared, hash_teachers(teachers))
     other = [name for name in changed_inputs(noted, here) if not (is_finished and name == EVALUATION_DATA)]
     if other:
         shown = "; ".join(f"{name}: {noted[name]:.12} -> {here[name]:.12}" for name in other)
