@@ -204,7 +204,7 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
     """
     runs = {}
     for name, teacher in config.teachers.items():
-        if teacher.weights is not None:
+        if teacher.ready is not None:
             continue
         if teacher.recipe is None:
             raise ConfigError(
@@ -218,6 +218,12 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
         runs[name] = dataclasses.replace(
             inherit_from_student(recipe, config),
             name=f"{config.name}/teachers/{name}",
-            student=dataclasses.replace(recipe.student, name=teacher.model, kwargs=teacher.kwargs),
+            student=dataclasses.replace(
+                recipe.student,
+                name=teacher.model,
+                kwargs=teacher.kwargs,
+                pretrained=teacher.pretrained,
+                image_size=None if teacher.start is None and teacher.image_size == "own" else teacher.image_size,
+            ),
         )
     return runs

@@ -18,8 +18,10 @@ from cit_scale.settings import (
     ABOVE_0_TO_1,
     BETAS,
     FROM_0_TO_BELOW_1,
+    NAMES,
     NOT_NEGATIVE,
     POSITIVE,
+    POSITIVE_OR_TEXT,
     POSITIVE_RANGE,
     SHARE,
     UP_TO_1024,
@@ -47,34 +49,74 @@ NO_DATA = "data.train is not set; say what to train on with --data.train DIR, or
 class StudentConfig:
     """The network that this run trains."""
 
-    name: str = setting("cit_base_patch16_224", in_listing=True, drops=["kwargs", "weights"])
+    name: str = setting(
+        "cit_base_patch16_224", in_listing=True, drops=["kwargs", "weights", "pretrained", "image_size"]
+    )
     """Any timm model; the ones registered by cit_scale.models can be advised."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model."""
 
     weights: str | None = setting(None, may_change=True)
-    """Start from these weights: a safetensors or PyTorch state dict, ours or the authors' released one."""
+    """Start from these weights, as far as they fit: a file, a folder in the hub's layout, or a run folder."""
+
+    pretrained: bool | str = setting(False, may_change=True)
+    """Start from these weights, as far as they fit: a timm model with its tag, hf-hub:OWNER/NAME or local-dir:FOLDER;
+    true: those of `name`."""
+
+    image_size: int | Literal["own"] | None = setting(None, rules=[POSITIVE_OR_TEXT])
+    """Height and width that this network sees, resized on the device; null: data.image_size; own: what the pretrained
+    weights were made for."""
+
+    @property
+    def start(self) -> str | None:
+        """Name of the weights from which the training starts."""
+        return self.weights or _named(self.pretrained, self.name)
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """One frozen network that advises the student through a token of its own."""
 
-    model: str = setting(MISSING, drops=["kwargs", "weights", "recipe"])
+    model: str = setting(MISSING, drops=["kwargs", "weights", "pretrained", "image_size", "classes", "recipe"])
     """Any timm model."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model."""
 
     weights: str | None = setting(None, may_change=True)
-    """A safetensors or PyTorch state dict. Without it the teacher is trained first, with `recipe`."""
+    """Weights of a teacher of the data's classes: a file, a folder in the hub's layout, or a run folder. Without them
+    the teacher is trained first, with `recipe`."""
+
+    pretrained: bool | str = setting(False, may_change=True)
+    """As student.pretrained: where the training with `recipe` starts. Without a recipe, or with `classes`, the teacher
+    advises as it is."""
+
+    image_size: int | Literal["own"] | None = setting("own", rules=[POSITIVE_OR_TEXT])
+    """As student.image_size."""
+
+    classes: str | None = None
+    """For pretrained weights that know more classes: names maps the data's to theirs by name; or a file with theirs."""
 
     recipe: str | None = None
     """The recipe that trains this teacher on the student's data when `weights` is not given: a name or a path."""
 
     weight: float = setting(1.0, rules=[NOT_NEGATIVE])
     """Weight of this teacher's divergence in the loss."""
+
+    @property
+    def start(self) -> str | None:
+        """Name of the pretrained weights."""
+        return _named(self.pretrained, self.model)
+
+    @property
+    def ready(self) -> str | None:
+        """Name of the weights with which the teacher advises; None if it is trained first."""
+        return self.weights or (self.start if self.classes or self.recipe is None else None)
+
+
+def _named(pretrained: bool | str, model: str) -> str | None:
+    return (model if pretrained else None) if isinstance(pretrained, bool) else pretrained
 
 
 @dataclass(frozen=True)
@@ -87,6 +129,9 @@ class DataConfig:
 
     eval: str | None = setting(None, may_change=True)
     """Like `train`, with the same classes. Without it a part of `train` is held out."""
+
+    balance: Literal["none", "sqrt", "full"] = "none"
+    """How often a class stands in an epoch: in proportion to its images, to their square root, or as any other."""
 
     holdout: float = setting(0.2, rules=[SHARE])
     """The part of `train` that is held out for evaluation when `eval` is not given."""
@@ -176,6 +221,10 @@ class DistillConfig:
     compile: bool = True
     """Compile the teachers with torch.compile."""
 
+    class_weights: Literal["none", "sqrt", "full"] = "none"
+    """Weight of a class in the label loss, the other way to data.balance: all alike, or in inverse proportion to the
+    square root of its number of images, or to the number."""
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -211,6 +260,15 @@ class OptimConfig:
     ema_decay: float | None = setting(None, rules=[FROM_0_TO_BELOW_1])
     """Keep an exponential moving average of the weights with this decay."""
 
+    ema_warmup: bool = False
+    """Let the average follow faster at first: with a decay of at most (1 + n) / (10 + n) at update n."""
+
+    layer_decay: float = setting(1.0, rules=[ABOVE_0_TO_1])
+    """Each layer learns at so much of the rate of the layer above it; the heads at the whole."""
+
+    head_lr_scale: float = setting(1.0, rules=[POSITIVE])
+    """The heads learn at so many times the rate of the last layer."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -241,6 +299,10 @@ class TrainConfig:
 
     epochs: int = setting(300, rules=[POSITIVE], in_listing=True)
     """Passes over the training set."""
+
+    freeze: tuple[str, ...] = setting((), rules=[NAMES])
+    """Parts of the network that are not trained: names of modules or parameters, with * and ?; trunk: all but heads;
+    batch_norm: BatchNorms, statistics included."""
 
     global_batch_size: int = setting(1024, rules=[POSITIVE], in_listing=True)
     """Images per update, over all ranks and micro-steps."""
@@ -356,6 +418,14 @@ def check_config(config: RunConfig) -> None:
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than train.epochs={config.train.epochs}; "
             f"set optim.warmup_epochs to {config.train.epochs} or less"
         )
+    if config.student.weights and config.student.pretrained:
+        raise ConfigError("student.weights and student.pretrained both say where the student starts; give one of them")
+    for name, teacher in config.teachers.items():
+        if teacher.classes and teacher.ready is None:
+            raise ConfigError(
+                f"teachers.{name}.classes={teacher.classes} maps the classes of weights that know more, and there are "
+                f"none; give teachers.{name}.pretrained, or .weights"
+            )
     optim, batch = config.optim, config.train.global_batch_size
     lowest = {"min_lr": optim.min_lr} | ({"warmup_lr": optim.warmup_lr} if optim.warmup_epochs else {})
     for name, lr in lowest.items():

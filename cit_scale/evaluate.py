@@ -18,12 +18,14 @@ HEADS_MEAN = "average"
 class Accuracy:
     """Accuracy in percent, by head; with several heads, ``average`` is the accuracy of their mean logits.
 
-    images: number of images evaluated.
+    images: number of images evaluated. class_mean: top-1 as the mean over the classes that have images, in which a rare
+    class counts as much as any other.
     """
 
     images: int
     top1: dict[str, float]
     top5: dict[str, float]
+    class_mean: dict[str, float]
 
 
 @torch.no_grad()
@@ -32,7 +34,7 @@ def evaluate(forward: Callable[[Tensor], NamedLogits], batches: Iterable[Batch],
 
     forward: images (B, 3, H, W) in [0, 1] to a named tuple of (B, K) logits, in evaluation mode.
     """
-    counts: Tensor | None = None
+    counts: Tensor | None = None  # (heads, K, 3): images of each class, right at the top, right among the top five
     names: list[str] = []
     images = 0
     for batch in batches:
@@ -41,23 +43,29 @@ def evaluate(forward: Callable[[Tensor], NamedLogits], batches: Iterable[Batch],
             logits[HEADS_MEAN] = torch.stack(list(logits.values())).mean(dim=0)
         valid = (batch.positions >= 0).to(batch.labels.device)
         names = list(logits)
-        correct = torch.stack([_correct(head, batch.labels, valid) for head in logits.values()])  # (heads, 2)
+        correct = torch.stack([_correct(head, batch.labels, valid) for head in logits.values()])
         counts = correct if counts is None else counts + correct
         images += int((batch.positions >= 0).sum())
     if counts is None:
         raise ValueError("nothing to evaluate: the evaluation set gave no batch")
     total = int(sum_over_ranks(world, torch.tensor(images)))
-    percent = 100 * sum_over_ranks(world, counts.cpu()).double() / total
-    top1, top5 = percent.unbind(dim=1)
+    seen, at_top, in_five = sum_over_ranks(world, counts.cpu()).double().unbind(dim=2)  # each (heads, K)
+    class_mean = (at_top / seen.clamp(min=1)).sum(dim=1) / (seen > 0).sum(dim=1)
     return Accuracy(
         images=total,
-        top1=dict(zip(names, top1.tolist(), strict=True)),
-        top5=dict(zip(names, top5.tolist(), strict=True)),
+        top1=_percent(names, at_top.sum(dim=1) / total),
+        top5=_percent(names, in_five.sum(dim=1) / total),
+        class_mean=_percent(names, class_mean),
     )
 
 
+def _percent(names: list[str], shares: Tensor) -> dict[str, float]:
+    return dict(zip(names, (100 * shares).tolist(), strict=True))
+
+
 def _correct(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """(2,): how many valid images have their label at the top, and among the top five (or all classes, if fewer)."""
+    """(K, 3), by class: valid images, those with their label at the top, and among the top five (or all classes)."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = (ranked == labels[:, None]) & valid[:, None]
-    return torch.stack([hits[:, 0].sum(), hits.sum()])
+    hits = ranked == labels[:, None]
+    found = torch.stack([valid, hits[:, 0] & valid, hits.any(dim=1) & valid], dim=1).long()  # (B, 3)
+    return found.new_zeros(logits.shape[1], 3).index_add_(0, labels, found)

@@ -4,51 +4,79 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cit_scale.config import OptimConfig
 from cit_scale.errors import ConfigError
+from cit_scale.models.network import head_names
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups in the order of ``module.named_parameters()``: matrices and convolutions, which decay, then the rest.
+def parameter_groups(
+    module: nn.Module, weight_decay: float, layer_decay: float = 1.0, head_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups in the order of ``module.named_parameters()``: matrices and convolutions, which decay, then the rest.
 
     The rest is one-dimensional parameters, biases, and whatever ``module.no_weight_decay()`` names where there is such
-    a method.
+    a method. With ``layer_decay`` or ``head_lr_scale``, which need a network of timm's, there are two groups for each
+    layer, with the ``lr_scale`` by which it multiplies the learning rate.
 
     Raises ConfigError if a parameter is frozen: the engines' state and sharding assume that every parameter is trained.
     """
     exempt = getattr(module, "no_weight_decay", None)
     kept = set() if exempt is None else set(exempt())
-    decayed, undecayed = [], []
+    scales = {} if layer_decay == head_lr_scale == 1 else lr_scales(module, layer_decay, head_lr_scale)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             raise ConfigError(
                 f"parameter {name} is frozen, and the engines train every parameter; choose another model"
             )
-        if parameter.ndim <= 1 or name.endswith(".bias") or name in kept:
-            undecayed.append(parameter)
-        else:
-            decayed.append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        is_undecayed = parameter.ndim <= 1 or name.endswith(".bias") or name in kept
+        groups.setdefault((is_undecayed, scales.get(name, 1.0)), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if is_undecayed else weight_decay, "lr_scale": scale}
+        for (is_undecayed, scale), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def lr_scales(module: nn.Module, layer_decay: float, head_lr_scale: float) -> dict[str, float]:
+    """What multiplies the learning rate of each parameter, by name: layer_decay to the number of layers above it.
+
+    Layers are those of timm's ``group_matcher``, the heads are the last one. module: a ``Network``. Raises ConfigError
+    for a model without one.
+    """
+    model = cast(Any, module).model
+    try:
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    except AttributeError as error:
+        raise ConfigError(
+            f"the network does not say what its layers are ({error}); set optim.layer_decay and head_lr_scale to 1"
+        ) from error
+    heads = head_names(model)
+    last = max(layers.values())
+    return {
+        f"model.{name}": head_lr_scale if name.startswith(heads) else layer_decay ** (last - layers[name])
+        for name, _ in model.named_parameters()
+    }
 
 
 def adamw(module: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the module's two groups. The learning rate is set at each step; until then it is 0.
+    """AdamW over the module's groups. The learning rate is set at each step; until then it is 0.
 
     Fused: one launch for all parameters on a GPU, one pass over memory on a CPU.
     """
-    groups = parameter_groups(module, optim.weight_decay)
+    groups = parameter_groups(module, optim.weight_decay, optim.layer_decay, optim.head_lr_scale)
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 def clip_gradients(parameters: Iterable[Tensor], clip_norm: float, loss_scale: float = 1.0) -> float:

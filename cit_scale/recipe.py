@@ -237,7 +237,8 @@ def _check_value(value: Any, kind: Any, source: str, name: str) -> Any:
         raise ConfigError(f"{source}{blank} has no value; leave it out, or write null")
     if value == "" and not takes_text:
         raise ConfigError(f"{source}{name} is empty; give a value or leave it out")
-    if isinstance(value, str) and (not takes_text or (value == "null" and type(None) in types)):
+    is_null, is_bool = value == "null" and type(None) in types, value in ("true", "false") and bool in types
+    if isinstance(value, str) and (not takes_text or is_null or is_bool):
         value = _load(value, f"{source}{name}")
     if value is None:  # removes an entry, or sets a setting to null: lay_over and check_values know which
         return None

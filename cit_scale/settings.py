@@ -36,6 +36,7 @@ class Rule:
 
 # Written as "inside", so that NaN is outside.
 POSITIVE = Rule(lambda value: value > 0, "must be above 0")
+POSITIVE_OR_TEXT = Rule(lambda value: isinstance(value, str) or 0 < value <= 65535, "must be from 1 to 65535")
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "must not be negative")
 SHARE = Rule(lambda value: 0 <= value <= 1, "must be between 0 and 1")
 UP_TO_1024 = Rule(lambda value: value <= 1024, "must be at most 1024")
@@ -43,6 +44,7 @@ UP_TO_65535 = Rule(lambda value: value <= 65535, "must be at most 65535, the mos
 FROM_0_TO_BELOW_1 = Rule(lambda value: 0 <= value < 1, "must be from 0 to below 1")
 ABOVE_0_TO_1 = Rule(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 POSITIVE_RANGE = Rule(lambda pair: 0 < pair[0] <= pair[1], "must be two numbers above 0, the smaller first")
+NAMES = Rule(all, "must not hold an empty name")
 BETAS = Rule(lambda pair: all(map(FROM_0_TO_BELOW_1.holds, pair)), "must be two numbers from 0 to below 1")
 
 

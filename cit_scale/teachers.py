@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,8 +12,10 @@ from cit_scale.batch import TeacherLogits, teacher_logits_type
 from cit_scale.config import DistillConfig, TeacherConfig
 from cit_scale.errors import ConfigError
 from cit_scale.files import file_sha256
+from cit_scale.models.classes import class_columns
 from cit_scale.models.fold import fold_batch_norm
 from cit_scale.models.network import Network, Precision, build_network
+from cit_scale.models.pretrained import find_pretrained
 from cit_scale.models.weights import load_weights
 
 
@@ -29,27 +30,43 @@ class Teacher:
     sha256: str
 
 
-def build_teacher(name: str, config: TeacherConfig, *, num_classes: int, image_size: int) -> Network:
-    """The teacher's network with ``config.weights``. Raises ConfigError where they are missing or do not fit."""
-    weights = _weights_of(name, config)
-    network = build_network(config.model, config.kwargs, num_classes=num_classes, image_size=image_size)
-    load_weights(network, weights)
-    return network
-
-
-def _weights_of(name: str, config: TeacherConfig) -> str:
-    if config.weights is None:
-        raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
-    return config.weights
+def build_teacher_without_weights(config: TeacherConfig, *, classes: Sequence[str], image_size: int) -> Network:
+    """The teacher's network for these classes, newly initialized. Raises ConfigError if their columns are not found."""
+    columns, num_classes = None, len(classes)
+    if config.classes is not None and config.ready is not None:
+        columns, num_classes = class_columns(classes, config.classes, find_pretrained(config.ready).description)
+    return build_network(
+        config.model,
+        config.kwargs,
+        num_classes=num_classes,
+        image_size=image_size,
+        pretrained=config.start,
+        own_size=config.image_size,
+        columns=columns,
+    )
 
 
 def load_teacher(
-    name: str, config: TeacherConfig, distill: DistillConfig, *, num_classes: int, image_size: int, device: torch.device
+    name: str,
+    config: TeacherConfig,
+    distill: DistillConfig,
+    *,
+    classes: Sequence[str],
+    image_size: int,
+    device: torch.device,
 ) -> Teacher:
-    """Build the teacher from ``config.weights`` and freeze it. Raises what ``build_teacher`` raises."""
-    network = build_teacher(name, config, num_classes=num_classes, image_size=image_size)
+    """Build the teacher with the weights that it advises with, and freeze it.
+
+    classes: of the data. image_size: of the student's images. Raises ConfigError where weights are missing or do not
+    fit.
+    """
+    weights = config.ready
+    if weights is None:
+        raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
+    network = build_teacher_without_weights(config, classes=classes, image_size=image_size)
+    load_weights(network, weights)
     forward = freeze(network, image_size, device, precision=distill.teacher_precision, compile=distill.compile)
-    return Teacher(name, network, forward, file_sha256(Path(_weights_of(name, config)).expanduser()))
+    return Teacher(name, network, forward, file_sha256(find_pretrained(weights).file))
 
 
 def freeze(
@@ -61,7 +78,8 @@ def freeze(
     """
     network.requires_grad_(False).eval()
     network.precision = precision
-    example = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    size = network.image_size or image_size
+    example = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     network.model = fold_batch_norm(network.model, example)
     network.to(device).to(memory_format=torch.channels_last)
 

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from cit_scale import cli
 from cit_scale.batch import Batch, LossTerms, MixedBatch
-from cit_scale.checkpoint import layout
 from cit_scale.checkpoint import store as checkpoint
 from cit_scale.checkpoint.async_save import AsyncCheckpointer
 from cit_scale.config import RunConfig, TeacherConfig
@@ -78,7 +77,7 @@ from cit_scale.run.plan import counted
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import EXPORTS, device_name, environment_record, export_weights, measure, print_table
 from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
-from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS
+from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS, STUDENT
 from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, run_teachers
 
@@ -158,7 +157,7 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
         with stop.shielded():
             for name, teacher_run in prepared.teacher_runs.items():
                 train(teacher_run, {}, stop, override=override)
-                weights = str(teacher_run.config.run_dir / layout.STUDENT)
+                weights = str(teacher_run.config.run_dir / STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
             return train(prepared, teachers, stop, override=override)
 
@@ -475,6 +474,7 @@ def train_step(
             mixed.targets,
             temperature=config.distill.temperature,
             weights=loss_weights,
+            class_weights=prepared.class_weights,
         )
         engine.backward(loss.total)
         terms.append(loss)

@@ -32,6 +32,9 @@ what to train
   --data.eval WHERE        the same for evaluation; without it a part of the above is held out
   --teachers.NAME.weights FILE
                            a teacher that is trained already, conv or inv; else it is trained first
+  --teachers.NAME.pretrained WEIGHTS
+                           where its training starts: a timm model with its tag, or
+                           hf-hub:OWNER/NAME, or local-dir:FOLDER; --student.pretrained likewise
 how
   --train.epochs N         passes over the training set
   --train.global_batch_size N

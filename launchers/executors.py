@@ -101,6 +101,10 @@ def container_arguments(image: str | None, runs: Sequence[RunRequest]) -> list[s
     return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
 
 
+CACHES = {"HF_HOME": "~/.cache/huggingface", "TORCH_HOME": "~/.cache/torch"}
+"""Where pretrained weights lie, by the variable that says so."""
+
+
 def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
     """The folders that a rank reads or writes, from settings and arguments; none lies inside another."""
     paths = {REPOSITORY, Path.cwd()}
@@ -108,8 +112,13 @@ def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
         config = run.config
         paths |= {Path(config.runs_dir).expanduser(), Path(config.data.cache_dir).expanduser()}
         texts: list[str | None] = [argument.partition("=")[2] or argument for argument in run.argv]
-        texts += [config.data.train, config.data.eval, config.engine.ds_config, config.student.weights]
-        texts += [text for teacher in config.teachers.values() for text in (teacher.weights, teacher.recipe)]
+        starts = [config.student.start, *(teacher.start for teacher in config.teachers.values())]
+        texts += [config.data.train, config.data.eval, config.engine.ds_config]
+        texts += [text.removeprefix("local-dir:") for text in starts if text]
+        for teacher in config.teachers.values():
+            texts += [teacher.weights, teacher.classes, teacher.recipe]
+        if any(starts):
+            texts += [os.environ.get(name, default) for name, default in CACHES.items()]
         files = [Path(text).expanduser() for text in texts if text]
         paths |= {file.parent if file.is_file() else file for file in files if file.exists()}
     folders = {path.absolute() for path in paths}

@@ -49,3 +49,10 @@ def test_fewer_than_five_classes_make_every_answer_a_top5_hit():
 def test_an_empty_set_is_an_error():
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(lambda images: None, [], World())
+
+
+def test_the_mean_over_classes_weighs_a_rare_class_like_any_other():
+    logits = student_logits_type(())(one_hot_logits([0, 0, 0, 1, 3]))
+    accuracy = evaluate(lambda images: logits, [batch([0, 0, 0, 0, 3], [0, 1, 2, 3, 4])], World())
+    assert accuracy.top1 == {"cls": 80.0}
+    assert accuracy.class_mean == {"cls": pytest.approx((75.0 + 100.0) / 2)}

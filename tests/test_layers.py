@@ -23,9 +23,9 @@ WALLS = {
     "config": "errors settings",
     "settings": "errors",
     "losses": "batch",
-    "optim": "config errors",
+    "optim": "config errors models",
     "distributed": "errors run_folder",
-    "models": "batch distributed errors files",
+    "models": "batch distributed errors files run_folder",
     "datasets": "config data.order distributed errors files text",
     "data": "batch config datasets distributed errors",
     "engines": "batch config distributed errors models optim settings",
@@ -35,7 +35,8 @@ WALLS = {
     "recipe": "config errors settings",
     "usage": "config recipe settings",
     "cli": "config distributed.ranks errors recipe run_folder settings usage",
-    "run": "batch checkpoint config data datasets distributed engines errors evaluate files models optim run_folder "
+    "run": "batch checkpoint config data datasets distributed engines errors evaluate files losses models optim "
+    "run_folder "
     "settings teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
     "run run_folder settings teachers text",

@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cit_scale.batch import student_logits_type, teacher_logits_type
-from cit_scale.losses import co_advise_loss, distillation_divergence, soft_cross_entropy
+from cit_scale.losses import balancing_weights, co_advise_loss, distillation_divergence, soft_cross_entropy
 
 
 def test_cross_entropy_of_a_hand_worked_case():
@@ -71,3 +72,16 @@ def test_the_mean_over_micro_batches_is_the_loss_of_the_batch():
     logits, targets = torch.randn(8, 5, dtype=torch.float64), torch.softmax(torch.randn(8, 5).double(), dim=-1)
     halves = [soft_cross_entropy(logits[i : i + 4], targets[i : i + 4]) for i in (0, 4)]
     torch.testing.assert_close(sum(halves) / 2, soft_cross_entropy(logits, targets))
+
+
+def test_class_weights_weigh_the_label_loss_and_have_mean_one_over_the_images():
+    counts = torch.tensor([600, 300, 100, 0])
+    for exponent, ratio in ((0.5, 6**0.5), (1.0, 6.0)):
+        weights = balancing_weights(counts, exponent)
+        assert (weights * counts).sum().item() == pytest.approx(1000, rel=1e-6)
+        assert (weights[2] / weights[0]).item() == pytest.approx(ratio, rel=1e-5)
+        assert weights[3] == 0
+    logits, targets = torch.randn(6, 4), torch.eye(4)[torch.tensor([0, 1, 2, 0, 1, 2])]
+    each = F.cross_entropy(logits, targets.argmax(1), weight=weights, reduction="none")
+    torch.testing.assert_close(soft_cross_entropy(logits, targets, weights), each.mean())
+    torch.testing.assert_close(soft_cross_entropy(logits, targets, torch.ones(4)), soft_cross_entropy(logits, targets))

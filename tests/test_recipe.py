@@ -71,7 +71,7 @@ def laid(*texts):
         ("override-resume: true", "mine.yaml: override-resume: this is an option of the command line"),
         ("config: digits", "mine.yaml: config: this is an option of the command line"),
         ("epohcs: 3", r"mine.yaml: epohcs: there is no such setting; did you mean train\.epochs\?"),
-        ("image_size: 3", r"image_size: there is no such setting; did you mean data\.image_size\?"),
+        ("image_size: 3", r"did you mean student\.image_size or data\.image_size\?"),
         ("crop_ratio: 1", r"did you mean data\.crop_ratio or augment\.crop_ratio\?"),
         ("teachers: {conv: {weigths: a}}", r"teachers\.conv\.weigths: .*; did you mean teachers\.conv\.weights\?"),
         ("dta: {image_size: 3}", r"dta\.image_size: there is no such setting; did you mean data\.image_size\?"),

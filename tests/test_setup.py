@@ -110,8 +110,10 @@ def test_what_is_said_of_weights_and_precision_is_printed_once(prepared, tiny_di
     monkeypatch.setattr(setup, "open_data", lambda data: (tiny_digits, tiny_digits))
     monkeypatch.setattr(setup, "_has_bf16", lambda: False)
     setup.prepare(config, {}, World(), same_run=True)
-    weights, precision = capsys.readouterr().out.splitlines()
-    assert weights == "student.weights: the moving average is taken: state_dict_ema, not state_dict"
+    average, taken, precision = capsys.readouterr().out.splitlines()
+    named = f"student.weights={tmp_path}/student.pth: "
+    assert average == f"{named}the moving average is taken: state_dict_ema, not state_dict"
+    assert taken == f"{named}taken: all {len(state)} tensors"
     assert precision.startswith("engine.precision=bf16 is slower than float32 here")
 
 

@@ -12,6 +12,7 @@ from cit_scale.models.weights import load_weights
 from cit_scale.teachers import load_teacher, run_teachers
 
 CPU = torch.device("cpu")
+CLASSES = list("abcde")
 SMALL = {"rednet26": {"layers": [1, 1, 1, 1], "base_width": 16, "stem_width": 16}, "regnety_002": {}}
 
 
@@ -36,7 +37,7 @@ def teacher_config(name, weights):
 
 def load(name, weights, **distill):
     config = DistillConfig(**{"compile": False} | distill)
-    return load_teacher("conv", teacher_config(name, weights), config, num_classes=5, image_size=32, device=CPU)
+    return load_teacher("conv", teacher_config(name, weights), config, classes=CLASSES, image_size=32, device=CPU)
 
 
 def test_teachers_answer_by_name_without_autograd_and_in_evaluation_mode(weights):
@@ -80,7 +81,7 @@ def test_a_teacher_of_another_class_count_is_refused(weights):
             "conv",
             teacher_config("regnety_002", weights),
             DistillConfig(),
-            num_classes=10,
+            classes=[*CLASSES, *"fghij"],
             image_size=32,
             device=CPU,
         )
@@ -88,7 +89,7 @@ def test_a_teacher_of_another_class_count_is_refused(weights):
 
 def test_a_teacher_without_weights_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match=r"teachers\.inv\.weights or \.recipe"):
-        load_teacher("inv", TeacherConfig("rednet26"), DistillConfig(), num_classes=5, image_size=32, device=CPU)
+        load_teacher("inv", TeacherConfig("rednet26"), DistillConfig(), classes=CLASSES, image_size=32, device=CPU)
 
 
 @pytest.mark.parametrize("name", list(SMALL))

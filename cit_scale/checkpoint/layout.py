@@ -18,8 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-STUDENT = "student.safetensors"
-STUDENT_EMA = "student_ema.safetensors"
+from cit_scale.run_folder import STUDENT, STUDENT_EMA
 
 # The student is a Network, which holds timm's model as its attribute ``model``. The files drop this prefix, so that
 # their keys are those of timm's model.

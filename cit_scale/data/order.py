@@ -9,11 +9,17 @@ and micro-steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 SPREAD = 64  # positions between two repeats of a sample
 ORDER_TAG = 0x0EDE  # keeps the seed of the order apart from all other seeds made from (seed, epoch)
+CLASS_TAG = 0xC1A5  # likewise, for the order of the samples of a class
+
+Balance = Literal["none", "sqrt", "full"]
+EXPONENTS: dict[Balance, float] = {"none": 1.0, "sqrt": 0.5, "full": 0.0}
+"""A class of n samples stands in an epoch in proportion to n to this power."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,62 @@ def permutation(num_samples: int, *entropy: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")  # stable: two equal words must not leave the order to the sorting algorithm
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, repeats: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def class_quotas(counts: np.ndarray, balance: Balance) -> np.ndarray:
+    """Return how often each class stands in an epoch of as many places as there are samples, (K,) int64.
+
+    counts: (K,), samples of each class. Quotas are rounded so that they sum to the number of samples (largest
+    remainders first). A class without samples has none.
+    """
+    shares = np.where(counts > 0, np.maximum(counts, 1) ** EXPONENTS[balance], 0.0)
+    exact = shares / shares.sum() * counts.sum()
+    quotas = np.floor(exact).astype(np.int64)
+    rest = int(counts.sum() - quotas.sum())
+    quotas[np.argsort(quotas - exact, kind="stable")[:rest]] += 1
+    return quotas
+
+
+def balanced_samples(labels: np.ndarray, balance: Balance, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the samples of one epoch by class, and the number of each one's occurrence in it: (N,) and (N,), int64.
+
+    Each class goes through its samples in one shuffled order after another, and an epoch takes up where the one before
+    it stopped: no sample is seen a second time more than any other of its class. labels: (N,).
+    """
+    counts = np.bincount(labels)
+    drawn, occurrences = [], []
+    for label, (count, quota) in enumerate(zip(counts.tolist(), class_quotas(counts, balance).tolist(), strict=True)):
+        if not quota:
+            continue
+        members = np.flatnonzero(labels == label)
+        rounds, places = np.divmod(np.arange(epoch * quota, (epoch + 1) * quota), count)
+        picked = np.empty(quota, np.int64)
+        for number in np.unique(rounds).tolist():
+            here = rounds == number
+            picked[here] = members[permutation(count, seed, number, label, CLASS_TAG)[places[here]]]
+        drawn.append(picked)
+        occurrences.append(_occurrences(picked))
+    return np.concatenate(drawn), np.concatenate(occurrences)
+
+
+def _occurrences(samples: np.ndarray) -> np.ndarray:
+    """For each place, how often its sample stands before it."""
+    by_sample = np.argsort(samples, kind="stable")
+    ordered = samples[by_sample]
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    numbers = np.arange(len(samples)) - np.repeat(starts, np.diff(np.append(starts, len(samples))))
+    occurrences = np.empty(len(samples), np.int64)
+    occurrences[by_sample] = numbers
+    return occurrences
+
+
+def epoch_order(
+    num_samples: int,
+    seed: int,
+    epoch: int,
+    repeats: int = 1,
+    *,
+    labels: np.ndarray | None = None,
+    balance: Balance = "none",
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the order of one epoch: samples (N,) and repeats (N,), both int64.
 
     With repeats=1 every sample occurs once. With more, each of the first N / repeats samples of the permutation occurs
@@ -86,6 +147,9 @@ def epoch_order(num_samples: int, seed: int, epoch: int, repeats: int = 1) -> tu
     A run of SPREAD different samples is repeated `repeats` times, so the repeats of a sample fall into one global batch
     but are not neighbours: mixup and cutmix would mix neighbouring repeats of an image with each other. (DeiT gives the
     repeats of an image to different ranks.)
+
+    With a balance, which needs the samples' labels, (N,), what is permuted are the places of ``balanced_samples``: the
+    samples of rare classes stand in an epoch several times, each time augmented anew, and some of frequent ones not.
 
     Raises ValueError for repeats below 1.
     """
@@ -97,7 +161,12 @@ def epoch_order(num_samples: int, seed: int, epoch: int, repeats: int = 1) -> tu
     # A chunk is one run with all its repeats; the place in it gives sample and repeat.
     chunk, place = np.divmod(places, spread * repeats)
     samples = permutation(num_samples, seed, epoch, ORDER_TAG)[chunk * spread + place % spread]
-    return samples, place // spread
+    if balance == "none":
+        return samples, place // spread
+    if labels is None:
+        raise ValueError(f"balance={balance} needs the labels of the samples")
+    drawn, occurrences = balanced_samples(labels, balance, seed, epoch)
+    return drawn[samples], occurrences[samples] * repeats + place // spread
 
 
 def rank_slice(

@@ -153,7 +153,9 @@ def train_stream(
     def endless_requests() -> Iterator[BatchRequest]:
         samples_seen = cursor.samples_seen
         for epoch in itertools.count(cursor.epoch):
-            order = epoch_order(num_samples, seed, epoch, augment.repeats)
+            order = epoch_order(
+                num_samples, seed, epoch, augment.repeats, labels=reader.source.labels, balance=data.balance
+            )
             for start in range(samples_seen, samples_per_epoch, global_batch_size):
                 share = rank_slice(order, start, global_batch_size, micro_batch_size, world.rank, world.world_size)
                 for rows in zip(share.positions, share.samples, share.repeats, strict=True):

@@ -71,6 +71,7 @@ class Engine(ABC):
         self._backwards = 0
         self._clip_norm = setup.optim.clip_norm
         self._ema_decay = setup.optim.ema_decay
+        self._ema_warmup = setup.optim.ema_warmup
         self._loss_scale = LossScale(is_dynamic=setup.engine.precision == "fp16")
         # BatchNorm and activation checkpointing change the module's code, so they come before compiling and sharding.
         # The module moves to its device before the optimizer is built, which keeps references to the parameters.
@@ -79,7 +80,9 @@ class Engine(ABC):
         self._batch_norm_statistics = RunningStatistics(module, setup.world)  # keeps references to the buffers
 
     def _build_state(self, optimizer: torch.optim.AdamW, placement: ParameterPlacement) -> None:
-        self._state = TrainingState(self.module, optimizer, placement, self._ema_decay, self._loss_scale)
+        self._state = TrainingState(
+            self.module, optimizer, placement, self._ema_decay, self._loss_scale, ema_warmup=self._ema_warmup
+        )
 
     # --- What an update is made of ---
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError
+from cit_scale.models.freeze import frozen_norms
 
 # Why engine.batch_norm is local by default. BatchNorm stands only in the student's stems, early, where a channel is
 # normalised over every position of every image: at 224 pixels and 64 images a rank over 64 x 112 x 112 values, ample
@@ -30,6 +31,8 @@ def prepare_batch_norm(module: nn.Module, batch_norm: Literal["local", "synchron
     if batch_norm == "local" or world.world_size == 1:
         return
     for name, layer in module.named_modules():
+        if any(layer is each for each in frozen_norms(module)):
+            continue
         if type(layer) in SYNCHRONIZED:
             # Only forward changes: parameters, buffers, hooks and whoever refers to the layer stay as they are.
             layer.__class__ = SYNCHRONIZED[type(layer)]

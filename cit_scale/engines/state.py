@@ -69,15 +69,22 @@ class TrainingState:
         placement: ParameterPlacement,
         ema_decay: float | None,
         loss_scale: LossScale,
+        *,
+        ema_warmup: bool = False,
     ) -> None:
         self._optimizer = optimizer
         self._placement = placement
         self._ema_decay = ema_decay
+        self._ema_warmup = ema_warmup
+        self._updates = 0  # that were applied, as AdamW counts them on the device
         self._loss_scale = loss_scale
         self._average = [piece.detach().clone() for piece in placement.pieces if ema_decay is not None]
         persistent = module.state_dict().keys()
         self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-        self._buffers_before = [buffer.clone() for buffer in self._buffers.values()]
+        # What may have to go back: frozen weights, which are buffers too, never move.
+        frozen: Container[str] = getattr(module, "frozen", ())
+        self._moving = [buffer for name, buffer in self._buffers.items() if name not in frozen]
+        self._buffers_before = [buffer.clone() for buffer in self._moving]
         # Averaged weights want averaged BatchNorm statistics; counters are taken as they are.
         self._averaged_buffers = {
             name: buffer.clone() for name, buffer in self._buffers.items() if ema_decay is not None
@@ -95,7 +102,10 @@ class TrainingState:
     def accept(self) -> None:
         """An update was applied: the moving average follows, the buffers stand."""
         if self._ema_decay is not None:
-            self._follow(1 - self._ema_decay)
+            # At update n of a warm-up at most (1 + n) / (10 + n), as TensorFlow's ExponentialMovingAverage has it.
+            warm = (1 + self._updates) / (10 + self._updates) if self._ema_warmup else 1.0
+            self._follow(1 - min(self._ema_decay, warm))
+        self._updates += 1
         self._keep_buffers()
 
     def _follow(self, weight: float) -> None:
@@ -110,8 +120,8 @@ class TrainingState:
     @torch.no_grad()
     def reject(self) -> None:
         """An update was skipped: the buffers, BatchNorm's statistics, go back to before its forward passes."""
-        if self._buffers:
-            torch._foreach_copy_(list(self._buffers.values()), self._buffers_before)
+        if self._moving:
+            torch._foreach_copy_(self._moving, self._buffers_before)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -163,6 +173,7 @@ class TrainingState:
                 piece.copy_(part)
         for piece in self._placement.pieces:
             self._optimizer.state[piece]["step"].copy_(state["optimizer_step"])
+        self._updates = int(state["optimizer_step"])
         self._loss_scale.load(state["loss_scale"])
         for key, buffer in self._whole_buffers().items():
             buffer.copy_(state[key])
@@ -170,8 +181,8 @@ class TrainingState:
         self._placement.publish()
 
     def _keep_buffers(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers_before, list(self._buffers.values()))
+        if self._moving:
+            torch._foreach_copy_(self._buffers_before, self._moving)
 
     def _whole_buffers(self) -> dict[str, Tensor]:
         """By key, what no engine cuts: the buffers, and their moving averages."""

@@ -420,6 +420,53 @@ def _layer_names(
     return {"classifier": ("head", *(f"teacher_heads.{name}" for name in teachers)), "first_conv": first}
 
 
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: CiT) -> dict[str, Tensor]:
+    """Adapt the state dict of a ViT, a DeiT with or without distillation, or a CiT with other teachers, to a CiT.
+
+    timm's convention: loaders pass every state dict through it. The position embedding is resampled to the model's
+    grid. The tokens, positions and heads of teachers that both networks have are kept. The others start from those of
+    DeiT's distillation token, or, for positions, from that of the class token. Whatever else does not fit is left as it
+    is, for the caller to drop or to refuse.
+    """
+    adapted = dict(state_dict)
+    theirs = list(dict.fromkeys(key.split(".")[1] for key in state_dict if key.startswith("teacher_heads.")))
+    names = theirs or (["dist"] if "dist_token" in state_dict else [])
+    if "dist_token" in state_dict:
+        adapted.setdefault("teacher_tokens", state_dict["dist_token"])
+    for part in ("weight", "bias"):
+        if f"head_dist.{part}" in state_dict:
+            for name in model.teachers:
+                adapted.setdefault(f"teacher_heads.{name}.{part}", state_dict[f"head_dist.{part}"])
+    if "teacher_tokens" in adapted and model.teacher_tokens is not None and names:
+        rows = [min(names.index(name) if name in names else 0, len(names) - 1) for name in model.teachers]
+        adapted["teacher_tokens"] = adapted["teacher_tokens"][:, rows]
+    if "pos_embed" in state_dict:
+        adapted["pos_embed"] = _adapt_positions(state_dict["pos_embed"], names, model)
+    return adapted
+
+
+def _adapt_positions(positions: Tensor, names: Sequence[str], model: CiT) -> Tensor:
+    """Return a position embedding for the model's tokens and grid, or ``positions`` if it has no square grid.
+
+    positions: (1, P + N, C). names: of the tokens that it may have beside the class token.
+    """
+    counts = (1 + len(names), model.num_prefix_tokens, 1, 0)
+    grids = [(count, positions.shape[1] - count) for count in counts]
+    found = [count for count, patches in grids if patches > 0 and math.isqrt(patches) ** 2 == patches]
+    if not found:
+        return positions
+    prefix, patches = positions[:, : found[0]], positions[:, found[0] :]
+    if found[0] == 0:
+        return positions
+    known = ["cls", *names][: found[0]]
+    fallback = known.index("dist") if "dist" in known else 0
+    rows = [0, *(known.index(name) if name in known else fallback for name in model.teachers)]
+    moved = torch.cat([prefix[:, rows], patches], dim=1)
+    if patches.shape[1] == model.patch_embed.num_patches:
+        return moved
+    return resample_abs_pos_embed(moved, model.patch_embed.grid_size, num_prefix_tokens=len(rows))
+
+
 def _cfg() -> dict[str, Any]:
     """Return timm's pretrained_cfg of a CiT with the default teachers. There are no weights to download."""
     return {

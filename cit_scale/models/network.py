@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import (
@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import (
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.errors import ConfigError, one_line
+from cit_scale.models.advised import Advised
+from cit_scale.models.pretrained import FOLDER, HUB, find_pretrained, nearest_models
 
 MOST = 400  # characters of a library's error message: one about a state dict that does not fit lists every key
 
@@ -48,28 +50,47 @@ class Network(nn.Module):
     Students and teachers have the same wrapper under every engine. A model with ``forward_heads`` (a CiT) gives the
     logits of every head, in training and in evaluation mode; any other model gives ``cls`` only.
 
-    model: reads mean and standard deviation for the images from its ``pretrained_cfg``.
+    statistics: mean and standard deviation of the images, as in timm's ``pretrained_cfg``; None: the model's own.
+    image_size: images of another size are resized to it, with antialiasing; None: none are resized.
+    columns: the columns of the model's logits that are returned, in this order; None: all.
     Forward: (B, 3, H, W) in [0, 1] -> StudentLogits, each (B, K) float32.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module) -> None:
+    columns: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Mapping[str, Any] | None = None,
+        image_size: int | None = None,
+        columns: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.image_size = image_size
+        self.frozen: frozenset[str] = frozenset()
+        """Names of buffers that were parameters, or statistics, until ``freeze`` froze them."""
+        self.frozen_norms: list[nn.Module] = []
+        """BatchNorms that compute with their running statistics in training mode, too."""
         self.precision: Precision = "float32"
         """bf16 and fp16 mean autocast with float32 weights. Autocast is entered in `forward`, inside all wrappers: on a
         GPU, DeepSpeed disables an autocast around its engine, with one line in the log."""
 
         self._single_head = student_logits_type(())  # looked up here: torch.compile does not trace a cached function
-        statistics = pretrained_cfg_of(model)
+        statistics = pretrained_cfg_of(model) if statistics is None else statistics
         # Not persistent: the statistics belong to the model's configuration, not to its weights.
         self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
 
     def forward(self, images: Tensor) -> StudentLogits:
         """Return the logits of every head, each (B, K) float32. images: (B, 3, H, W) in [0, 1]."""
+        size = self.image_size
+        if size is not None and images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False)
         # Channels last: on two CPU cores a training step takes 0.48 of the time for the small RedNet, 0.82 for
         # RegNetY-200MF and 0.88 for the small CiT (docs/measurements/first_light.md).
         normalised = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -81,7 +102,15 @@ class Network(nn.Module):
                 logits = forward_heads(normalised)
             else:
                 logits = self._single_head(self.model(normalised))
+        if self.columns is not None:
+            logits = type(logits)(*(head[:, self.columns] for head in logits))
         return type(logits)(*(head.float() for head in logits))
+
+    def train(self, mode: bool = True) -> Network:
+        super().train(mode)
+        for layer in self.frozen_norms:
+            layer.eval()
+        return self
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that the model exempts from weight decay."""
@@ -102,27 +131,36 @@ def build_network(
     num_classes: int,
     image_size: int,
     teachers: tuple[str, ...] = (),
+    pretrained: str | None = None,
+    own_size: int | Literal["own"] | None = None,
+    columns: Sequence[int] | None = None,
 ) -> Network:
     """Build a newly initialized network.
 
-    name, kwargs: arguments of timm.create_model. teachers: names of a CiT's tokens and heads.
-    Raises ConfigError for an unknown model, for teachers of a model without tokens for them, for kwargs that the run
-    determines (RUN_OWNS), and for arguments that timm refuses.
+    name, kwargs: arguments of timm.create_model. teachers: names of a CiT's tokens and heads, or of the heads beside
+    that of any other model (``Advised``).
+    image_size: of the images that the network is given. own_size: of those that it sees, where that is another;
+    "own": the size that ``pretrained`` was made for, if that is known.
+    pretrained: name of weights that are to be loaded into it: their mean and standard deviation normalize the images.
+    columns: of the logits, as Network has them.
+    Raises ConfigError for an unknown model, for teachers of a model that can have no heads for them, for kwargs that
+    the run determines (RUN_OWNS), and for arguments that timm refuses.
     """
+    found = None if pretrained is None else find_pretrained(pretrained)
+    if name.startswith((HUB, FOLDER)):
+        described = find_pretrained(name)
+        if described.architecture is None:
+            raise ConfigError(f"{name} has no config.json in timm's form, which says what model it is; name the model")
+        name, kwargs = described.architecture, {**(described.arguments or {}), **kwargs}
     if not timm.is_model(name):
-        raise ConfigError(f"no model is called {name!r}; the nearest are {_nearest(name, timm.list_models())}")
+        raise ConfigError(f"no model is called {name!r}; the nearest are {nearest_models(name, timm.list_models())}")
     try:
         pretrained_cfg = timm.get_pretrained_cfg(name)  # None for a model that is registered without one
     except RuntimeError:  # an unknown tag after the model's name
         model = name.partition(".")[0]
         known = [model, *timm.list_pretrained(f"{model}.*")]
-        raise ConfigError(f"no model is called {name!r}; the nearest are {_nearest(name, known)}") from None
+        raise ConfigError(f"no model is called {name!r}; the nearest are {nearest_models(name, known)}") from None
     is_cit = timm.models.is_model_in_modules(name, ["cit"])
-    if teachers and not is_cit:
-        raise ConfigError(
-            f"{name} has no token for a teacher, but the run has the teachers {', '.join(teachers)}; "
-            f"choose one of {', '.join(timm.list_models(module='cit'))} or drop the teachers"
-        )
     owned = [key for key in kwargs if key in RUN_OWNS]
     if owned:
         raise ConfigError(
@@ -135,11 +173,17 @@ def build_network(
     arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
     if is_cit:
         arguments["teachers"] = teachers
+    description = found.description if found is not None else {}
+    if own_size == "own":
+        own_size = max(description["input_size"][1:]) if "input_size" in description else None
     # Models of a fixed input size take img_size; the others, such as a RedNet, do not know the argument.
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
-        arguments["img_size"] = image_size
+        arguments["img_size"] = own_size or image_size
     try:
-        return Network(timm.create_model(name, **arguments))
+        built = timm.create_model(name, **arguments)
+        if teachers and not is_cit:
+            built = Advised(built, teachers)
+        return Network(built, description if "mean" in description else None, own_size, columns)
     except Exception as error:  # of a wrong argument a model's code can raise anything
         call = f"timm.create_model({name!r}, {_spelled(arguments)})"
         raise ConfigError(f"{call} refuses: {type(error).__name__}: {one_line(error, MOST)}") from error
@@ -211,10 +255,11 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """The names that resemble ``name`` most, of its family if there is one: what stands before the first "_"."""
-    family = [each for each in known if each.split("_")[0] == name.split("_")[0]]
-    return ", ".join(difflib.get_close_matches(name, family or known, n=4, cutoff=0.0))
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's classifiers, each with a dot at its end, in the order of the modules."""
+    classifier = cast(Any, model).get_classifier()  # timm's contract
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)
+    return tuple(f"{name}." for name, module in model.named_modules() if any(module is head for head in heads))
 
 
 def pretrained_cfg_of(model: nn.Module) -> Mapping[str, Any]:

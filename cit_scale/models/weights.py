@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import pickle
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError, one_line, os_error
+from cit_scale.models.advised import PREFIX as TRUNK_PREFIX
+from cit_scale.models.cit import CiT
 from cit_scale.models.convert_checkpoint import convert, rename
-from cit_scale.models.network import MOST, Network, pretrained_cfg_of
+from cit_scale.models.network import MOST, Network, head_names, pretrained_cfg_of
+from cit_scale.models.pretrained import Pretrained, find_pretrained
+from cit_scale.models.rednet import RedNet
 
 # Where trainers keep a state dict in a checkpoint; the first that is there is taken. A moving average comes first, as
 # in timm: it is what its trainer evaluates and releases.
@@ -42,6 +48,13 @@ STRIP = (
     "isinstance(v, torch.Tensor) else None; "
     "torch.save(f(torch.load(sys.argv[1], 'cpu', weights_only=False)), sys.argv[2])"
 )
+
+
+# How much has to fit of weights from which a network can start: of its parameters or of theirs, without heads. Stems
+# that are new are most of a small CiT; a projection that is left out is most of some self-supervised network's file.
+LEAST_SHARE = 0.25
+
+HEAD_STD = 0.001  # of the weights of a new head on features that are trained
 
 
 @dataclass(frozen=True)
@@ -195,24 +208,27 @@ def _without_wrappers(key: str) -> str:
 # Into a network
 
 
-def load_weights(network: Network, path: str | Path) -> tuple[str, ...]:
+def load_weights(network: Network, name: str | Path) -> tuple[str, ...]:
     """Load weights into the network's model. All names and shapes must match. Returns what is to be said of them.
+
+    name: as ``find_pretrained`` takes it, such as a file.
 
     The model may be a part of what was saved, such as a Lightning module's attribute. Released checkpoints of CiT and
     RedNet are converted to our names. A CiT resamples the position embedding of another image size. For a network on
     the meta device only names and shapes are compared.
     Raises ConfigError for weights that do not fit, and the exceptions of `read_weights`.
     """
-    model = network.model
-    is_meta = any(parameter.is_meta for parameter in model.parameters())
-    weights = read_weights(path, "meta" if is_meta else "cpu")
-    is_ours = type(model).__module__.startswith("cit_scale.")
-    state, notes = _part_that_fits(weights.tensors, model, rename if is_ours else str)
-    if is_ours:
+    model, found = network.model, find_pretrained(str(name))
+    path = found.file
+    weights = read_weights(path, _device_of(model))
+    state, notes = _part_that_fits(weights.tensors, model, _rename_for(model))
+    if _is_ours(model):
         try:
             state = convert(state)
         except ValueError as error:
             raise ConfigError(f"weights {path} do not fit: {error}") from error
+    else:
+        state = _adapt(state, model, found)
     _refuse_other_classes(state, model, path)
     _refuse_other_numbers(state, model, path)
     try:
@@ -225,11 +241,130 @@ def load_weights(network: Network, path: str | Path) -> tuple[str, ...]:
     return (*weights.notes, *notes)
 
 
+def start_from(network: Network, name: str) -> tuple[str, ...]:
+    """Load what fits of pretrained weights into the network's model. Returns what was taken, left out, and is new.
+
+    name: as ``find_pretrained`` takes it. Heads of other classes start anew. Position embeddings and whatever else
+    timm's model knows to adapt (its ``checkpoint_filter_fn``) are adapted to the network's size.
+    Raises ConfigError if less than LEAST_SHARE of both, the network and the weights, fits, and the exceptions of
+    ``read_weights`` and ``find_pretrained``.
+    """
+    model, found = network.model, find_pretrained(name)
+    weights = read_weights(found.file, _device_of(model))
+    renamed = _rename_for(model)
+    state, notes = _part_that_fits(weights.tensors, model, renamed)
+    state = {renamed(key): tensor for key, tensor in state.items()}
+    before = {key: tensor.shape for key, tensor in state.items()}
+    state = _adapt(state, model, found)
+    heads, expected = head_names(model), model.state_dict()
+    fitting = {key: tensor for key, tensor in state.items() if key in expected and tensor.shape == expected[key].shape}
+    trunk = {key: each.numel() for key, each in model.named_parameters() if not key.startswith(heads)}
+    theirs = {key: each.numel() for key, each in state.items() if not key.startswith(heads)}
+    shares = [
+        sum(size for key, size in sizes.items() if key in fitting) / max(sum(sizes.values()), 1)
+        for sizes in (trunk, theirs)
+    ]
+    if max(shares) < LEAST_SHARE:
+        raise ConfigError(
+            f"weights {found.file} do not fit: {shares[1]:.0%} of them fit into {type(model).__name__}, and are "
+            f"{shares[0]:.0%} of it; name the architecture that they are of"
+        )
+    _refuse_other_numbers(fitting, model, found.file)
+    model.load_state_dict(fitting, strict=False)
+    for head in heads:
+        if f"{head}weight" not in fitting:
+            _init_head(model.get_submodule(head[:-1]))
+    return (*weights.notes, *notes, *_table(state, before, expected, fitting, heads))
+
+
+def _init_head(head: nn.Module) -> None:
+    """Let a new head on trained features begin with nearly equal logits.
+
+    Some of timm's networks begin with large ones: with EfficientNet's own start, the loss over ten classes begins at
+    5.5, and its gradients undo what the features had learned (docs/measurements/own_images.md).
+    """
+    for name, parameter in head.named_parameters():
+        if name.endswith("weight"):
+            nn.init.trunc_normal_(parameter, std=HEAD_STD)
+        else:
+            nn.init.zeros_(parameter)
+
+
+def _adapt(state: dict[str, Tensor], model: nn.Module, found: Pretrained) -> dict[str, Tensor]:
+    """Adapt a state dict as timm does when it loads pretrained weights: names of other libraries, the size of position
+    embeddings, a background class before all others. Raises ConfigError.
+    """
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = state if adapt is None else dict(adapt(state, model))
+    except Exception as error:  # for a state dict of another model, a filter can raise anything
+        raise ConfigError(f"weights {found.file} do not fit: {one_line(error, MOST)}") from error
+    offset, heads, expected = found.description.get("label_offset") or 0, head_names(model), model.state_dict()
+    for key in [key for key in state if offset and key.startswith(heads) and key in expected]:
+        if len(state[key]) == len(expected[key]) + offset:
+            state[key] = state[key][offset:]
+    return state
+
+
+def _table(
+    state: Mapping[str, Tensor],
+    before: Mapping[str, torch.Size],
+    expected: Mapping[str, Tensor],
+    fitting: Mapping[str, Tensor],
+    heads: tuple[str, ...],
+) -> Iterator[str]:
+    """Lines that say what was taken, what is new and what was left out, by the first part of the names.
+
+    state: after it was adapted. before: shapes in the file. heads: from ``head_names``.
+    """
+    new, left = expected.keys() - fitting.keys(), before.keys() - expected.keys()
+    resized = [
+        f"; {key} {_shown(before[key])} -> {_shown(tensor.shape)}"
+        for key, tensor in fitting.items()
+        if before.get(key, tensor.shape) != tensor.shape
+    ]
+    taken = f"all {len(fitting)} tensors" if not new and not left else _counted(fitting)
+    yield f"taken: {taken}{''.join(resized)}"
+    replaced = {}
+    for head in heads:
+        key = f"{head}weight"
+        if key in new and key in state:
+            replaced[head] = f"{head[:-1]}: {len(state[key])} -> {len(expected[key])} classes"
+    others = [key for key in expected if key in new and not key.startswith(tuple(replaced))]
+    if new:
+        yield f"new: {', '.join([*replaced.values(), *([_counted(others)] if others else [])])}"
+    if left:
+        yield f"left out: {_counted([key for key in before if key in left])}"
+
+
+def _counted(keys: Iterable[str]) -> str:
+    counts = Counter(key.split(".")[0] for key in keys)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
+
+
+def _shown(shape: torch.Size) -> str:
+    return "x".join(map(str, shape))
+
+
+def _device_of(model: nn.Module) -> str:
+    return "meta" if any(parameter.is_meta for parameter in model.parameters()) else "cpu"
+
+
+def _is_ours(model: nn.Module) -> bool:
+    return isinstance(model, CiT | RedNet)
+
+
+def _rename_for(model: nn.Module) -> Callable[[str], str]:
+    """The renaming of the keys of released checkpoints, for the models that there are such of."""
+    return rename if _is_ours(model) else str
+
+
 def _part_that_fits(
     state: dict[str, Tensor], model: nn.Module, renamed: Callable[[str], str]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The part of a state dict that belongs to the model, under names without its prefix, and what is to be said."""
-    expected = model.state_dict().keys()
+    keys = model.state_dict().keys()
+    expected = {*keys, *(key.removeprefix(TRUNK_PREFIX) for key in keys)}  # the trunk of an advised model, by itself
     beginnings = {
         ".".join(key.split(".")[:depth]) + "." for key in state for depth in (1, 2) if key.count(".") >= depth
     }

@@ -13,6 +13,7 @@ from cit_scale.config import TeacherConfig
 from cit_scale.distributed.world import World, gather
 from cit_scale.errors import RefusedError
 from cit_scale.files import file_sha256
+from cit_scale.models.pretrained import find_pretrained
 from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import CHECKPOINTS, RESULTS, saved_steps, step_path
 
@@ -23,15 +24,15 @@ EVALUATION_DATA = "evaluation data"
 def fingerprints(prepared: PreparedRun, teacher_hashes: Mapping[str, str]) -> dict[str, str]:
     """Fingerprints of data and weights, by name. teacher_hashes: SHA-256 of the teachers' files."""
     found = {"data": prepared.train_set.fingerprint, EVALUATION_DATA: prepared.eval_set.fingerprint}
-    start = prepared.config.student.weights
+    start = prepared.config.student.start
     if start is not None:
-        found["the student's first weights"] = file_sha256(Path(start).expanduser())
+        found["the student's first weights"] = file_sha256(find_pretrained(start).file)
     return found | {f"teacher {name}": sha256 for name, sha256 in teacher_hashes.items()}
 
 
 def hash_teachers(teachers: Mapping[str, TeacherConfig]) -> dict[str, str]:
     """SHA-256 of the weights file of each teacher, without teachers that have no weights yet."""
-    files = {name: Path(teacher.weights).expanduser() for name, teacher in teachers.items() if teacher.weights}
+    files = {name: find_pretrained(teacher.ready).file for name, teacher in teachers.items() if teacher.ready}
     return {name: file_sha256(file) for name, file in files.items()}
 
 

@@ -250,7 +250,7 @@ def plan_lines(plan: RunPlan, device: str) -> list[str]:
                 )
             )
         else:
-            lines.append((f"teacher {name}", f"{teacher.model} with weights {teacher.weights}"))
+            lines.append((f"teacher {name}", f"{teacher.model} with weights {teacher.ready}"))
     return [row(what, text) for what, text in lines]
 
 

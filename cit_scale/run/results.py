@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cit_scale.batch import Batch
-from cit_scale.checkpoint import layout
 from cit_scale.config import REPOSITORY, TeacherConfig
 from cit_scale.distributed.slurm_job import job_record
 from cit_scale.distributed.world import World, run_on_all_ranks
@@ -26,11 +25,11 @@ from cit_scale.evaluate import evaluate
 from cit_scale.files import sync
 from cit_scale.models.weights import load_weights
 from cit_scale.run.setup import PreparedRun
-from cit_scale.run_folder import CHECKPOINTS, step_path
+from cit_scale.run_folder import CHECKPOINTS, STUDENT, STUDENT_EMA, step_path
 from cit_scale.teachers import Teacher, run_teachers
 
 # Weights that a finished run leaves in its folder, by the name in results.json: files of its last checkpoint.
-EXPORTS = {"student": layout.STUDENT, "student ema": layout.STUDENT_EMA}
+EXPORTS = {"student": STUDENT, "student ema": STUDENT_EMA}
 
 PACKAGES = (
     "torch",
@@ -130,7 +129,10 @@ def measure(
         }
     return {
         "eval_images": next(iter(accuracy.values())).images,
-        "accuracy": {name: {"top1": found.top1, "top5": found.top5} for name, found in accuracy.items()},
+        "accuracy": {
+            name: {"top1": found.top1, "top5": found.top5, "class_mean": found.class_mean}
+            for name, found in accuracy.items()
+        },
         "teachers": measured_teachers,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
@@ -17,7 +18,7 @@ import yaml
 from cit_scale.batch import Batch
 from cit_scale.config import BatchSplit, DataConfig, RunConfig, TeacherConfig, check_config
 from cit_scale.data.draws import read_policy
-from cit_scale.data.order import Cursor, steps_per_epoch
+from cit_scale.data.order import EXPONENTS, Cursor, steps_per_epoch
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, train_stream
 from cit_scale.datasets.index import shorten
@@ -27,12 +28,15 @@ from cit_scale.engines.base import EngineSetup, prepare_network
 from cit_scale.engines.build import prepare_engine
 from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, RefusedError, one_line, os_error
 from cit_scale.files import rename_aside
+from cit_scale.losses import balancing_weights
+from cit_scale.models.freeze import freeze
 from cit_scale.models.network import Network, build_network, try_forward
-from cit_scale.models.weights import load_weights
+from cit_scale.models.weights import load_weights, start_from
+from cit_scale.optim import parameter_groups
 from cit_scale.run.folders import runs_inside
 from cit_scale.run_folder import CONFIG
 from cit_scale.settings import changed_settings
-from cit_scale.teachers import Teacher, load_teacher
+from cit_scale.teachers import Teacher, build_teacher_without_weights, load_teacher
 
 STUDENT = ""
 """The student's key among the teachers' names."""
@@ -71,6 +75,15 @@ class PreparedRun:
     def num_classes(self) -> int:
         return len(self.train_set.classes)
 
+    @functools.cached_property
+    def class_weights(self) -> torch.Tensor | None:
+        """Weights of the classes in the label loss, (K,) on the device; None: all 1."""
+        exponent = 1 - EXPONENTS[self.config.distill.class_weights]
+        if exponent == 0:
+            return None
+        counts = torch.bincount(torch.from_numpy(self.train_set.labels), minlength=self.num_classes)
+        return balancing_weights(counts, exponent).to(self.world.device)
+
     @property
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.train_set), self.config.train.global_batch_size)
@@ -105,8 +118,9 @@ class PreparedRun:
         """The network to train, with its initial weights: the same on every rank."""
         torch.manual_seed(self.config.seed)
         network = self.build_student_without_weights()
-        if self.config.student.weights is not None:
-            load_weights(network, self.config.student.weights)
+        if self.config.student.start is not None:
+            start_from(network, self.config.student.start)
+        freeze(network, self.config.train.freeze)
         return network
 
     def build_student_without_weights(self) -> Network:
@@ -118,6 +132,8 @@ class PreparedRun:
             num_classes=self.num_classes,
             image_size=config.data.image_size,
             teachers=tuple(config.teachers),
+            pretrained=config.student.start,
+            own_size=config.student.image_size,
         )
 
     def build_on_meta(self) -> tuple[Network, list[Network]]:
@@ -127,8 +143,8 @@ class PreparedRun:
             return self.build_student_without_weights(), teachers
 
     def build_teacher_without_weights(self, teacher: TeacherConfig) -> Network:
-        return build_network(
-            teacher.model, teacher.kwargs, num_classes=self.num_classes, image_size=self.config.data.image_size
+        return build_teacher_without_weights(
+            teacher, classes=self.train_set.classes, image_size=self.config.data.image_size
         )
 
     def load_teacher(self, name: str, teacher: TeacherConfig) -> Teacher:
@@ -136,7 +152,7 @@ class PreparedRun:
             name,
             teacher,
             self.config.distill,
-            num_classes=self.num_classes,
+            classes=self.train_set.classes,
             image_size=self.config.data.image_size,
             device=self.world.device,
         )
@@ -255,19 +271,28 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name") -> list
         with naming(f"{setting}={config.student.name}"):
             student = prepared.build_student_without_weights().train()
             try_forward(student, **sizes)
-        if config.student.weights is not None:
-            said += [f"student.weights: {note}" for note in load_weights(student, config.student.weights)]
+        start = config.student.start
+        if start is not None:
+            said += [f"{_start_setting(config, setting)}={start}: {note}" for note in start_from(student, start)]
         for name, teacher in config.teachers.items():
-            if teacher.weights is not None:
+            if teacher.ready is not None:
                 with naming(f"teachers.{name}.model={teacher.model}"):
                     network = prepared.build_teacher_without_weights(teacher).eval()
                     try_forward(network, **sizes)
-                said += [f"teachers.{name}.weights: {note}" for note in load_weights(network, teacher.weights)]
+                which = "pretrained" if teacher.weights is None else "weights"
+                said += [f"teachers.{name}.{which}: {note}" for note in load_weights(network, teacher.ready)]
+    freeze(student, config.train.freeze)
     prepare_network(student, config.engine, prepared.world)
+    parameter_groups(student, 0.0, config.optim.layer_decay, config.optim.head_lr_scale)
     for name, teacher_run in prepared.teacher_runs.items():
         with naming(f"teacher {name}"):
             said += check_networks(teacher_run, f"teachers.{name}.model")
     return said
+
+
+def _start_setting(config: RunConfig, model_setting: str) -> str:
+    """Name of the setting that names the weights from which the trained network starts."""
+    return f"{model_setting.rsplit('.', 1)[0]}.{'weights' if config.student.weights else 'pretrained'}"
 
 
 @contextmanager

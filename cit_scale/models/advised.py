@@ -1,0 +1,117 @@
+"""Gives any timm model a linear head per teacher: the way to advise a student that has no tokens for its teachers.
+
+All heads read the same pooled features. A CiT has a token for each teacher instead (cit.py), as in the paper.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from cit_scale.batch import StudentLogits, student_logits_type
+
+PREFIX = "trunk."
+
+
+class Advised(nn.Module):
+    """A timm model with a head per teacher, beside its own.
+
+    trunk: a timm model whose classifier is one linear layer on ``forward_head(features, pre_logits=True)``.
+    teachers: names of the heads.
+    Forward: images (B, 3, H, W) -> the mean of all heads' logits, (B, K). `forward_heads` returns every head's.
+    Raises ValueError for a model of another build.
+    """
+
+    def __init__(self, trunk: nn.Module, teachers: Sequence[str]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.teachers = tuple(teachers)
+        self.teacher_heads = nn.ModuleDict()
+        classifier = _classifier_of(trunk)
+        if classifier is None:
+            raise ValueError(
+                f"{type(trunk).__name__} has no linear classifier on pooled features, beside which heads for the "
+                f"teachers {', '.join(teachers)} could stand; choose another model, or drop the teachers"
+            )
+        for name in teachers:
+            head = nn.Linear(
+                classifier.in_features,
+                classifier.out_features,
+                device=classifier.weight.device,
+                dtype=classifier.weight.dtype,
+            )
+            trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+            self.teacher_heads[name] = head
+
+    @property
+    def pretrained_cfg(self) -> Mapping[str, Any]:
+        return cast(Any, self.trunk).pretrained_cfg
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """Return the heads in the order of StudentLogits."""
+        classifier = _classifier_of(self.trunk)
+        assert classifier is not None
+        return classifier, *self.teacher_heads.values()
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters without weight decay, part of timm's contract for models."""
+        names: set[str] = getattr(self.trunk, "no_weight_decay", set)()
+        return {f"{PREFIX}{name}" for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns that assign parameters to layers, part of timm's contract for models."""
+        return _prefixed(cast(Any, self.trunk).group_matcher(coarse=coarse))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the trunk's blocks again in the backward pass, part of timm's contract for models."""
+        cast(Any, self.trunk).set_grad_checkpointing(enable)
+
+    @property
+    def blocks(self) -> Any:
+        """The trunk's blocks. AttributeError where it has none of this name, as for any attribute."""
+        return self.trunk.blocks
+
+    def forward_heads(self, images: Tensor) -> StudentLogits:
+        """Return the logits of every head in any mode: StudentLogits, each (B, K)."""
+        trunk = cast(Any, self.trunk)
+        pooled = trunk.forward_head(trunk.forward_features(images), pre_logits=True)  # (B, C)
+        return student_logits_type(self.teachers)(*(head(pooled) for head in self.get_classifier()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = list(self.forward_heads(images))
+        return sum(logits[1:], logits[0]) / len(logits)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: Advised) -> dict[str, Tensor]:
+    """Adapt the state dict of the trunk alone, or of an advised model, by the trunk's own rules. timm's convention."""
+    heads = {key: each for key, each in state_dict.items() if key.startswith("teacher_heads.")}
+    trunk = {key.removeprefix(PREFIX): each for key, each in state_dict.items() if key not in heads}
+    adapt = getattr(sys.modules[type(model.trunk).__module__], "checkpoint_filter_fn", None)
+    if adapt is not None:
+        trunk = dict(adapt(trunk, model.trunk))
+    return {**{f"{PREFIX}{key}": each for key, each in trunk.items()}, **heads}
+
+
+def _classifier_of(model: nn.Module) -> nn.Linear | None:
+    """The model's linear classifier; None for a model without one, or with several."""
+    if not all(hasattr(model, name) for name in ("forward_features", "forward_head", "get_classifier")):
+        return None
+    classifier = cast(Any, model).get_classifier()
+    return classifier if isinstance(classifier, nn.Linear) else None
+
+
+def _prefixed(matcher: Any) -> Any:
+    """Patterns of names, for names that begin with PREFIX."""
+    if isinstance(matcher, str):
+        return f"{re.escape(PREFIX)}(?:{matcher})".replace("(?:^", "(?:").replace("|^", "|")
+    if isinstance(matcher, dict):
+        return {key: _prefixed(value) for key, value in matcher.items()}
+    if isinstance(matcher, (list, tuple)):
+        return type(matcher)(_prefixed(each) for each in matcher)
+    return matcher

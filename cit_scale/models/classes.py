@@ -1,0 +1,103 @@
+"""Maps the classes of a data set to the columns of a classifier that knows more classes, by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from cit_scale.errors import ConfigError, MissingInputError, one_line
+
+BY_NAME = "names"  # the value of the setting that asks for the names that come with the weights
+MOST_SHOWN = 20
+
+
+def class_columns(classes: Sequence[str], how: str, description: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Columns of a classifier's logits for the classes of a data set, in their order, and how many columns it has.
+
+    how: BY_NAME, or a file: a line per column with its name, or names with commas between; or a JSON object from the
+    data set's classes to names or numbers of columns. description: timm's pretrained_cfg of the weights; without names
+    in it, those of ImageNet for a classifier of as many classes (WordNet ids and words).
+    A name fits if it is equal but for upper case, and for underscores, hyphens and blanks.
+    Raises ConfigError with all classes that have no column, or more than one; MissingInputError.
+    """
+    given: dict[str, Any] = {}
+    if how == BY_NAME:
+        labels = _described_labels(description)
+    else:
+        labels, given = _read_file(how, description)
+    columns: dict[str, list[int]] = {}
+    for column, names in enumerate(labels):
+        for name in dict.fromkeys(map(_plain, names)):
+            columns.setdefault(name, []).append(column)
+    found: list[int] = []
+    missing: list[str] = []
+    ambiguous: list[str] = []
+    for name in classes:
+        wanted = given.get(name, name)
+        fits = [wanted] if isinstance(wanted, int) else columns.get(_plain(str(wanted)), [])
+        fits = [column for column in fits if 0 <= column < len(labels)]
+        if len(fits) == 1:
+            found.append(fits[0])
+        else:
+            (ambiguous if fits else missing).append(name)
+    if missing or ambiguous:
+        said = [
+            f"{what}: {', '.join(names[:MOST_SHOWN])}{' ...' if len(names) > MOST_SHOWN else ''}"
+            for what, names in (("no column for", missing), ("several columns for", ambiguous))
+            if names
+        ]
+        raise ConfigError(
+            f"classes={how}: of the {len(labels)} classes of the weights there is {'; '.join(said)}; give a JSON file "
+            'such as {"CLASS OF THE DATA": "NAME OR NUMBER OF THE COLUMN"}, or train the teacher first'
+        )
+    twice = sorted({name for name, column in zip(classes, found, strict=True) if found.count(column) > 1})
+    if twice:
+        raise ConfigError(f"classes={how}: these classes of the data share a column: {', '.join(twice[:MOST_SHOWN])}")
+    return found, len(labels)
+
+
+def _described_labels(description: Mapping[str, Any]) -> list[list[str]]:
+    """Names of each column."""
+    names = description.get("label_names")
+    if names:
+        return [[*str(name).split(","), str(name)] for name in names]
+    subset = infer_imagenet_subset(dict(description)) if "num_classes" in description else None
+    if subset is None:
+        raise ConfigError(f"classes={BY_NAME}: the weights come without names of their classes; give a file of them")
+    info = ImageNetInfo(subset)
+    return [
+        [info.index_to_label_name(index), *info.index_to_description(index).split(",")]
+        for index in range(info.num_classes())
+    ]
+
+
+def _read_file(how: str, description: Mapping[str, Any]) -> tuple[list[list[str]], dict[str, Any]]:
+    """Names of each column, and what a JSON file says of the data set's classes."""
+    path = Path(how).expanduser()
+    if not path.is_file():
+        raise MissingInputError(f"classes={how} is neither {BY_NAME!r} nor a file of names")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix != ".json":
+            return [[*line.split(","), line] for line in text.splitlines() if line.strip()], {}
+        content = json.loads(text)
+        if not isinstance(content, dict) or not all(isinstance(each, str | int) for each in content.values()):
+            raise ValueError("it is no object from classes to names or numbers of columns")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"classes={how} cannot be read: {one_line(error)}") from error
+    try:
+        return _described_labels(description), content
+    except ConfigError:  # columns can be given by number without names
+        if "num_classes" not in description:
+            raise ConfigError(
+                f"classes={how}: the weights do not say how many classes they have; give a file with a line for each"
+            ) from None
+        return [[] for _ in range(description["num_classes"])], content
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("-", " ").split()).casefold()

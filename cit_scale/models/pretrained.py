@@ -1,0 +1,213 @@
+"""Finds weights by name: files, folders, run folders, models of timm, and repositories of the Hugging Face hub.
+
+hf-hub:OWNER/NAME[@REVISION]    a repository of the hub, downloaded into its cache (HF_HOME) once
+local-dir:FOLDER                a folder in the hub's layout: config.json beside model.safetensors
+regnety_040.ra3_in1k            a model of timm's, by name and tag: its repository on the hub
+FOLDER                          a folder in the hub's layout, or a run folder
+FILE                            a safetensors or PyTorch file
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import cit_scale.models  # noqa: F401  registers ours with timm
+from cit_scale.errors import ConfigError, MissingInputError, one_line
+from cit_scale.run_folder import CHECKPOINTS, STUDENT, saved_steps, step_path
+
+HUB = "hf-hub:"
+FOLDER = "local-dir:"
+
+# Names of weights in a folder or repository, in the order of preference. timm writes model.safetensors, the
+# transformers library pytorch_model.bin before it did.
+FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+DESCRIPTION = "config.json"
+
+CONNECT_S = 10.0  # longest wait for the hub's first answer
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights that were found by name.
+
+    file: the weights. description: timm's pretrained_cfg of them, with mean and std of the images, num_classes and
+    label_names; empty where the file comes without one. architecture, arguments: of timm.create_model, likewise.
+    """
+
+    file: Path
+    description: Mapping[str, Any]
+    architecture: str | None = None
+    arguments: Mapping[str, Any] | None = None
+
+
+@functools.cache
+def find_pretrained(name: str) -> Pretrained:
+    """Find weights by name, and download what is not in the cache of the hub. The module says which names there are.
+
+    Raises MissingInputError for what does not exist or cannot be downloaded, ConfigError for a description that cannot
+    be read.
+    """
+    if name.startswith(HUB):
+        return _from_hub(name.removeprefix(HUB))
+    if name.startswith(FOLDER):
+        return _from_folder(Path(name.removeprefix(FOLDER)).expanduser())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.exists() or "/" in name or not timm.is_model(name.split(".")[0]):
+        return Pretrained(path, {})  # read_weights says what is wrong with the file
+    return _from_timm(name)
+
+
+def nearest_models(name: str, known: Sequence[str]) -> str:
+    """The names that resemble ``name`` most, of its family if there is one: what stands before the first "_"."""
+    family = [each for each in known if each.split("_")[0] == name.split("_")[0]]
+    return ", ".join(difflib.get_close_matches(name, family or known, n=4, cutoff=0.0))
+
+
+def _from_timm(name: str) -> Pretrained:
+    try:
+        description = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag
+        model = name.split(".")[0]
+        known = timm.list_pretrained(f"{model}.*")
+        hint = f"the nearest are {nearest_models(name, known)}" if known else f"there are none of {model}"
+        raise MissingInputError(f"no pretrained weights are called {name!r}; {hint}") from None
+    if description is None or not (description.hf_hub_id or description.url or description.file):
+        raise MissingInputError(f"timm has no pretrained weights for {name}; give a file or a folder")
+    if description.hf_hub_id:
+        files = FILES if description.hf_hub_filename is None else (description.hf_hub_filename,)
+        file = _from_hub(description.hf_hub_id, files).file
+    else:
+        file = Path(description.file) if description.file else _download(str(description.url))
+    return Pretrained(file, description.to_dict())
+
+
+def _from_folder(folder: Path) -> Pretrained:
+    """Find weights in a folder in the hub's layout, or in a run folder: of its end, or else its newest checkpoint."""
+    steps = saved_steps(folder / CHECKPOINTS)
+    newest = [step_path(folder / CHECKPOINTS, max(steps))] if steps else []
+    candidates = [*(folder / file for file in FILES), *(place / STUDENT for place in (folder, *newest))]
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
+        raise MissingInputError(
+            f"no weights are in the folder {folder}: neither {', '.join(FILES)} nor those of a run, {STUDENT}"
+            + ("" if folder.is_dir() else "; there is no such folder")
+        )
+    return _described(file, folder / DESCRIPTION)
+
+
+def _described(file: Path, config: Path) -> Pretrained:
+    """Add what a config.json in timm's form says. One in another program's form, or none, says nothing."""
+    if not config.is_file():
+        return Pretrained(file, {})
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        if "architecture" not in content:  # the transformers library's own, which describes its class
+            return Pretrained(file, {})
+        description = dict(content.get("pretrained_cfg", content))
+        for key in ("num_classes", "label_names"):
+            if key in content:
+                description[key] = content[key]
+        return Pretrained(file, description, str(content["architecture"]), dict(content.get("model_args") or {}))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{config} does not describe a model: {one_line(error)}") from error
+
+
+class _UnreachableError(MissingInputError):
+    """The hub does not answer, and its cache does not hold the file."""
+
+
+def _from_hub(repository: str, files: Sequence[str] = FILES) -> Pretrained:
+    """Find weights and description of a repository, given as OWNER/NAME or OWNER/NAME@REVISION."""
+    weights, unreachable = None, None
+    for file in files:
+        try:
+            weights = weights or _hub_file(repository, file)
+        except _UnreachableError as error:  # the cache may hold another
+            unreachable = unreachable or error
+    if weights is None:
+        raise unreachable or MissingInputError(f"{HUB}{repository} holds no weights: none of {', '.join(files)}")
+    try:
+        config = _hub_file(repository, DESCRIPTION)
+    except _UnreachableError:
+        config = None
+    return Pretrained(weights, {}) if config is None else _described(weights, config)
+
+
+def _hub_file(repository: str, file: str) -> Path | None:
+    """Path of a repository's file in the hub's cache, downloaded if need be. None if the repository has no such file.
+
+    The hub is asked once, with a short limit: the library's own download repeats a failing request for 23 seconds.
+    """
+    # Here, because it takes half a second, and most runs need no hub.
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    answers = (
+        errors.EntryNotFoundError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.HFValidationError,
+    )
+    name, _, revision = repository.partition("@")
+    at = revision or None
+    try:
+        try:
+            hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=at), timeout=CONNECT_S)
+        except answers:
+            raise
+        except Exception as error:  # each of its layers raises its own for a network that is not there
+            cached = hub.try_to_load_from_cache(name, file, revision=at)
+            if not isinstance(cached, str):
+                raise _UnreachableError(
+                    f"{HUB}{repository}: the hub cannot be reached ({one_line(error, 120)}), and {file} is not in its "
+                    f"cache; on a machine with a network run `hf download {name}`, and bring its cache here (HF_HOME "
+                    "says where it is) or give the folder as local-dir:FOLDER"
+                ) from error
+            return Path(cached)
+        return Path(hub.hf_hub_download(name, file, revision=at, etag_timeout=CONNECT_S))
+    except MissingInputError:
+        raise
+    except errors.HFValidationError as error:
+        raise MissingInputError(f"{HUB}{repository} is not OWNER/NAME: {one_line(error, 200)}") from error
+    except errors.GatedRepoError as error:
+        raise MissingInputError(
+            f"{HUB}{repository} is gated; accept its terms on its page, and give a token by HF_TOKEN or `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise MissingInputError(f"{HUB}{repository}: there is no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise MissingInputError(
+            f"{HUB}{repository}: there is no such repository, or it is private; check the name, or give a token by "
+            "HF_TOKEN"
+        ) from error
+    except errors.EntryNotFoundError:
+        return None
+    except Exception as error:  # a broken download, a full disk: each part of the library raises its own
+        raise MissingInputError(f"{HUB}{repository}: {file} cannot be downloaded: {one_line(error, 200)}") from error
+
+
+def _download(url: str) -> Path:
+    """Download a file that is not on the hub into torch's cache (TORCH_HOME), once."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except OSError as error:
+            raise MissingInputError(
+                f"{url} cannot be downloaded ({one_line(error)}); bring the file to {path}"
+            ) from error
+    return path

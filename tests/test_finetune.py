@@ -1,0 +1,282 @@
+"""Training from pretrained weights: frozen parts, rates by layer, heads for teachers beside any model's own."""
+
+import copy
+
+import pytest
+import sabotage
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import CLASSES, LAYOUTS, RECIPE, TINY_CIT, TinyRun, assert_same_end
+from torch import nn
+
+from cit_scale.config import OptimConfig
+from cit_scale.engines.loss_scale import LossScale
+from cit_scale.engines.state import TrainingState, WholeParameters
+from cit_scale.errors import ConfigError
+from cit_scale.models.freeze import freeze
+from cit_scale.models.network import build_network, head_names, try_forward
+from cit_scale.models.weights import load_weights, start_from
+from cit_scale.optim import adamw, parameter_groups, set_learning_rate
+
+SMALL = {"channels": [8, 8, 16, 16], "stem_width": 8}
+TEACHERS = ("conv", "inv")
+
+
+def small(name="resnet10t", kwargs=None, teachers=(), size=32):
+    torch.manual_seed(0)
+    return build_network(name, SMALL if kwargs is None else kwargs, num_classes=5, image_size=size, teachers=teachers)
+
+
+def small_cit(**kwargs):
+    return small("cit_tiny_patch16_224", {**TINY_CIT, **kwargs}, TEACHERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Freezing
+
+
+def test_what_is_frozen_stays_in_the_state_dict_and_out_of_the_parameters():
+    network, before = small_cit(), small_cit()
+    freeze(network, ["trunk"])
+    assert {name for name, _ in network.model.named_parameters()} == {
+        f"{head}.{part}" for head in ("head", "teacher_heads.conv", "teacher_heads.inv") for part in ("weight", "bias")
+    }
+    assert network.state_dict().keys() == before.state_dict().keys()
+    network.train()
+    network(torch.rand(4, 3, 32, 32)).cls.sum().backward()
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name]), name  # statistics of BatchNorm too
+    assert network.model.head.weight.grad is not None
+    assert not network.model.patch_embed.stems["conv"].bn1.training
+
+
+def test_patterns_name_modules_and_parameters():
+    network = small_cit()
+    freeze(network, ["blocks.0", "*.bias", "cls_token"])
+    trained = {name for name, _ in network.model.named_parameters()}
+    assert not any(name.startswith("blocks.0.") or name.endswith(".bias") for name in trained)
+    assert {"blocks.1.attn.qkv.weight", "pos_embed", "head.weight"} <= trained
+    network.train()
+    assert network.model.patch_embed.stems["conv"].bn1.training  # its weight is trained, and so are its statistics
+
+
+def test_batch_norms_alone_can_be_frozen_and_there_may_be_none():
+    network = small()
+    freeze(network, ["batch_norm"])
+    norms = [layer for layer in network.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(network.frozen_norms) == len(norms) > 0
+    assert not any(layer.training for layer in norms)
+    assert not any(list(layer.parameters()) for layer in norms)
+    assert "conv1.0.weight" in dict(network.model.named_parameters())
+    vit = small("vit_tiny_patch16_224", TINY_CIT)
+    freeze(vit, ["batch_norm"])
+    assert vit.frozen == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        (["block"], "train.freeze='block' names no parameter; the network's parts are trunk, batch_norm, cls_token, "),
+        (["*"], r"train.freeze=\* freezes every parameter"),
+        (["trunk", "head", "teacher_heads"], "leaves nothing to train"),
+    ],
+)
+def test_a_pattern_that_names_nothing_or_everything_is_refused(patterns, said):
+    with pytest.raises(ConfigError, match=said):
+        freeze(small_cit(), patterns)
+
+
+def test_a_frozen_network_can_be_copied():
+    network = small()
+    freeze(network, ["layer1", "bn1"])
+    twin = copy.deepcopy(network).train()
+    assert [layer.training for layer in twin.frozen_norms] == [False] * len(network.frozen_norms)
+    assert not twin.model.bn1.training
+    assert twin.model.layer2[0].bn1.training
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rates
+
+
+def rates(network, **optim):
+    """What multiplies each parameter's learning rate, by name."""
+    optimizer = adamw(network, OptimConfig(**optim))
+    set_learning_rate(optimizer, 2.0)
+    names = {parameter: name.removeprefix("model.") for name, parameter in network.named_parameters()}
+    return {names[parameter]: group["lr"] / 2 for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def test_without_layer_decay_there_are_two_groups_of_one_rate():
+    assert [group["lr_scale"] for group in parameter_groups(small_cit(), 0.05)] == [1.0, 1.0]
+    assert set(rates(small_cit()).values()) == {1.0}
+
+
+@pytest.mark.parametrize("model", [small_cit, lambda: small("vit_tiny_patch16_224", TINY_CIT, TEACHERS)])
+def test_each_layer_learns_slower_than_the_one_above_it(model):
+    by_name = {name.removeprefix("trunk."): rate for name, rate in rates(model(), layer_decay=0.5).items()}
+    assert by_name["head.weight"] == by_name["teacher_heads.conv.bias"] == 1.0
+    assert by_name["blocks.1.attn.qkv.weight"] == by_name["norm.weight"] == 0.5  # timm's last norm is of the last block
+    assert by_name["blocks.0.mlp.fc1.bias"] == 0.25
+    assert by_name["pos_embed"] == by_name["cls_token"] == 0.125
+
+
+def test_heads_learn_at_a_rate_of_their_own():
+    by_name = rates(small_cit(), head_lr_scale=10.0)
+    assert by_name["head.weight"] == by_name["teacher_heads.inv.weight"] == 10.0
+    assert by_name["blocks.1.attn.qkv.weight"] == by_name["norm.weight"] == 1.0
+
+
+def test_a_network_without_layers_is_refused():
+    with pytest.raises(ConfigError, match="does not say what its layers are"):
+        rates(small("pit_ti_224", {}, TEACHERS, size=224), layer_decay=0.5)
+
+
+def test_the_average_follows_faster_at_first():
+    module = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.AdamW(module.parameters())
+    loss_scale = LossScale(is_dynamic=False)
+    state = TrainingState(module, optimizer, WholeParameters(module), 0.9, loss_scale, ema_warmup=True)
+    expected = module.weight.item()
+    for update in range(120):
+        with torch.no_grad():
+            module.weight.fill_(update + 1.0)
+        state.accept()
+        decay = min(0.9, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * (update + 1.0)
+        saved = state.copies({"ema/weight", "optimizer_step", "loss_scale", "weight/weight"} | state.shapes().keys())
+        assert saved["ema/weight"].item() == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any model as a student
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet10t", SMALL),
+        ("vit_tiny_patch16_224", TINY_CIT),
+        ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}),
+        ("mobilenetv3_small_050", {}),
+        ("tf_efficientnet_lite0", {}),
+        ("regnety_002", {}),
+        ("swin_tiny_patch4_window7_224", {"depths": [1, 1], "embed_dim": 16, "num_heads": [2, 2], "window_size": 4}),
+        ("rednet26", {"layers": [1, 1, 1, 1], "base_width": 16, "stem_width": 16}),
+    ],
+)
+def test_a_model_has_its_own_logits_and_those_of_a_head_per_teacher(name, kwargs, tmp_path):
+    network = small(name, kwargs, TEACHERS).eval()
+    assert network.heads == ("cls", *TEACHERS)
+    assert head_names(network.model)[1:] == ("teacher_heads.conv.", "teacher_heads.inv.")
+    images = torch.rand(2, 3, 32, 32)
+    logits = network(images)
+    normalized = (images - network.mean) / network.std
+    torch.testing.assert_close(logits.cls, network.model.trunk(normalized), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(network.model(normalized), sum(logits) / 3, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(logits.conv, logits.cls)
+    # Its weights, and those of the model alone, are loaded into another one.
+    save_file(network.model.state_dict(), tmp_path / "advised.safetensors")
+    other = small(name, kwargs, TEACHERS)
+    load_weights(other, tmp_path / "advised.safetensors")
+    assert all(torch.equal(each, network.state_dict()[key]) for key, each in other.state_dict().items())
+    torch.manual_seed(1)
+    alone = timm.create_model(
+        name, num_classes=7, **({"img_size": 32} if "swin" in name or "vit" in name else {}), **kwargs
+    )
+    save_file(alone.state_dict(), tmp_path / "alone.safetensors")
+    said = start_from(other, str(tmp_path / "alone.safetensors"))
+    assert "7 -> 5 classes" in said[1]
+    theirs = alone.state_dict()
+    heads = head_names(other.model)
+    ours = {key: each for key, each in other.model.state_dict().items() if not key.startswith(heads)}
+    assert all(torch.equal(each, theirs[key.removeprefix("trunk.")]) for key, each in ours.items())
+
+
+REFUSED = {
+    "cpubone", "crossvit", "dla", "dpn", "efficientformer", "efficientformer_v2", "efficientvim", "iformer", "levit",
+    "metaformer", "repvit", "resnetv2", "sequencer", "swiftformer", "vision_transformer_sam",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_family_of_timms_can_be_advised_or_is_refused_by_name():
+    refused = set()
+    for module in timm.list_modules():
+        names = timm.list_models(module=module)
+        if not names or module in ("cit", "rednet"):
+            continue
+        with torch.device("meta"):
+            cfg = timm.get_pretrained_cfg(names[0])
+            size = 224 if cfg is None else max(cfg.input_size[1:])
+            try:
+                network = build_network(names[0], {}, num_classes=7, image_size=size, teachers=TEACHERS).train()
+            except ConfigError as error:
+                refused.add(module if "choose another model, or drop the teachers" in str(error) else str(error))
+                continue
+        try_forward(network, batch_size=2, image_size=size, num_classes=7)
+    assert refused == REFUSED
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A plain ViT of other classes and another size."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("vit") / "vit.safetensors"
+    kwargs = {key: RECIPE["student"]["kwargs"][key] for key in ("patch_size", "depth", "embed_dim", "num_heads")}
+    save_file(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7, **kwargs).state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_from_pretrained_weights_resumes_exactly_and_its_frozen_parts_never_change(
+    layout, vit, tiny_inputs, tmp_path
+):
+    more = (
+        f"--student.weights={vit}", "--train.freeze=[blocks.0, cls_token]", "--optim.layer_decay=0.7",
+        "--optim.head_lr_scale=2", "--optim.ema_warmup=true",
+    )  # fmt: skip
+    whole = TinyRun(tiny_inputs, tmp_path / "whole", layout, more)
+    first = whole.finish().outputs[0]
+    assert f"student.weights={vit}: new: head: 7 -> 3 classes, patch_embed" in first
+    assert f"{vit}: left out: patch_embed (2)" in first
+    stopped = TinyRun(tiny_inputs, tmp_path / "stopped", layout, more)
+    ended = stopped.run(sabotage=(sabotage.at, 0, "forward", 6, sabotage.send, 15))
+    assert ended.codes == [75] * stopped.ranks, ended.output
+    stopped.finish()
+    assert_same_end(stopped, whole)
+    source = load_file(vit)
+    for file in ("student.safetensors", "student_ema.safetensors"):
+        state = load_file(whole.run_dir / file)
+        assert torch.equal(state["cls_token"], source["cls_token"])
+        for key in state:
+            if key.startswith("blocks.0."):
+                assert torch.equal(state[key], source[key]), key
+        assert not torch.equal(state["blocks.1.attn.qkv.weight"], source["blocks.1.attn.qkv.weight"])
+        assert state["head.weight"].shape[0] == CLASSES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["plain", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("mobilenetv3_small_050", {}), ("vit_tiny_patch16_224", TINY_CIT), ("convnext_atto", {"depths": [1, 1, 1, 1]})],
+)
+def test_any_student_trains_under_teachers_resumes_and_is_evaluated(name, kwargs, layout, tiny_inputs, tmp_path):
+    import json
+
+    arguments = ", ".join(f"{key}: {value}" for key, value in kwargs.items())
+    more = (f"--student={{name: {name}, kwargs: {{{arguments}}}}}", "--data.image_size=32")
+    run = TinyRun(tiny_inputs, tmp_path / "runs", layout, more)
+    ended = run.run(sabotage=(sabotage.at, 0, "backward", 6, sabotage.send, 15))
+    assert ended.codes == [75] * run.ranks, ended.output
+    run.finish()
+    results = json.loads((run.run_dir / "results.json").read_text())
+    assert set(results["accuracy"]["student"]["top1"]) == {"cls", "conv", "average"}
