@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from cit_scale.config import OptimConfig
 from cit_scale.errors import ConfigError
+from cit_scale.models.advised import PREFIX as TRUNK_PREFIX
 from cit_scale.models.network import head_names
 
 
@@ -51,17 +52,23 @@ def lr_scales(module: nn.Module, layer_decay: float, head_lr_scale: float) -> di
     for a model without one.
     """
     model = cast(Any, module).model
+    heads = head_names(model)
+    rates = {f"model.{name}": head_lr_scale if name.startswith(heads) else 1.0 for name, _ in model.named_parameters()}
+    if layer_decay == 1:
+        return rates
+    trunk = getattr(model, "trunk", model)  # of an advised model
+    prefix = "model." if trunk is model else f"model.{TRUNK_PREFIX}"
     try:
-        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        layers = group_parameters(trunk, trunk.group_matcher(coarse=False), reverse=True)
     except AttributeError as error:
         raise ConfigError(
-            f"the network does not say what its layers are ({error}); set optim.layer_decay and head_lr_scale to 1"
+            f"{type(trunk).__name__} does not say what its layers are ({error}); set optim.layer_decay to 1"
         ) from error
-    heads = head_names(model)
     last = max(layers.values())
-    return {
-        f"model.{name}": head_lr_scale if name.startswith(heads) else layer_decay ** (last - layers[name])
-        for name, _ in model.named_parameters()
+    return rates | {
+        name: layer_decay ** (last - layer)
+        for key, layer in layers.items()
+        if (name := f"{prefix}{key}") in rates and not name.removeprefix("model.").startswith(heads)
     }
 
 

@@ -38,7 +38,7 @@ def small_cit(**kwargs):
 
 def test_what_is_frozen_stays_in_the_state_dict_and_out_of_the_parameters():
     network, before = small_cit(), small_cit()
-    freeze(network, ["trunk"])
+    freeze(network, ["trunk"], ())
     assert {name for name, _ in network.model.named_parameters()} == {
         f"{head}.{part}" for head in ("head", "teacher_heads.conv", "teacher_heads.inv") for part in ("weight", "bias")
     }
@@ -53,7 +53,7 @@ def test_what_is_frozen_stays_in_the_state_dict_and_out_of_the_parameters():
 
 def test_patterns_name_modules_and_parameters():
     network = small_cit()
-    freeze(network, ["blocks.0", "*.bias", "cls_token"])
+    freeze(network, ["blocks.0", "*.bias", "cls_token"], ())
     trained = {name for name, _ in network.model.named_parameters()}
     assert not any(name.startswith("blocks.0.") or name.endswith(".bias") for name in trained)
     assert {"blocks.1.attn.qkv.weight", "pos_embed", "head.weight"} <= trained
@@ -61,16 +61,42 @@ def test_patterns_name_modules_and_parameters():
     assert network.model.patch_embed.stems["conv"].bn1.training  # its weight is trained, and so are its statistics
 
 
+def test_what_nothing_has_trained_is_not_frozen():
+    network = small_cit()
+    new = [key for key in network.model.state_dict() if key.startswith(("patch_embed", "head", "teacher_heads"))]
+    with pytest.raises(ConfigError, match=r"what nothing has trained, such as patch_embed\.proj.*start from"):
+        freeze(network, ["trunk"], new)
+    freeze(network, ["blocks", "batch_norm"], new)  # whose new BatchNorms are trained
+    assert network.frozen_norms == []
+    freeze(small_cit(), [], new)
+
+
+def test_an_advised_models_parts_are_named_as_the_model_names_them():
+    network = small(teachers=TEACHERS)
+    freeze(network, ["layer1", "bn1"], ())
+    assert not any(
+        "layer1" in name or (".bn1." in f".{name}" and "layer" not in name)
+        for name, _ in network.model.named_parameters()
+    )
+    assert "trunk.layer2.0.conv1.weight" in dict(network.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["average", "cls", "label", "keys", "a b"])
+def test_the_names_of_teachers_are_those_that_a_cit_may_have(name):
+    with pytest.raises(ConfigError, match="resnet10t: teacher"):
+        small(teachers=(name,))
+
+
 def test_batch_norms_alone_can_be_frozen_and_there_may_be_none():
     network = small()
-    freeze(network, ["batch_norm"])
+    freeze(network, ["batch_norm"], ())
     norms = [layer for layer in network.model.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(network.frozen_norms) == len(norms) > 0
     assert not any(layer.training for layer in norms)
     assert not any(list(layer.parameters()) for layer in norms)
     assert "conv1.0.weight" in dict(network.model.named_parameters())
     vit = small("vit_tiny_patch16_224", TINY_CIT)
-    freeze(vit, ["batch_norm"])
+    freeze(vit, ["batch_norm"], ())
     assert vit.frozen == frozenset()
 
 
@@ -84,12 +110,12 @@ def test_batch_norms_alone_can_be_frozen_and_there_may_be_none():
 )
 def test_a_pattern_that_names_nothing_or_everything_is_refused(patterns, said):
     with pytest.raises(ConfigError, match=said):
-        freeze(small_cit(), patterns)
+        freeze(small_cit(), patterns, ())
 
 
 def test_a_frozen_network_can_be_copied():
     network = small()
-    freeze(network, ["layer1", "bn1"])
+    freeze(network, ["layer1", "bn1"], ())
     twin = copy.deepcopy(network).train()
     assert [layer.training for layer in twin.frozen_norms] == [False] * len(network.frozen_norms)
     assert not twin.model.bn1.training
@@ -186,7 +212,7 @@ def test_a_model_has_its_own_logits_and_those_of_a_head_per_teacher(name, kwargs
         name, num_classes=7, **({"img_size": 32} if "swin" in name or "vit" in name else {}), **kwargs
     )
     save_file(alone.state_dict(), tmp_path / "alone.safetensors")
-    said = start_from(other, str(tmp_path / "alone.safetensors"))
+    said = start_from(other, str(tmp_path / "alone.safetensors")).notes
     assert "7 -> 5 classes" in said[1]
     theirs = alone.state_dict()
     heads = head_names(other.model)

@@ -122,7 +122,9 @@ def test_an_unknown_tag_of_a_model_is_answered_with_known_ones():
 
 
 def test_a_model_without_teacher_tokens_cannot_be_advised():
-    with pytest.raises(ConfigError, match=r"DLA has no linear classifier .* teachers conv could stand; choose another"):
+    with pytest.raises(
+        ConfigError, match=r"dla34: DLA has no linear classifier .* teachers conv could be; choose another"
+    ):
         build_network("dla34", {}, num_classes=5, image_size=32, teachers=("conv",))
 
 
@@ -170,7 +172,7 @@ WRONG_ARGUMENTS = [
     ("cit_tiny_patch16_224", {"patch_size": 0}, "ZeroDivisionError"),
     ("cit_tiny_patch16_224", {"embed_dim": 0}, "ZeroDivisionError"),
     ("cit_tiny_patch16_224", {"drop_path_rate": 2.0}, "drop_path_rate=2.0, which must be from 0 to below 1"),
-    ("cit_tiny_patch16_224", {"pretrained": True}, "the setting weights beside it"),
+    ("cit_tiny_patch16_224", {"pretrained": True}, "the settings pretrained and weights beside it"),
     ("rednet26", {"base_width": -16}, "RuntimeError"),
     ("resnet10t", {"channels": []}, "IndexError"),
     ("resnet10t", {"pretrained_cfg_overlay": {"mean": [0, 0]}}, "RuntimeError"),

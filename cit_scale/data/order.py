@@ -103,11 +103,12 @@ def balanced_samples(labels: np.ndarray, balance: Balance, seed: int, epoch: int
     it stopped: no sample is seen a second time more than any other of its class. labels: (N,).
     """
     counts = np.bincount(labels)
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
     drawn, occurrences = [], []
-    for label, (count, quota) in enumerate(zip(counts.tolist(), class_quotas(counts, balance).tolist(), strict=True)):
+    for label, (members, quota) in enumerate(zip(by_class, class_quotas(counts, balance).tolist(), strict=True)):
         if not quota:
             continue
-        members = np.flatnonzero(labels == label)
+        count = len(members)
         rounds, places = np.divmod(np.arange(epoch * quota, (epoch + 1) * quota), count)
         picked = np.empty(quota, np.int64)
         for number in np.unique(rounds).tolist():

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from cit_scale.errors import ConfigError
+from cit_scale.models.freeze import frozen_norms
 from cit_scale.models.network import Network
 
 
@@ -21,7 +22,11 @@ def checkpoint_activations(module: Network) -> None:
     way_out = "set engine.activation_checkpointing=false"
     # Computing a BatchNorm again would move its running statistics twice. What stands outside the blocks is not.
     inside = blocks_of(module) or [model]
-    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for block in inside for layer in block.modules()):
+    kept = set(frozen_norms(module))
+    norms = [
+        layer for block in inside for layer in block.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    ]
+    if set(norms) - kept:
         raise ConfigError(f"{type(model).__name__} has BatchNorm where it would be computed twice; {way_out}")
     try:
         cast(Any, model).set_grad_checkpointing(True)  # timm's method, which nn.Module does not have

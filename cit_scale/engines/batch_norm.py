@@ -126,7 +126,8 @@ class RunningStatistics:
 
 
 def _local_statistics(module: nn.Module) -> Iterator[Tensor]:
+    kept = set(frozen_norms(module))  # which do not move, and whose mean over three ranks would differ in the last bit
     for layer in module.modules():
         is_synchronized = type(layer) in SYNCHRONIZED.values()
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats and not is_synchronized:
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats and not is_synchronized and layer not in kept:
             yield from (statistic for statistic in (layer.running_mean, layer.running_var) if statistic is not None)

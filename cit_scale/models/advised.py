@@ -5,7 +5,6 @@ All heads read the same pooled features. A CiT has a token for each teacher inst
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -14,8 +13,13 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits, student_logits_type
+from cit_scale.models.cit import checked_teachers
 
 PREFIX = "trunk."
+
+
+class UnadvisableError(ValueError):
+    """The model, or a teacher's name, allows no heads beside the model's own."""
 
 
 class Advised(nn.Module):
@@ -24,19 +28,23 @@ class Advised(nn.Module):
     trunk: a timm model whose classifier is one linear layer on ``forward_head(features, pre_logits=True)``.
     teachers: names of the heads.
     Forward: images (B, 3, H, W) -> the mean of all heads' logits, (B, K). `forward_heads` returns every head's.
-    Raises ValueError for a model of another build.
+    Raises UnadvisableError for a model of another build, and for names that no head can have.
     """
 
     def __init__(self, trunk: nn.Module, teachers: Sequence[str]) -> None:
         super().__init__()
         self.trunk = trunk
-        self.teachers = tuple(teachers)
+        try:
+            self.teachers = checked_teachers(teachers)
+        except ValueError as error:
+            raise UnadvisableError(str(error)) from error
+        self.logits_type = student_logits_type(self.teachers)
         self.teacher_heads = nn.ModuleDict()
         classifier = _classifier_of(trunk)
         if classifier is None:
-            raise ValueError(
-                f"{type(trunk).__name__} has no linear classifier on pooled features, beside which heads for the "
-                f"teachers {', '.join(teachers)} could stand; choose another model, or drop the teachers"
+            raise UnadvisableError(
+                f"{type(trunk).__name__} has no linear classifier on pooled features, where heads for the teachers "
+                f"{', '.join(teachers)} could be; choose another model, or drop the teachers"
             )
         for name in teachers:
             head = nn.Linear(
@@ -64,9 +72,17 @@ class Advised(nn.Module):
         names: set[str] = getattr(self.trunk, "no_weight_decay", set)()
         return {f"{PREFIX}{name}" for name in names}
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that assign parameters to layers, part of timm's contract for models."""
-        return _prefixed(cast(Any, self.trunk).group_matcher(coarse=coarse))
+    @property
+    def num_classes(self) -> int:
+        return cast(Any, self.trunk).num_classes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: without the type of the logits, which is made at run time and has no place in a module."""
+        return {name: value for name, value in self.__dict__.items() if name != "logits_type"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.logits_type = student_logits_type(self.teachers)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the trunk's blocks again in the backward pass, part of timm's contract for models."""
@@ -80,8 +96,11 @@ class Advised(nn.Module):
     def forward_heads(self, images: Tensor) -> StudentLogits:
         """Return the logits of every head in any mode: StudentLogits, each (B, K)."""
         trunk = cast(Any, self.trunk)
-        pooled = trunk.forward_head(trunk.forward_features(images), pre_logits=True)  # (B, C)
-        return student_logits_type(self.teachers)(*(head(pooled) for head in self.get_classifier()))
+        features = trunk.forward_features(images)
+        # The model's own logits by its own way: some add to them after the classifier, or before it.
+        own = trunk.forward_head(features)
+        pooled = trunk.forward_head(features, pre_logits=True)  # (B, C)
+        return self.logits_type(own, *(head(pooled) for head in self.teacher_heads.values()))
 
     def forward(self, images: Tensor) -> Tensor:
         logits = list(self.forward_heads(images))
@@ -104,14 +123,3 @@ def _classifier_of(model: nn.Module) -> nn.Linear | None:
         return None
     classifier = cast(Any, model).get_classifier()
     return classifier if isinstance(classifier, nn.Linear) else None
-
-
-def _prefixed(matcher: Any) -> Any:
-    """Patterns of names, for names that begin with PREFIX."""
-    if isinstance(matcher, str):
-        return f"{re.escape(PREFIX)}(?:{matcher})".replace("(?:^", "(?:").replace("|^", "|")
-    if isinstance(matcher, dict):
-        return {key: _prefixed(value) for key, value in matcher.items()}
-    if isinstance(matcher, (list, tuple)):
-        return type(matcher)(_prefixed(each) for each in matcher)
-    return matcher

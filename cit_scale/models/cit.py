@@ -210,7 +210,7 @@ class CiT(VisionTransformer):
         weight_init: Literal["skip", "reset", "jax", "jax_nlhb", "moco", ""] = "",
         **vit: Any,
     ) -> None:
-        teachers = _checked_teachers(teachers)
+        teachers = checked_teachers(teachers)
         _check_vit_options(**vit)
         if aligned and teachers:
             vit["embed_layer"] = partial(AlignedEmbed, _stem_kinds(teachers, stems or {}))
@@ -351,7 +351,7 @@ def _check_image_fits_patches(img_size: tuple[int, int], patch_size: tuple[int, 
         raise ValueError(f"img_size={img_size} is not a multiple of patch_size={patch_size}; {fits} is")
 
 
-def _checked_teachers(teachers: Sequence[str]) -> tuple[str, ...]:
+def checked_teachers(teachers: Sequence[str]) -> tuple[str, ...]:
     """Return the names as a tuple. Raises ValueError for names that are taken, repeated, or not identifiers."""
     if isinstance(teachers, str):
         raise ValueError(f"teachers={teachers!r} is a string; give a sequence of names, such as ({teachers!r},)")
@@ -429,8 +429,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: CiT) -> dict[s
     is, for the caller to drop or to refuse.
     """
     adapted = dict(state_dict)
-    theirs = list(dict.fromkeys(key.split(".")[1] for key in state_dict if key.startswith("teacher_heads.")))
-    names = theirs or (["dist"] if "dist_token" in state_dict else [])
+    names = _teachers_of(state_dict, model)
     if "dist_token" in state_dict:
         adapted.setdefault("teacher_tokens", state_dict["dist_token"])
     for part in ("weight", "bias"):
@@ -443,6 +442,20 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: CiT) -> dict[s
     if "pos_embed" in state_dict:
         adapted["pos_embed"] = _adapt_positions(state_dict["pos_embed"], names, model)
     return adapted
+
+
+def _teachers_of(state_dict: Mapping[str, Tensor], model: CiT) -> list[str]:
+    """Return the names of the tokens beside the class token, in their order in ``state_dict``.
+
+    A safetensors file does not keep the order of its teachers. Of several it is known only where they are those of the
+    model; otherwise none gets a name that the model has.
+    """
+    theirs = {key.split(".")[1] for key in state_dict if key.startswith("teacher_heads.")}
+    if len(theirs) > 1:
+        return (
+            list(model.teachers) if theirs == set(model.teachers) else [f"({number})" for number in range(len(theirs))]
+        )
+    return list(theirs) or (["dist"] if "dist_token" in state_dict else [])
 
 
 def _adapt_positions(positions: Tensor, names: Sequence[str], model: CiT) -> Tensor:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.errors import ConfigError, one_line
-from cit_scale.models.advised import Advised
+from cit_scale.models.advised import Advised, UnadvisableError
 from cit_scale.models.pretrained import FOLDER, HUB, find_pretrained, nearest_models
 
 MOST = 400  # characters of a library's error message: one about a state dict that does not fit lists every key
@@ -30,11 +30,11 @@ MOST = 400  # characters of a library's error message: one about a state dict th
 # Arguments of timm.create_model that a run's kwargs may not set, and the setting that determines each.
 RUN_OWNS = {
     "num_classes": "it follows from the data set",
-    "img_size": "data.image_size sets it for every network",
+    "img_size": "data.image_size sets it, or image_size beside the network's name",
     "in_chans": "images have three channels",
     "teachers": "the run's own setting teachers names them",
-    "pretrained": "the setting weights beside it names a file",
-    "checkpoint_path": "the setting weights beside it names a file",
+    "pretrained": "the settings pretrained and weights beside it say what is loaded",
+    "checkpoint_path": "the settings pretrained and weights beside it say what is loaded",
     "device": "the launcher says which",
 }
 
@@ -151,7 +151,8 @@ def build_network(
         described = find_pretrained(name)
         if described.architecture is None:
             raise ConfigError(f"{name} has no config.json in timm's form, which says what model it is; name the model")
-        name, kwargs = described.architecture, {**(described.arguments or {}), **kwargs}
+        theirs = {key: value for key, value in (described.arguments or {}).items() if key not in RUN_OWNS}
+        name, kwargs = described.architecture, {**theirs, **kwargs}
     if not timm.is_model(name):
         raise ConfigError(f"no model is called {name!r}; the nearest are {nearest_models(name, timm.list_models())}")
     try:
@@ -184,6 +185,8 @@ def build_network(
         if teachers and not is_cit:
             built = Advised(built, teachers)
         return Network(built, description if "mean" in description else None, own_size, columns)
+    except UnadvisableError as error:
+        raise ConfigError(f"{name}: {error}") from error
     except Exception as error:  # of a wrong argument a model's code can raise anything
         call = f"timm.create_model({name!r}, {_spelled(arguments)})"
         raise ConfigError(f"{call} refuses: {type(error).__name__}: {one_line(error, MOST)}") from error

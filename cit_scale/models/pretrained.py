@@ -125,61 +125,40 @@ def _described(file: Path, config: Path) -> Pretrained:
         raise ConfigError(f"{config} does not describe a model: {one_line(error)}") from error
 
 
-class _UnreachableError(MissingInputError):
-    """The hub does not answer, and its cache does not hold the file."""
-
-
 def _from_hub(repository: str, files: Sequence[str] = FILES) -> Pretrained:
-    """Find weights and description of a repository, given as OWNER/NAME or OWNER/NAME@REVISION."""
-    weights, unreachable = None, None
-    for file in files:
-        try:
-            weights = weights or _hub_file(repository, file)
-        except _UnreachableError as error:  # the cache may hold another
-            unreachable = unreachable or error
-    if weights is None:
-        raise unreachable or MissingInputError(f"{HUB}{repository} holds no weights: none of {', '.join(files)}")
-    try:
-        config = _hub_file(repository, DESCRIPTION)
-    except _UnreachableError:
-        config = None
-    return Pretrained(weights, {}) if config is None else _described(weights, config)
+    """Find weights and description of a repository, given as OWNER/NAME or OWNER/NAME@REVISION.
 
-
-def _hub_file(repository: str, file: str) -> Path | None:
-    """Path of a repository's file in the hub's cache, downloaded if need be. None if the repository has no such file.
-
-    The hub is asked once, with a short limit: the library's own download repeats a failing request for 23 seconds.
+    The hub is asked for the description first, with a short limit: the library's own download repeats a failing request
+    for 23 seconds. What does not answer then is not asked again, and the cache has to do.
     """
     # Here, because it takes half a second, and most runs need no hub.
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    answers = (
-        errors.EntryNotFoundError,
-        errors.RepositoryNotFoundError,
-        errors.RevisionNotFoundError,
-        errors.HFValidationError,
-    )
     name, _, revision = repository.partition("@")
     at = revision or None
+    unreachable: Exception | None = None
+
+    def find(file: str) -> Path | None:
+        nonlocal unreachable
+        if unreachable is None:
+            try:
+                hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=at), timeout=CONNECT_S)
+                return Path(hub.hf_hub_download(name, file, revision=at, etag_timeout=CONNECT_S))
+            except errors.LocalEntryNotFoundError as error:  # the library's word for a hub that went away in between
+                unreachable = error
+            except errors.EntryNotFoundError:
+                return None
+            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+                raise
+            except Exception as error:  # each of its layers raises its own for a network that is not there
+                unreachable = error
+        cached = hub.try_to_load_from_cache(name, file, revision=at)
+        return Path(cached) if isinstance(cached, str) else None
+
     try:
-        try:
-            hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=at), timeout=CONNECT_S)
-        except answers:
-            raise
-        except Exception as error:  # each of its layers raises its own for a network that is not there
-            cached = hub.try_to_load_from_cache(name, file, revision=at)
-            if not isinstance(cached, str):
-                raise _UnreachableError(
-                    f"{HUB}{repository}: the hub cannot be reached ({one_line(error, 120)}), and {file} is not in its "
-                    f"cache; on a machine with a network run `hf download {name}`, and bring its cache here (HF_HOME "
-                    "says where it is) or give the folder as local-dir:FOLDER"
-                ) from error
-            return Path(cached)
-        return Path(hub.hf_hub_download(name, file, revision=at, etag_timeout=CONNECT_S))
-    except MissingInputError:
-        raise
+        config = find(DESCRIPTION)
+        weights = next((path for file in files if (path := find(file))), None)
     except errors.HFValidationError as error:
         raise MissingInputError(f"{HUB}{repository} is not OWNER/NAME: {one_line(error, 200)}") from error
     except errors.GatedRepoError as error:
@@ -193,10 +172,15 @@ def _hub_file(repository: str, file: str) -> Path | None:
             f"{HUB}{repository}: there is no such repository, or it is private; check the name, or give a token by "
             "HF_TOKEN"
         ) from error
-    except errors.EntryNotFoundError:
-        return None
-    except Exception as error:  # a broken download, a full disk: each part of the library raises its own
-        raise MissingInputError(f"{HUB}{repository}: {file} cannot be downloaded: {one_line(error, 200)}") from error
+    if weights is None and unreachable is not None:
+        raise MissingInputError(
+            f"{HUB}{repository}: its weights cannot be fetched ({one_line(unreachable, 120)}), and are not in the "
+            f"hub's cache; on a machine with a network run `hf download {name}`, and bring its cache here (HF_HOME "
+            "says where it is) or give the folder as local-dir:FOLDER"
+        )
+    if weights is None:
+        raise MissingInputError(f"{HUB}{repository} holds no weights: none of {', '.join(files)}")
+    return Pretrained(weights, {}) if config is None else _described(weights, config)
 
 
 def _download(url: str) -> Path:
@@ -206,7 +190,7 @@ def _download(url: str) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=False)
-        except OSError as error:
+        except Exception as error:  # of a name, a connection, a length: each has its own
             raise MissingInputError(
                 f"{url} cannot be downloaded ({one_line(error)}); bring the file to {path}"
             ) from error

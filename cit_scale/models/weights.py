@@ -7,11 +7,12 @@ lengthened. Nothing in a file is executed.
 from __future__ import annotations
 
 import argparse
+import inspect
 import pickle
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,8 +242,19 @@ def load_weights(network: Network, name: str | Path) -> tuple[str, ...]:
     return (*weights.notes, *notes)
 
 
-def start_from(network: Network, name: str) -> tuple[str, ...]:
-    """Load what fits of pretrained weights into the network's model. Returns what was taken, left out, and is new.
+@dataclass(frozen=True)
+class Start:
+    """What pretrained weights have made of a network.
+
+    new: names of the model's tensors that were not in the weights. notes: what is to be said.
+    """
+
+    new: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def start_from(network: Network, name: str) -> Start:
+    """Load what fits of pretrained weights into the network's model.
 
     name: as ``find_pretrained`` takes it. Heads of other classes start anew. Position embeddings and whatever else
     timm's model knows to adapt (its ``checkpoint_filter_fn``) are adapted to the network's size.
@@ -266,28 +278,30 @@ def start_from(network: Network, name: str) -> tuple[str, ...]:
     ]
     if max(shares) < LEAST_SHARE:
         raise ConfigError(
-            f"weights {found.file} do not fit: {shares[1]:.0%} of them fit into {type(model).__name__}, and are "
-            f"{shares[0]:.0%} of it; name the architecture that they are of"
+            f"weights {found.file} are of another network: of their numbers {shares[1]:.0%} fit into "
+            f"{type(model).__name__}, where they would be {shares[0]:.0%}; name the network that they are of"
         )
     _refuse_other_numbers(fitting, model, found.file)
     model.load_state_dict(fitting, strict=False)
+    new = frozenset(expected.keys() - fitting.keys())
     for head in heads:
-        if f"{head}weight" not in fitting:
-            _init_head(model.get_submodule(head[:-1]))
-    return (*weights.notes, *notes, *_table(state, before, expected, fitting, heads))
+        _init_last_layers(model, head, new)
+    return Start(new, (*weights.notes, *notes, *_table(state, before, expected, fitting, heads)))
 
 
-def _init_head(head: nn.Module) -> None:
-    """Let a new head on trained features begin with nearly equal logits.
+def _init_last_layers(model: nn.Module, head: str, new: Collection[str]) -> None:
+    """Let what is new of the last layers of a head, those with an output per class, begin with nearly equal logits.
 
     Some of timm's networks begin with large ones: with EfficientNet's own start, the loss over ten classes begins at
     5.5, and its gradients undo what the features had learned (docs/measurements/own_images.md).
     """
-    for name, parameter in head.named_parameters():
-        if name.endswith("weight"):
-            nn.init.trunc_normal_(parameter, std=HEAD_STD)
-        else:
-            nn.init.zeros_(parameter)
+    num_classes = model.num_classes
+    for name, layer in model.named_modules():
+        is_new = f"{name}.".startswith(head) and f"{name}.weight" in new
+        if is_new and isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == num_classes:
+            nn.init.trunc_normal_(layer.weight, std=HEAD_STD)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def _adapt(state: dict[str, Tensor], model: nn.Module, found: Pretrained) -> dict[str, Tensor]:
@@ -296,7 +310,10 @@ def _adapt(state: dict[str, Tensor], model: nn.Module, found: Pretrained) -> dic
     """
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        state = state if adapt is None else dict(adapt(state, model))
+        # DeiT-III's files have other names for the scales of layers, which timm takes for its own models of it alone.
+        takes_scales = adapt is not None and "adapt_layer_scale" in inspect.signature(adapt).parameters
+        options = {"adapt_layer_scale": True} if takes_scales and any("gamma_" in key for key in state) else {}
+        state = state if adapt is None else dict(adapt(state, model, **options))
     except Exception as error:  # for a state dict of another model, a filter can raise anything
         raise ConfigError(f"weights {found.file} do not fit: {one_line(error, MOST)}") from error
     offset, heads, expected = found.description.get("label_offset") or 0, head_names(model), model.state_dict()
@@ -315,30 +332,38 @@ def _table(
 ) -> Iterator[str]:
     """Lines that say what was taken, what is new and what was left out, by the first part of the names.
 
-    state: after it was adapted. before: shapes in the file. heads: from ``head_names``.
+    state: adapted. before: shapes in the file, under the names there. heads: from ``head_names``.
     """
-    new, left = expected.keys() - fitting.keys(), before.keys() - expected.keys()
+    shapes = {key: before.get(key, before.get(key.removeprefix(TRUNK_PREFIX))) for key in state}
+    new, left = [key for key in expected if key not in fitting], [key for key in state if key not in expected]
     resized = [
-        f"; {key} {_shown(before[key])} -> {_shown(tensor.shape)}"
+        f"; {_plain(key)} {_shown(was)} -> {_shown(tensor.shape)}"
         for key, tensor in fitting.items()
-        if before.get(key, tensor.shape) != tensor.shape
+        if (was := shapes[key]) is not None and was != tensor.shape
     ]
     taken = f"all {len(fitting)} tensors" if not new and not left else _counted(fitting)
     yield f"taken: {taken}{''.join(resized)}"
-    replaced = {}
-    for head in heads:
-        key = f"{head}weight"
-        if key in new and key in state:
-            replaced[head] = f"{head[:-1]}: {len(state[key])} -> {len(expected[key])} classes"
-    others = [key for key in expected if key in new and not key.startswith(tuple(replaced))]
+    replaced, others = [], []
+    for key in new:
+        other = state[key].shape if key in state else None
+        if other is None or key.endswith(".bias"):
+            others += [] if other is not None and key.startswith(heads) else [key]
+        elif key.startswith(heads) and other[1:] == expected[key].shape[1:]:
+            replaced.append(f"{_plain(key).removesuffix('.weight')}: {other[0]} -> {len(expected[key])} classes")
+        else:
+            replaced.append(f"{_plain(key)} (there {_shown(other)}, here {_shown(expected[key].shape)})")
     if new:
-        yield f"new: {', '.join([*replaced.values(), *([_counted(others)] if others else [])])}"
+        yield f"new: {', '.join([*replaced, *([_counted(others)] if others else [])])}"
     if left:
-        yield f"left out: {_counted([key for key in before if key in left])}"
+        yield f"left out: {_counted(left)}"
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix(TRUNK_PREFIX)
 
 
 def _counted(keys: Iterable[str]) -> str:
-    counts = Counter(key.split(".")[0] for key in keys)
+    counts = Counter(_plain(key).split(".")[0] for key in keys)
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 

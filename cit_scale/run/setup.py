@@ -118,9 +118,9 @@ class PreparedRun:
         """The network to train, with its initial weights: the same on every rank."""
         torch.manual_seed(self.config.seed)
         network = self.build_student_without_weights()
-        if self.config.student.start is not None:
-            start_from(network, self.config.student.start)
-        freeze(network, self.config.train.freeze)
+        start = self.config.student.start
+        new = network.model.state_dict().keys() if start is None else start_from(network, start).new
+        freeze(network, self.config.train.freeze, new)
         return network
 
     def build_student_without_weights(self) -> Network:
@@ -271,9 +271,11 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name") -> list
         with naming(f"{setting}={config.student.name}"):
             student = prepared.build_student_without_weights().train()
             try_forward(student, **sizes)
-        start = config.student.start
+        start, new = config.student.start, frozenset(student.model.state_dict())
         if start is not None:
-            said += [f"{_start_setting(config, setting)}={start}: {note}" for note in start_from(student, start)]
+            started = start_from(student, start)
+            new = started.new
+            said += [f"{_start_setting(config, setting)}={start}: {note}" for note in started.notes]
         for name, teacher in config.teachers.items():
             if teacher.ready is not None:
                 with naming(f"teachers.{name}.model={teacher.model}"):
@@ -281,7 +283,7 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name") -> list
                     try_forward(network, **sizes)
                 which = "pretrained" if teacher.weights is None else "weights"
                 said += [f"teachers.{name}.{which}: {note}" for note in load_weights(network, teacher.ready)]
-    freeze(student, config.train.freeze)
+    freeze(student, config.train.freeze, new)
     prepare_network(student, config.engine, prepared.world)
     parameter_groups(student, 0.0, config.optim.layer_decay, config.optim.head_lr_scale)
     for name, teacher_run in prepared.teacher_runs.items():
