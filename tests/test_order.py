@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from cit_scale.data.order import Cursor, class_quotas, epoch_order, permutation, rank_slice, steps_per_epoch
+from cit_scale.data.order import (
+    Cursor,
+    balanced_order,
+    class_quotas,
+    epoch_order,
+    permutation,
+    rank_slice,
+    steps_per_epoch,
+)
 
 
 def global_batch(order, samples_seen, global_batch_size, micro_batch_size, world_size):
@@ -119,19 +127,32 @@ LABELS = np.repeat([0, 1, 2], [600, 300, 100])
 
 
 @pytest.mark.parametrize(
-    ("balance", "quotas"), [("none", [600, 300, 100]), ("sqrt", [473, 334, 193]), ("full", [334, 333, 333])]
+    ("balance", "places", "quotas"),
+    [
+        ("none", 1000, [600, 300, 100]),
+        ("sqrt", 1000, [473, 334, 193]),
+        ("full", 1000, [334, 333, 333]),
+        ("full", 960, [320, 320, 320]),  # what complete global batches of 64 hold of 1000 samples
+    ],
 )
-def test_classes_stand_in_an_epoch_as_often_as_is_asked(balance, quotas):
-    assert class_quotas(np.bincount(LABELS), balance).tolist() == quotas
+def test_classes_stand_in_an_epoch_as_often_as_is_asked(balance, places, quotas):
+    assert class_quotas(np.bincount(LABELS), balance, places).tolist() == quotas
     for epoch in range(3):
-        samples, _ = epoch_order(1000, 0, epoch, labels=LABELS, balance=balance)
+        samples, _ = balanced_order(LABELS, balance, places, 0, epoch)
         assert np.bincount(LABELS[samples]).tolist() == quotas
+
+
+@pytest.mark.parametrize("repeats", [2, 5])
+def test_with_repeats_the_quotas_are_those_of_the_different_samples(repeats):
+    samples, _ = balanced_order(LABELS, "sqrt", 640, 0, 1, repeats)
+    quotas = class_quotas(np.bincount(LABELS), "sqrt", 640 // repeats)
+    assert np.bincount(LABELS[samples]).tolist() == (repeats * quotas).tolist()
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 3], [1, 1, 1000], [7], [3, 3, 3, 2]])
 @pytest.mark.parametrize("balance", ["none", "sqrt", "full"])
 def test_quotas_fill_an_epoch_and_leave_no_class_out(counts, balance):
-    quotas = class_quotas(np.array(counts), balance)
+    quotas = class_quotas(np.array(counts), balance, sum(counts))
     assert quotas.sum() == sum(counts)
     assert ((quotas > 0) == (np.array(counts) > 0)).all()
     assert balance != "none" or quotas.tolist() == counts
@@ -140,7 +161,7 @@ def test_quotas_fill_an_epoch_and_leave_no_class_out(counts, balance):
 def test_no_sample_of_a_class_is_seen_more_than_once_more_than_another():
     seen = np.zeros(1000, int)
     for epoch in range(7):
-        samples, _ = epoch_order(1000, 3, epoch, labels=LABELS, balance="full")
+        samples, _ = balanced_order(LABELS, "full", 1000, 3, epoch)
         seen += np.bincount(samples, minlength=1000)
     for label in range(3):
         assert np.ptp(seen[label == LABELS]) <= 1
@@ -148,17 +169,17 @@ def test_no_sample_of_a_class_is_seen_more_than_once_more_than_another():
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_a_sample_that_stands_several_times_in_an_epoch_is_augmented_anew_each_time(repeats):
-    samples, numbers = epoch_order(1000, 0, 2, repeats, labels=LABELS, balance="full")
+    samples, numbers = balanced_order(LABELS, "full", 1000, 0, 2, repeats)
     pairs = set(zip(samples.tolist(), numbers.tolist(), strict=True))
     assert len(pairs) == 1000
     assert numbers.max() > repeats
 
 
 def test_a_balanced_order_is_a_pure_function_and_mixes_the_classes():
-    first = epoch_order(1000, 1, 4, labels=LABELS, balance="sqrt")
-    again = epoch_order(1000, 1, 4, labels=LABELS, balance="sqrt")
+    first = balanced_order(LABELS, "sqrt", 1000, 1, 4)
+    again = balanced_order(LABELS, "sqrt", 1000, 1, 4)
     assert all((one == other).all() for one, other in zip(first, again, strict=True))
-    assert (epoch_order(1000, 1, 5, labels=LABELS, balance="sqrt")[0] != first[0]).any()
+    assert (balanced_order(LABELS, "sqrt", 1000, 1, 5)[0] != first[0]).any()
     assert all(len(set(LABELS[part])) == 3 for part in np.split(first[0], 10))
     for world_size in (1, 2, 4):
         whole = global_batch(first, 200, 40, 5, world_size)
@@ -169,7 +190,5 @@ def test_a_balanced_order_is_a_pure_function_and_mixes_the_classes():
 
 def test_the_balanced_order_is_the_same_on_every_machine_and_version():
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 2])
-    samples, repeats = epoch_order(8, 0, 1, labels=labels, balance="full")
+    samples, repeats = balanced_order(labels, "full", 8, 0, 1)
     assert (samples.tolist(), repeats.tolist()) == ([2, 7, 7, 5, 6, 4, 0, 5], [0, 1, 0, 0, 0, 0, 0, 1])
-    with pytest.raises(ValueError, match="needs the labels"):
-        epoch_order(8, 0, 1, balance="full")

@@ -82,38 +82,41 @@ def permutation(num_samples: int, *entropy: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")  # stable: two equal words must not leave the order to the sorting algorithm
 
 
-def class_quotas(counts: np.ndarray, balance: Balance) -> np.ndarray:
-    """Return how often each class stands in an epoch of as many places as there are samples, (K,) int64.
+def class_quotas(counts: np.ndarray, balance: Balance, places: int) -> np.ndarray:
+    """Return how many of an epoch's places each class has, (K,) int64; they sum to ``places``.
 
-    counts: (K,), samples of each class. Quotas are rounded so that they sum to the number of samples (largest
-    remainders first). A class without samples has none.
+    counts: (K,), samples of each class. Quotas are rounded, those with the largest remainders up. A class without
+    samples has none.
     """
     shares = np.where(counts > 0, np.maximum(counts, 1) ** EXPONENTS[balance], 0.0)
-    exact = shares / shares.sum() * counts.sum()
+    exact = shares / shares.sum() * places
     quotas = np.floor(exact).astype(np.int64)
-    rest = int(counts.sum() - quotas.sum())
+    rest = places - int(quotas.sum())
     quotas[np.argsort(quotas - exact, kind="stable")[:rest]] += 1
     return quotas
 
 
-def balanced_samples(labels: np.ndarray, balance: Balance, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the samples of one epoch by class, and the number of each one's occurrence in it: (N,) and (N,), int64.
+def balanced_samples(
+    labels: np.ndarray, balance: Balance, seed: int, epoch: int, places: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the samples of one epoch by class, and the number of each one's occurrence in it: (places,) each, int64.
 
     Each class goes through its samples in one shuffled order after another, and an epoch takes up where the one before
     it stopped: no sample is seen a second time more than any other of its class. labels: (N,).
     """
     counts = np.bincount(labels)
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+    quotas = class_quotas(counts, balance, places)
     drawn, occurrences = [], []
-    for label, (members, quota) in enumerate(zip(by_class, class_quotas(counts, balance).tolist(), strict=True)):
+    for label, (members, quota) in enumerate(zip(by_class, quotas.tolist(), strict=True)):
         if not quota:
             continue
         count = len(members)
-        rounds, places = np.divmod(np.arange(epoch * quota, (epoch + 1) * quota), count)
+        rounds, place = np.divmod(np.arange(epoch * quota, (epoch + 1) * quota), count)
         picked = np.empty(quota, np.int64)
         for number in np.unique(rounds).tolist():
             here = rounds == number
-            picked[here] = members[permutation(count, seed, number, label, CLASS_TAG)[places[here]]]
+            picked[here] = members[permutation(count, seed, number, label, CLASS_TAG)[place[here]]]
         drawn.append(picked)
         occurrences.append(_occurrences(picked))
     return np.concatenate(drawn), np.concatenate(occurrences)
@@ -130,15 +133,7 @@ def _occurrences(samples: np.ndarray) -> np.ndarray:
     return occurrences
 
 
-def epoch_order(
-    num_samples: int,
-    seed: int,
-    epoch: int,
-    repeats: int = 1,
-    *,
-    labels: np.ndarray | None = None,
-    balance: Balance = "none",
-) -> tuple[np.ndarray, np.ndarray]:
+def epoch_order(num_samples: int, seed: int, epoch: int, repeats: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Return the order of one epoch: samples (N,) and repeats (N,), both int64.
 
     With repeats=1 every sample occurs once. With more, each of the first N / repeats samples of the permutation occurs
@@ -149,25 +144,37 @@ def epoch_order(
     but are not neighbours: mixup and cutmix would mix neighbouring repeats of an image with each other. (DeiT gives the
     repeats of an image to different ranks.)
 
-    With a balance, which needs the samples' labels, (N,), what is permuted are the places of ``balanced_samples``: the
-    samples of rare classes stand in an epoch several times, each time augmented anew, and some of frequent ones not.
-
     Raises ValueError for repeats below 1.
     """
+    places, repeat = _spread_repeats(num_samples, repeats)
+    return permutation(num_samples, seed, epoch, ORDER_TAG)[places], repeat
+
+
+def balanced_order(
+    labels: np.ndarray, balance: Balance, places: int, seed: int, epoch: int, repeats: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of one epoch with the quotas of ``class_quotas``: samples (places,) and repeats, both int64.
+
+    labels: (N,). places: of the epoch's complete global batches. Samples of rare classes stand in the epoch several
+    times, each time augmented anew, and some of frequent ones not. With repeats the quotas are those of the different
+    places, each of which occurs ``repeats`` times, but for the last ones of an epoch that is no multiple.
+    """
+    order, repeat = _spread_repeats(places, repeats)
+    different = int(order.max()) + 1
+    drawn, occurrences = balanced_samples(labels, balance, seed, epoch, different)
+    shuffled = permutation(different, seed, epoch, ORDER_TAG)[order]
+    return drawn[shuffled], occurrences[shuffled] * repeats + repeat
+
+
+def _spread_repeats(places: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each place of an epoch, which of the different samples stands there, and the number of its repetition."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats} is below 1, so no sample would occur in an epoch; use 1 or more")
-    places = np.arange(num_samples)
     # Fewer samples than SPREAD x repeats make one shorter run, so that its last repeats are not cut off.
-    spread = min(SPREAD, -(-num_samples // repeats))
+    spread = min(SPREAD, -(-places // repeats))
     # A chunk is one run with all its repeats; the place in it gives sample and repeat.
-    chunk, place = np.divmod(places, spread * repeats)
-    samples = permutation(num_samples, seed, epoch, ORDER_TAG)[chunk * spread + place % spread]
-    if balance == "none":
-        return samples, place // spread
-    if labels is None:
-        raise ValueError(f"balance={balance} needs the labels of the samples")
-    drawn, occurrences = balanced_samples(labels, balance, seed, epoch)
-    return drawn[samples], occurrences[samples] * repeats + place // spread
+    chunk, place = np.divmod(np.arange(places), spread * repeats)
+    return chunk * spread + place % spread, place // spread
 
 
 def rank_slice(
