@@ -221,7 +221,7 @@ class DistillConfig:
     compile: bool = True
     """Compile the teachers with torch.compile."""
 
-    class_weights: Literal["none", "sqrt", "full"] = "none"
+    class_weights: Literal["none", "sqrt", "full"] = setting("none", for_teachers=True)
     """Weight of a class in the label loss, the other way to data.balance: all alike, or in inverse proportion to the
     square root of its number of images, or to the number."""
 
@@ -333,6 +333,9 @@ class TrainConfig:
 
     max_bad_steps: int = setting(10, rules=[POSITIVE], may_change=True, for_teachers=True)
     """After so many steps in a row that are not finite the run stops, with their batches beside the checkpoints."""
+
+    forecast: bool = setting(False, may_change=True)
+    """Say beforehand how long the run will take, from some trial steps of each network."""
 
     start_timeout_s: float = setting(300, rules=[POSITIVE], may_change=True)
     """How long the ranks wait for one another at the start; then the nodes that did not arrive are named."""

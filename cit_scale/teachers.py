@@ -11,11 +11,10 @@ from torch import Tensor
 from cit_scale.batch import TeacherLogits, teacher_logits_type
 from cit_scale.config import DistillConfig, TeacherConfig
 from cit_scale.errors import ConfigError
-from cit_scale.files import file_sha256
-from cit_scale.models.classes import class_columns
+from cit_scale.models.classes import class_columns, refuse_other_order
 from cit_scale.models.fold import fold_batch_norm
 from cit_scale.models.network import Network, Precision, build_network
-from cit_scale.models.pretrained import find_pretrained
+from cit_scale.models.pretrained import description_of, find_pretrained
 from cit_scale.models.weights import load_weights
 
 
@@ -32,15 +31,18 @@ class Teacher:
 
 def build_teacher_without_weights(config: TeacherConfig, *, classes: Sequence[str], image_size: int) -> Network:
     """The teacher's network for these classes, newly initialized. Raises ConfigError if their columns are not found."""
+    description = description_of(config.weights, config.start)
     columns, num_classes = None, len(classes)
     if config.classes is not None and config.ready is not None:
-        columns, num_classes = class_columns(classes, config.classes, find_pretrained(config.ready).description)
+        columns, num_classes = class_columns(classes, config.classes, description)
+    elif config.ready is not None:
+        refuse_other_order(classes, description)
     return build_network(
         config.model,
         config.kwargs,
         num_classes=num_classes,
         image_size=image_size,
-        pretrained=config.start,
+        description=description,
         own_size=config.image_size,
         columns=columns,
     )
@@ -66,7 +68,7 @@ def load_teacher(
     network = build_teacher_without_weights(config, classes=classes, image_size=image_size)
     load_weights(network, weights)
     forward = freeze(network, image_size, device, precision=distill.teacher_precision, compile=distill.compile)
-    return Teacher(name, network, forward, file_sha256(find_pretrained(weights).file))
+    return Teacher(name, network, forward, find_pretrained(weights).sha256)
 
 
 def freeze(

@@ -64,20 +64,21 @@ from cit_scale.run.bad_images import BadImages
 from cit_scale.run.bad_steps import BadSteps, find_culprits
 from cit_scale.run.flops import ModelFlops, model_flops
 from cit_scale.run.folders import numbers
+from cit_scale.run.forecast import forecast_lines
 from cit_scale.run.inputs import (
     EVALUATION_DATA,
     changed_inputs,
     fingerprints,
-    hash_teachers,
     refuse_different,
     refuse_other_inputs,
 )
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
-from cit_scale.run.plan import counted
+from cit_scale.run.networks import describe_student, know_teachers
+from cit_scale.run.plan import classes_text, counted
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import EXPORTS, device_name, environment_record, export_weights, measure, print_table
 from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
-from cit_scale.run_folder import CONFIG, ENVIRONMENT, RESULTS, STUDENT
+from cit_scale.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, ENVIRONMENT, RESULTS, STUDENT, saved_steps
 from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, run_teachers
 
@@ -152,6 +153,9 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
                 run_on_all_ranks(world, lambda: check_same_runs((config, *arguments.teacher_run_configs.values())))
                 for each in (*prepared.teacher_runs.values(), prepared):
                     run_on_all_ranks(world, partial(refuse_other_inputs, each, each.config.teachers))
+            if config.train.forecast and not any(map(has_begun, (prepared, *prepared.teacher_runs.values()))):
+                say_forecast(prepared)
+                watchdog.progress()
         teachers = dict(config.teachers)
         # From here on a second Ctrl-C waits until the state is saved; before, it interrupts at once.
         with stop.shielded():
@@ -160,6 +164,17 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
                 weights = str(teacher_run.config.run_dir / STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
             return train(prepared, teachers, stop, override=override)
+
+
+def has_begun(prepared: PreparedRun) -> bool:
+    return bool(saved_steps(prepared.config.run_dir / CHECKPOINTS))
+
+
+def say_forecast(prepared: PreparedRun) -> None:
+    """Collective. Say how long the run will take. All ranks try at once, as they will compute at once."""
+    for line in run_on_all_ranks(prepared.world, lambda: forecast_lines(prepared)):
+        if prepared.world.is_main:
+            print(f"{prepared.config.name}  {line}", flush=True)
 
 
 def watch_preparation(config: RunConfig, world: World) -> Watchdog:
@@ -291,10 +306,13 @@ def train(
             f"trains {config.student.name} on {counted(len(prepared.train_set), 'image')} of {config.data.train} "
             f"in {prepared.num_classes} classes, advised by {' and '.join(config.teachers) or 'no teacher'}"
         )
+        if config.data.balance != "none" or config.distill.class_weights != "none":
+            log.say(classes_text(prepared))
         for change in loaded.overridden:
             log.say(f"continues although this changed: {change}")
+        known = know_teachers(prepared, teachers, session.teachers, loaded.inputs, session.eval_batches, log.say)
         training_loop(session)
-        return finish(session, teachers)
+        return finish(session, known)
 
 
 def load(
@@ -307,10 +325,12 @@ def load(
         world, lambda: [prepared.load_teacher(name, teacher) for name, teacher in teachers.items()]
     )
     preparation.progress()
-    engine = build_engine(prepared.build_student(), prepared.engine_setup)
+    network = prepared.build_student()
+    description = describe_student(prepared, network)
+    engine = build_engine(network, prepared.engine_setup)
     preparation.progress()
 
-    inputs = fingerprints(prepared, {teacher.name: teacher.sha256 for teacher in frozen})
+    inputs = run_on_all_ranks(world, lambda: fingerprints(prepared, teachers))
     refuse_different(world, inputs)
     progress, overridden = TrainingProgress(), list[str]()
     found = checkpoint.load_newest(run_dir, world)
@@ -322,7 +342,7 @@ def load(
         del found  # closes its files, before retention deletes the checkpoint
     with writing(run_dir):
         first = run_on_all_ranks(
-            world, lambda: record_start(prepared, progress, overridden, began_at) if world.is_main else 0.0
+            world, lambda: record_start(prepared, description, progress, overridden, began_at) if world.is_main else 0.0
         )
     started_at = broadcast(world, first)
     return LoadedRun(engine, frozen, inputs, progress, overridden, started_at)
@@ -346,7 +366,7 @@ def finished_results(
     """
     run_dir, world = prepared.config.run_dir, prepared.world
     noted = finished.get("inputs", {})
-    here = run_on_all_ranks(world, lambda: fingerprints(prepared, hash_teachers(teachers)))
+    here = run_on_all_ranks(world, lambda: fingerprints(prepared, teachers))
     refuse_different(world, here)
     other = changed_inputs(noted, here)
     trained_with = " and ".join(name for name in other if name != EVALUATION_DATA)
@@ -358,15 +378,18 @@ def finished_results(
         print(f"{run_dir} is finished; its evaluation data changed, so it is evaluated again", flush=True)
     frozen = run_on_all_ranks(world, lambda: [prepared.load_teacher(*each) for each in teachers.items()])
     files = broadcast(world, run_on_all_ranks(world, lambda: find_weights(run_dir, finished) if world.is_main else {}))
-    measured = measure(
-        prepared,
-        teachers,
-        frozen,
-        files,
-        lambda: interruptible_eval_batches(prepared, finished["steps"], stop, watchdog),
-    )
+
+    def eval_batches() -> Iterator[Batch]:
+        return interruptible_eval_batches(prepared, finished["steps"], stop, watchdog)
+
+    def say(line: str) -> None:
+        if world.is_main:
+            print(line, flush=True)
+
+    measured = measure(prepared, files, eval_batches)
+    measured["teachers"] = know_teachers(prepared, teachers, frozen, here, eval_batches, say)
     bad_images = BadImages(run_dir, (prepared.eval_images,), prepared.config.data.max_bad_images, world)
-    bad_images.collect(lambda line: print(line, flush=True) if world.is_main else None)
+    bad_images.collect(say)
     results = {**finished, **measured, "inputs": {**noted, EVALUATION_DATA: here[EVALUATION_DATA]}}
 
     def write() -> None:
@@ -398,14 +421,23 @@ def find_weights(run_dir: Path, finished: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
-def record_start(prepared: PreparedRun, progress: TrainingProgress, overridden: Sequence[str], now: float) -> float:
-    """On rank 0. Write config.yaml, add this start to env.json, and set the results of a run that goes on aside.
+def record_start(
+    prepared: PreparedRun,
+    description: Mapping[str, Any],
+    progress: TrainingProgress,
+    overridden: Sequence[str],
+    now: float,
+) -> float:
+    """On rank 0. Write config.yaml and config.json, add this start to env.json, and set the results of a run that goes
+    on aside.
 
-    now: the time of this start. Returns the time of the first start. Both are in seconds since 1970.
+    description: of the student, for config.json. now: the time of this start. Returns the time of the first start. Both
+    are in seconds since 1970.
     """
     run_dir = prepared.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG, to_yaml(prepared.config))
+    write_text(run_dir / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     if (run_dir / RESULTS).exists():
         rename_aside(run_dir / RESULTS)  # the run goes on: these are no longer its results
     path = run_dir / ENVIRONMENT
@@ -623,8 +655,9 @@ def evaluate_student(session: Session) -> bool:
     engine, world, progress = session.engine, session.prepared.world, session.progress
     engine.module.eval()
     try:
-        top1 = evaluate(engine.forward, session.eval_batches(), world).top1
-        numbers = _named("top1_", top1)
+        measured = evaluate(engine.forward, session.eval_batches(), world)
+        top1 = measured.top1
+        numbers = _named("top1_", top1) | {"class_mean": _whole(measured.class_mean)}
         if session.prepared.config.optim.ema_decay is not None:
             with engine.averaged():
                 averaged = evaluate(engine.forward, session.eval_batches(), world)
@@ -637,12 +670,14 @@ def evaluate_student(session: Session) -> bool:
     session.log.record(progress.step, numbers)
     if world.is_main:
         with contextlib.suppress(OSError):  # the checkpoint that follows reports a full disk
-            checkpoint.add_score(session.prepared.config.run_dir, progress.step, top1.get(HEADS_MEAN, top1["cls"]))
+            checkpoint.add_score(session.prepared.config.run_dir, progress.step, _whole(top1))
     return True
 
 
-def finish(session: Session, teachers: Mapping[str, TeacherConfig]) -> dict[str, Any]:
-    """Collective. Copy the last checkpoint's weights, evaluate the copies and the teachers, write results.json.
+def finish(session: Session, teachers: Mapping[str, Any]) -> dict[str, Any]:
+    """Collective. Copy the last checkpoint's weights, evaluate the copies, write results.json.
+
+    teachers: from ``know_teachers``.
 
     The files are evaluated, not the engine's weights, and in float32: as the user will load them. Raises Stopped if
     asked to stop; everything is saved by then.
@@ -658,7 +693,8 @@ def finish(session: Session, teachers: Mapping[str, TeacherConfig]) -> dict[str,
         "images_per_s": session.clock.mean_images_per_s(),
         "goodput": session.goodput(),
         "inputs": dict(session.loaded.inputs),
-        **measure(prepared, teachers, session.teachers, broadcast(world, files), session.eval_batches),
+        **measure(prepared, broadcast(world, files), session.eval_batches),
+        "teachers": dict(teachers),
     }
     session.bad_images.collect(session.log.say)
     text = json.dumps(results, indent=2) + "\n"
@@ -676,6 +712,11 @@ def interruptible_eval_batches(
         if any(agree_any(prepared.world, stop.requested)):
             raise Stopped(step, stop.signum)
         yield batch
+
+
+def _whole(by_head: Mapping[str, float]) -> float:
+    """The value of the mean over the heads, or of the only one."""
+    return by_head.get(HEADS_MEAN, by_head["cls"])
 
 
 def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

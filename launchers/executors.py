@@ -101,8 +101,8 @@ def container_arguments(image: str | None, runs: Sequence[RunRequest]) -> list[s
     return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
 
 
-CACHES = {"HF_HOME": "~/.cache/huggingface", "TORCH_HOME": "~/.cache/torch"}
-"""Where pretrained weights lie, by the variable that says so."""
+CACHES = {"HF_HOME": "~/.cache/huggingface", "HF_HUB_CACHE": None, "TORCH_HOME": "~/.cache/torch"}
+"""Where pretrained weights lie without a variable that says so, by the variable."""
 
 
 def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
@@ -112,12 +112,14 @@ def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
         config = run.config
         paths |= {Path(config.runs_dir).expanduser(), Path(config.data.cache_dir).expanduser()}
         texts: list[str | None] = [argument.partition("=")[2] or argument for argument in run.argv]
-        starts = [config.student.start, *(teacher.start for teacher in config.teachers.values())]
+        teachers = config.teachers.values()
+        starts = [config.student.start, *(teacher.start for teacher in teachers)]
+        models = [config.student.name, *(teacher.model for teacher in teachers)]  # maybe local-dir:FOLDER
         texts += [config.data.train, config.data.eval, config.engine.ds_config]
-        texts += [text.removeprefix("local-dir:") for text in starts if text]
-        for teacher in config.teachers.values():
+        texts += [text.removeprefix("local-dir:") for text in (*starts, *models) if text]
+        for teacher in teachers:
             texts += [teacher.weights, teacher.classes, teacher.recipe]
-        if any(starts):
+        if any(starts) or any(model.startswith("hf-hub:") for model in models):
             texts += [os.environ.get(name, default) for name, default in CACHES.items()]
         files = [Path(text).expanduser() for text in texts if text]
         paths |= {file.parent if file.is_file() else file for file in files if file.exists()}

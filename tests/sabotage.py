@@ -25,7 +25,7 @@ from cit_scale import train
 from cit_scale.checkpoint import async_save
 from cit_scale.checkpoint import store as checkpoint
 from cit_scale.distributed.world import World
-from cit_scale.run import results
+from cit_scale.run import networks, results
 
 Action = tuple[Any, ...]
 """A function and its arguments."""
@@ -100,8 +100,8 @@ def at(world: World, rank: int | None, place: str, step: int, *action: Any) -> N
     start: before there is an engine. compile: while step 1 is compiled; needs engine.compile. Of update ``step``,
     counted from 1: batch, before it; forward, in the midst of the last micro-step's; backward, after the last one;
     applied, after the update. save: as the checkpoint of ``step`` is being written, in its thread. evaluation: after
-    the first batch of this process's evaluation number ``step``: in an undisturbed run 1 and 2 are the mid-run ones of
-    the student and of its average, 3 and 4 theirs at the end, 5 the teacher's.
+    the first batch of this process's evaluation number ``step``: in an undisturbed run 1 is the teacher's before the
+    first update, 2 and 3 are the mid-run ones of the student and of its average, 4 and 5 theirs at the end.
     """
     if rank is None or rank == world.rank:
         PLACES[place](step, once(action))
@@ -182,7 +182,7 @@ def _at_save(step: int, act: Callable[..., None]) -> None:
 
 def _at_evaluation(number: int, act: Callable[..., None]) -> None:
     inner, calls = train.evaluate, []
-    assert results.evaluate is inner
+    assert results.evaluate is networks.evaluate is inner
 
     def acting(batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -193,7 +193,7 @@ def _at_evaluation(number: int, act: Callable[..., None]) -> None:
         calls.append(True)
         return inner(forward, acting(batches) if len(calls) == number else batches, world)
 
-    train.evaluate = results.evaluate = evaluate
+    train.evaluate = results.evaluate = networks.evaluate = evaluate
 
 
 PLACES: dict[str, Callable[[int, Callable[..., None]], None]] = {

@@ -18,7 +18,7 @@ TIMEOUT_S = 4
         (0, "forward", 6, "sleep"),
         (1, "forward", 6, "sleep_with_the_interpreters_lock"),
         (0, "backward", 6, "sleep_with_the_interpreters_lock"),
-        (1, "evaluation", 1, "sleep"),
+        (1, "evaluation", 2, "sleep"),
         (1, "save", 12, "sleep"),
     ],
 )

@@ -19,6 +19,7 @@ SIGNALS = (SIGTERM, SIGUSR1, SIGUSR2, SIGINT)
 # after which it stops.
 PHASES = [
     ("start", 0, 0),
+    ("evaluation", 1, 0),  # of the teacher; from here on it is noted
     ("batch", 1, 1),
     ("forward", 3, 3),
     ("save", 4, 5),  # at the step boundary after the one at which it was begun, or the next
@@ -26,8 +27,8 @@ PHASES = [
     ("evaluation", 2, STEPS_PER_EPOCH),
     ("backward", STEPS_PER_EPOCH + 2, STEPS_PER_EPOCH + 2),
     ("save", STEPS, STEPS),
-    ("evaluation", 2, STEPS),  # the closing one, of the average: the mid-run ones are done
-    ("evaluation", 3, STEPS),  # of the teacher
+    ("evaluation", 1, STEPS),  # the closing ones, of the student and of its average
+    ("evaluation", 2, STEPS),
 ]
 
 
@@ -109,7 +110,7 @@ def test_every_rank_signalled_at_once_is_one_stop(tiny_run, calm):
 @pytest.mark.parametrize("layout", ["plain", "zero3", "fsdp2"])
 def test_a_stop_in_the_evaluation_of_the_average_leaves_the_weights_as_they_were(layout, tiny_run, calm):
     run = dataclasses.replace(tiny_run, layout=layout)
-    ended = run.run(sabotage=(sabotage.at, run.ranks - 1, "evaluation", 2, sabotage.send, SIGTERM))
+    ended = run.run(sabotage=(sabotage.at, run.ranks - 1, "evaluation", 3, sabotage.send, SIGTERM))
     assert_stopped(run, ended, STEPS_PER_EPOCH)
     assert_goes_on(run.finish(), STEPS_PER_EPOCH)
     assert_same_end(run, calm(layout))

@@ -122,9 +122,7 @@ def test_an_unknown_tag_of_a_model_is_answered_with_known_ones():
 
 
 def test_a_model_without_teacher_tokens_cannot_be_advised():
-    with pytest.raises(
-        ConfigError, match=r"dla34: DLA has no linear classifier .* teachers conv could be; choose another"
-    ):
+    with pytest.raises(ConfigError, match=r"DLA has no linear classifier .* teachers conv could be; choose another"):
         build_network("dla34", {}, num_classes=5, image_size=32, teachers=("conv",))
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from engine_cases import tiny_network
+from safetensors.torch import save_file
 from tiny_run import TINY_CIT
 from torch import nn
 
@@ -18,6 +19,8 @@ from cit_scale.models.network import build_network
 from cit_scale.run.plan import (
     Sharding,
     activation_bytes,
+    classes_text,
+    estimate_memory,
     kept_for_backward,
     plan_lines,
     plan_run,
@@ -155,3 +158,34 @@ def test_checkpoints_kept_for_good_are_counted(plan):
     train = dataclasses.replace(plan.config.train, keep_every_steps=100, keep_best=1)
     longer = dataclasses.replace(plan, config=dataclasses.replace(plan.config, train=train))
     assert longer.checkpoints_kept == 2 + 4 + 1
+
+
+def test_the_classes_are_listed_with_their_images_and_what_balances_them(tiny_digits):
+    def text(*argv):
+        arguments = cli.parse_arguments([*argv, "--teachers", "null"])
+        setups = check_all_settings(arguments.config, {}, World(), same_run=False)
+        return classes_text(with_images(arguments.config, {}, setups, Reader(tiny_digits), Reader(tiny_digits)))
+
+    assert text().startswith("10 classes: 8 174, 2 177, ")
+    balanced = text("--data.balance", "full", "--distill.class_weights", "sqrt")
+    assert balanced.startswith("10 classes: 8 174 -> 179, 2 177 -> 179, ")
+    assert balanced.endswith(
+        "; images -> places in an epoch, by data.balance=full; weighed in the label loss by "
+        "distill.class_weights=sqrt, so that a rare class counts by both"
+    )
+
+
+def test_what_is_frozen_has_no_gradient_and_no_moments(tiny_digits, tmp_path):
+    def prepare(*argv):
+        arguments = cli.parse_arguments(["--teachers", "null", *argv])
+        setups = check_all_settings(arguments.config, {}, World(), same_run=False)
+        return with_images(arguments.config, {}, setups, Reader(tiny_digits), Reader(tiny_digits))
+
+    whole = prepare()
+    save_file(whole.build_student().model.state_dict(), tmp_path / "first.safetensors")
+    frozen = prepare("--student.weights", str(tmp_path / "first.safetensors"), "--train.freeze", "[trunk]")
+    all_of_it, head_alone = estimate_memory(whole), estimate_memory(frozen)
+    head = 4 * (96 * 10 + 10)  # float32, features of the recipe's student, classes
+    assert (head_alone.gradients, head_alone.moments) == (head, 2 * head)
+    assert head_alone.checkpoint == all_of_it.weights // 2 + 2 * head
+    assert head_alone.activations < all_of_it.activations

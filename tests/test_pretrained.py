@@ -20,7 +20,7 @@ from cit_scale.config import DistillConfig, RunConfig, StudentConfig, TeacherCon
 from cit_scale.errors import ConfigError, MissingInputError
 from cit_scale.models.classes import class_columns
 from cit_scale.models.network import build_network
-from cit_scale.models.pretrained import find_pretrained
+from cit_scale.models.pretrained import description_of, find_pretrained
 from cit_scale.models.weights import load_weights, start_from
 from cit_scale.teachers import load_teacher
 
@@ -71,17 +71,6 @@ def test_a_folder_is_found_by_any_of_its_names(name, folder):
         assert found.description["mean"] == MEAN
         assert (found.architecture, found.arguments) == ("resnet10t", SMALL)
         assert found.description["label_names"] == LABELS
-
-
-def test_a_run_folder_gives_its_weights_or_those_of_its_newest_checkpoint(tmp_path):
-    for step in (3, 12):
-        (tmp_path / "ckpt" / f"step_{step:06d}").mkdir(parents=True)
-        (tmp_path / "ckpt" / f"step_{step:06d}" / "student.safetensors").touch()
-    find_pretrained.cache_clear()
-    assert find_pretrained(str(tmp_path)).file == tmp_path / "ckpt" / "step_000012" / "student.safetensors"
-    (tmp_path / "student.safetensors").touch()
-    find_pretrained.cache_clear()
-    assert find_pretrained(str(tmp_path)).file == tmp_path / "student.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +205,9 @@ def say_that_it_cannot_be_reached(endpoint, find):
 
 def test_each_network_normalizes_and_resizes_for_its_own_weights(folder):
     name = f"local-dir:{folder}"
-    network = build_network(name, {}, num_classes=5, image_size=32, pretrained=name, own_size="own").eval()
+    network = build_network(
+        name, {}, num_classes=5, image_size=32, description=description_of(name), own_size="own"
+    ).eval()
     load_weights(network, name)
     plain = write_folder(folder)
     images = torch.rand(2, 3, 32, 32)
@@ -451,7 +442,7 @@ def test_a_teacher_of_more_classes_advises_by_its_columns(how, folder, tmp_path)
         "conv", config, DistillConfig(compile=False), classes=["tiger shark", "tench"], image_size=48,
         device=torch.device("cpu"),
     )  # fmt: skip
-    whole = build_network("resnet10t", SMALL, num_classes=5, image_size=48, pretrained=config.start).eval()
+    whole = build_network("resnet10t", SMALL, num_classes=5, image_size=48, description=description_of(name)).eval()
     load_weights(whole, name)
     images = torch.rand(2, 3, 48, 48)
     torch.testing.assert_close(teacher.forward(images), whole(images).cls[:, [3, 0]], rtol=1e-4, atol=1e-5)
@@ -475,9 +466,11 @@ def test_the_trunk_of_an_advised_model_is_found_under_an_attribute(folder):
 
 def test_a_mapped_teacher_says_what_its_columns_say(folder):
     name = f"local-dir:{folder}"
-    network = build_network(name, {}, num_classes=5, image_size=48, pretrained=name, columns=[3, 0]).eval()
+    network = build_network(
+        name, {}, num_classes=5, image_size=48, description=description_of(name), columns=[3, 0]
+    ).eval()
     load_weights(network, name)
-    whole = build_network(name, {}, num_classes=5, image_size=48, pretrained=name).eval()
+    whole = build_network(name, {}, num_classes=5, image_size=48, description=description_of(name)).eval()
     load_weights(whole, name)
     images = torch.rand(2, 3, 48, 48)
     assert torch.equal(network(images).cls, whole(images).cls[:, [3, 0]])

@@ -60,6 +60,20 @@ def class_columns(classes: Sequence[str], how: str, description: Mapping[str, An
     return found, len(labels)
 
 
+def refuse_other_order(classes: Sequence[str], description: Mapping[str, Any]) -> None:
+    """Raise ConfigError for weights of the same classes in another order: each logit would be taken for another's.
+
+    Names that differ in more say nothing: folders are often named otherwise.
+    """
+    names = list(map(str, description.get("label_names") or ()))
+    if names != list(classes) and sorted(names) == sorted(classes):
+        first = next(index for index, name in enumerate(classes) if names[index] != name)
+        raise ConfigError(
+            f"the weights know the same classes in another order: number {first} is {names[first]} there, and "
+            f"{classes[first]} in the data; map them by name with classes={BY_NAME}"
+        )
+
+
 def _described_labels(description: Mapping[str, Any]) -> list[list[str]]:
     """Names of each column."""
     names = description.get("label_names")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import timm
@@ -119,6 +120,11 @@ class Network(nn.Module):
         return {f"model.{name}" for name in exempt}
 
     @property
+    def statistics(self) -> dict[str, list[float]]:
+        """Mean and standard deviation of the images, each (3,), in [0, 1]."""
+        return {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+
+    @property
     def heads(self) -> tuple[str, ...]:
         """``cls``, then the teachers' names."""
         return ("cls", *getattr(self.model, "teachers", ()))
@@ -131,7 +137,7 @@ def build_network(
     num_classes: int,
     image_size: int,
     teachers: tuple[str, ...] = (),
-    pretrained: str | None = None,
+    description: Mapping[str, Any] = MappingProxyType({}),
     own_size: int | Literal["own"] | None = None,
     columns: Sequence[int] | None = None,
 ) -> Network:
@@ -139,14 +145,14 @@ def build_network(
 
     name, kwargs: arguments of timm.create_model. teachers: names of a CiT's tokens and heads, or of the heads beside
     that of any other model (``Advised``).
+    description: of the weights that are to be loaded into it (``Pretrained``). Their mean and standard deviation
+    normalize the images.
     image_size: of the images that the network is given. own_size: of those that it sees, where that is another;
-    "own": the size that ``pretrained`` was made for, if that is known.
-    pretrained: name of weights that are to be loaded into it: their mean and standard deviation normalize the images.
+    "own": the size that the weights were made for, if the description says it.
     columns: of the logits, as Network has them.
     Raises ConfigError for an unknown model, for teachers of a model that can have no heads for them, for kwargs that
     the run determines (RUN_OWNS), and for arguments that timm refuses.
     """
-    found = None if pretrained is None else find_pretrained(pretrained)
     if name.startswith((HUB, FOLDER)):
         described = find_pretrained(name)
         if described.architecture is None:
@@ -174,7 +180,6 @@ def build_network(
     arguments: dict[str, Any] = {"num_classes": num_classes, **kwargs}
     if is_cit:
         arguments["teachers"] = teachers
-    description = found.description if found is not None else {}
     if own_size == "own":
         own_size = max(description["input_size"][1:]) if "input_size" in description else None
     # Models of a fixed input size take img_size; the others, such as a RedNet, do not know the argument.
@@ -186,7 +191,7 @@ def build_network(
             built = Advised(built, teachers)
         return Network(built, description if "mean" in description else None, own_size, columns)
     except UnadvisableError as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(str(error)) from error
     except Exception as error:  # of a wrong argument a model's code can raise anything
         call = f"timm.create_model({name!r}, {_spelled(arguments)})"
         raise ConfigError(f"{call} refuses: {type(error).__name__}: {one_line(error, MOST)}") from error

@@ -3,7 +3,7 @@
 hf-hub:OWNER/NAME[@REVISION]    a repository of the hub, downloaded into its cache (HF_HOME) once
 local-dir:FOLDER                a folder in the hub's layout: config.json beside model.safetensors
 regnety_040.ra3_in1k            a model of timm's, by name and tag: its repository on the hub
-FOLDER                          a folder in the hub's layout, or a run folder
+FOLDER                          a folder in the hub's layout, or the folder of a finished run
 FILE                            a safetensors or PyTorch file
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,8 @@ import torch
 
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.errors import ConfigError, MissingInputError, one_line
-from cit_scale.run_folder import CHECKPOINTS, STUDENT, saved_steps, step_path
+from cit_scale.files import file_sha256
+from cit_scale.run_folder import CHECKPOINTS, DESCRIPTION, STUDENT, STUDENT_EMA, saved_steps, step_path
 
 HUB = "hf-hub:"
 FOLDER = "local-dir:"
@@ -30,7 +33,6 @@ FOLDER = "local-dir:"
 # Names of weights in a folder or repository, in the order of preference. timm writes model.safetensors, the
 # transformers library pytorch_model.bin before it did.
 FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
-DESCRIPTION = "config.json"
 
 CONNECT_S = 10.0  # longest wait for the hub's first answer
 
@@ -48,8 +50,18 @@ class Pretrained:
     architecture: str | None = None
     arguments: Mapping[str, Any] | None = None
 
+    @property
+    def sha256(self) -> str:
+        """Of the file. Computed once, as long as the file does not change."""
+        about = self.file.stat()
+        return _sha256(self.file, about.st_size, about.st_mtime_ns)
 
-@functools.cache
+
+@functools.lru_cache
+def _sha256(file: Path, size: int, modified_ns: int) -> str:
+    return file_sha256(file)
+
+
 def find_pretrained(name: str) -> Pretrained:
     """Find weights by name, and download what is not in the cache of the hub. The module says which names there are.
 
@@ -64,8 +76,47 @@ def find_pretrained(name: str) -> Pretrained:
     if path.is_dir():
         return _from_folder(path)
     if path.exists() or "/" in name or not timm.is_model(name.split(".")[0]):
-        return Pretrained(path, {})  # read_weights says what is wrong with the file
+        # read_weights says what is wrong with the file. Of the files in a folder only these are described by it.
+        is_described = path.name in (*FILES, STUDENT, STUDENT_EMA)
+        return _described(path, path.with_name(DESCRIPTION)) if is_described else Pretrained(path, {})
     return _from_timm(name)
+
+
+def description_of(*names: str | None) -> Mapping[str, Any]:
+    """The description of the first of these weights that come with one; empty if none does."""
+    found = (find_pretrained(name).description for name in names if name)
+    return next((description for description in found if description), {})
+
+
+def describe(
+    architecture: str,
+    arguments: Mapping[str, Any],
+    *,
+    statistics: Mapping[str, Sequence[float]],
+    image_size: int,
+    crop_ratio: float,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """The content of a config.json beside weights, in timm's form.
+
+    architecture, arguments: of timm.create_model. statistics: mean and std by which the network normalises images,
+    each (3,). image_size: of the images that it sees. crop_ratio: of the image's shorter side, in evaluation.
+    classes: names of its classes, in the order of its logits.
+    """
+    return {
+        "architecture": architecture,
+        "num_classes": len(classes),
+        "label_names": list(classes),
+        "model_args": dict(arguments),
+        "pretrained_cfg": {
+            "input_size": [3, image_size, image_size],
+            "interpolation": "bicubic",
+            "crop_pct": crop_ratio,
+            "mean": list(statistics["mean"]),
+            "std": list(statistics["std"]),
+            "num_classes": len(classes),
+        },
+    }
 
 
 def nearest_models(name: str, known: Sequence[str]) -> str:
@@ -74,6 +125,7 @@ def nearest_models(name: str, known: Sequence[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, family or known, n=4, cutoff=0.0))
 
 
+@functools.cache
 def _from_timm(name: str) -> Pretrained:
     try:
         description = timm.get_pretrained_cfg(name)
@@ -93,17 +145,21 @@ def _from_timm(name: str) -> Pretrained:
 
 
 def _from_folder(folder: Path) -> Pretrained:
-    """Find weights in a folder in the hub's layout, or in a run folder: of its end, or else its newest checkpoint."""
+    """Find weights in a folder in the hub's layout, or in the folder of a finished run."""
+    file = next((folder / file for file in (*FILES, STUDENT) if (folder / file).is_file()), None)
+    if file is not None:
+        return _described(file, folder / DESCRIPTION)
+    # The weights of a run that is not finished change while it goes on: each rank and each start would find others.
     steps = saved_steps(folder / CHECKPOINTS)
-    newest = [step_path(folder / CHECKPOINTS, max(steps))] if steps else []
-    candidates = [*(folder / file for file in FILES), *(place / STUDENT for place in (folder, *newest))]
-    file = next((file for file in candidates if file.is_file()), None)
-    if file is None:
+    if steps:
+        checkpoint = step_path(folder / CHECKPOINTS, max(steps)) / STUDENT
         raise MissingInputError(
-            f"no weights are in the folder {folder}: neither {', '.join(FILES)} nor those of a run, {STUDENT}"
-            + ("" if folder.is_dir() else "; there is no such folder")
+            f"the run in {folder} is not finished; finish it, or copy one of its states: {checkpoint}"
         )
-    return _described(file, folder / DESCRIPTION)
+    raise MissingInputError(
+        f"no weights are in the folder {folder}: neither {', '.join(FILES)} nor those of a run, {STUDENT}"
+        + ("" if folder.is_dir() else "; there is no such folder")
+    )
 
 
 def _described(file: Path, config: Path) -> Pretrained:
@@ -125,6 +181,7 @@ def _described(file: Path, config: Path) -> Pretrained:
         raise ConfigError(f"{config} does not describe a model: {one_line(error)}") from error
 
 
+@functools.cache
 def _from_hub(repository: str, files: Sequence[str] = FILES) -> Pretrained:
     """Find weights and description of a repository, given as OWNER/NAME or OWNER/NAME@REVISION.
 
@@ -186,12 +243,16 @@ def _from_hub(repository: str, files: Sequence[str] = FILES) -> Pretrained:
 def _download(url: str) -> Path:
     """Download a file that is not on the hub into torch's cache (TORCH_HOME), once."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except Exception as error:  # of a name, a connection, a length: each has its own
-            raise MissingInputError(
-                f"{url} cannot be downloaded ({one_line(error)}); bring the file to {path}"
-            ) from error
+    if path.is_file():
+        return path
+    in_name = re.search(r"-([0-9a-f]{8,})\.", path.name)  # how torch's own files say their SHA-256
+    limit_s = socket.getdefaulttimeout()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(CONNECT_S)  # for urllib, which torch gives none
+        torch.hub.download_url_to_file(url, str(path), in_name and in_name[1], progress=False)
+    except Exception as error:  # of a name, a connection, a length, a hash: each has its own
+        raise MissingInputError(f"{url} cannot be downloaded ({one_line(error)}); bring the file to {path}") from error
+    finally:
+        socket.setdefaulttimeout(limit_s)
     return path

@@ -55,6 +55,11 @@ STRIP = (
 # that are new are most of a small CiT; a projection that is left out is most of some self-supervised network's file.
 LEAST_SHARE = 0.25
 
+# Of safetensors' names of types. Any other is one that no weights are of.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+POSITIONS = ("pos_embed", "relative_position_bias_table")  # ends of the names of what timm resamples
+
 HEAD_STD = 0.001  # of the weights of a new head on features that are trained
 
 
@@ -100,7 +105,11 @@ def _read_safetensors(path: Path, device: str) -> dict[str, Tensor]:
     if device != "meta":
         return safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:
-        return {key: torch.empty(file.get_slice(key).get_shape(), device=device) for key in file.keys()}  # noqa: SIM118
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {
+            key: torch.empty(each.get_shape(), dtype=DTYPES.get(each.get_dtype(), torch.uint8), device=device)
+            for key, each in slices.items()
+        }
 
 
 def _read_pickle(path: Path, device: str) -> Any:
@@ -209,20 +218,21 @@ def _without_wrappers(key: str) -> str:
 # Into a network
 
 
-def load_weights(network: Network, name: str | Path) -> tuple[str, ...]:
+def load_weights(network: Network, name: str | Path, *, values: bool = False) -> tuple[str, ...]:
     """Load weights into the network's model. All names and shapes must match. Returns what is to be said of them.
 
     name: as ``find_pretrained`` takes it, such as a file.
 
     The model may be a part of what was saved, such as a Lightning module's attribute. Released checkpoints of CiT and
     RedNet are converted to our names. A CiT resamples the position embedding of another image size. For a network on
-    the meta device only names and shapes are compared.
+    the meta device only names, types and shapes are compared; with ``values`` what is not finite is found, too.
     Raises ConfigError for weights that do not fit, and the exceptions of `read_weights`.
     """
     model, found = network.model, find_pretrained(str(name))
     path = found.file
-    weights = read_weights(path, _device_of(model))
+    weights = read_weights(path, "cpu" if values else _device_of(model))
     state, notes = _part_that_fits(weights.tensors, model, _rename_for(model))
+    before = {key: tensor.shape for key, tensor in state.items()}
     if _is_ours(model):
         try:
             state = convert(state)
@@ -230,16 +240,17 @@ def load_weights(network: Network, name: str | Path) -> tuple[str, ...]:
             raise ConfigError(f"weights {path} do not fit: {error}") from error
     else:
         state = _adapt(state, model, found)
-    _refuse_other_classes(state, model, path)
+    _refuse_other_classes(state, model, path, is_mapped=network.columns is not None)
     _refuse_other_numbers(state, model, path)
+    resized = _resized(before, {key: tensor for key, tensor in state.items() if key.endswith(POSITIONS)})
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(_on_device_of(model, state))
     except RuntimeError as error:
         raise ConfigError(
             f"weights {path} do not fit {type(model).__name__}; name the network and the arguments that they are of: "
             f"{one_line(error, MOST)}"
         ) from error
-    return (*weights.notes, *notes)
+    return (*weights.notes, *notes, *([f"resampled: {', '.join(resized)}"] if resized else []))
 
 
 @dataclass(frozen=True)
@@ -253,16 +264,17 @@ class Start:
     notes: tuple[str, ...]
 
 
-def start_from(network: Network, name: str) -> Start:
+def start_from(network: Network, name: str, *, values: bool = False) -> Start:
     """Load what fits of pretrained weights into the network's model.
 
     name: as ``find_pretrained`` takes it. Heads of other classes start anew. Position embeddings and whatever else
-    timm's model knows to adapt (its ``checkpoint_filter_fn``) are adapted to the network's size.
+    timm's model knows to adapt (its ``checkpoint_filter_fn``) are adapted to the network's size. values: as in
+    ``load_weights``.
     Raises ConfigError if less than LEAST_SHARE of both, the network and the weights, fits, and the exceptions of
     ``read_weights`` and ``find_pretrained``.
     """
     model, found = network.model, find_pretrained(name)
-    weights = read_weights(found.file, _device_of(model))
+    weights = read_weights(found.file, "cpu" if values else _device_of(model))
     renamed = _rename_for(model)
     state, notes = _part_that_fits(weights.tensors, model, renamed)
     state = {renamed(key): tensor for key, tensor in state.items()}
@@ -282,7 +294,7 @@ def start_from(network: Network, name: str) -> Start:
             f"{type(model).__name__}, where they would be {shares[0]:.0%}; name the network that they are of"
         )
     _refuse_other_numbers(fitting, model, found.file)
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(_on_device_of(model, fitting), strict=False)
     new = frozenset(expected.keys() - fitting.keys())
     for head in heads:
         _init_last_layers(model, head, new)
@@ -334,13 +346,8 @@ def _table(
 
     state: adapted. before: shapes in the file, under the names there. heads: from ``head_names``.
     """
-    shapes = {key: before.get(key, before.get(key.removeprefix(TRUNK_PREFIX))) for key in state}
     new, left = [key for key in expected if key not in fitting], [key for key in state if key not in expected]
-    resized = [
-        f"; {_plain(key)} {_shown(was)} -> {_shown(tensor.shape)}"
-        for key, tensor in fitting.items()
-        if (was := shapes[key]) is not None and was != tensor.shape
-    ]
+    resized = [f"; {each}" for each in _resized(before, fitting)]
     taken = f"all {len(fitting)} tensors" if not new and not left else _counted(fitting)
     yield f"taken: {taken}{''.join(resized)}"
     replaced, others = [], []
@@ -358,6 +365,16 @@ def _table(
         yield f"left out: {_counted(left)}"
 
 
+def _resized(before: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> list[str]:
+    """What adapting has given another shape, with both. before: shapes in the file, under the names there."""
+    shapes = {key: before.get(key, before.get(key.removeprefix(TRUNK_PREFIX))) for key in state}
+    return [
+        f"{_plain(key)} {_shown(was)} -> {_shown(tensor.shape)}"
+        for key, tensor in state.items()
+        if (was := shapes[key]) is not None and was != tensor.shape
+    ]
+
+
 def _plain(key: str) -> str:
     return key.removeprefix(TRUNK_PREFIX)
 
@@ -373,6 +390,12 @@ def _shown(shape: torch.Size) -> str:
 
 def _device_of(model: nn.Module) -> str:
     return "meta" if any(parameter.is_meta for parameter in model.parameters()) else "cpu"
+
+
+def _on_device_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict for a model on the meta device without its values, about which torch warns."""
+    device = _device_of(model)
+    return {key: tensor.to("meta") if device == "meta" else tensor for key, tensor in state.items()}
 
 
 def _is_ours(model: nn.Module) -> bool:
@@ -424,12 +447,20 @@ def _refuse_other_numbers(state: Mapping[str, Tensor], model: nn.Module, path: s
             raise ConfigError(f"weights {path} are not finite, in {key}; take an earlier checkpoint")
 
 
-def _refuse_other_classes(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> None:
-    """Raise ConfigError for weights of another number of classes: the likeliest mistake has a message of its own."""
+def _refuse_other_classes(state: Mapping[str, Tensor], model: nn.Module, path: str | Path, *, is_mapped: bool) -> None:
+    """Raise ConfigError for weights of another number of classes: the likeliest mistake has a message of its own.
+
+    is_mapped: the network has as many classes as there are names of the weights' classes, and not as the data set.
+    """
     classifier = pretrained_cfg_of(model)["classifier"]  # timm's convention: one name, or a tuple of several
     key = f"{classifier if isinstance(classifier, str) or classifier is None else classifier[0]}.weight"
     found, expected = state.get(key), model.state_dict().get(key)
     if found is not None and expected is not None and len(found) != len(expected):
+        if is_mapped:
+            raise ConfigError(
+                f"weights {path} have {len(found)} classes, and there are names of {len(expected)}; give one for each "
+                "class of the weights, in their order"
+            )
         raise ConfigError(
             f"weights {path} have {len(found)} classes, the data set has {len(expected)}; "
             f"use weights trained on this data set, or give a recipe that trains them"

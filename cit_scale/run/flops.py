@@ -46,7 +46,8 @@ def model_flops(prepared: PreparedRun, device_name: str, say: Callable[[str], No
     """None for a device whose peak is not known, and, with a line for ``say``, for networks that cannot be counted.
 
     An image takes three times the student's forward pass, as the backward pass is two of them (Kaplan et al., "Scaling
-    Laws for Neural Language Models", 2020), and each teacher's forward pass once. What activation checkpointing
+    Laws for Neural Language Models", 2020), and each teacher's forward pass once. Of a network that is frozen in part
+    the backward pass counts by the share of the parameters that are trained. What activation checkpointing
     computes again does not count. Matrix products, convolutions and attention are counted; the involution itself, which
     is small beside the convolutions around it, is not.
     """
@@ -57,7 +58,10 @@ def model_flops(prepared: PreparedRun, device_name: str, say: Callable[[str], No
     size = config.data.image_size
     try:
         student, teachers = prepared.build_on_meta()
-        per_image = 3 * forward_flops(student, size) + sum(forward_flops(teacher, size) for teacher in teachers)
+        trained = sum(parameter.numel() for parameter in student.parameters())
+        frozen = sum(tensor.numel() for name, tensor in student.named_buffers() if name in student.frozen)
+        passes = 1 + 2 * trained / (trained + frozen)
+        per_image = passes * forward_flops(student, size) + sum(forward_flops(teacher, size) for teacher in teachers)
     except Exception as error:
         # A model of timm's may do what cannot be done without data. No figure in the log is worth a run.
         say(f"mfu is not logged, because the FLOPs of the networks cannot be counted: {one_line(error, MOST)}")

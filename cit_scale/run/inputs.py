@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,28 +13,36 @@ from cit_scale.checkpoint.store import META
 from cit_scale.config import TeacherConfig
 from cit_scale.distributed.world import World, gather
 from cit_scale.errors import RefusedError
-from cit_scale.files import file_sha256
-from cit_scale.models.pretrained import find_pretrained
+from cit_scale.models.pretrained import description_of, find_pretrained
 from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import CHECKPOINTS, RESULTS, saved_steps, step_path
 
 EVALUATION_DATA = "evaluation data"
 """Name of the input that changes the results of a run, but not its weights."""
 
+FIRST_WEIGHTS = "the student's first weights"
 
-def fingerprints(prepared: PreparedRun, teacher_hashes: Mapping[str, str]) -> dict[str, str]:
-    """Fingerprints of data and weights, by name. teacher_hashes: SHA-256 of the teachers' files."""
+# What a network takes from the description of its weights: how images are normalised and sized, which class is which.
+DESCRIBES = ("mean", "std", "input_size", "label_names", "label_offset")
+
+
+def fingerprints(prepared: PreparedRun, teachers: Mapping[str, TeacherConfig]) -> dict[str, str]:
+    """Fingerprints of data and weights, by name. teachers: those without weights yet have none."""
     found = {"data": prepared.train_set.fingerprint, EVALUATION_DATA: prepared.eval_set.fingerprint}
-    start = prepared.config.student.start
-    if start is not None:
-        found["the student's first weights"] = file_sha256(find_pretrained(start).file)
-    return found | {f"teacher {name}": sha256 for name, sha256 in teacher_hashes.items()}
-
-
-def hash_teachers(teachers: Mapping[str, TeacherConfig]) -> dict[str, str]:
-    """SHA-256 of the weights file of each teacher, without teachers that have no weights yet."""
-    files = {name: find_pretrained(teacher.ready).file for name, teacher in teachers.items() if teacher.ready}
-    return {name: file_sha256(file) for name, file in files.items()}
+    student = prepared.config.student
+    weights = {FIRST_WEIGHTS: (student.start, description_of(student.start))}
+    weights |= {
+        f"teacher {name}": (teacher.ready, description_of(teacher.weights, teacher.start))
+        for name, teacher in teachers.items()
+    }
+    for what, (given, description) in weights.items():
+        if given is None:
+            continue
+        found[what] = find_pretrained(given).sha256
+        used = {key: description[key] for key in DESCRIBES if key in description}
+        if used:
+            found[f"{what}, description"] = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+    return found
 
 
 def refuse_different(world: World, inputs: Mapping[str, str]) -> None:
@@ -76,7 +85,7 @@ def refuse_other_inputs(prepared: PreparedRun, teachers: Mapping[str, TeacherCon
     noted, is_finished = noted_inputs(config.run_dir)
     if not noted:  # nothing to compare with: hashing gigabytes of weights can wait until they are loaded
         return
-    here = fingerprints(prepared, hash_teachers(teachers))
+    here = fingerprints(prepared, teachers)
     other = [name for name in changed_inputs(noted, here) if not (is_finished and name == EVALUATION_DATA)]
     if other:
         shown = "; ".join(f"{name}: {noted[name]:.12} -> {here[name]:.12}" for name in other)

@@ -17,6 +17,7 @@ from cit_scale.models.network import Network, fake_state, tensors_of
 from cit_scale.run.setup import PreparedRun
 
 FLOAT32_BYTES = 4
+MOST_CLASSES = 6  # of the rarest, and of the most frequent, that the plan lists
 GIB = 2**30
 
 
@@ -58,13 +59,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run in numbers. teachers: by name, the plan of each teacher that is trained first."""
+    """A run in numbers. classes: with their images, in words. teachers: by name, the plan of each teacher that is
+    trained first."""
 
     config: RunConfig
     world_size: int
     micro_batch_size: int
     micro_steps: int
     train_images: int
+    classes: str
     steps_per_epoch: int
     total_steps: int
     memory: Memory
@@ -88,6 +91,7 @@ def plan_run(prepared: PreparedRun) -> RunPlan:
         micro_batch_size=cut.micro_batch_size,
         micro_steps=cut.micro_steps,
         train_images=len(prepared.train_set),
+        classes=classes_text(prepared),
         steps_per_epoch=prepared.steps_per_epoch,
         total_steps=prepared.total_steps,
         memory=memory,
@@ -105,9 +109,10 @@ def estimate_memory(prepared: PreparedRun) -> Memory:
     image_size = config.data.image_size
     network, teachers = prepared.build_on_meta()
     parameters = sum(parameter.numel() for parameter in network.parameters())
+    frozen = sum(tensor.numel() for name, tensor in network.named_buffers() if name in network.frozen)
     sharding = read_sharding(prepared.engine_setup)
     return dataclasses.replace(
-        state_memory(parameters, sharding, world_size, has_average=config.optim.ema_decay is not None),
+        state_memory(parameters, sharding, world_size, has_average=config.optim.ema_decay is not None, frozen=frozen),
         teachers=sum(tensor.nbytes for teacher in teachers for tensor in tensors_of(teacher).values()),
         activations=activation_bytes(network, config.engine, (split.micro_batch_size, 3, image_size, image_size)),
     )
@@ -141,8 +146,11 @@ def _is_offloaded(zero: dict, section: str) -> bool:
     return (zero.get(section) or {}).get("device") == "cpu"
 
 
-def state_memory(parameters: int, sharding: Sharding, world_size: int, has_average: bool) -> Memory:
-    """Memory of the training state: without teachers and activations. parameters: their number."""
+def state_memory(parameters: int, sharding: Sharding, world_size: int, *, has_average: bool, frozen: int = 0) -> Memory:
+    """Memory of the training state: without teachers and activations. parameters: number of those that are trained.
+    frozen: of the others, which each rank holds whole, without gradient and moments.
+    """
+    kept = frozen * FLOAT32_BYTES
     whole = parameters * FLOAT32_BYTES
     share = -(-parameters // world_size) * FLOAT32_BYTES
     weights = share if sharding.weights else whole
@@ -158,14 +166,14 @@ def state_memory(parameters: int, sharding: Sharding, world_size: int, has_avera
         host += weights
         weights = 0
     return Memory(
-        weights=weights + copy,
+        weights=weights + copy + kept,
         gradients=gradients,
         moments=moments,
         average=average,
         teachers=0,
         activations=0,
         host=host,
-        checkpoint=whole * (4 if has_average else 3),  # weights, two moments, the average
+        checkpoint=whole * (4 if has_average else 3) + kept,  # weights, two moments, the average
     )
 
 
@@ -231,6 +239,7 @@ def plan_lines(plan: RunPlan, device: str) -> list[str]:
             f"{counted(plan.train_images, 'image')}, {counted(plan.steps_per_epoch, 'step')}; "
             f"a rank sees {share} images a step, {share * plan.steps_per_epoch} an epoch",
         ),
+        ("classes", plan.classes),
         ("training", f"{counted(train.epochs, 'epoch')}, {counted(plan.total_steps, 'step')}"),
         (
             "checkpoints",
@@ -254,6 +263,28 @@ def plan_lines(plan: RunPlan, device: str) -> list[str]:
     return [row(what, text) for what, text in lines]
 
 
+def classes_text(prepared: PreparedRun) -> str:
+    """The classes with their images, and what data.balance and distill.class_weights make of them."""
+    images, places, config = prepared.images_by_class, prepared.places_by_class, prepared.config
+    balance, weights = config.data.balance, config.distill.class_weights
+
+    def shown(name: str) -> str:
+        return f"{name} {images[name]}" if balance == "none" else f"{name} {images[name]} -> {places[name]}"
+
+    names = sorted(images, key=lambda name: images[name])
+    if len(names) > 2 * MOST_CLASSES:
+        listed = [*map(shown, names[:MOST_CLASSES]), "...", *map(shown, names[-MOST_CLASSES:])]
+    else:
+        listed = [*map(shown, names)]
+    said = [
+        f"{counted(len(names), 'class', 'classes')}: {', '.join(listed)}",
+        f"images -> places in an epoch, by data.balance={balance}" if balance != "none" else "",
+        f"weighed in the label loss by distill.class_weights={weights}" if weights != "none" else "",
+    ]
+    both = balance != "none" and weights != "none"
+    return "; ".join(filter(None, said)) + (", so that a rare class counts by both" if both else "")
+
+
 def row(what: str, text: str) -> str:
     return f"{what:<16} {text}"
 
@@ -269,5 +300,6 @@ def _size(count: int) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def counted(number: int, what: str, several: str = "") -> str:
+    """several: the plural, where it is more than an s."""
+    return f"{number} {what if number == 1 else several or f'{what}s'}"

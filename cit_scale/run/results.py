@@ -8,7 +8,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cit_scale.batch import Batch
-from cit_scale.config import REPOSITORY, TeacherConfig
+from cit_scale.config import REPOSITORY
 from cit_scale.distributed.slurm_job import job_record
 from cit_scale.distributed.world import World, run_on_all_ranks
 from cit_scale.evaluate import evaluate
@@ -26,7 +26,6 @@ from cit_scale.files import sync
 from cit_scale.models.weights import load_weights
 from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import CHECKPOINTS, STUDENT, STUDENT_EMA, step_path
-from cit_scale.teachers import Teacher, run_teachers
 
 # Weights that a finished run leaves in its folder, by the name in results.json: files of its last checkpoint.
 EXPORTS = {"student": STUDENT, "student ema": STUDENT_EMA}
@@ -99,15 +98,11 @@ def export_weights(run_dir: Path, step: int) -> dict[str, str]:
 
 
 def measure(
-    prepared: PreparedRun,
-    teachers: Mapping[str, TeacherConfig],
-    frozen: Sequence[Teacher],
-    files: Mapping[str, str],
-    eval_batches: Callable[[], Iterator[Batch]],
+    prepared: PreparedRun, files: Mapping[str, str], eval_batches: Callable[[], Iterator[Batch]]
 ) -> dict[str, Any]:
-    """Collective. Evaluate the weights in the run folder, and the teachers. Returns that part of results.json.
+    """Collective. Evaluate the weights in the run folder. Returns that part of results.json.
 
-    teachers, frozen: the same teachers, as configured and as loaded. files: weight files by the names of EXPORTS.
+    files: weight files by the names of EXPORTS.
     """
     world, accuracy = prepared.world, {}
     network = prepared.build_student_without_weights().eval()
@@ -115,25 +110,12 @@ def measure(
         run_on_all_ranks(world, partial(load_weights, network, prepared.config.run_dir / file))
         network.to(world.device)
         accuracy[name] = evaluate(network, eval_batches(), world)
-    measured_teachers = {}
-    if frozen:
-        measured = evaluate(lambda images: run_teachers(frozen, images), eval_batches(), world)
-        measured_teachers = {
-            teacher.name: {
-                "model": teachers[teacher.name].model,
-                "sha256": teacher.sha256,
-                "top1": measured.top1[teacher.name],
-                "top5": measured.top5[teacher.name],
-            }
-            for teacher in frozen
-        }
     return {
         "eval_images": next(iter(accuracy.values())).images,
         "accuracy": {
             name: {"top1": found.top1, "top5": found.top5, "class_mean": found.class_mean}
             for name, found in accuracy.items()
         },
-        "teachers": measured_teachers,
     }
 
 
@@ -144,15 +126,16 @@ def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
     table.add_column("network")
     table.add_column("top-1 %", justify="right")
     table.add_column("top-5 %", justify="right")
+    table.add_column("class mean %", justify="right")  # top-1 as the mean over classes
     for name, teacher in results.get("teachers", {}).items():
-        accuracy = (_percent(teacher.get(which)) for which in ("top1", "top5"))
+        accuracy = (_percent(teacher.get(which)) for which in ("top1", "top5", "class_mean"))
         table.add_row(f"teacher {name} ({teacher.get('model')})", *accuracy)
     for student, accuracy in results.get("accuracy", {}).items():
         table.add_section()
         for head, top1 in accuracy.get("top1", {}).items():
             emphasis = "bold" if head == "average" else None
-            top5 = accuracy.get("top5", {}).get(head)
-            table.add_row(f"{student}, {head}", _percent(top1), _percent(top5), style=emphasis)
+            others = (_percent(accuracy.get(which, {}).get(head)) for which in ("top5", "class_mean"))
+            table.add_row(f"{student}, {head}", _percent(top1), *others, style=emphasis)
     # Without highlighting, which would colour every number.
     console = Console(highlight=False)
     console.print(table)

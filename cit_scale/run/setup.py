@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
 from cit_scale.batch import Batch
 from cit_scale.config import BatchSplit, DataConfig, RunConfig, TeacherConfig, check_config
 from cit_scale.data.draws import read_policy
-from cit_scale.data.order import EXPONENTS, Cursor, steps_per_epoch
+from cit_scale.data.order import EXPONENTS, Cursor, class_quotas, steps_per_epoch
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, train_stream
 from cit_scale.datasets.index import shorten
@@ -31,6 +32,7 @@ from cit_scale.files import rename_aside
 from cit_scale.losses import balancing_weights
 from cit_scale.models.freeze import freeze
 from cit_scale.models.network import Network, build_network, try_forward
+from cit_scale.models.pretrained import FOLDER, HUB, description_of, find_pretrained
 from cit_scale.models.weights import load_weights, start_from
 from cit_scale.optim import parameter_groups
 from cit_scale.run.folders import runs_inside
@@ -76,12 +78,26 @@ class PreparedRun:
         return len(self.train_set.classes)
 
     @functools.cached_property
+    def images_by_class(self) -> dict[str, int]:
+        counts = np.bincount(self.train_set.labels, minlength=self.num_classes)
+        return dict(zip(self.train_set.classes, counts.tolist(), strict=True))
+
+    @property
+    def places_by_class(self) -> dict[str, int]:
+        """How often an image of the class stands in an epoch, by data.balance."""
+        counts = np.array(list(self.images_by_class.values()))
+        places = self.steps_per_epoch * self.config.train.global_batch_size
+        return dict(
+            zip(self.images_by_class, class_quotas(counts, self.config.data.balance, places).tolist(), strict=True)
+        )
+
+    @functools.cached_property
     def class_weights(self) -> torch.Tensor | None:
         """Weights of the classes in the label loss, (K,) on the device; None: all 1."""
         exponent = 1 - EXPONENTS[self.config.distill.class_weights]
         if exponent == 0:
             return None
-        counts = torch.bincount(torch.from_numpy(self.train_set.labels), minlength=self.num_classes)
+        counts = torch.tensor(list(self.images_by_class.values()))
         return balancing_weights(counts, exponent).to(self.world.device)
 
     @property
@@ -132,15 +148,15 @@ class PreparedRun:
             num_classes=self.num_classes,
             image_size=config.data.image_size,
             teachers=tuple(config.teachers),
-            pretrained=config.student.start,
+            description=description_of(config.student.start),
             own_size=config.student.image_size,
         )
 
     def build_on_meta(self) -> tuple[Network, list[Network]]:
-        """The student and its teachers without weights, on the meta device: shapes without memory."""
+        """The student, frozen as it is trained, and its teachers, on the meta device: shapes without memory."""
         with torch.device("meta"):
             teachers = [self.build_teacher_without_weights(teacher) for teacher in self.config.teachers.values()]
-            return self.build_student_without_weights(), teachers
+            return self.build_student(), teachers
 
     def build_teacher_without_weights(self, teacher: TeacherConfig) -> Network:
         return build_teacher_without_weights(
@@ -167,12 +183,28 @@ def prepare(
     teacher_run_configs: from ``cli.resolve_teacher_runs``. same_run: refuse a run folder begun with other settings.
     """
     setups = run_on_all_ranks(world, lambda: check_all_settings(config, teacher_run_configs, world, same_run=same_run))
+    first_on_each_node(world, lambda: fetch_weights((config, *teacher_run_configs.values())))
     train_source, eval_source = first_on_each_node(world, lambda: open_data(config.data))
     prepared = with_images(config, teacher_run_configs, setups, Reader(train_source), Reader(eval_source))
-    for line in run_on_all_ranks(world, lambda: check_networks(prepared) + slow_precisions(config, world.device)):
+    # Values are read on one rank: they take a second per gigabyte, and ranks compare the files' hashes later.
+    for line in run_on_all_ranks(
+        world,
+        lambda: check_networks(prepared, values=world.is_main) + slow_precisions(config, world.device),
+    ):
         if world.is_main:
             print(line, flush=True)
     return prepared
+
+
+def fetch_weights(configs: Iterable[RunConfig]) -> None:
+    """Find all weights that the runs name, which puts downloads into the cache. Raises as ``find_pretrained``."""
+    for config in configs:
+        teachers = config.teachers.values()
+        names = [config.student.start, *(name for teacher in teachers for name in (teacher.weights, teacher.start))]
+        models = [config.student.name, *(teacher.model for teacher in teachers)]
+        for name in (*names, *(model for model in models if model.startswith((HUB, FOLDER)))):
+            if name is not None:
+                find_pretrained(name)
 
 
 def check_all_settings(
@@ -249,12 +281,13 @@ def _has_fp16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def check_networks(prepared: PreparedRun, setting: str = "student.name") -> list[str]:
+def check_networks(prepared: PreparedRun, setting: str = "student.name", *, values: bool = True) -> list[str]:
     """Check that the networks can be built for this data, take its images, and that their weights fit. Returns what is
     to be said of the weights.
 
     On the meta device, where tensors have shapes and no memory: the networks that are trained are built later, once.
-    setting: the one that names the network that is trained.
+    setting: the one that names the network that is trained. values: read the given weights, too, and refuse those that
+    are not finite.
     """
     config = prepared.config
     sizes = {
@@ -271,9 +304,14 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name") -> list
         with naming(f"{setting}={config.student.name}"):
             student = prepared.build_student_without_weights().train()
             try_forward(student, **sizes)
+        if config.student.image_size == "own" and student.image_size is None:
+            raise ConfigError(
+                f"{setting.rsplit('.', 1)[0]}.image_size=own: the weights do not say what size they were made for; "
+                "give a number"
+            )
         start, new = config.student.start, frozenset(student.model.state_dict())
         if start is not None:
-            started = start_from(student, start)
+            started = start_from(student, start, values=values)
             new = started.new
             said += [f"{_start_setting(config, setting)}={start}: {note}" for note in started.notes]
         for name, teacher in config.teachers.items():
@@ -282,13 +320,14 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name") -> list
                     network = prepared.build_teacher_without_weights(teacher).eval()
                     try_forward(network, **sizes)
                 which = "pretrained" if teacher.weights is None else "weights"
-                said += [f"teachers.{name}.{which}: {note}" for note in load_weights(network, teacher.ready)]
+                notes = load_weights(network, teacher.ready, values=values)
+                said += [f"teachers.{name}.{which}: {note}" for note in notes]
     freeze(student, config.train.freeze, new)
     prepare_network(student, config.engine, prepared.world)
     parameter_groups(student, 0.0, config.optim.layer_decay, config.optim.head_lr_scale)
     for name, teacher_run in prepared.teacher_runs.items():
         with naming(f"teacher {name}"):
-            said += check_networks(teacher_run, f"teachers.{name}.model")
+            said += check_networks(teacher_run, f"teachers.{name}.model", values=values)
     return said
 
 
