@@ -58,6 +58,8 @@ LEAST_SHARE = 0.25
 # Of safetensors' names of types. Any other is one that no weights are of.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
+STATISTICS = (".running_mean", ".running_var")  # ends of the names of BatchNorm's buffers that training changes
+
 POSITIONS = ("pos_embed", "relative_position_bias_table")  # ends of the names of what timm resamples
 
 HEAD_STD = 0.001  # of the weights of a new head on features that are trained
@@ -243,6 +245,7 @@ def load_weights(network: Network, name: str | Path, *, values: bool = False) ->
     _refuse_other_classes(state, model, path, is_mapped=network.columns is not None)
     _refuse_other_numbers(state, model, path)
     resized = _resized(before, {key: tensor for key, tensor in state.items() if key.endswith(POSITIONS)})
+    state = _with_shared_names(state, model)
     try:
         model.load_state_dict(_on_device_of(model, state))
     except RuntimeError as error:
@@ -279,7 +282,7 @@ def start_from(network: Network, name: str, *, values: bool = False) -> Start:
     state, notes = _part_that_fits(weights.tensors, model, renamed)
     state = {renamed(key): tensor for key, tensor in state.items()}
     before = {key: tensor.shape for key, tensor in state.items()}
-    state = _adapt(state, model, found)
+    state = _with_shared_names(_adapt(state, model, found), model)
     heads, expected = head_names(model), model.state_dict()
     fitting = {key: tensor for key, tensor in state.items() if key in expected and tensor.shape == expected[key].shape}
     trunk = {key: each.numel() for key, each in model.named_parameters() if not key.startswith(heads)}
@@ -392,6 +395,19 @@ def _device_of(model: nn.Module) -> str:
     return "meta" if any(parameter.is_meta for parameter in model.parameters()) else "cpu"
 
 
+def _with_shared_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Give a tensor that the model has under several names, as a CoaT has, under all of them. A checkpoint has one."""
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names_of.setdefault(id(tensor), []).append(name)
+    shared = dict(state)
+    for names in names_of.values():
+        found = next((state[name] for name in names if name in state), None)
+        if found is not None:
+            shared.update({name: found for name in names if name not in state})
+    return shared
+
+
 def _on_device_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict for a model on the meta device without its values, about which torch warns."""
     device = _device_of(model)
@@ -435,8 +451,11 @@ def _part_that_fits(
 def _refuse_other_numbers(state: Mapping[str, Tensor], model: nn.Module, path: str | Path) -> None:
     """Raise ConfigError for quantized or complex weights, and for weights that are not finite."""
     expected = model.state_dict()
+    # Other buffers are constants of the model, and may be infinite: the limits of Gemma's activations.
+    learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    learned |= {name for name in expected if name.endswith(STATISTICS)}
     for key, tensor in state.items():
-        if key not in expected or not expected[key].is_floating_point():
+        if key not in learned or not expected[key].is_floating_point():
             continue
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ConfigError(
