@@ -31,7 +31,9 @@ def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> P
             opened[config.data] = Reader(train_source), Reader(eval_source)
         prepared = with_images(config, run.teacher_run_configs, setups, *opened[config.data])
         # The runs of a sweep over learning rates or seeds have the same networks: they are tried once.
-        networks = repr((config.student, config.teachers, config.data, config.engine, config.train.global_batch_size))
+        train, optim = config.train, config.optim
+        parts = (train.global_batch_size, train.freeze, optim.layer_decay, optim.head_lr_scale)
+        networks = repr((config.student, config.teachers, config.data, config.engine, parts))
         if networks not in tried:
             check_networks(prepared)
             tried.add(networks)

@@ -34,6 +34,7 @@ class Advised(nn.Module):
     def __init__(self, trunk: nn.Module, teachers: Sequence[str]) -> None:
         super().__init__()
         self.trunk = trunk
+        self._pooled: Tensor | None = None
         try:
             self.teachers = checked_teachers(teachers)
         except ValueError as error:
@@ -56,6 +57,10 @@ class Advised(nn.Module):
             trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
             self.teacher_heads[name] = head
+        classifier.register_forward_pre_hook(self._keep_pooled)
+
+    def _keep_pooled(self, classifier: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._pooled = inputs[0]
 
     @property
     def pretrained_cfg(self) -> Mapping[str, Any]:
@@ -96,10 +101,11 @@ class Advised(nn.Module):
     def forward_heads(self, images: Tensor) -> StudentLogits:
         """Return the logits of every head in any mode: StudentLogits, each (B, K)."""
         trunk = cast(Any, self.trunk)
-        features = trunk.forward_features(images)
-        # The model's own logits by its own way: some add to them after the classifier, or before it.
-        own = trunk.forward_head(features)
-        pooled = trunk.forward_head(features, pre_logits=True)  # (B, C)
+        # What the classifier was given, (B, C), on the way to the model's own logits. Computed twice, the BatchNorms of
+        # some heads would see each batch twice.
+        own = trunk.forward_head(trunk.forward_features(images))
+        pooled, self._pooled = self._pooled, None
+        assert pooled is not None
         return self.logits_type(own, *(head(pooled) for head in self.teacher_heads.values()))
 
     def forward(self, images: Tensor) -> Tensor:

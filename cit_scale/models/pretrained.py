@@ -9,6 +9,7 @@ FILE                            a safetensors or PyTorch file
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import json
@@ -21,6 +22,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
 
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.errors import ConfigError, MissingInputError, one_line
@@ -33,6 +35,8 @@ FOLDER = "local-dir:"
 # Names of weights in a folder or repository, in the order of preference. timm writes model.safetensors, the
 # transformers library pytorch_model.bin before it did.
 FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # of files of weights
 
 CONNECT_S = 10.0  # longest wait for the hub's first answer
 
@@ -75,17 +79,38 @@ def find_pretrained(name: str) -> Pretrained:
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(path)
-    if path.exists() or "/" in name or not timm.is_model(name.split(".")[0]):
-        # read_weights says what is wrong with the file. Of the files in a folder only these are described by it.
-        is_described = path.name in (*FILES, STUDENT, STUDENT_EMA)
-        return _described(path, path.with_name(DESCRIPTION)) if is_described else Pretrained(path, {})
-    return _from_timm(name)
+    if _is_timms(name):
+        return _from_timm(name)
+    if not path.exists() and "/" not in name and path.suffix not in SUFFIXES:
+        known = timm.list_models(pretrained=True)
+        raise MissingInputError(
+            f"{name} is neither a file nor a folder, nor a model of timm's with weights; the nearest are "
+            f"{nearest_models(name, known)}"
+        )
+    # read_weights says what is wrong with the file. Of the files in a folder only these are described by it.
+    is_described = path.name in (*FILES, STUDENT, STUDENT_EMA)
+    return _described(path, path.with_name(DESCRIPTION)) if is_described else Pretrained(path, {})
+
+
+def _is_timms(name: str) -> bool:
+    return "/" not in name and timm.is_model(name.split(".")[0]) and not Path(name).exists()
 
 
 def description_of(*names: str | None) -> Mapping[str, Any]:
-    """The description of the first of these weights that come with one; empty if none does."""
-    found = (find_pretrained(name).description for name in names if name)
-    return next((description for description in found if description), {})
+    """The description of the first of these weights that come with one; empty if none does. Downloads no weights."""
+    for name in names:
+        if not name:
+            continue
+        if name.startswith(HUB):
+            config = _find_on_hub(name.removeprefix(HUB), (DESCRIPTION,))
+            description = {} if config is None else _described(config, config).description
+        elif _is_timms(name):
+            description = _timms_description(name).to_dict()
+        else:
+            description = find_pretrained(name).description
+        if description:
+            return description
+    return {}
 
 
 def describe(
@@ -125,8 +150,7 @@ def nearest_models(name: str, known: Sequence[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, family or known, n=4, cutoff=0.0))
 
 
-@functools.cache
-def _from_timm(name: str) -> Pretrained:
+def _timms_description(name: str) -> PretrainedCfg:
     try:
         description = timm.get_pretrained_cfg(name)
     except RuntimeError:  # an unknown tag
@@ -136,12 +160,19 @@ def _from_timm(name: str) -> Pretrained:
         raise MissingInputError(f"no pretrained weights are called {name!r}; {hint}") from None
     if description is None or not (description.hf_hub_id or description.url or description.file):
         raise MissingInputError(f"timm has no pretrained weights for {name}; give a file or a folder")
+    return description
+
+
+def _from_timm(name: str) -> Pretrained:
+    description = _timms_description(name)
     if description.hf_hub_id:
         files = FILES if description.hf_hub_filename is None else (description.hf_hub_filename,)
-        file = _from_hub(description.hf_hub_id, files).file
+        file = _find_on_hub(description.hf_hub_id, files)
+        if file is None:
+            raise MissingInputError(f"{HUB}{description.hf_hub_id} holds no weights: none of {', '.join(files)}")
     else:
         file = Path(description.file) if description.file else _download(str(description.url))
-    return Pretrained(file, description.to_dict())
+    return Pretrained(file, description.to_dict(), description.architecture)
 
 
 def _from_folder(folder: Path) -> Pretrained:
@@ -181,12 +212,20 @@ def _described(file: Path, config: Path) -> Pretrained:
         raise ConfigError(f"{config} does not describe a model: {one_line(error)}") from error
 
 
-@functools.cache
-def _from_hub(repository: str, files: Sequence[str] = FILES) -> Pretrained:
-    """Find weights and description of a repository, given as OWNER/NAME or OWNER/NAME@REVISION.
+def _from_hub(repository: str) -> Pretrained:
+    """Find weights and description of a repository, given as OWNER/NAME or OWNER/NAME@REVISION."""
+    config, weights = _find_on_hub(repository, (DESCRIPTION,)), _find_on_hub(repository, FILES)
+    if weights is None:
+        raise MissingInputError(f"{HUB}{repository} holds no weights: none of {', '.join(FILES)}")
+    return Pretrained(weights, {}) if config is None else _described(weights, config)
 
-    The hub is asked for the description first, with a short limit: the library's own download repeats a failing request
-    for 23 seconds. What does not answer then is not asked again, and the cache has to do.
+
+@functools.cache
+def _find_on_hub(repository: str, files: tuple[str, ...]) -> Path | None:
+    """Find the first of these files that a repository has, and download it. None if it has none of them.
+
+    The hub is asked with a short limit first: the library's own download repeats a failing request for 23 seconds. A
+    hub that does not answer is not asked again by this process, and the cache has to do. Raises MissingInputError.
     """
     # Here, because it takes half a second, and most runs need no hub.
     import huggingface_hub as hub
@@ -194,28 +233,15 @@ def _from_hub(repository: str, files: Sequence[str] = FILES) -> Pretrained:
 
     name, _, revision = repository.partition("@")
     at = revision or None
-    unreachable: Exception | None = None
-
-    def find(file: str) -> Path | None:
-        nonlocal unreachable
-        if unreachable is None:
-            try:
-                hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=at), timeout=CONNECT_S)
-                return Path(hub.hf_hub_download(name, file, revision=at, etag_timeout=CONNECT_S))
-            except errors.LocalEntryNotFoundError as error:  # the library's word for a hub that went away in between
-                unreachable = error
-            except errors.EntryNotFoundError:
-                return None
-            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-                raise
-            except Exception as error:  # each of its layers raises its own for a network that is not there
-                unreachable = error
-        cached = hub.try_to_load_from_cache(name, file, revision=at)
-        return Path(cached) if isinstance(cached, str) else None
-
+    is_known = True  # of each file that was not found, that there is none
     try:
-        config = find(DESCRIPTION)
-        weights = next((path for file in files if (path := find(file))), None)
+        for file in files:
+            found = None if _UNREACHABLE else _ask_hub(name, file, at)
+            if not found and _UNREACHABLE:
+                found = hub.try_to_load_from_cache(name, file, revision=at)
+            if isinstance(found, str):
+                return Path(found)
+            is_known &= not _UNREACHABLE or found is not None
     except errors.HFValidationError as error:
         raise MissingInputError(f"{HUB}{repository} is not OWNER/NAME: {one_line(error, 200)}") from error
     except errors.GatedRepoError as error:
@@ -229,15 +255,42 @@ def _from_hub(repository: str, files: Sequence[str] = FILES) -> Pretrained:
             f"{HUB}{repository}: there is no such repository, or it is private; check the name, or give a token by "
             "HF_TOKEN"
         ) from error
-    if weights is None and unreachable is not None:
-        raise MissingInputError(
-            f"{HUB}{repository}: its weights cannot be fetched ({one_line(unreachable, 120)}), and are not in the "
-            f"hub's cache; on a machine with a network run `hf download {name}`, and bring its cache here (HF_HOME "
-            "says where it is) or give the folder as local-dir:FOLDER"
-        )
-    if weights is None:
-        raise MissingInputError(f"{HUB}{repository} holds no weights: none of {', '.join(files)}")
-    return Pretrained(weights, {}) if config is None else _described(weights, config)
+    if is_known:
+        return None
+    what = "description, config.json," if files == (DESCRIPTION,) else "weights"
+    raise MissingInputError(
+        f"{HUB}{repository}: its {what} cannot be fetched ({one_line(_UNREACHABLE[0], 120)}), and not found in the "
+        f"hub's cache; on a machine with a network run `hf download {name}`, and bring its cache here (HF_HOME says "
+        "where it is) or give the folder as local-dir:FOLDER"
+    )
+
+
+_UNREACHABLE: list[Exception] = []
+"""Why the hub did not answer this process, if it did not."""
+
+
+def _ask_hub(name: str, file: str, revision: str | None) -> str | None:
+    """Download a file into the hub's cache, unless it is there. None where there is none, or the hub does not answer.
+
+    Raises the library's errors about a repository.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    download = functools.partial(hub.hf_hub_download, name, file, revision=revision, etag_timeout=CONNECT_S)
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=revision), timeout=CONNECT_S)
+        return download()
+    except errors.LocalEntryNotFoundError as error:  # the library's word for a hub that went away in between
+        _UNREACHABLE.append(error)
+    except errors.EntryNotFoundError:
+        with contextlib.suppress(errors.EntryNotFoundError):
+            download()  # which notes in the cache that there is none
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+        raise
+    except Exception as error:  # each of its layers raises its own for a network that is not there
+        _UNREACHABLE.append(error)
+    return None
 
 
 def _download(url: str) -> Path:
