@@ -82,18 +82,27 @@ def permutation(num_samples: int, *entropy: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")  # stable: two equal words must not leave the order to the sorting algorithm
 
 
-def class_quotas(counts: np.ndarray, balance: Balance, places: int) -> np.ndarray:
+def class_quotas(counts: np.ndarray, balance: Balance, places: int, epoch: int = 0) -> np.ndarray:
     """Return how many of an epoch's places each class has, (K,) int64; they sum to ``places``.
 
-    counts: (K,), samples of each class. Quotas are rounded, those with the largest remainders up. A class without
-    samples has none.
+    counts: (K,), samples of each class; a class without samples has no place. What is left after rounding down goes to
+    one class after another, from epoch to epoch, those with the largest remainders first: where there are fewer places
+    than classes, each has its turn.
     """
+    return _places_before(counts, balance, places, epoch + 1) - _places_before(counts, balance, places, epoch)
+
+
+def _places_before(counts: np.ndarray, balance: Balance, places: int, epoch: int) -> np.ndarray:
+    """How many places each class has in all epochs before this one, (K,) int64."""
     shares = np.where(counts > 0, np.maximum(counts, 1) ** EXPONENTS[balance], 0.0)
     exact = shares / shares.sum() * places
-    quotas = np.floor(exact).astype(np.int64)
-    rest = places - int(quotas.sum())
-    quotas[np.argsort(quotas - exact, kind="stable")[:rest]] += 1
-    return quotas
+    each_epoch = np.floor(exact).astype(np.int64)
+    rest, present = places - int(each_epoch.sum()), int((counts > 0).sum())
+    turns = np.empty(len(counts), np.int64)
+    turns[np.argsort(np.where(counts > 0, each_epoch - exact, 1.0), kind="stable")] = np.arange(len(counts))
+    # The places left over in all these epochs are dealt out in turn.
+    dealt = np.where(counts > 0, (epoch * rest + present - 1 - turns) // max(present, 1), 0)
+    return epoch * each_epoch + dealt
 
 
 def balanced_samples(
@@ -106,13 +115,14 @@ def balanced_samples(
     """
     counts = np.bincount(labels)
     by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
-    quotas = class_quotas(counts, balance, places)
+    first = _places_before(counts, balance, places, epoch).tolist()
+    end = _places_before(counts, balance, places, epoch + 1).tolist()
     drawn, occurrences = [], []
-    for label, (members, quota) in enumerate(zip(by_class, quotas.tolist(), strict=True)):
+    for label, members in enumerate(by_class):
+        quota, count = end[label] - first[label], len(members)
         if not quota:
             continue
-        count = len(members)
-        rounds, place = np.divmod(np.arange(epoch * quota, (epoch + 1) * quota), count)
+        rounds, place = np.divmod(np.arange(first[label], end[label]), count)
         picked = np.empty(quota, np.int64)
         for number in np.unique(rounds).tolist():
             here = rounds == number
