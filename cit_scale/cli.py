@@ -204,7 +204,7 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
     """
     runs = {}
     for name, teacher in config.teachers.items():
-        if teacher.ready is not None:
+        if teacher.advises_with is not None:
             continue
         if teacher.recipe is None:
             raise ConfigError(

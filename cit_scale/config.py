@@ -58,7 +58,8 @@ class StudentConfig:
     """Further arguments of timm.create_model."""
 
     weights: str | None = setting(None, may_change=True)
-    """Start from these weights, as far as they fit: a file, a folder in the hub's layout, or a run folder."""
+    """Start from these weights, as far as they fit: a file, a folder in the hub's layout, or a run folder. They come
+    before `pretrained`."""
 
     pretrained: bool | str = setting(False, may_change=True)
     """Start from these weights, as far as they fit: a timm model with its tag, hf-hub:OWNER/NAME or local-dir:FOLDER;
@@ -110,7 +111,7 @@ class TeacherConfig:
         return _named(self.pretrained, self.model)
 
     @property
-    def ready(self) -> str | None:
+    def advises_with(self) -> str | None:
         """Name of the weights with which the teacher advises; None if it is trained first."""
         return self.weights or (self.start if self.classes or self.recipe is None else None)
 
@@ -421,10 +422,8 @@ def check_config(config: RunConfig) -> None:
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than train.epochs={config.train.epochs}; "
             f"set optim.warmup_epochs to {config.train.epochs} or less"
         )
-    if config.student.weights and config.student.pretrained:
-        raise ConfigError("student.weights and student.pretrained both say where the student starts; give one of them")
     for name, teacher in config.teachers.items():
-        if teacher.classes and teacher.ready is None:
+        if teacher.classes and teacher.advises_with is None:
             raise ConfigError(
                 f"teachers.{name}.classes={teacher.classes} maps the classes of weights that know more, and there are "
                 f"none; give teachers.{name}.pretrained, or .weights"

@@ -256,7 +256,8 @@ def _check_value(value: Any, kind: Any, source: str, name: str) -> Any:
     except ValidationError as error:
         wrong = error.errors()[0]["msg"].removeprefix("Input ")
         if typing.get_origin(kind) is tuple:
-            wrong = f"should be a list of {len(typing.get_args(kind))} numbers"
+            of = typing.get_args(kind)
+            wrong = "should be a list of texts" if of[-1] is ... else f"should be a list of {len(of)} numbers"
         elif str in types and isinstance(value, (bool, int, float)):
             wrong = "should be a text; write it in quotes"
         raise ConfigError(f"{source}{name}={value!r:.80} {wrong[0].lower()}{wrong[1:]}") from error

@@ -33,9 +33,9 @@ def build_teacher_without_weights(config: TeacherConfig, *, classes: Sequence[st
     """The teacher's network for these classes, newly initialized. Raises ConfigError if their columns are not found."""
     description = description_of(config.weights, config.start)
     columns, num_classes = None, len(classes)
-    if config.classes is not None and config.ready is not None:
+    if config.classes is not None and config.advises_with is not None:
         columns, num_classes = class_columns(classes, config.classes, description)
-    elif config.ready is not None:
+    elif config.advises_with is not None:
         refuse_other_order(classes, description)
     return build_network(
         config.model,
@@ -62,7 +62,7 @@ def load_teacher(
     classes: of the data. image_size: of the student's images. Raises ConfigError where weights are missing or do not
     fit.
     """
-    weights = config.ready
+    weights = config.advises_with
     if weights is None:
         raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
     network = build_teacher_without_weights(config, classes=classes, image_size=image_size)

@@ -73,12 +73,12 @@ from cit_scale.run.inputs import (
     refuse_other_inputs,
 )
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
-from cit_scale.run.networks import describe_student, know_teachers
+from cit_scale.run.networks import describe_student, evaluate_teachers
 from cit_scale.run.plan import classes_text, counted
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import EXPORTS, device_name, environment_record, export_weights, measure, print_table
 from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
-from cit_scale.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, ENVIRONMENT, RESULTS, STUDENT, saved_steps
+from cit_scale.run_folder import CONFIG, DESCRIPTION, ENVIRONMENT, RESULTS, STUDENT
 from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, run_teachers
 
@@ -143,7 +143,7 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
     same_run = not fresh and not override
     with contextlib.ExitStack() as held:
         with watch_preparation(config, world) as watchdog:
-            prepared = prepare(config, arguments.teacher_run_configs, world, same_run=same_run)
+            prepared = prepare(config, arguments.teacher_run_configs, world, same_run=same_run, fresh=fresh)
             watchdog.progress()
             held.enter_context(exclusive(config.run_dir, world, stop))
             if fresh:
@@ -153,7 +153,9 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
                 run_on_all_ranks(world, lambda: check_same_runs((config, *arguments.teacher_run_configs.values())))
                 for each in (*prepared.teacher_runs.values(), prepared):
                     run_on_all_ranks(world, partial(refuse_other_inputs, each, each.config.teachers))
-            if config.train.forecast and not any(map(has_begun, (prepared, *prepared.teacher_runs.values()))):
+            if config.train.forecast and not any(
+                each.has_begun for each in (prepared, *prepared.teacher_runs.values())
+            ):
                 say_forecast(prepared)
                 watchdog.progress()
         teachers = dict(config.teachers)
@@ -164,10 +166,6 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
                 weights = str(teacher_run.config.run_dir / STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
             return train(prepared, teachers, stop, override=override)
-
-
-def has_begun(prepared: PreparedRun) -> bool:
-    return bool(saved_steps(prepared.config.run_dir / CHECKPOINTS))
 
 
 def say_forecast(prepared: PreparedRun) -> None:
@@ -200,6 +198,9 @@ class LoadedRun:
 
     inputs: Mapping[str, str]
     """Hashes of the data and of the teachers' files, by name: the configuration holds only their paths."""
+
+    new: frozenset[str]
+    """``Network.new`` of the student."""
 
     progress: TrainingProgress
     """Changes while the run is trained."""
@@ -310,9 +311,11 @@ def train(
             log.say(classes_text(prepared))
         for change in loaded.overridden:
             log.say(f"continues although this changed: {change}")
-        known = know_teachers(prepared, teachers, session.teachers, loaded.inputs, session.eval_batches, log.say)
+        teacher_results = evaluate_teachers(
+            prepared, teachers, loaded.teachers, loaded.inputs, loaded.new, session.eval_batches, log.say
+        )
         training_loop(session)
-        return finish(session, known)
+        return finish(session, teacher_results)
 
 
 def load(
@@ -326,7 +329,7 @@ def load(
     )
     preparation.progress()
     network = prepared.build_student()
-    description = describe_student(prepared, network)
+    description, new = describe_student(prepared, network), network.new
     engine = build_engine(network, prepared.engine_setup)
     preparation.progress()
 
@@ -345,7 +348,7 @@ def load(
             world, lambda: record_start(prepared, description, progress, overridden, began_at) if world.is_main else 0.0
         )
     started_at = broadcast(world, first)
-    return LoadedRun(engine, frozen, inputs, progress, overridden, started_at)
+    return LoadedRun(engine, frozen, inputs, new, progress, overridden, started_at)
 
 
 def open_log(prepared: PreparedRun, step: int) -> RunLog:
@@ -387,7 +390,7 @@ def finished_results(
             print(line, flush=True)
 
     measured = measure(prepared, files, eval_batches)
-    measured["teachers"] = know_teachers(prepared, teachers, frozen, here, eval_batches, say)
+    measured["teachers"] = evaluate_teachers(prepared, teachers, frozen, here, None, eval_batches, say)
     bad_images = BadImages(run_dir, (prepared.eval_images,), prepared.config.data.max_bad_images, world)
     bad_images.collect(say)
     results = {**finished, **measured, "inputs": {**noted, EVALUATION_DATA: here[EVALUATION_DATA]}}
@@ -655,13 +658,12 @@ def evaluate_student(session: Session) -> bool:
     engine, world, progress = session.engine, session.prepared.world, session.progress
     engine.module.eval()
     try:
-        measured = evaluate(engine.forward, session.eval_batches(), world)
-        top1 = measured.top1
-        numbers = _named("top1_", top1) | {"class_mean": _whole(measured.class_mean)}
+        own = evaluate(engine.forward, session.eval_batches(), world)
+        numbers = _named("top1_", own.top1) | {"class_mean": _whole(own.class_mean)}
         if session.prepared.config.optim.ema_decay is not None:
             with engine.averaged():
                 averaged = evaluate(engine.forward, session.eval_batches(), world)
-            numbers |= _named("top1_ema_", averaged.top1)
+            numbers |= _named("top1_ema_", averaged.top1) | {"class_mean_ema": _whole(averaged.class_mean)}
     except Stopped:
         return False
     finally:
@@ -670,14 +672,14 @@ def evaluate_student(session: Session) -> bool:
     session.log.record(progress.step, numbers)
     if world.is_main:
         with contextlib.suppress(OSError):  # the checkpoint that follows reports a full disk
-            checkpoint.add_score(session.prepared.config.run_dir, progress.step, _whole(top1))
+            checkpoint.add_score(session.prepared.config.run_dir, progress.step, _whole(own.top1))
     return True
 
 
 def finish(session: Session, teachers: Mapping[str, Any]) -> dict[str, Any]:
     """Collective. Copy the last checkpoint's weights, evaluate the copies, write results.json.
 
-    teachers: from ``know_teachers``.
+    teachers: from ``evaluate_teachers``.
 
     The files are evaluated, not the engine's weights, and in float32: as the user will load them. Raises Stopped if
     asked to stop; everything is saved by then.

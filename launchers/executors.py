@@ -101,8 +101,8 @@ def container_arguments(image: str | None, runs: Sequence[RunRequest]) -> list[s
     return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
 
 
-CACHES = {"HF_HOME": "~/.cache/huggingface", "HF_HUB_CACHE": None, "TORCH_HOME": "~/.cache/torch"}
-"""Where pretrained weights lie without a variable that says so, by the variable."""
+CACHES = {"HF_HOME": "huggingface", "HF_HUB_CACHE": None, "TORCH_HOME": "torch"}
+"""Variables that say where pretrained weights lie, and where they lie below XDG_CACHE_HOME without them."""
 
 
 def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
@@ -120,7 +120,8 @@ def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
         for teacher in teachers:
             texts += [teacher.weights, teacher.classes, teacher.recipe]
         if any(starts) or any(model.startswith("hf-hub:") for model in models):
-            texts += [os.environ.get(name, default) for name, default in CACHES.items()]
+            caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+            texts += [os.environ.get(name, below and str(caches / below)) for name, below in CACHES.items()]
         files = [Path(text).expanduser() for text in texts if text]
         paths |= {file.parent if file.is_file() else file for file in files if file.exists()}
     folders = {path.absolute() for path in paths}

@@ -1,12 +1,15 @@
 """What a run was given: noted with hashes and accuracy before training starts, and described for whoever comes next."""
 
+import dataclasses
 import json
 
 import pytest
+import sabotage
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
-from tiny_run import CLASSES, RECIPE, TINY_CIT, TinyRun
+from tiny_run import CLASSES, RECIPE, TINY_CIT, TinyRun, assert_same_end
 
 from cit_scale.config import EngineConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
 from cit_scale.data.reader import Reader
@@ -18,7 +21,7 @@ from cit_scale.files import file_sha256
 from cit_scale.models.network import build_network
 from cit_scale.models.pretrained import find_pretrained
 from cit_scale.run.inputs import fingerprints
-from cit_scale.run.networks import knowledge
+from cit_scale.run.networks import describe_student, teacher_line
 from cit_scale.run.setup import PreparedRun, check_networks, fetch_weights
 
 SMALL = {"channels": [8, 8, 16, 16], "stem_width": 8}
@@ -68,9 +71,10 @@ def test_a_run_notes_what_it_was_given_before_it_trains(calm, tiny_inputs):
     results = json.loads((run.run_dir / "results.json").read_text())
     assert noted["teachers"] == results["teachers"]
     (teacher,) = noted["teachers"].values()
-    assert teacher["sha256"] == file_sha256(find_pretrained(teacher["weights"]).file)
-    assert {"model", "top1", "top5", "class_mean", "file"} <= teacher.keys()
-    assert noted["student"] == {"model": RECIPE["student"]["name"], "weights": None, "file": None, "sha256": None}
+    config = yaml.safe_load((run.run_dir / "config.yaml").read_text())
+    assert teacher["sha256"] == file_sha256(find_pretrained(config["teachers"]["conv"]["weights"]).file)
+    assert {"model", "top1", "top5", "class_mean"} <= teacher.keys()
+    assert noted["student"] == {"model": RECIPE["student"]["name"], "weights": None, "sha256": "none", "new": None}
     assert (run.run_dir / "networks.json").stat().st_mtime_ns < (
         run.run_dir / "ckpt" / "step_000012"
     ).stat().st_mtime_ns
@@ -80,7 +84,8 @@ def test_a_run_folder_says_what_its_weights_are(calm):
     run = calm()
     found = find_pretrained(str(run.run_dir))
     assert found.file == run.run_dir / "student.safetensors"
-    assert (found.architecture, found.arguments) == (RECIPE["student"]["name"], RECIPE["student"]["kwargs"])
+    assert found.architecture == RECIPE["student"]["name"]
+    assert found.arguments == {**RECIPE["student"]["kwargs"], "teachers": ["conv"], "img_size": 16}
     assert len(found.description["label_names"]) == found.description["num_classes"] == CLASSES
     assert found.description["input_size"] == [3, 16, 16]
     assert found.description["mean"] == pytest.approx([0.485, 0.456, 0.406])
@@ -103,9 +108,10 @@ def test_a_run_that_is_not_finished_is_no_source(tmp_path):
     for step in (3, 12):
         (tmp_path / "ckpt" / f"step_{step:06d}").mkdir(parents=True)
         (tmp_path / "ckpt" / f"step_{step:06d}" / "student.safetensors").touch()
+    (tmp_path / "student.safetensors").touch()  # of before it was trained on
     with pytest.raises(MissingInputError, match=r"is not finished; finish it, or copy .*step_000012/student\.safetens"):
         find_pretrained(str(tmp_path))
-    (tmp_path / "student.safetensors").touch()
+    (tmp_path / "results.json").touch()
     assert find_pretrained(str(tmp_path)).file == tmp_path / "student.safetensors"
 
 
@@ -115,8 +121,8 @@ def test_a_run_that_is_not_finished_is_no_source(tmp_path):
 )
 def test_a_teacher_near_chance_is_said(class_mean, num_classes, is_near):
     accuracy = Accuracy(images=100, top1={"conv": 71.25}, top5={}, class_mean={"conv": class_mean})
-    line = knowledge("conv", "resnet10t", accuracy, num_classes)
-    assert line.startswith("teacher conv (resnet10t) knows 71.25 % of the evaluation images")
+    line = teacher_line("conv", "resnet10t", accuracy, num_classes)
+    assert line.startswith("teacher conv (resnet10t): top-1 71.25 % on the evaluation set")
     assert ("is near chance" in line) == is_near
 
 
@@ -131,9 +137,11 @@ def test_other_statistics_are_another_input(prepared, folder):
 
     plain = inputs()
     described = inputs(pretrained_cfg={"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]})
-    assert described.keys() - plain.keys() == {"teacher conv, description", "the student's first weights, description"}
+    descriptions = {"teacher conv, description", "the student's first weights, description"}
+    assert {name for name in plain if plain[name] == "none"} == descriptions
     other = inputs(pretrained_cfg={"mean": [0.5, 0.5, 0.25], "std": [0.5, 0.5, 0.5]})
-    assert {name for name in other if other[name] != described[name]} == described.keys() - plain.keys()
+    for one in (plain, other):
+        assert {name for name in one if one[name] != described[name]} == descriptions
 
 
 def test_a_teacher_normalizes_as_its_folder_says(prepared, folder):
@@ -203,7 +211,7 @@ def test_all_weights_of_a_run_are_looked_for_at_once(prepared, folder):
     fine = TeacherConfig("resnet10t", SMALL, weights=str(folder()))
     fetch_weights([prepared({"conv": fine}, name=f"local-dir:{folder()}").config])
     for gone in (
-        TeacherConfig("resnet10t", SMALL, pretrained="local-dir:nowhere", recipe="finetune"),
+        TeacherConfig("resnet10t", SMALL, pretrained="local-dir:nowhere"),
         TeacherConfig("local-dir:nowhere", weights=str(folder())),
     ):
         with pytest.raises(MissingInputError, match="no weights are in the folder nowhere"):
@@ -217,3 +225,151 @@ def test_resampled_positions_are_said_of_a_teacher(tmp_path, prepared):
     teacher = TeacherConfig("vit_tiny_patch16_224", kwargs, weights=str(tmp_path / "vit.safetensors"))
     said = check_networks(prepared({"conv": teacher}))
     assert said[-1] == "teachers.conv.weights: resampled: pos_embed 1x5x32 -> 1x785x32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What has begun goes on as it was
+
+
+@pytest.fixture
+def source(tmp_path):
+    """``source(**pretrained_cfg)``: a folder with the tiny run's student, of other statistics than timm's."""
+
+    def write(**pretrained_cfg):
+        torch.manual_seed(5)
+        kwargs = {key: value for key, value in RECIPE["student"]["kwargs"].items() if key != "drop_path_rate"}
+        network = build_network(
+            RECIPE["student"]["name"], kwargs, num_classes=CLASSES, image_size=16, teachers=("conv",)
+        )
+        (tmp_path / "source").mkdir(exist_ok=True)
+        save_file(network.model.state_dict(), tmp_path / "source" / "model.safetensors")
+        content = {"architecture": RECIPE["student"]["name"], "num_classes": CLASSES, "pretrained_cfg": pretrained_cfg}
+        (tmp_path / "source" / "config.json").write_text(json.dumps(content))
+        return tmp_path / "source"
+
+    return write
+
+
+HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_a_run_that_has_begun_does_not_need_what_it_started_from(prefix, source, tiny_inputs, tmp_path):
+    more = (f"--student.weights={prefix}{source(**HALF)}", "--train.freeze=[batch_norm, blocks.0]")
+    whole = TinyRun(tiny_inputs, tmp_path / "whole", "plain", more)
+    whole.finish()
+    run = TinyRun(tiny_inputs, tmp_path / "runs", "plain", more)
+    ended = run.run(sabotage=(sabotage.at, 0, "backward", 6, sabotage.send, 15))
+    assert ended.codes == [75], ended.output
+    (tmp_path / "source").rename(tmp_path / "elsewhere")
+    ended = run.finish()
+    assert "not finished" not in ended.output
+    assert_same_end(run, whole)
+    results = [json.loads((each.run_dir / "results.json").read_text())["accuracy"] for each in (run, whole)]
+    assert results[0] == results[1]  # evaluated with the statistics with which it was trained
+    assert json.loads((run.run_dir / "config.json").read_text())["pretrained_cfg"]["mean"] == HALF["mean"]
+    run.finish()
+
+
+@pytest.mark.parametrize("change", ["statistics", "given later", "dropped"])
+def test_other_first_weights_or_statistics_are_refused_for_a_run_that_was_begun(change, source, tiny_inputs, tmp_path):
+    given = (f"--student.weights={source(**HALF)}",)
+    first = () if change == "given later" else given
+    run = TinyRun(tiny_inputs, tmp_path / "runs", "plain", first)
+    ended = run.run(sabotage=(sabotage.at, 0, "backward", 6, sabotage.send, 15))
+    assert ended.codes == [75], ended.output
+    if change == "statistics":
+        source(mean=[0.25] * 3, std=[0.5] * 3)
+    again = dataclasses.replace(run, more=() if change == "dropped" else given).run()
+    assert again.codes == [7], again.output
+    assert "the student's first weights" in again.output
+
+
+def test_another_class_map_is_another_input(prepared, folder, tmp_path):
+    def hashes(mapping):
+        (tmp_path / "map.json").write_text(json.dumps(mapping))
+        names = [f"digit {number}" for number in range(10)]
+        weights = str(folder(label_names=names))
+        teacher = TeacherConfig("resnet10t", SMALL, weights=weights, classes=str(tmp_path / "map.json"))
+        return fingerprints(prepared(), {"conv": teacher})
+
+    ordered, swapped = {str(number): number for number in range(10)}, {str(number): 9 - number for number in range(10)}
+    one, other = hashes(ordered), hashes(swapped)
+    assert {name for name in one if one[name] != other[name]} == {"teacher conv, description"}
+
+
+def test_a_head_of_other_classes_is_left_out_and_one_of_the_same_is_put_in_order(prepared, folder):
+    digits = [str(number) for number in range(10)]
+    state = load_file(folder() / "model.safetensors")
+
+    def start(names, **settings):
+        run = prepared(name="resnet10t", kwargs=SMALL, weights=str(folder(label_names=names)), **settings)
+        network = run.build_student_without_weights()
+        started = run.start_student(network)
+        return network.model.fc.weight, started
+
+    weight, started = start(digits)
+    assert torch.equal(weight, state["fc.weight"])
+    assert started.new == frozenset()
+    weight, started = start(digits[::-1])
+    assert torch.equal(weight, state["fc.weight"].flip(0))
+    assert "of the head's 10 classes the data's are taken, by name" in started.notes
+    weight, started = start(list("abcdefghij"))
+    assert started.new == {"fc.weight", "fc.bias"}
+    assert weight.abs().max() < 0.01
+    assert "the head is of 10 other classes (a, b, c, ...) and is left out" in started.notes
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            {"pretrained_cfg": {"mean": [float("nan")] * 3, "std": [0.5] * 3}},
+            r"mean=\[nan, nan, nan\] must be a number",
+        ),
+        ({"pretrained_cfg": {"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}}, r"for pixels in 0\.\.1"),
+        ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5, 0, 0.5]}}, r"std=.* must be a number above 0"),
+        ({"pretrained_cfg": {"mean": [0.5] * 3}}, "of mean and std it has one"),
+        ({"pretrained_cfg": {"mean": 0.5, "std": [0.5] * 3}}, r"mean=0\.5 must be a number for each channel"),
+        ({"pretrained_cfg": {"input_size": [3, "224", "224"]}}, r"input_size=.* must be three numbers"),
+        ({"pretrained_cfg": {"input_size": []}}, r"input_size=\[\] must be three numbers"),
+        ({"pretrained_cfg": {"input_size": [3, 100000, 100000]}}, "input_size=.* must be three numbers"),
+        ({"pretrained_cfg": {"label_offset": "x"}}, "label_offset='x' must be a number"),
+        ({"label_names": 7}, "label_names=7 must be a list of texts"),
+        ({"num_classes": "3"}, "num_classes='3' must be a number"),
+        ({"architecture": None}, "architecture=None must be a name"),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused_with_its_value(content, said, folder):
+    with pytest.raises(ConfigError, match=rf"config\.json does not describe a model: .*{said}"):
+        find_pretrained(str(folder(**content)))
+
+
+def test_a_checkpoints_student_is_described_by_its_run_folder(calm):
+    run = calm()
+    step = sorted((run.run_dir / "ckpt").iterdir())[-1]
+    for name in (step / "student.safetensors", step):
+        assert find_pretrained(str(name)).description == find_pretrained(str(run.run_dir)).description
+
+
+def test_a_run_of_a_network_that_was_named_by_a_folder_leaves_its_name_and_arguments(prepared, folder):
+    run = prepared(name=f"local-dir:{folder(model_args=SMALL)}", kwargs={}, pretrained=True)
+    network = run.build_student()
+    described = describe_student(run, network)
+    assert (described["architecture"], described["model_args"]) == ("resnet10t", SMALL)
+    alone = prepared(name=f"local-dir:{folder(model_args=SMALL)}", kwargs={})
+    assert check_networks(alone)[-1].endswith("not its weights; student.pretrained=true takes both")
+
+
+def test_more_classes_than_images_are_refused(prepared, monkeypatch):
+    run = prepared()
+    monkeypatch.setattr(PreparedRun, "num_classes", 2000)
+    with pytest.raises(ConfigError, match=r"has 2000 classes and 1797 images; give at least one image of each class"):
+        check_networks(run)
+
+
+def test_batch_norms_of_a_network_from_nothing_are_not_frozen(prepared):
+    run = prepared(name="resnet10t", kwargs=SMALL)
+    frozen = dataclasses.replace(run.config.train, freeze=("batch_norm",))
+    with pytest.raises(ConfigError, match=r"train\.freeze=batch_norm: the network starts from nothing"):
+        check_networks(dataclasses.replace(run, config=dataclasses.replace(run.config, train=frozen)))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_run import TINY_CIT
 
-from cit_scale.config import DistillConfig, RunConfig, StudentConfig, TeacherConfig, check_config
+from cit_scale.config import DistillConfig, RunConfig, TeacherConfig, check_config
 from cit_scale.errors import ConfigError, MissingInputError
 from cit_scale.models.classes import class_columns
 from cit_scale.models.network import build_network
@@ -437,7 +437,7 @@ def test_a_teacher_of_more_classes_advises_by_its_columns(how, folder, tmp_path)
     name = str(folder / "model.safetensors") if how == "weights" else f"local-dir:{folder}"
     classes = str(tmp_path / "names.txt") if how == "weights" else "names"
     config = TeacherConfig("resnet10t", SMALL, **{how: name}, classes=classes, recipe="finetune")
-    assert config.ready == name
+    assert config.advises_with == name
     teacher = load_teacher(
         "conv", config, DistillConfig(compile=False), classes=["tiger shark", "tench"], image_size=48,
         device=torch.device("cpu"),
@@ -449,8 +449,6 @@ def test_a_teacher_of_more_classes_advises_by_its_columns(how, folder, tmp_path)
 
 
 def test_settings_that_do_not_go_together_are_refused():
-    with pytest.raises(ConfigError, match="both say where the student starts"):
-        check_config(RunConfig(student=StudentConfig(weights="a", pretrained=True)))
     with pytest.raises(ConfigError, match=r"give teachers\.conv\.pretrained, or \.weights"):
         check_config(RunConfig(teachers={"conv": TeacherConfig("resnet18", classes="names", recipe="finetune")}))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,17 @@ def class_columns(classes: Sequence[str], how: str, description: Mapping[str, An
     A name fits if it is equal but for upper case, and for underscores, hyphens and blanks.
     Raises ConfigError with all classes that have no column, or more than one; MissingInputError.
     """
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {}  # by plain name of a class
     if how == BY_NAME:
         labels = _described_labels(description)
     else:
         labels, given = _read_file(how, description)
+        known = {_plain(name): name for name in classes}
+        unknown = [name for name in given if _plain(name) not in known]
+        if unknown:
+            nearest = ", ".join(difflib.get_close_matches(unknown[0], classes, n=3, cutoff=0.0))
+            raise ConfigError(f"classes={how}: {unknown[0]!r} is no class of the data; the nearest are {nearest}")
+        given = {_plain(name): value for name, value in given.items()}
     columns: dict[str, list[int]] = {}
     for column, names in enumerate(labels):
         for name in dict.fromkeys(map(_plain, names)):
@@ -37,7 +45,7 @@ def class_columns(classes: Sequence[str], how: str, description: Mapping[str, An
     missing: list[str] = []
     ambiguous: list[str] = []
     for name in classes:
-        wanted = given.get(name, name)
+        wanted = given.get(_plain(name), name)
         fits = [wanted] if isinstance(wanted, int) else columns.get(_plain(str(wanted)), [])
         fits = [column for column in fits if 0 <= column < len(labels)]
         if len(fits) == 1:
@@ -54,7 +62,8 @@ def class_columns(classes: Sequence[str], how: str, description: Mapping[str, An
             f"classes={how}: of the {len(labels)} classes of the weights there is {'; '.join(said)}; give a JSON file "
             'such as {"CLASS OF THE DATA": "NAME OR NUMBER OF THE COLUMN"}, or train the teacher first'
         )
-    twice = sorted({name for name, column in zip(classes, found, strict=True) if found.count(column) > 1})
+    counts = Counter(found)
+    twice = sorted({name for name, column in zip(classes, found, strict=True) if counts[column] > 1})
     if twice:
         raise ConfigError(f"classes={how}: these classes of the data share a column: {', '.join(twice[:MOST_SHOWN])}")
     return found, len(labels)
@@ -65,13 +74,27 @@ def refuse_other_order(classes: Sequence[str], description: Mapping[str, Any]) -
 
     Names that differ in more say nothing: folders are often named otherwise.
     """
-    names = list(map(str, description.get("label_names") or ()))
-    if names != list(classes) and sorted(names) == sorted(classes):
-        first = next(index for index, name in enumerate(classes) if names[index] != name)
+    names = description.get("label_names") or ()
+    theirs, ours = [_plain(name) for name in names], [_plain(name) for name in classes]
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        first = next(index for index, name in enumerate(ours) if theirs[index] != name)
         raise ConfigError(
             f"the weights know the same classes in another order: number {first} is {names[first]} there, and "
             f"{classes[first]} in the data; map them by name with classes={BY_NAME}"
         )
+
+
+def rows_of_classes(classes: Sequence[str], description: Mapping[str, Any]) -> list[int] | None:
+    """Rows of a head, of weights that are described, for the classes of a data set in their order.
+
+    None where the weights come without names of their classes; empty where not all classes are among them.
+    """
+    names = description.get("label_names")
+    if not names:
+        return None
+    rows = {_plain(name): row for row, name in reversed(list(enumerate(names)))}
+    ours = [_plain(name) for name in classes]
+    return [rows[name] for name in ours] if all(name in rows for name in ours) else []
 
 
 def _described_labels(description: Mapping[str, Any]) -> list[list[str]]:
@@ -99,7 +122,9 @@ def _read_file(how: str, description: Mapping[str, Any]) -> tuple[list[list[str]
         if path.suffix != ".json":
             return [[*line.split(","), line] for line in text.splitlines() if line.strip()], {}
         content = json.loads(text)
-        if not isinstance(content, dict) or not all(isinstance(each, str | int) for each in content.values()):
+        if not isinstance(content, dict) or not all(
+            isinstance(each, str | int) and not isinstance(each, bool) for each in content.values()
+        ):
             raise ValueError("it is no object from classes to names or numbers of columns")
     except (OSError, ValueError) as error:
         raise ConfigError(f"classes={how} cannot be read: {one_line(error)}") from error

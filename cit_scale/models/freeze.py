@@ -39,6 +39,11 @@ def freeze(network: Network, patterns: Sequence[str], new: Collection[str]) -> N
     still = {path for path in ready if BATCH_NORM in patterns}
     for pattern in patterns:
         if pattern == BATCH_NORM:
+            if norms and set(names) <= set(new):
+                raise ConfigError(
+                    f"train.freeze={BATCH_NORM}: the network starts from nothing, so that its BatchNorms have no "
+                    "statistics to keep; start from weights (pretrained, weights), or set train.freeze=[]"
+                )
             frozen |= {name for name in names if name.rpartition(".")[0] in ready}
             continue
         found = {name for name in names if _is_named(name, pattern, heads)}

@@ -72,8 +72,12 @@ class Network(nn.Module):
         super().__init__()
         self.model = model
         self.image_size = image_size
+        self.new: frozenset[str] = frozenset()
+        """Names of the model's tensors that the weights from which it starts do not have."""
         self.frozen: frozenset[str] = frozenset()
         """Names of buffers that were parameters, or statistics, until ``freeze`` froze them."""
+        self.architecture, self.arguments = type(model).__name__, dict[str, Any]()
+        """Name and arguments by which timm.create_model makes the model, without the number of classes."""
         self.frozen_norms: list[nn.Module] = []
         """BatchNorms that compute with their running statistics in training mode, too."""
         self.precision: Precision = "float32"
@@ -83,8 +87,9 @@ class Network(nn.Module):
         self._single_head = student_logits_type(())  # looked up here: torch.compile does not trace a cached function
         statistics = pretrained_cfg_of(model) if statistics is None else statistics
         # Not persistent: the statistics belong to the model's configuration, not to its weights.
-        self.register_buffer("mean", torch.tensor(statistics["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(statistics["std"]).view(3, 1, 1), persistent=False)
+        for name in ("mean", "std"):
+            values = torch.tensor(statistics[name], dtype=torch.float32)  # (3,), or (1,) of a model of grey images
+            self.register_buffer(name, values.expand(3).clone().view(3, 1, 1), persistent=False)
         self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
 
     def forward(self, images: Tensor) -> StudentLogits:
@@ -189,11 +194,16 @@ def build_network(
         built = timm.create_model(name, **arguments)
         if teachers and not is_cit:
             built = Advised(built, teachers)
-        return Network(built, description if "mean" in description else None, own_size, columns)
+        network = Network(built, description if "mean" in description else None, own_size, columns)
+        network.architecture = name
+        network.arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
+        return network
     except UnadvisableError as error:
         raise ConfigError(str(error)) from error
     except Exception as error:  # of a wrong argument a model's code can raise anything
         call = f"timm.create_model({name!r}, {_spelled(arguments)})"
+        if own_size is not None:
+            call = f"image_size={own_size}: {call}"
         raise ConfigError(f"{call} refuses: {type(error).__name__}: {one_line(error, MOST)}") from error
 
 

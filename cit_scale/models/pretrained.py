@@ -10,12 +10,15 @@ FILE                            a safetensors or PyTorch file
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
+import errno
 import functools
 import json
 import re
 import socket
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,9 @@ import torch
 from timm.models import PretrainedCfg
 
 import cit_scale.models  # noqa: F401  registers ours with timm
-from cit_scale.errors import ConfigError, MissingInputError, one_line
+from cit_scale.errors import ConfigError, MissingInputError, one_line, os_error
 from cit_scale.files import file_sha256
-from cit_scale.run_folder import CHECKPOINTS, DESCRIPTION, STUDENT, STUDENT_EMA, saved_steps, step_path
+from cit_scale.run_folder import CHECKPOINTS, DESCRIPTION, RESULTS, STUDENT, STUDENT_EMA, saved_steps, step_path
 
 HUB = "hf-hub:"
 FOLDER = "local-dir:"
@@ -75,6 +78,8 @@ def find_pretrained(name: str) -> Pretrained:
     if name.startswith(HUB):
         return _from_hub(name.removeprefix(HUB))
     if name.startswith(FOLDER):
+        if name == FOLDER:
+            raise MissingInputError(f"{name} names no folder; write it behind the colon")
         return _from_folder(Path(name.removeprefix(FOLDER)).expanduser())
     path = Path(name).expanduser()
     if path.is_dir():
@@ -87,9 +92,7 @@ def find_pretrained(name: str) -> Pretrained:
             f"{name} is neither a file nor a folder, nor a model of timm's with weights; the nearest are "
             f"{nearest_models(name, known)}"
         )
-    # read_weights says what is wrong with the file. Of the files in a folder only these are described by it.
-    is_described = path.name in (*FILES, STUDENT, STUDENT_EMA)
-    return _described(path, path.with_name(DESCRIPTION)) if is_described else Pretrained(path, {})
+    return _described(path)  # read_weights says what is wrong with the file
 
 
 def _is_timms(name: str) -> bool:
@@ -103,7 +106,7 @@ def description_of(*names: str | None) -> Mapping[str, Any]:
             continue
         if name.startswith(HUB):
             config = _find_on_hub(name.removeprefix(HUB), (DESCRIPTION,))
-            description = {} if config is None else _described(config, config).description
+            description = {} if config is None else read_description(config).description
         elif _is_timms(name):
             description = _timms_description(name).to_dict()
         else:
@@ -177,39 +180,79 @@ def _from_timm(name: str) -> Pretrained:
 
 def _from_folder(folder: Path) -> Pretrained:
     """Find weights in a folder in the hub's layout, or in the folder of a finished run."""
-    file = next((folder / file for file in (*FILES, STUDENT) if (folder / file).is_file()), None)
-    if file is not None:
-        return _described(file, folder / DESCRIPTION)
     # The weights of a run that is not finished change while it goes on: each rank and each start would find others.
     steps = saved_steps(folder / CHECKPOINTS)
-    if steps:
+    if steps and not (folder / RESULTS).exists():
         checkpoint = step_path(folder / CHECKPOINTS, max(steps)) / STUDENT
         raise MissingInputError(
-            f"the run in {folder} is not finished; finish it, or copy one of its states: {checkpoint}"
+            f"the run in {folder} is not finished; finish it, or copy one of its states, such as {checkpoint}, and its "
+            f"{DESCRIPTION}"
         )
+    file = next((folder / file for file in (*FILES, STUDENT) if (folder / file).is_file()), None)
+    if file is not None:
+        return _described(file)
     raise MissingInputError(
         f"no weights are in the folder {folder}: neither {', '.join(FILES)} nor those of a run, {STUDENT}"
         + ("" if folder.is_dir() else "; there is no such folder")
     )
 
 
-def _described(file: Path, config: Path) -> Pretrained:
-    """Add what a config.json in timm's form says. One in another program's form, or none, says nothing."""
-    if not config.is_file():
+def _described(file: Path) -> Pretrained:
+    """Add what stands of a file beside it, or of a checkpoint in its run folder."""
+    if file.name not in (*FILES, STUDENT, STUDENT_EMA):  # a folder describes one network, and may hold other files
         return Pretrained(file, {})
+    folder = file.absolute().parent
+    config = (folder.parent.parent if folder.parent.name == CHECKPOINTS else folder) / DESCRIPTION
+    return dataclasses.replace(read_description(config), file=file) if config.is_file() else Pretrained(file, {})
+
+
+def read_description(config: Path) -> Pretrained:
+    """Read a config.json in timm's form. One in another program's form says nothing. Raises ConfigError."""
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
         if "architecture" not in content:  # the transformers library's own, which describes its class
-            return Pretrained(file, {})
+            return Pretrained(config, {})
         description = dict(content.get("pretrained_cfg", content))
         for key in ("num_classes", "label_names"):
             if key in content:
                 description[key] = content[key]
-        return Pretrained(file, description, str(content["architecture"]), dict(content.get("model_args") or {}))
+        for key, (is_right, rule) in RULES.items():
+            if key in description and not is_right(description[key]):
+                raise ValueError(f"{key}={description[key]!r:.60} must be {rule}")
+        if not isinstance(content["architecture"], str):
+            raise ValueError(f"architecture={content['architecture']!r:.60} must be a name")
+        if ("mean" in description) != ("std" in description):
+            raise ValueError("of mean and std it has one; give both or none")
+        return Pretrained(config, description, content["architecture"], dict(content.get("model_args") or {}))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{config} does not describe a model: {one_line(error)}") from error
+
+
+def _are(kind: type | types.UnionType, holds: Callable[[Any], bool], counts: Sequence[int] = ()) -> Callable[..., bool]:
+    """A test for lists of values of one kind, and of one of these lengths."""
+
+    def is_right(values: Any) -> bool:
+        if not isinstance(values, list) or (counts and len(values) not in counts):
+            return False
+        return all(isinstance(each, kind) and not isinstance(each, bool) and holds(each) for each in values)
+
+    return is_right
+
+
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "mean": (
+        _are(int | float, lambda value: -1 <= value <= 2, (1, 3)),
+        "a number for each channel, for pixels in 0..1",
+    ),
+    "std": (_are(int | float, lambda value: 0 < value <= 4, (1, 3)), "a number above 0 for each channel, as the mean"),
+    "input_size": (_are(int, lambda value: 0 < value <= 4096, (3,)), "three numbers of pixels, channels first"),
+    "label_names": (_are(str, lambda value: True), "a list of texts"),
+    "num_classes": (lambda value: isinstance(value, int) and value >= 0, "a number"),
+    "label_offset": (lambda value: value is None or (isinstance(value, int) and value >= 0), "a number"),
+}
+"""What a network takes from a description: a test for each value, and what the test asks for."""
 
 
 def _from_hub(repository: str) -> Pretrained:
@@ -217,7 +260,7 @@ def _from_hub(repository: str) -> Pretrained:
     config, weights = _find_on_hub(repository, (DESCRIPTION,)), _find_on_hub(repository, FILES)
     if weights is None:
         raise MissingInputError(f"{HUB}{repository} holds no weights: none of {', '.join(FILES)}")
-    return Pretrained(weights, {}) if config is None else _described(weights, config)
+    return Pretrained(weights, {}) if config is None else dataclasses.replace(read_description(config), file=weights)
 
 
 @functools.cache
@@ -265,6 +308,8 @@ def _find_on_hub(repository: str, files: tuple[str, ...]) -> Path | None:
     )
 
 
+DISK_ERRORS = (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError)  # and no network's
+
 _UNREACHABLE: list[Exception] = []
 """Why the hub did not answer this process, if it did not."""
 
@@ -288,6 +333,11 @@ def _ask_hub(name: str, file: str, revision: str | None) -> str | None:
             download()  # which notes in the cache that there is none
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         raise
+    except OSError as error:
+        if isinstance(error, DISK_ERRORS) or error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            message = f"{HUB}{name} cannot be kept: {one_line(error)}; let HF_HOME name a folder that can be written"
+            raise os_error(error, message, lasting=MissingInputError) from error
+        _UNREACHABLE.append(error)
     except Exception as error:  # each of its layers raises its own for a network that is not there
         _UNREACHABLE.append(error)
     return None

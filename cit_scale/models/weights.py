@@ -12,7 +12,7 @@ import pickle
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError, one_line, os_error
 from cit_scale.models.advised import PREFIX as TRUNK_PREFIX
 from cit_scale.models.cit import CiT
+from cit_scale.models.classes import rows_of_classes
 from cit_scale.models.convert_checkpoint import convert, rename
 from cit_scale.models.network import MOST, Network, head_names, pretrained_cfg_of
 from cit_scale.models.pretrained import Pretrained, find_pretrained
@@ -267,10 +268,13 @@ class Start:
     notes: tuple[str, ...]
 
 
-def start_from(network: Network, name: str, *, values: bool = False) -> Start:
+def start_from(network: Network, name: str, *, classes: Sequence[str] = (), values: bool = False) -> Start:
     """Load what fits of pretrained weights into the network's model.
 
-    name: as ``find_pretrained`` takes it. Heads of other classes start anew. Position embeddings and whatever else
+    name: as ``find_pretrained`` takes it. Heads of other classes start anew; where the weights come with names of
+    theirs, and ``classes``, the data's, are all among these, their rows are taken in the data's order.
+
+    Position embeddings and whatever else
     timm's model knows to adapt (its ``checkpoint_filter_fn``) are adapted to the network's size. values: as in
     ``load_weights``.
     Raises ConfigError if less than LEAST_SHARE of both, the network and the weights, fits, and the exceptions of
@@ -284,6 +288,8 @@ def start_from(network: Network, name: str, *, values: bool = False) -> Start:
     before = {key: tensor.shape for key, tensor in state.items()}
     state = _with_shared_names(_adapt(state, model, found), model)
     heads, expected = head_names(model), model.state_dict()
+    rows = rows_of_classes(classes, found.description) if classes else None
+    notes += _take_rows(state, expected, heads, rows, found.description.get("label_names") or ())
     fitting = {key: tensor for key, tensor in state.items() if key in expected and tensor.shape == expected[key].shape}
     trunk = {key: each.numel() for key, each in model.named_parameters() if not key.startswith(heads)}
     theirs = {key: each.numel() for key, each in state.items() if not key.startswith(heads)}
@@ -302,6 +308,31 @@ def start_from(network: Network, name: str, *, values: bool = False) -> Start:
     for head in heads:
         _init_last_layers(model, head, new)
     return Start(new, (*weights.notes, *notes, *_table(state, before, expected, fitting, heads)))
+
+
+def _take_rows(
+    state: dict[str, Tensor],
+    expected: Mapping[str, Tensor],
+    heads: tuple[str, ...],
+    rows: list[int] | None,
+    names: Sequence[str],
+) -> list[str]:
+    """Give the last layers of the heads in a state dict these rows, or drop them for none. Returns what to say.
+
+    names: of the weights' classes, one for each row that there is.
+    """
+    if rows is None or rows == list(range(len(names))):
+        return []
+    last = [key for key in state if key.startswith(heads) and key in expected and state[key].shape[:1] == (len(names),)]
+    if not last:
+        return []
+    if not rows:
+        for key in last:
+            del state[key]
+        return [f"the head is of {len(names)} other classes ({', '.join(names[:3])}, ...) and is left out"]
+    for key in last:
+        state[key] = state[key][rows]
+    return [f"of the head's {len(names)} classes the data's are taken, by name"]
 
 
 def _init_last_layers(model: nn.Module, head: str, new: Collection[str]) -> None:

@@ -29,8 +29,8 @@ class Forecast:
 def forecast(prepared: PreparedRun) -> Forecast:
     """Try the run's networks on one micro-batch of its data, and count its steps and evaluations.
 
-    On each rank by itself: what ranks say to one another in a step is left out, and so are start, compilation (the
-    teachers are tried as they are) and checkpoints.
+    On each rank by itself, as under engine.name=plain: what ranks say to one another is left out, and so are start,
+    compilation (the teachers are tried as they are), activation checkpointing and checkpoints.
     """
     config, device, split = prepared.config, prepared.world.device, prepared.batch_split
     with contextlib.closing(prepared.train_batches(0)) as batches:
@@ -68,6 +68,10 @@ def forecast_lines(prepared: PreparedRun) -> list[str]:
         forecasts = {name: forecast(run) for name, run in runs.items()}
     except Exception as error:  # of memory, of a kernel: no figure is worth a run
         return [f"how long the run takes is not known: {type(error).__name__} in a trial step"]
+    finally:
+        if prepared.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(prepared.world.device)
     total_s = sum(each.total_s for each in forecasts.values())
     parts = ", ".join(f"{name} {shown_s(each.total_s)}" for name, each in forecasts.items())
     first = next(iter(forecasts.values())).first_evaluation_s

@@ -12,8 +12,9 @@ from typing import Any
 from cit_scale.checkpoint.store import META
 from cit_scale.config import TeacherConfig
 from cit_scale.distributed.world import World, gather
-from cit_scale.errors import RefusedError
-from cit_scale.models.pretrained import description_of, find_pretrained
+from cit_scale.errors import MissingInputError, RefusedError
+from cit_scale.models.classes import class_columns
+from cit_scale.models.pretrained import FOLDER, HUB, description_of, find_pretrained
 from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import CHECKPOINTS, RESULTS, saved_steps, step_path
 
@@ -23,26 +24,45 @@ EVALUATION_DATA = "evaluation data"
 FIRST_WEIGHTS = "the student's first weights"
 
 # What a network takes from the description of its weights: how images are normalised and sized, which class is which.
-DESCRIBES = ("mean", "std", "input_size", "label_names", "label_offset")
+DESCRIBES = ("mean", "std", "input_size", "label_names", "label_offset", "columns", "architecture", "arguments")
+
+NONE = "none"
 
 
 def fingerprints(prepared: PreparedRun, teachers: Mapping[str, TeacherConfig]) -> dict[str, str]:
-    """Fingerprints of data and weights, by name. teachers: those without weights yet have none."""
+    """Fingerprints of data and weights, by name, and NONE for weights that there are not.
+
+    teachers: those without weights yet are left out. The weights from which a run that has begun started may be gone:
+    they count as they were noted then.
+    """
+    config = prepared.config
     found = {"data": prepared.train_set.fingerprint, EVALUATION_DATA: prepared.eval_set.fingerprint}
-    student = prepared.config.student
-    weights = {FIRST_WEIGHTS: (student.start, description_of(student.start))}
-    weights |= {
-        f"teacher {name}": (teacher.ready, description_of(teacher.weights, teacher.start))
-        for name, teacher in teachers.items()
-    }
-    for what, (given, description) in weights.items():
-        if given is None:
+    start = config.student.start
+    try:
+        found[FIRST_WEIGHTS] = NONE if start is None else find_pretrained(start).sha256
+        found[f"{FIRST_WEIGHTS}, description"] = _description_hash(description_of(start))
+    except (MissingInputError, OSError):
+        noted, _ = noted_inputs(config.run_dir)
+        if FIRST_WEIGHTS not in noted:
+            raise
+        found |= {name: value for name, value in noted.items() if name.startswith(FIRST_WEIGHTS)}
+    for name, teacher in teachers.items():
+        if teacher.advises_with is None:
             continue
-        found[what] = find_pretrained(given).sha256
-        used = {key: description[key] for key in DESCRIBES if key in description}
-        if used:
-            found[f"{what}, description"] = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+        description = dict(description_of(teacher.weights, teacher.start))
+        if teacher.classes is not None:
+            description["columns"] = class_columns(prepared.train_set.classes, teacher.classes, description)[0]
+        if teacher.model.startswith((HUB, FOLDER)):
+            model = find_pretrained(teacher.model)
+            description |= {"architecture": model.architecture, "arguments": model.arguments}
+        found[f"teacher {name}"] = find_pretrained(teacher.advises_with).sha256
+        found[f"teacher {name}, description"] = _description_hash(description)
     return found
+
+
+def _description_hash(description: Mapping[str, Any]) -> str:
+    used = {key: description[key] for key in DESCRIBES if key in description}
+    return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest() if used else NONE
 
 
 def refuse_different(world: World, inputs: Mapping[str, str]) -> None:

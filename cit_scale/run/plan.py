@@ -259,7 +259,7 @@ def plan_lines(plan: RunPlan, device: str) -> list[str]:
                 )
             )
         else:
-            lines.append((f"teacher {name}", f"{teacher.model} with weights {teacher.ready}"))
+            lines.append((f"teacher {name}", f"{teacher.model} with weights {teacher.advises_with}"))
     return [row(what, text) for what, text in lines]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import platform
 import shutil
@@ -11,6 +13,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +34,12 @@ from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, Refuse
 from cit_scale.files import rename_aside
 from cit_scale.losses import balancing_weights
 from cit_scale.models.freeze import freeze
-from cit_scale.models.network import Network, build_network, try_forward
-from cit_scale.models.pretrained import FOLDER, HUB, description_of, find_pretrained
-from cit_scale.models.weights import load_weights, start_from
+from cit_scale.models.network import RUN_OWNS, Network, build_network, try_forward
+from cit_scale.models.pretrained import FOLDER, HUB, Pretrained, description_of, find_pretrained, read_description
+from cit_scale.models.weights import Start, load_weights, start_from
 from cit_scale.optim import parameter_groups
 from cit_scale.run.folders import runs_inside
-from cit_scale.run_folder import CONFIG
+from cit_scale.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, NETWORKS, RESULTS, saved_steps
 from cit_scale.settings import changed_settings
 from cit_scale.teachers import Teacher, build_teacher_without_weights, load_teacher
 
@@ -49,6 +52,7 @@ class PreparedRun:
     """A checked run on this machine, with its data opened and its engine's setup derived from the configuration.
 
     teacher_runs: by teacher, the prepared run of each teacher that has no weights. It reads the same images.
+    has_begun: when this process came, the run folder had a checkpoint or results of it.
     """
 
     config: RunConfig
@@ -56,6 +60,7 @@ class PreparedRun:
     train_images: Reader
     eval_images: Reader
     teacher_runs: Mapping[str, PreparedRun]
+    has_begun: bool = False
 
     @property
     def world(self) -> World:
@@ -86,10 +91,10 @@ class PreparedRun:
     def places_by_class(self) -> dict[str, int]:
         """How often an image of the class stands in an epoch, by data.balance."""
         counts = np.array(list(self.images_by_class.values()))
-        places = self.steps_per_epoch * self.config.train.global_batch_size
-        return dict(
-            zip(self.images_by_class, class_quotas(counts, self.config.data.balance, places).tolist(), strict=True)
-        )
+        repeats = self.config.augment.repeats
+        places = self.steps_per_epoch * self.config.train.global_batch_size // repeats
+        quotas = repeats * class_quotas(counts, self.config.data.balance, places)
+        return dict(zip(self.images_by_class, quotas.tolist(), strict=True))
 
     @functools.cached_property
     def class_weights(self) -> torch.Tensor | None:
@@ -130,25 +135,56 @@ class PreparedRun:
             self.eval_images, self.config.data, batch_size=size, world=self.world, device=self.world.device
         )
 
+    @functools.cached_property
+    def source(self) -> Pretrained | None:
+        """Description of the weights from which the student starts; None if there are none.
+
+        A run that has begun goes by its own config.json: it goes on as it was, whatever became of its source.
+        """
+        config, start = self.config.run_dir / DESCRIPTION, self.config.student.start
+        if self.has_begun and config.is_file():
+            return read_description(config)
+        return None if start is None else Pretrained(Path(start), description_of(start))
+
     def build_student(self) -> Network:
-        """The network to train, with its initial weights: the same on every rank."""
+        """The network to train, with its initial weights, or any where a checkpoint has them: the same on every rank.
+
+        Raises ConfigError for weights that do not fit, and for train.freeze.
+        """
         torch.manual_seed(self.config.seed)
         network = self.build_student_without_weights()
-        start = self.config.student.start
-        new = network.model.state_dict().keys() if start is None else start_from(network, start).new
-        freeze(network, self.config.train.freeze, new)
+        network.new = self.start_student(network).new
+        freeze(network, self.config.train.freeze, network.new)
         return network
+
+    def start_student(self, network: Network, *, values: bool = False) -> Start:
+        """Load the weights from which the student starts. Of a run that has begun, return what was new then.
+
+        values: as ``start_from`` has it.
+        """
+        start = self.config.student.start
+        if start is None:
+            return Start(frozenset(network.model.state_dict()), ())
+        if self.has_begun:
+            noted = noted_networks(self.config).get("student", {}).get("new")
+            if noted is not None:
+                return Start(frozenset(noted), ())
+        return start_from(network, start, classes=self.train_set.classes, values=values)
 
     def build_student_without_weights(self) -> Network:
         """The student's network for weights that come from elsewhere, such as a checkpoint's."""
-        config = self.config
+        config, source = self.config, self.source
+        name, kwargs = config.student.name, config.student.kwargs
+        if source is not None and source.architecture and name.startswith((HUB, FOLDER)):  # as it was resolved
+            theirs = {key: value for key, value in (source.arguments or {}).items() if key not in RUN_OWNS}
+            name, kwargs = source.architecture, {**theirs, **kwargs}
         return build_network(
-            config.student.name,
-            config.student.kwargs,
+            name,
+            kwargs,
             num_classes=self.num_classes,
             image_size=config.data.image_size,
             teachers=tuple(config.teachers),
-            description=description_of(config.student.start),
+            description={} if source is None else source.description,
             own_size=config.student.image_size,
         )
 
@@ -175,17 +211,24 @@ class PreparedRun:
 
 
 def prepare(
-    config: RunConfig, teacher_run_configs: Mapping[str, RunConfig], world: World, *, same_run: bool
+    config: RunConfig,
+    teacher_run_configs: Mapping[str, RunConfig],
+    world: World,
+    *,
+    same_run: bool,
+    fresh: bool = False,
 ) -> PreparedRun:
     """Collective. Check the run and its teachers' runs, and open the data. Prints what is to be said of weights and
     precision. Raises ConfigError.
 
     teacher_run_configs: from ``cli.resolve_teacher_runs``. same_run: refuse a run folder begun with other settings.
+    fresh: what is in the run folder is going to be set aside.
     """
     setups = run_on_all_ranks(world, lambda: check_all_settings(config, teacher_run_configs, world, same_run=same_run))
-    first_on_each_node(world, lambda: fetch_weights((config, *teacher_run_configs.values())))
+    first_on_each_node(world, lambda: fetch_weights((config, *teacher_run_configs.values()), fresh=fresh))
     train_source, eval_source = first_on_each_node(world, lambda: open_data(config.data))
-    prepared = with_images(config, teacher_run_configs, setups, Reader(train_source), Reader(eval_source))
+    readers = Reader(train_source), Reader(eval_source)
+    prepared = with_images(config, teacher_run_configs, setups, *readers, fresh=fresh)
     # Values are read on one rank: they take a second per gigabyte, and ranks compare the files' hashes later.
     for line in run_on_all_ranks(
         world,
@@ -196,12 +239,32 @@ def prepare(
     return prepared
 
 
-def fetch_weights(configs: Iterable[RunConfig]) -> None:
-    """Find all weights that the runs name, which puts downloads into the cache. Raises as ``find_pretrained``."""
+def has_begun(config: RunConfig) -> bool:
+    """Whether the run has a checkpoint, or results."""
+    return bool(saved_steps(config.run_dir / CHECKPOINTS)) or (config.run_dir / RESULTS).exists()
+
+
+def noted_networks(config: RunConfig) -> dict[str, Any]:
+    """The content of a run's networks.json; empty without one, and for one that is damaged."""
+    try:
+        content = json.loads((config.run_dir / NETWORKS).read_text())
+    except (OSError, ValueError):
+        return {}
+    parts = ("student", "teachers", "asked")
+    return content if isinstance(content, dict) and all(isinstance(content.get(each), dict) for each in parts) else {}
+
+
+def fetch_weights(configs: Iterable[RunConfig], *, fresh: bool = False) -> None:
+    """Find all weights that the runs need, which puts downloads into the cache. Raises as ``find_pretrained``.
+
+    A run that has begun needs those no more from which it started.
+    """
     for config in configs:
         teachers = config.teachers.values()
-        names = [config.student.start, *(name for teacher in teachers for name in (teacher.weights, teacher.start))]
-        models = [config.student.name, *(teacher.model for teacher in teachers)]
+        names, models = [teacher.advises_with for teacher in teachers], [teacher.model for teacher in teachers]
+        if fresh or not has_begun(config):
+            names.append(config.student.start)
+            models.append(config.student.name)
         for name in (*names, *(model for model in models if model.startswith((HUB, FOLDER)))):
             if name is not None:
                 find_pretrained(name)
@@ -224,13 +287,17 @@ def with_images(
     setups: Mapping[str, EngineSetup],
     train_images: Reader,
     eval_images: Reader,
+    *,
+    fresh: bool = False,
 ) -> PreparedRun:
-    """The prepared run. setups: from ``check_all_settings``."""
-    teacher_runs = {
-        name: PreparedRun(each, setups[name], train_images, eval_images, {})
-        for name, each in teacher_run_configs.items()
-    }
-    return PreparedRun(config, setups[STUDENT], train_images, eval_images, teacher_runs)
+    """The prepared run. setups: from ``check_all_settings``. fresh: as in ``prepare``."""
+
+    def prepared(config: RunConfig, setup: EngineSetup, teacher_runs: Mapping[str, PreparedRun]) -> PreparedRun:
+        begun = not fresh and has_begun(config)
+        return PreparedRun(config, setup, train_images, eval_images, teacher_runs, begun)
+
+    teacher_runs = {name: prepared(each, setups[name], {}) for name, each in teacher_run_configs.items()}
+    return prepared(config, setups[STUDENT], teacher_runs)
 
 
 def check_settings(config: RunConfig, world: World, *, same_run: bool) -> EngineSetup:
@@ -299,6 +366,11 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name", *, valu
         _ = prepared.steps_per_epoch  # raises ValueError if the images do not fill one global batch
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if prepared.num_classes > len(prepared.train_set):
+        raise ConfigError(
+            f"data.train={config.data.train} has {prepared.num_classes} classes and {len(prepared.train_set)} images; "
+            "give at least one image of each class"
+        )
     said: list[str] = []
     with torch.device("meta"):
         with naming(f"{setting}={config.student.name}"):
@@ -309,20 +381,25 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name", *, valu
                 f"{setting.rsplit('.', 1)[0]}.image_size=own: the weights do not say what size they were made for; "
                 "give a number"
             )
-        start, new = config.student.start, frozenset(student.model.state_dict())
-        if start is not None:
-            started = start_from(student, start, values=values)
-            new = started.new
-            said += [f"{_start_setting(config, setting)}={start}: {note}" for note in started.notes]
+        source = f"{_start_setting(config, setting)}={config.student.start}"
+        with naming(source) if config.student.start else contextlib.nullcontext():
+            started = prepared.start_student(student, values=values)
+        said += [f"{source}: {note}" for note in started.notes]
+        if config.student.name.startswith((HUB, FOLDER)) and config.student.start is None:
+            said.append(
+                f"{setting}={config.student.name}: the network alone is taken, not its weights; "
+                f"{setting.rsplit('.', 1)[0]}.pretrained=true takes both"
+            )
         for name, teacher in config.teachers.items():
-            if teacher.ready is not None:
+            if teacher.advises_with is not None:
                 with naming(f"teachers.{name}.model={teacher.model}"):
                     network = prepared.build_teacher_without_weights(teacher).eval()
                     try_forward(network, **sizes)
                 which = "pretrained" if teacher.weights is None else "weights"
-                notes = load_weights(network, teacher.ready, values=values)
+                with naming(f"teachers.{name}.{which}={teacher.advises_with}"):
+                    notes = load_weights(network, teacher.advises_with, values=values)
                 said += [f"teachers.{name}.{which}: {note}" for note in notes]
-    freeze(student, config.train.freeze, new)
+    freeze(student, config.train.freeze, started.new)
     prepare_network(student, config.engine, prepared.world)
     parameter_groups(student, 0.0, config.optim.layer_decay, config.optim.head_lr_scale)
     for name, teacher_run in prepared.teacher_runs.items():
