@@ -15,13 +15,14 @@ from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
 from cit_scale.engines.activation_checkpointing import checkpoint_activations
 from cit_scale.engines.build import build_engine, prepare_engine
-from cit_scale.models.network import build_network
+from cit_scale.models.network import Network, build_network
 from cit_scale.run.plan import (
     Sharding,
     activation_bytes,
     classes_text,
     estimate_memory,
     kept_for_backward,
+    passing_bytes,
     plan_lines,
     plan_run,
     read_sharding,
@@ -189,3 +190,11 @@ def test_what_is_frozen_has_no_gradient_and_no_moments(tiny_digits, tmp_path):
     assert (head_alone.gradients, head_alone.moments) == (head, 2 * head)
     assert head_alone.checkpoint == all_of_it.weights // 2 + 2 * head
     assert head_alone.activations < all_of_it.activations
+
+
+def test_what_passes_through_a_teacher_counts_at_its_own_size():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    network.pretrained_cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    by_hand = {size: 4 * 2 * size * size * (4 + 4) for size in (8, 16)}  # into and out of the rectifier, two images
+    assert passing_bytes(Network(network), (2, 3, 8, 8)) == by_hand[8]
+    assert passing_bytes(Network(network, image_size=16), (2, 3, 8, 8)) == by_hand[16]

@@ -288,6 +288,8 @@ def start_from(network: Network, name: str, *, classes: Sequence[str] = (), valu
     before = {key: tensor.shape for key, tensor in state.items()}
     state = _with_shared_names(_adapt(state, model, found), model)
     heads, expected = head_names(model), model.state_dict()
+    if found.architecture and (other := _other_model(found.architecture, network.architecture)):
+        notes.append(other)
     rows = rows_of_classes(classes, found.description) if classes else None
     notes += _take_rows(state, expected, heads, rows, found.description.get("label_names") or ())
     fitting = {key: tensor for key, tensor in state.items() if key in expected and tensor.shape == expected[key].shape}
@@ -308,6 +310,12 @@ def start_from(network: Network, name: str, *, classes: Sequence[str] = (), valu
     for head in heads:
         _init_last_layers(model, head, new)
     return Start(new, (*weights.notes, *notes, *_table(state, before, expected, fitting, heads)))
+
+
+def _other_model(theirs: str, ours: str) -> str:
+    """What to say of weights of a network that timm knows by another name; empty for the same."""
+    theirs, ours = theirs.split(".")[0], ours.split(".")[0]
+    return f"they are of {theirs}, and the network is {ours}" if theirs != ours else ""
 
 
 def _take_rows(

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from cit_scale.config import EngineConfig, RunConfig
 from cit_scale.engines.activation_checkpointing import blocks_of, checkpoint_activations
 from cit_scale.engines.base import EngineSetup
-from cit_scale.models.network import Network, fake_state, tensors_of
+from cit_scale.models.network import UNTRIED, Network, fake_state, tensors_of
 from cit_scale.run.setup import PreparedRun
 
 FLOAT32_BYTES = 4
@@ -106,15 +106,16 @@ def plan_run(prepared: PreparedRun) -> RunPlan:
 def estimate_memory(prepared: PreparedRun) -> Memory:
     """Memory of one rank. Needs neither a GPU nor that memory: the networks are built on the meta device."""
     config, world_size, split = prepared.config, prepared.world.world_size, prepared.batch_split
-    image_size = config.data.image_size
+    images_shape = (split.micro_batch_size, 3, config.data.image_size, config.data.image_size)
     network, teachers = prepared.build_on_meta()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     frozen = sum(tensor.numel() for name, tensor in network.named_buffers() if name in network.frozen)
     sharding = read_sharding(prepared.engine_setup)
     return dataclasses.replace(
         state_memory(parameters, sharding, world_size, has_average=config.optim.ema_decay is not None, frozen=frozen),
-        teachers=sum(tensor.nbytes for teacher in teachers for tensor in tensors_of(teacher).values()),
-        activations=activation_bytes(network, config.engine, (split.micro_batch_size, 3, image_size, image_size)),
+        teachers=sum(tensor.nbytes for teacher in teachers for tensor in tensors_of(teacher).values())
+        + max((passing_bytes(teacher, images_shape) for teacher in teachers), default=0),
+        activations=activation_bytes(network, config.engine, images_shape),
     )
 
 
@@ -200,6 +201,30 @@ def _fake_forward_bytes(network: Network, images_shape: tuple[int, ...]) -> int:
             torch.empty(images_shape),
             state.values(),
         )
+
+
+def passing_bytes(network: Network, images_shape: tuple[int, ...]) -> int:
+    """Bytes that a forward pass without gradients takes at once, without the weights: the largest input and output of
+    one layer. Images of another size are resized to the network's own first, which counts, too.
+    """
+    most = 0
+
+    def count(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        nonlocal most
+        tensors = [each for each in (*inputs, output) if isinstance(each, Tensor)]
+        most = max(most, sum(tensor.numel() * FLOAT32_BYTES for tensor in tensors))
+
+    layers = [layer for layer in network.modules() if not list(layer.children())]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            torch.func.functional_call(network.eval(), fake_state(network), (torch.empty(images_shape),))
+    except UNTRIED:  # what follows from the values in the images is not counted
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return most
 
 
 def kept_for_backward(forward: Callable[[Tensor], object], images: Tensor, state: Iterable[Tensor]) -> int:
