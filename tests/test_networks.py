@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_run import CLASSES, RECIPE, TINY_CIT, TinyRun, assert_same_end
 
+from cit_scale import cli
 from cit_scale.config import EngineConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
@@ -22,7 +23,7 @@ from cit_scale.models.network import build_network
 from cit_scale.models.pretrained import find_pretrained
 from cit_scale.run.inputs import fingerprints
 from cit_scale.run.networks import describe_student, teacher_line
-from cit_scale.run.setup import PreparedRun, check_networks, fetch_weights
+from cit_scale.run.setup import PreparedRun, check_all_settings, check_networks, fetch_weights, with_images
 
 SMALL = {"channels": [8, 8, 16, 16], "stem_width": 8}
 
@@ -373,3 +374,39 @@ def test_batch_norms_of_a_network_from_nothing_are_not_frozen(prepared):
     frozen = dataclasses.replace(run.config.train, freeze=("batch_norm",))
     with pytest.raises(ConfigError, match=r"train\.freeze=batch_norm: the network starts from nothing"):
         check_networks(dataclasses.replace(run, config=dataclasses.replace(run.config, train=frozen)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipes for own images
+
+
+def parse(*argv):
+    return cli.parse_arguments(["--engine.name", "plain", *argv])
+
+
+@pytest.mark.slow
+def test_the_recipe_own_starts_from_what_it_names(tiny_digits, tmp_path):
+    """With weights of the same networks that nobody has trained, in folders instead of the hub."""
+    for name in ("deit_small_patch16_224", "regnety_040"):
+        (tmp_path / name).mkdir()
+        save_file(timm.create_model(name).state_dict(), tmp_path / name / "model.safetensors")
+    arguments = parse(
+        "--config", "own", "--data.train", "digits", "--runs_dir", str(tmp_path),
+        "--student.pretrained", f"local-dir:{tmp_path / 'deit_small_patch16_224'}",
+        "--teachers.conv.pretrained", f"local-dir:{tmp_path / 'regnety_040'}",
+    )  # fmt: skip
+    runs = arguments.teacher_run_configs
+    assert {name: run.student.name for name, run in runs.items()} == {"conv": "regnety_040", "inv": "rednet50"}
+    setups = check_all_settings(arguments.config, runs, World(), same_run=True)
+    said = check_networks(with_images(arguments.config, runs, setups, Reader(tiny_digits), Reader(tiny_digits)))
+    (trunk,) = (line for line in said if line.startswith("student.pretrained") and ": taken" in line)
+    assert "taken: blocks (144), cls_token, norm (2), pos_embed; pos_embed 1x197x384 -> 1x199x384" in trunk
+    assert any("teachers.conv.pretrained" in line and "new: head.fc: 1000 -> 10 classes" in line for line in said)
+
+
+def test_the_recipes_for_own_images_say_how_long_they_take_and_evaluate_early():
+    for recipe in ("own", "own_scratch"):
+        arguments = parse("--config", recipe, "--data.train", "digits")
+        first = next(iter(arguments.teacher_run_configs.values())).train
+        assert arguments.config.train.forecast
+        assert first.eval_every_epochs / first.epochs <= 0.15  # of the first of three runs: within a tenth of all

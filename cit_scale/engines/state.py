@@ -219,7 +219,7 @@ class TrainingState:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise ConfigError(
                 f"the saved state does not fit this network and optimizer: {', '.join(problems[:3])}{more}; "
-                "continue with the configuration that it was saved with"
+                "continue with the student, teachers, train.freeze and optim.ema_decay that it was saved with"
             )
 
 

@@ -195,7 +195,7 @@ def build_network(
         if teachers and not is_cit:
             built = Advised(built, teachers)
         network = Network(built, description if "mean" in description else None, own_size, columns)
-        network.architecture = name
+        network.architecture = name.split(".")[0]  # without a tag
         network.arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
         return network
     except UnadvisableError as error:

@@ -376,10 +376,10 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name", *, valu
         with naming(f"{setting}={config.student.name}"):
             student = prepared.build_student_without_weights().train()
             try_forward(student, **sizes)
-        if config.student.image_size == "own" and student.image_size is None:
+        # A teacher's default, which goes for weights that say nothing, too.
+        if setting == "student.name" and config.student.image_size == "own" and student.image_size is None:
             raise ConfigError(
-                f"{setting.rsplit('.', 1)[0]}.image_size=own: the weights do not say what size they were made for; "
-                "give a number"
+                "student.image_size=own: the weights do not say what size they were made for; give a number"
             )
         source = f"{_start_setting(config, setting)}={config.student.start}"
         with naming(source) if config.student.start else contextlib.nullcontext():
