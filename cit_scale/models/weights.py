@@ -274,11 +274,9 @@ def start_from(network: Network, name: str, *, classes: Sequence[str] = (), valu
     name: as ``find_pretrained`` takes it. Heads of other classes start anew; where the weights come with names of
     theirs, and ``classes``, the data's, are all among these, their rows are taken in the data's order.
 
-    Position embeddings and whatever else
-    timm's model knows to adapt (its ``checkpoint_filter_fn``) are adapted to the network's size. values: as in
-    ``load_weights``.
-    Raises ConfigError if less than LEAST_SHARE of both, the network and the weights, fits, and the exceptions of
-    ``read_weights`` and ``find_pretrained``.
+    Position embeddings, and whatever else timm's model knows to adapt (its ``checkpoint_filter_fn``), are adapted to
+    the network's size. values: as in ``load_weights``. Raises ConfigError if less than LEAST_SHARE of both, the network
+    and the weights, fits, and the exceptions of ``read_weights`` and ``find_pretrained``.
     """
     model, found = network.model, find_pretrained(name)
     weights = read_weights(found.file, "cpu" if values else _device_of(model))
@@ -293,23 +291,31 @@ def start_from(network: Network, name: str, *, classes: Sequence[str] = (), valu
     rows = rows_of_classes(classes, found.description) if classes else None
     notes += _take_rows(state, expected, heads, rows, found.description.get("label_names") or ())
     fitting = {key: tensor for key, tensor in state.items() if key in expected and tensor.shape == expected[key].shape}
-    trunk = {key: each.numel() for key, each in model.named_parameters() if not key.startswith(heads)}
-    theirs = {key: each.numel() for key, each in state.items() if not key.startswith(heads)}
-    shares = [
-        sum(size for key, size in sizes.items() if key in fitting) / max(sum(sizes.values()), 1)
-        for sizes in (trunk, theirs)
-    ]
-    if max(shares) < LEAST_SHARE:
-        raise ConfigError(
-            f"weights {found.file} are of another network: of their numbers {shares[1]:.0%} fit into "
-            f"{type(model).__name__}, where they would be {shares[0]:.0%}; name the network that they are of"
-        )
+    _refuse_another_network(state, fitting, model, found.file)
     _refuse_other_numbers(fitting, model, found.file)
     model.load_state_dict(_on_device_of(model, fitting), strict=False)
     new = frozenset(expected.keys() - fitting.keys())
     for head in heads:
         _init_last_layers(model, head, new)
     return Start(new, (*weights.notes, *notes, *_table(state, before, expected, fitting, heads)))
+
+
+def _refuse_another_network(
+    state: Mapping[str, Tensor], fitting: Mapping[str, Tensor], model: nn.Module, path: Path
+) -> None:
+    """Raise ConfigError if less than LEAST_SHARE of both, the network and the weights, fits. Heads do not count."""
+    heads = head_names(model)
+    ours = {key: each.numel() for key, each in model.named_parameters() if not key.startswith(heads)}
+    theirs = {key: each.numel() for key, each in state.items() if not key.startswith(heads)}
+    of_ours, of_theirs = (
+        sum(size for key, size in sizes.items() if key in fitting) / max(sum(sizes.values()), 1)
+        for sizes in (ours, theirs)
+    )
+    if max(of_ours, of_theirs) < LEAST_SHARE:
+        raise ConfigError(
+            f"weights {path} are of another network: of their numbers {of_theirs:.0%} fit into {type(model).__name__}, "
+            f"where they would be {of_ours:.0%}; name the network that they are of"
+        )
 
 
 def _other_model(theirs: str, ours: str) -> str:
