@@ -89,8 +89,8 @@ def find_pretrained(name: str) -> Pretrained:
     if not path.exists() and "/" not in name and path.suffix not in SUFFIXES:
         known = timm.list_models(pretrained=True)
         raise MissingInputError(
-            f"{name} is neither a file nor a folder, nor a model of timm's with weights; the nearest are "
-            f"{nearest_models(name, known)}"
+            f"weights {name} do not exist: there is no such file or folder, and timm has none of that name; the nearest "
+            f"of its names are {nearest_models(name, known)}"
         )
     return _described(path)  # read_weights says what is wrong with the file
 
