@@ -98,7 +98,7 @@ def test_a_description_of_the_transformers_library_says_nothing(folder):
         ("resnet18.a1_in", r"no pretrained weights are called 'resnet18\.a1_in'; the nearest are .*resnet18\.a1_in1k"),
         ("rednet50", "timm has no pretrained weights for rednet50"),
         ("rednet50.in1k", "there are none of rednet50"),
-        ("regnety_404.ra3_in1k", r"weights regnety_404\.ra3_in1k do not exist: .* the nearest of its names are regnety_"),
+        ("regnety_404.ra3_in1k", r"weights regnety_404\.ra3_in1k do not exist: .* nearest of its names are regnety_"),
         ("local-dir:", "names no folder"),
         ("local-dir:/no/such", "no weights are in the folder /no/such: .*; there is no such folder"),
     ],
