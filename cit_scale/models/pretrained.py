@@ -89,7 +89,7 @@ def find_pretrained(name: str) -> Pretrained:
     if not path.exists() and "/" not in name and path.suffix not in SUFFIXES:
         known = timm.list_models(pretrained=True)
         raise MissingInputError(
-            f"weights {name} do not exist: no file and no folder is called so, and no model of timm's; the nearest of its "
+            f"weights {name} do not exist: there is no such file, folder or model of timm's; the nearest of its "
             f"names are {nearest_models(name, known)}"
         )
     return _described(path)  # read_weights says what is wrong with the file
