@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import sabotage
@@ -270,6 +271,18 @@ def test_a_run_that_has_begun_does_not_need_what_it_started_from(prefix, source,
     assert results[0] == results[1]  # evaluated with the statistics with which it was trained
     assert json.loads((run.run_dir / "config.json").read_text())["pretrained_cfg"]["mean"] == HALF["mean"]
     run.finish()
+
+
+def test_a_finished_run_without_checkpoints_that_is_trained_again_starts_from_its_source(source, tiny_inputs, tmp_path):
+    more = (f"--student.weights={source(**HALF)}", "--train.freeze=[blocks.0]")
+    run = TinyRun(tiny_inputs, tmp_path / "runs", "plain", more)
+    run.finish()
+    shutil.rmtree(run.run_dir / "ckpt")
+    run.finish("--train.epochs=3", "--override-resume")
+    found, first = (load_file(each) for each in (run.run_dir / "student.safetensors", source() / "model.safetensors"))
+    kept = [key for key in first if key.startswith("blocks.0.")]
+    assert kept
+    assert all(torch.equal(found[key], first[key]) for key in kept)
 
 
 @pytest.mark.parametrize("change", ["statistics", "given later", "dropped"])

@@ -165,7 +165,7 @@ class PreparedRun:
         start = self.config.student.start
         if start is None:
             return Start(frozenset(network.model.state_dict()), ())
-        if self.has_begun:
+        if saved_steps(self.config.run_dir / CHECKPOINTS) and self.has_begun:  # without a checkpoint it starts again
             noted = noted_networks(self.config).get("student", {}).get("new")
             if noted is not None:
                 return Start(frozenset(noted), ())
