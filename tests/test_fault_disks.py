@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def fail_once_at_save(rank, step, call, code):
         sabotage.everything,
         (sabotage.retry_at_once,),
         (sabotage.on_disk_calls, rank, step, sabotage.fail_at, call, code, 1),
+        # A busy disk may take longer to fail than four of these steps take: nothing could be tried again in between.
+        (sabotage.at, 0, "batch", step + 2, time.sleep, 2.0),
     )
 
 
