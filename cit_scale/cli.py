@@ -223,6 +223,7 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
                 name=teacher.model,
                 kwargs=teacher.kwargs,
                 pretrained=teacher.pretrained,
+                # Without weights that have a size of their own null, as run folders of before the setting have it.
                 image_size=None if teacher.start is None and teacher.image_size == "own" else teacher.image_size,
             ),
         )

@@ -52,7 +52,8 @@ class StudentConfig:
     name: str = setting(
         "cit_base_patch16_224", in_listing=True, drops=["kwargs", "weights", "pretrained", "image_size"]
     )
-    """Any timm model; the ones registered by cit_scale.models can be advised."""
+    """Any timm model, or one that a description names: hf-hub:OWNER/NAME, local-dir:FOLDER. A CiT has a token for each
+    teacher, another model a head."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model."""

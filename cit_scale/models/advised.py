@@ -1,6 +1,7 @@
 """Gives any timm model a linear head per teacher: the way to advise a student that has no tokens for its teachers.
 
-All heads read the same pooled features. A CiT has a token for each teacher instead (cit.py), as in the paper.
+All heads read what the model's own classifier reads, its pooled features. A CiT has a token for each teacher instead
+(cit.py), as in the paper.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class UnadvisableError(ValueError):
 class Advised(nn.Module):
     """A timm model with a head per teacher, beside its own.
 
-    trunk: a timm model whose classifier is one linear layer on ``forward_head(features, pre_logits=True)``.
+    trunk: a timm model with ``forward_features`` and ``forward_head``, whose classifier is one linear layer.
     teachers: names of the heads.
     Forward: images (B, 3, H, W) -> the mean of all heads' logits, (B, K). `forward_heads` returns every head's.
     Raises UnadvisableError for a model of another build, and for names that no head can have.

@@ -24,7 +24,7 @@ import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.errors import ConfigError, one_line
 from cit_scale.models.advised import Advised, UnadvisableError
-from cit_scale.models.pretrained import FOLDER, HUB, find_pretrained, nearest_models
+from cit_scale.models.pretrained import FOLDER, HUB, Pretrained, find_pretrained, nearest_models
 
 MOST = 400  # characters of a library's error message: one about a state dict that does not fit lists every key
 
@@ -135,6 +135,17 @@ class Network(nn.Module):
         return ("cls", *getattr(self.model, "teachers", ()))
 
 
+def described_model(name: str, described: Pretrained, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of timm.create_model for a network that is named by where it lies.
+
+    name: as a user gave it. kwargs: come before what the description says. Raises ConfigError if it says no model.
+    """
+    if described.architecture is None:
+        raise ConfigError(f"{name} has no config.json in timm's form, which says what model it is; name the model")
+    theirs = {key: value for key, value in (described.arguments or {}).items() if key not in RUN_OWNS}
+    return described.architecture, {**theirs, **kwargs}
+
+
 def build_network(
     name: str,
     kwargs: Mapping[str, Any],
@@ -159,11 +170,7 @@ def build_network(
     the run determines (RUN_OWNS), and for arguments that timm refuses.
     """
     if name.startswith((HUB, FOLDER)):
-        described = find_pretrained(name)
-        if described.architecture is None:
-            raise ConfigError(f"{name} has no config.json in timm's form, which says what model it is; name the model")
-        theirs = {key: value for key, value in (described.arguments or {}).items() if key not in RUN_OWNS}
-        name, kwargs = described.architecture, {**theirs, **kwargs}
+        name, kwargs = described_model(name, find_pretrained(name), kwargs)
     if not timm.is_model(name):
         raise ConfigError(f"no model is called {name!r}; the nearest are {nearest_models(name, timm.list_models())}")
     try:

@@ -34,7 +34,7 @@ from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, Refuse
 from cit_scale.files import rename_aside
 from cit_scale.losses import balancing_weights
 from cit_scale.models.freeze import freeze
-from cit_scale.models.network import RUN_OWNS, Network, build_network, try_forward
+from cit_scale.models.network import Network, build_network, described_model, try_forward
 from cit_scale.models.pretrained import FOLDER, HUB, Pretrained, description_of, find_pretrained, read_description
 from cit_scale.models.weights import Start, load_weights, start_from
 from cit_scale.optim import parameter_groups
@@ -176,8 +176,7 @@ class PreparedRun:
         config, source = self.config, self.source
         name, kwargs = config.student.name, config.student.kwargs
         if source is not None and source.architecture and name.startswith((HUB, FOLDER)):  # as it was resolved
-            theirs = {key: value for key, value in (source.arguments or {}).items() if key not in RUN_OWNS}
-            name, kwargs = source.architecture, {**theirs, **kwargs}
+            name, kwargs = described_model(name, source, kwargs)
         return build_network(
             name,
             kwargs,
