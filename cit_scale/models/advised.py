@@ -1,7 +1,9 @@
 """Gives any timm model a linear head per teacher: the way to advise a student that has no tokens for its teachers.
 
 All heads read what the model's own classifier reads, its pooled features. A CiT has a token for each teacher instead
-(cit.py), as in the paper.
+(cit.py), as in the paper. Importing this module registers the result with timm:
+
+    timm.create_model("advised", trunk="mobilenetv3_small_100", teachers=("conv", "inv"), num_classes=10)
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import timm
 from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.models.cit import checked_teachers
 
+ADVISED = "advised"  # the model's name in timm
 PREFIX = "trunk."
 
 
@@ -35,6 +40,9 @@ class Advised(nn.Module):
     def __init__(self, trunk: nn.Module, teachers: Sequence[str]) -> None:
         super().__init__()
         self.trunk = trunk
+        self.pretrained_cfg: Mapping[str, Any] = {}
+        """timm's description of the model, as it sets it for every model."""
+
         self._pooled: Tensor | None = None
         try:
             self.teachers = checked_teachers(teachers)
@@ -59,13 +67,10 @@ class Advised(nn.Module):
             nn.init.zeros_(head.bias)
             self.teacher_heads[name] = head
         classifier.register_forward_pre_hook(self._keep_pooled)
+        self.pretrained_cfg = {**cast(Any, trunk).pretrained_cfg, **_layer_names(trunk, self.teachers)}
 
     def _keep_pooled(self, classifier: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._pooled = inputs[0]
-
-    @property
-    def pretrained_cfg(self) -> Mapping[str, Any]:
-        return cast(Any, self.trunk).pretrained_cfg
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
         """Return the heads in the order of StudentLogits."""
@@ -122,6 +127,34 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: Advised) -> di
     if adapt is not None:
         trunk = dict(adapt(trunk, model.trunk))
     return {**{f"{PREFIX}{key}": each for key, each in trunk.items()}, **heads}
+
+
+def _layer_names(trunk: nn.Module, teachers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Names of the classifiers and of the first convolutions, for timm's pretrained_cfg."""
+    described = cast(Any, trunk).pretrained_cfg
+    names: dict[str, tuple[str, ...]] = {}
+    for key in ("classifier", "first_conv"):
+        of_trunk = described.get(key) or ()
+        names[key] = tuple(f"{PREFIX}{name}" for name in ((of_trunk,) if isinstance(of_trunk, str) else of_trunk))
+    names["classifier"] += tuple(f"teacher_heads.{name}" for name in teachers)
+    return names
+
+
+def _build_advised(
+    trunk: str, trunk_args: Mapping[str, Any] | None = None, teachers: Sequence[str] = (), **options: Any
+) -> Advised:
+    return Advised(timm.create_model(trunk, **{**(trunk_args or {}), **options}), teachers)
+
+
+@register_model
+def advised(pretrained: bool = False, **kwargs: Any) -> Advised:
+    """Any timm model with a head per teacher.
+
+    trunk, trunk_args: name and arguments of the model, as timm.create_model takes them. teachers: names of the heads.
+    """
+    return build_model_with_cfg(
+        _build_advised, ADVISED, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    )
 
 
 def _classifier_of(model: nn.Module) -> nn.Linear | None:

@@ -37,10 +37,7 @@ def class_columns(classes: Sequence[str], how: str, description: Mapping[str, An
             nearest = ", ".join(difflib.get_close_matches(unknown[0], classes, n=3, cutoff=0.0))
             raise ConfigError(f"classes={how}: {unknown[0]!r} is no class of the data; the nearest are {nearest}")
         given = {_plain(name): value for name, value in given.items()}
-    columns: dict[str, list[int]] = {}
-    for column, names in enumerate(labels):
-        for name in dict.fromkeys(map(_plain, names)):
-            columns.setdefault(name, []).append(column)
+    columns = _columns_by_name(labels)
     found: list[int] = []
     missing: list[str] = []
     ambiguous: list[str] = []
@@ -95,6 +92,48 @@ def rows_of_classes(classes: Sequence[str], description: Mapping[str, Any]) -> l
     rows = {_plain(name): row for row, name in reversed(list(enumerate(names)))}
     ours = [_plain(name) for name in classes]
     return [rows[name] for name in ours] if all(name in rows for name in ours) else []
+
+
+def columns_by_class(classes: Sequence[str], description: Mapping[str, Any]) -> list[list[int]]:
+    """The columns of a classifier's logits that bear the name of each class: one, none, or several.
+
+    description: timm's pretrained_cfg of the classifier. Names fit as in ``class_columns``; numbers of columns, where
+    the classifier's classes have no names.
+    """
+    try:
+        labels = _described_labels(description)
+    except ConfigError:
+        labels = [[name] for name in class_names(description)]
+    columns = _columns_by_name(labels)
+    return [columns.get(_plain(name), []) for name in classes]
+
+
+def _columns_by_name(labels: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """Columns by plain name. labels: the names of each column."""
+    columns: dict[str, list[int]] = {}
+    for column, names in enumerate(labels):
+        for name in dict.fromkeys(map(_plain, names)):
+            columns.setdefault(name, []).append(column)
+    return columns
+
+
+def class_names(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a classifier's classes, in the order of its logits.
+
+    Without names in its description, ImageNet's words for a classifier of as many classes, otherwise numbers. Raises
+    ConfigError where it is not known how many there are.
+    """
+    if "num_classes" not in description and not description.get("label_names"):
+        raise ConfigError("config.json says neither num_classes nor label_names; add one of them")
+    try:
+        names = description.get("label_names") or [labels[1] for labels in _described_labels(description)]
+    except ConfigError:
+        return tuple(map(str, range(description["num_classes"])))
+    if len(names) != description.get("num_classes", len(names)):
+        raise ConfigError(
+            f"config.json has {len(names)} label_names and num_classes={description['num_classes']}; make them agree"
+        )
+    return tuple(map(str, names))
 
 
 def _described_labels(description: Mapping[str, Any]) -> list[list[str]]:

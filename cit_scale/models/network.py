@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.errors import ConfigError, one_line
-from cit_scale.models.advised import Advised, UnadvisableError
+from cit_scale.models.advised import ADVISED, Advised, UnadvisableError
 from cit_scale.models.pretrained import FOLDER, HUB, Pretrained, find_pretrained, nearest_models
 
 MOST = 400  # characters of a library's error message: one about a state dict that does not fit lists every key
@@ -142,8 +142,10 @@ def described_model(name: str, described: Pretrained, kwargs: Mapping[str, Any])
     """
     if described.architecture is None:
         raise ConfigError(f"{name} has no config.json in timm's form, which says what model it is; name the model")
-    theirs = {key: value for key, value in (described.arguments or {}).items() if key not in RUN_OWNS}
-    return described.architecture, {**theirs, **kwargs}
+    architecture, theirs = described.architecture, dict(described.arguments or {})
+    if architecture == ADVISED:  # the run gives the trunk heads for its own teachers
+        architecture, theirs = str(theirs.get("trunk")), dict(theirs.get("trunk_args") or {})
+    return architecture, {**{key: value for key, value in theirs.items() if key not in RUN_OWNS}, **kwargs}
 
 
 def build_network(
@@ -199,11 +201,12 @@ def build_network(
         arguments["img_size"] = own_size or image_size
     try:
         built = timm.create_model(name, **arguments)
+        described = name.split(".")[0], {key: value for key, value in arguments.items() if key != "num_classes"}
         if teachers and not is_cit:
             built = Advised(built, teachers)
+            described = ADVISED, {"trunk": described[0], "trunk_args": described[1], "teachers": teachers}
         network = Network(built, description if "mean" in description else None, own_size, columns)
-        network.architecture = name.split(".")[0]  # without a tag
-        network.arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
+        network.architecture, network.arguments = described
         return network
     except UnadvisableError as error:
         raise ConfigError(str(error)) from error

@@ -15,6 +15,7 @@ import difflib
 import errno
 import functools
 import json
+import math
 import re
 import socket
 import types
@@ -30,7 +31,19 @@ from timm.models import PretrainedCfg
 import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.errors import ConfigError, MissingInputError, one_line, os_error
 from cit_scale.files import file_sha256
-from cit_scale.run_folder import CHECKPOINTS, DESCRIPTION, RESULTS, STUDENT, STUDENT_EMA, saved_steps, step_path
+from cit_scale.run_folder import (
+    CHECKPOINTS,
+    DESCRIPTION,
+    RESULTS,
+    STUDENT,
+    STUDENT_BEST,
+    STUDENT_EMA,
+    STUDENT_EMA_BEST,
+    saved_steps,
+    step_path,
+)
+
+GIVEN_SIZE = "given_size"  # in config.json: the size of the images that the network is given, where it sees another
 
 HUB = "hf-hub:"
 FOLDER = "local-dir:"
@@ -56,6 +69,11 @@ class Pretrained:
     description: Mapping[str, Any]
     architecture: str | None = None
     arguments: Mapping[str, Any] | None = None
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers that its heads beside the first are of, as far as the description says them."""
+        return tuple((self.arguments or {}).get("teachers") or ())
 
     @property
     def sha256(self) -> str:
@@ -120,31 +138,55 @@ def describe(
     architecture: str,
     arguments: Mapping[str, Any],
     *,
+    model_cfg: Mapping[str, Any],
     statistics: Mapping[str, Sequence[float]],
     image_size: int,
+    given_size: int,
     crop_ratio: float,
     classes: Sequence[str],
+    file: str,
 ) -> dict[str, Any]:
     """The content of a config.json beside weights, in timm's form.
 
-    architecture, arguments: of timm.create_model. statistics: mean and std by which the network normalises images,
-    each (3,). image_size: of the images that it sees. crop_ratio: of the image's shorter side, in evaluation.
-    classes: names of its classes, in the order of its logits.
+    architecture, arguments: of timm.create_model. model_cfg: timm's pretrained_cfg of the model that it makes, for the
+    names of its layers. statistics: mean and std by which the network normalises images, each (3,). image_size: height
+    and width that it sees. given_size: those of the images that it is given in evaluation, and resizes itself.
+    crop_ratio: of the image's shorter side, in evaluation. classes: names of its classes, in the order of its logits.
+    file: name of the weights, for a repository of the hub.
     """
-    return {
+    layers = {key: model_cfg.get(key) for key in ("first_conv", "classifier", "pool_size")}
+    description = {
         "architecture": architecture,
         "num_classes": len(classes),
         "label_names": list(classes),
         "model_args": dict(arguments),
         "pretrained_cfg": {
+            "hf_hub_filename": file,
             "input_size": [3, image_size, image_size],
+            "fixed_input_size": bool(model_cfg.get("fixed_input_size")),
             "interpolation": "bicubic",
-            "crop_pct": crop_ratio,
+            "crop_pct": timms_crop_ratio(given_size, crop_ratio),
+            "crop_mode": "center",
             "mean": list(statistics["mean"]),
             "std": list(statistics["std"]),
             "num_classes": len(classes),
+            "license": "other",
+            **{key: value for key, value in layers.items() if value is not None},
         },
     }
+    return description if given_size == image_size else {**description, GIVEN_SIZE: given_size}
+
+
+def timms_crop_ratio(image_size: int, crop_ratio: float) -> float:
+    """The crop_pct with which timm resizes an image as this project's evaluation does: timm rounds down."""
+    resized = round(image_size / crop_ratio)
+    ratios = crop_ratio, image_size / resized, image_size / (resized + 0.5)
+    return next(ratio for ratio in ratios if math.floor(image_size / ratio) == resized)
+
+
+def own_crop_ratio(image_size: int, crop_pct: float) -> float:
+    """The reverse of ``timms_crop_ratio``."""
+    return image_size / math.floor(image_size / crop_pct)
 
 
 def nearest_models(name: str, known: Sequence[str]) -> str:
@@ -185,8 +227,8 @@ def _from_folder(folder: Path) -> Pretrained:
     if steps and not (folder / RESULTS).exists():
         checkpoint = step_path(folder / CHECKPOINTS, max(steps)) / STUDENT
         raise MissingInputError(
-            f"the run in {folder} is not finished; finish it, or copy one of its states, such as {checkpoint}, and its "
-            f"{DESCRIPTION}"
+            f"the run in {folder} is not finished, and its weights change; finish it, or give one of its states by its "
+            f"path, such as {checkpoint}"
         )
     file = next((folder / file for file in (*FILES, STUDENT) if (folder / file).is_file()), None)
     if file is not None:
@@ -199,7 +241,13 @@ def _from_folder(folder: Path) -> Pretrained:
 
 def _described(file: Path) -> Pretrained:
     """Add what stands of a file beside it, or of a checkpoint in its run folder."""
-    if file.name not in (*FILES, STUDENT, STUDENT_EMA):  # a folder describes one network, and may hold other files
+    if file.name not in (
+        *FILES,
+        STUDENT,
+        STUDENT_EMA,
+        STUDENT_BEST,
+        STUDENT_EMA_BEST,
+    ):  # a folder describes one network, and may hold other files
         return Pretrained(file, {})
     folder = file.absolute().parent
     config = (folder.parent.parent if folder.parent.name == CHECKPOINTS else folder) / DESCRIPTION
@@ -215,7 +263,7 @@ def read_description(config: Path) -> Pretrained:
         if "architecture" not in content:  # the transformers library's own, which describes its class
             return Pretrained(config, {})
         description = dict(content.get("pretrained_cfg", content))
-        for key in ("num_classes", "label_names"):
+        for key in ("num_classes", "label_names", GIVEN_SIZE):
             if key in content:
                 description[key] = content[key]
         for key, (is_right, rule) in RULES.items():
@@ -250,6 +298,9 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "input_size": (_are(int, lambda value: 0 < value <= 4096, (3,)), "three numbers of pixels, channels first"),
     "label_names": (_are(str, lambda value: True), "a list of texts"),
     "num_classes": (lambda value: isinstance(value, int) and value >= 0, "a number"),
+    "hf_hub_filename": (lambda value: value is None or (isinstance(value, str) and bool(value)), "a file's name"),
+    "crop_pct": (lambda value: isinstance(value, int | float) and 0 < value <= 1, "a number above 0 and up to 1"),
+    GIVEN_SIZE: (lambda value: isinstance(value, int) and 0 < value <= 4096, "a number of pixels"),
     "label_offset": (lambda value: value is None or (isinstance(value, int) and value >= 0), "a number"),
 }
 """What a network takes from a description: a test for each value, and what the test asks for."""
@@ -257,10 +308,14 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 def _from_hub(repository: str) -> Pretrained:
     """Find weights and description of a repository, given as OWNER/NAME or OWNER/NAME@REVISION."""
-    config, weights = _find_on_hub(repository, (DESCRIPTION,)), _find_on_hub(repository, FILES)
+    config = _find_on_hub(repository, (DESCRIPTION,))
+    found = None if config is None else read_description(config)
+    named = None if found is None else found.description.get("hf_hub_filename")
+    files = (named, *FILES) if named else FILES
+    weights = _find_on_hub(repository, files)
     if weights is None:
-        raise MissingInputError(f"{HUB}{repository} holds no weights: none of {', '.join(FILES)}")
-    return Pretrained(weights, {}) if config is None else dataclasses.replace(read_description(config), file=weights)
+        raise MissingInputError(f"{HUB}{repository} holds no weights: none of {', '.join(files)}")
+    return Pretrained(weights, {}) if found is None else dataclasses.replace(found, file=weights)
 
 
 @functools.cache
@@ -302,8 +357,8 @@ def _find_on_hub(repository: str, files: tuple[str, ...]) -> Path | None:
         return None
     what = "description, config.json," if files == (DESCRIPTION,) else "weights"
     raise MissingInputError(
-        f"{HUB}{repository}: its {what} cannot be fetched ({one_line(_UNREACHABLE[0], 120)}), and not found in the "
-        f"hub's cache; on a machine with a network run `hf download {name}`, and bring its cache here (HF_HOME says "
+        f"{HUB}{repository}: its {what} cannot be fetched ({one_line(_UNREACHABLE[0], 120)}), and the hub's "
+        f"cache has none; on a machine with a network run `hf download {name}`, and bring its cache here (HF_HOME says "
         "where it is) or give the folder as local-dir:FOLDER"
     )
 

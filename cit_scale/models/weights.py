@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError, one_line, os_error
+from cit_scale.models.advised import ADVISED
 from cit_scale.models.advised import PREFIX as TRUNK_PREFIX
 from cit_scale.models.cit import CiT
 from cit_scale.models.classes import rows_of_classes
@@ -286,8 +287,9 @@ def start_from(network: Network, name: str, *, classes: Sequence[str] = (), valu
     before = {key: tensor.shape for key, tensor in state.items()}
     state = _with_shared_names(_adapt(state, model, found), model)
     heads, expected = head_names(model), model.state_dict()
-    if found.architecture and (other := _other_model(found.architecture, network.architecture)):
-        notes.append(other)
+    if found.architecture:
+        theirs = _trunk(found.architecture, found.arguments or {})
+        notes += _other_model(theirs, _trunk(network.architecture, network.arguments))
     rows = rows_of_classes(classes, found.description) if classes else None
     notes += _take_rows(state, expected, heads, rows, found.description.get("label_names") or ())
     fitting = {key: tensor for key, tensor in state.items() if key in expected and tensor.shape == expected[key].shape}
@@ -318,10 +320,15 @@ def _refuse_another_network(
         )
 
 
-def _other_model(theirs: str, ours: str) -> str:
+def _other_model(theirs: str, ours: str) -> list[str]:
     """What to say of weights of a network that timm knows by another name; empty for the same."""
     theirs, ours = theirs.split(".")[0], ours.split(".")[0]
-    return f"they are of {theirs}, and the network is {ours}" if theirs != ours else ""
+    return [f"they are of {theirs}, and the network is {ours}"] if theirs != ours else []
+
+
+def _trunk(architecture: str, arguments: Mapping[str, Any]) -> str:
+    """The model's name; of an advised one, that of its trunk."""
+    return str(arguments.get("trunk")) if architecture == ADVISED else architecture
 
 
 def _take_rows(

@@ -14,11 +14,11 @@ from cit_scale.config import TeacherConfig
 from cit_scale.distributed.world import broadcast, run_on_all_ranks
 from cit_scale.evaluate import Accuracy, evaluate
 from cit_scale.files import write_text
-from cit_scale.models.network import Network
+from cit_scale.models.network import Network, pretrained_cfg_of
 from cit_scale.models.pretrained import describe
 from cit_scale.run.inputs import EVALUATION_DATA, FIRST_WEIGHTS
 from cit_scale.run.setup import PreparedRun, noted_networks, writing
-from cit_scale.run_folder import NETWORKS
+from cit_scale.run_folder import NETWORKS, STUDENT
 from cit_scale.settings import to_dict
 from cit_scale.teachers import Teacher, run_teachers
 
@@ -32,10 +32,13 @@ def describe_student(prepared: PreparedRun, network: Network) -> dict[str, Any]:
     return describe(
         network.architecture,
         network.arguments,
+        model_cfg=pretrained_cfg_of(network.model),
         statistics=network.statistics,
         image_size=network.image_size or data.image_size,
+        given_size=data.image_size,
         crop_ratio=data.crop_ratio,
         classes=prepared.train_set.classes,
+        file=STUDENT,
     )
 
 
