@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import CLASSES, RECIPE, TINY_CIT, TinyRun, assert_same_end
 
 from cit_scale import cli
-from cit_scale.config import EngineConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
+from cit_scale.config import DataConfig, EngineConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
 from cit_scale.engines.build import prepare_engine
@@ -24,7 +24,33 @@ from cit_scale.models.network import build_network
 from cit_scale.models.pretrained import find_pretrained
 from cit_scale.run.inputs import fingerprints
 from cit_scale.run.networks import describe_student, teacher_line
-from cit_scale.run.setup import PreparedRun, check_all_settings, check_networks, fetch_weights, with_images
+from cit_scale.run.setup import (
+    PreparedRun,
+    check_all_settings,
+    check_networks,
+    fetch_weights,
+    seen_before,
+    with_images,
+)
+
+
+def test_weights_that_have_seen_the_evaluation_images_are_noted(tmp_path):
+    theirs = {"train": str(tmp_path / "photos"), "eval": str(tmp_path / "others"), "holdout": 0.2}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": theirs}))
+    weights = str(tmp_path / "student.safetensors")
+
+    def noted(**data):
+        return seen_before(weights, DataConfig(**{"train": theirs["train"], **data}))
+
+    assert "give --data.eval" in noted()[0]
+    assert noted(eval=theirs["eval"]) == []
+    assert noted(eval=theirs["train"], train="elsewhere")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {**theirs, "eval": None}}))
+    assert noted() == noted(holdout=0.1) == []
+    assert "give --data.holdout 0.2" in noted(holdout=0.3)[0]
+    assert seen_before(str(tmp_path), DataConfig(train=theirs["train"], holdout=0.3))
+    assert seen_before("resnet18.a1_in1k", DataConfig(train=theirs["train"])) == seen_before(None, DataConfig()) == []
+
 
 SMALL = {"channels": [8, 8, 16, 16], "stem_width": 8}
 
@@ -111,7 +137,9 @@ def test_a_run_that_is_not_finished_is_no_source(tmp_path):
         (tmp_path / "ckpt" / f"step_{step:06d}").mkdir(parents=True)
         (tmp_path / "ckpt" / f"step_{step:06d}" / "student.safetensors").touch()
     (tmp_path / "student.safetensors").touch()  # of before it was trained on
-    with pytest.raises(MissingInputError, match=r"is not finished; finish it, or copy .*step_000012/student\.safetens"):
+    with pytest.raises(
+        MissingInputError, match=r"is not finished, and its weights change; .*step_000012/student\.safetens"
+    ):
         find_pretrained(str(tmp_path))
     (tmp_path / "results.json").touch()
     assert find_pretrained(str(tmp_path)).file == tmp_path / "student.safetensors"

@@ -43,6 +43,8 @@ from cit_scale.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, NETWORKS, RES
 from cit_scale.settings import changed_settings
 from cit_scale.teachers import Teacher, build_teacher_without_weights, load_teacher
 
+MOST_CHANGED = 5  # settings that a message lists
+
 STUDENT = ""
 """The student's key among the teachers' names."""
 
@@ -259,14 +261,18 @@ def fetch_weights(configs: Iterable[RunConfig], *, fresh: bool = False) -> None:
     A run that has begun needs those no more from which it started.
     """
     for config in configs:
-        teachers = config.teachers.values()
-        names, models = [teacher.advises_with for teacher in teachers], [teacher.model for teacher in teachers]
+        wanted: list[tuple[str, str | None]] = []
+        for name, teacher in config.teachers.items():
+            which = "weights" if teacher.weights else "pretrained"
+            wanted += [(f"teachers.{name}.{which}", teacher.advises_with), (f"teachers.{name}.model", teacher.model)]
         if fresh or not has_begun(config):
-            names.append(config.student.start)
-            models.append(config.student.name)
-        for name in (*names, *(model for model in models if model.startswith((HUB, FOLDER)))):
-            if name is not None:
-                find_pretrained(name)
+            which = "weights" if config.student.weights else "pretrained"
+            wanted += [(f"student.{which}", config.student.start), ("student.name", config.student.name)]
+        for setting, value in wanted:
+            is_model = setting.endswith((".model", ".name"))
+            if value is not None and (not is_model or value.startswith((HUB, FOLDER))):
+                with naming(f"{setting}={value}"):
+                    find_pretrained(value)
 
 
 def check_all_settings(
@@ -383,7 +389,7 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name", *, valu
         source = f"{_start_setting(config, setting)}={config.student.start}"
         with naming(source) if config.student.start else contextlib.nullcontext():
             started = prepared.start_student(student, values=values)
-        said += [f"{source}: {note}" for note in started.notes]
+        said += [f"{source}: {note}" for note in (*started.notes, *seen_before(config.student.start, config.data))]
         if config.student.name.startswith((HUB, FOLDER)) and config.student.start is None:
             said.append(
                 f"{setting}={config.student.name}: the network alone is taken, not its weights; "
@@ -397,6 +403,7 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name", *, valu
                 which = "pretrained" if teacher.weights is None else "weights"
                 with naming(f"teachers.{name}.{which}={teacher.advises_with}"):
                     notes = load_weights(network, teacher.advises_with, values=values)
+                notes = (*notes, *seen_before(teacher.advises_with, config.data))
                 said += [f"teachers.{name}.{which}: {note}" for note in notes]
     freeze(student, config.train.freeze, started.new)
     prepare_network(student, config.engine, prepared.world)
@@ -405,6 +412,32 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name", *, valu
         with naming(f"teacher {name}"):
             said += check_networks(teacher_run, f"teachers.{name}.model", values=values)
     return said
+
+
+def seen_before(weights: str | None, data: DataConfig) -> list[str]:
+    """What to say of weights of a run that was trained on images which are evaluated on here; empty if none were.
+
+    weights: a run folder, or a file in one. Goes by the paths to the data and the share that is held out.
+    """
+    folder = Path(weights or "").expanduser()
+    try:
+        theirs = yaml.safe_load((folder if folder.is_dir() else folder.parent).joinpath(CONFIG).read_text())["data"]
+        train, evaluation, holdout = theirs["train"], theirs["eval"], float(theirs["holdout"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # of no run
+        return []
+
+    def same(one: str | None, other: str | None) -> bool:
+        return one is not None and other is not None and Path(one).resolve() == Path(other).resolve()
+
+    # Of a class, a smaller share that is held out is a part of a larger one (datasets/sources.py).
+    held_out_less = same(train, data.train) and data.eval is None and (evaluation is not None or holdout < data.holdout)
+    if not held_out_less and not same(train, data.eval):
+        return []
+    how = f"--data.eval {evaluation}" if evaluation is not None else f"--data.holdout {holdout:g}"
+    return [
+        f"they were trained on images that are evaluated on here, which will look better than it is; give {how}, as "
+        "their run had it"
+    ]
 
 
 def _start_setting(config: RunConfig, model_setting: str) -> str:
@@ -465,8 +498,8 @@ def check_same_run(config: RunConfig) -> None:
     changed = changed_settings(started_with, config)
     if changed:
         raise RefusedError(
-            f"{config.run_dir} holds a run with other settings ({'; '.join(changed)}); give this one another --name, "
-            "set that one aside with --fresh, or go on with it all the same with --override-resume"
+            f"{config.run_dir} holds a run with other settings; give this one another --name, set that one aside with "
+            f"--fresh, or go on with it all the same with --override-resume ({shorten(changed, MOST_CHANGED)})"
         )
 
 
