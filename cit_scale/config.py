@@ -330,8 +330,9 @@ class TrainConfig:
     keep_every_steps: int | None = setting(None, rules=[POSITIVE], may_change=True)
     """Checkpoints of multiples of this are kept for good; they are written whatever save_every_steps says."""
 
-    keep_best: int = setting(0, rules=[NOT_NEGATIVE], may_change=True)
-    """How many of those with the best average top-1 are kept; above 0, a checkpoint follows every evaluation."""
+    keep_best: int = setting(1, rules=[NOT_NEGATIVE], may_change=True)
+    """How many of those with the best average top-1 are kept, and as many of the moving average's best; above 0, a
+    checkpoint follows every evaluation, and the finished run has the best weights by name."""
 
     max_bad_steps: int = setting(10, rules=[POSITIVE], may_change=True, for_teachers=True)
     """After so many steps in a row that are not finite the run stops, with their batches beside the checkpoints."""

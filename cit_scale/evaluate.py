@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +38,7 @@ def evaluate(forward: Callable[[Tensor], NamedLogits], batches: Iterable[Batch],
     names: list[str] = []
     images = 0
     for batch in batches:
-        logits = dict(forward(batch.images)._asdict())
-        if len(logits) > 1:
-            logits[HEADS_MEAN] = torch.stack(list(logits.values())).mean(dim=0)
+        logits = with_average(forward(batch.images)._asdict())
         valid = (batch.positions >= 0).to(batch.labels.device)
         names = list(logits)
         correct = torch.stack([_correct(head, batch.labels, valid) for head in logits.values()])
@@ -57,6 +55,14 @@ def evaluate(forward: Callable[[Tensor], NamedLogits], batches: Iterable[Batch],
         top5=_percent(names, in_five.sum(dim=1) / total),
         class_mean=_percent(names, class_mean),
     )
+
+
+def with_average(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the mean of all heads' logits where there are several. logits: by head, each (B, K)."""
+    heads = dict(logits)
+    if len(heads) > 1:
+        heads[HEADS_MEAN] = torch.stack(list(heads.values())).mean(dim=0)
+    return heads
 
 
 def _percent(names: list[str], shares: Tensor) -> dict[str, float]:

@@ -62,6 +62,7 @@ from cit_scale.losses import co_advise_loss
 from cit_scale.optim import learning_rate
 from cit_scale.run.bad_images import BadImages
 from cit_scale.run.bad_steps import BadSteps, find_culprits
+from cit_scale.run.card import card_text
 from cit_scale.run.flops import ModelFlops, model_flops
 from cit_scale.run.folders import numbers
 from cit_scale.run.forecast import forecast_lines
@@ -76,9 +77,17 @@ from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.networks import describe_student, evaluate_teachers
 from cit_scale.run.plan import classes_text, counted
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
-from cit_scale.run.results import EXPORTS, device_name, environment_record, export_weights, measure, print_table
+from cit_scale.run.results import (
+    EXPORTS,
+    device_name,
+    environment_record,
+    export_best,
+    export_weights,
+    measure,
+    print_table,
+)
 from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
-from cit_scale.run_folder import CONFIG, DESCRIPTION, ENVIRONMENT, RESULTS, STUDENT
+from cit_scale.run_folder import CARD, CONFIG, DESCRIPTION, ENVIRONMENT, RESULTS, STUDENT
 from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, run_teachers
 
@@ -307,6 +316,8 @@ def train(
             f"trains {config.student.name} on {counted(len(prepared.train_set), 'image')} of {config.data.train} "
             f"in {prepared.num_classes} classes, advised by {' and '.join(config.teachers) or 'no teacher'}"
         )
+        if teachers and config.distill.compile:
+            log.say("its first step compiles the teachers, which takes a minute where it was not done before")
         if config.data.balance != "none" or config.distill.class_weights != "none":
             log.say(classes_text(prepared))
         for change in loaded.overridden:
@@ -653,16 +664,18 @@ def mixed_batches(prepared: PreparedRun, step: int) -> Iterator[MixedBatch]:
 def evaluate_student(session: Session) -> bool:
     """Collective. Log the accuracy of the student and of its moving average. Returns False if asked to stop.
 
-    The score that ``keep_best`` goes by is the student's own, averaged over its heads; not its moving average's.
+    The scores that ``keep_best`` goes by are those of all heads' mean.
     """
     engine, world, progress = session.engine, session.prepared.world, session.progress
     engine.module.eval()
     try:
         own = evaluate(engine.forward, session.eval_batches(), world)
         numbers = _named("top1_", own.top1) | {"class_mean": _whole(own.class_mean)}
+        top1_ema = None
         if session.prepared.config.optim.ema_decay is not None:
             with engine.averaged():
                 averaged = evaluate(engine.forward, session.eval_batches(), world)
+            top1_ema = _whole(averaged.top1)
             numbers |= _named("top1_ema_", averaged.top1) | {"class_mean_ema": _whole(averaged.class_mean)}
     except Stopped:
         return False
@@ -672,12 +685,12 @@ def evaluate_student(session: Session) -> bool:
     session.log.record(progress.step, numbers)
     if world.is_main:
         with contextlib.suppress(OSError):  # the checkpoint that follows reports a full disk
-            checkpoint.add_score(session.prepared.config.run_dir, progress.step, _whole(own.top1))
+            checkpoint.add_score(session.prepared.config.run_dir, progress.step, _whole(own.top1), top1_ema)
     return True
 
 
 def finish(session: Session, teachers: Mapping[str, Any]) -> dict[str, Any]:
-    """Collective. Copy the last checkpoint's weights, evaluate the copies, write results.json.
+    """Collective. Copy the last and the best checkpoint's weights, evaluate the last, write card and results.json.
 
     teachers: from ``evaluate_teachers``.
 
@@ -699,10 +712,17 @@ def finish(session: Session, teachers: Mapping[str, Any]) -> dict[str, Any]:
         "teachers": dict(teachers),
     }
     session.bad_images.collect(session.log.say)
-    text = json.dumps(results, indent=2) + "\n"
+
+    def write() -> None:
+        if not world.is_main:
+            return
+        results["best"] = export_best(run_dir, progress.step, results["accuracy"]) if config.train.keep_best else {}
+        write_text(run_dir / CARD, card_text(prepared, results))
+        write_text(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
+
     with writing(run_dir):
-        run_on_all_ranks(world, lambda: write_text(run_dir / RESULTS, text) if world.is_main else None)
-    return results
+        run_on_all_ranks(world, write)
+    return broadcast(world, results)
 
 
 def interruptible_eval_batches(

@@ -139,7 +139,7 @@ def plan(tiny_digits):
 def test_a_plan_says_how_long_the_run_is_and_what_comes_first(plan):
     assert (plan.micro_batch_size, plan.micro_steps) == (8, 2)
     assert (plan.train_images, plan.steps_per_epoch, plan.total_steps) == (1797, 28, 15 * 28)
-    assert plan.checkpoints_kept == 2
+    assert plan.checkpoints_kept == 2 + 1
     assert list(plan.teachers) == ["inv"]
     assert plan.teachers["inv"].total_steps == plan.teachers["inv"].config.train.epochs * 28
     assert plan.teachers["inv"].memory.teachers == 0 < plan.memory.teachers

@@ -44,6 +44,7 @@ RECIPE: dict[str, Any] = {
         "micro_batch_size": 2,
         "log_every_steps": 1,
         "save_every_steps": SAVE_EVERY,
+        "keep_best": 0,
         "eval_every_epochs": 1,
     },
 }

@@ -47,6 +47,7 @@ META = "meta.json"
 INDEX = "index.json"
 MANIFEST = "MANIFEST.json"
 SCORES = "scores.json"
+SCORES_EMA = "scores_ema.json"  # of the moving average
 FORMAT = 2  # of the files above; a checkpoint of another format is refused, not converted
 
 Sums = dict[str, dict[str, Any]]
@@ -74,21 +75,24 @@ class Retention:
     """Rule for deleting checkpoints. A checkpoint is kept if any of the three applies.
 
     last: the number of newest checkpoints to keep. every: keep multiples of this many steps; None keeps none for this
-    reason. best: the number of checkpoints with the highest scores (``add_score``) to keep.
+    reason. best: the number of checkpoints with the highest scores (``add_score``) to keep, of the student and, where
+    it is evaluated, of its moving average.
     """
 
     last: int = 2
     every: int | None = None
     best: int = 0
 
-    def outdated(self, steps: Sequence[int], scores: Mapping[int, float]) -> list[int]:
+    def outdated(self, steps: Sequence[int], *scores: Mapping[int, float]) -> list[int]:
         """Returns those of ``steps`` to delete, in ascending order.
 
-        scores: step to top-1; a step without a score is never among the best.
+        scores: step to top-1, by which each time the best are kept; a step without a score is never among them.
         """
-        # The step breaks ties between equal scores: the newer checkpoint counts as the better one.
-        scored = sorted((scores[step], step) for step in steps if step in scores)
-        best = [step for _, step in scored[len(scored) - self.best :]]  # [-0:] would be all of them
+        best: set[int] = set()
+        for each in scores:
+            # The step breaks ties between equal scores: the newer checkpoint counts as the better one.
+            scored = sorted((each[step], step) for step in steps if step in each)
+            best.update(step for _, step in scored[len(scored) - self.best :])  # [-0:] would be all of them
         newest = sorted(steps)[-self.last :]
         return [
             step
@@ -249,26 +253,36 @@ def _commit(
 def _retain(folder: Path, retention: Retention) -> None:
     """Delete outdated checkpoints."""
     # Rename first: a deletion that is cut short must not leave half a folder with a final name.
-    for step in retention.outdated(saved_steps(folder), _scores(folder)):
+    scores = (_scores(folder / file) for file in (SCORES, SCORES_EMA))
+    for step in retention.outdated(saved_steps(folder), *scores):
         step_path(folder, step).rename(folder / f"step_{step:06d}.deleted")
     for deleted in folder.glob("*.deleted"):
         shutil.rmtree(deleted)
 
 
-def add_score(run_dir: Path, step: int, top1: float) -> None:
-    """Store the student's top-1 accuracy in percent after ``step``, for ``Retention.best``.
+def add_score(run_dir: Path, step: int, top1: float, top1_ema: float | None = None) -> None:
+    """Store the student's top-1 accuracy in percent after ``step``, for ``Retention.best``, and its moving average's.
 
     The checkpoint of that step may be written later, or never.
     """
     folder = Path(run_dir) / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / SCORES, json.dumps({**_scores(folder), step: top1}))
+    for file, score in ((SCORES, top1), (SCORES_EMA, top1_ema)):
+        if score is not None:
+            write_text(folder / file, json.dumps({**_scores(folder / file), step: score}))
 
 
-def _scores(folder: Path) -> dict[int, float]:
-    """Step to top-1. Empty if scores.json is missing or damaged; no checkpoint is then kept for its score."""
+def saved_scores(run_dir: Path, file: str) -> dict[int, float]:
+    """Step to top-1, of the steps whose checkpoints are there. file: SCORES or SCORES_EMA."""
+    folder = Path(run_dir) / CHECKPOINTS
+    steps = saved_steps(folder)
+    return {step: top1 for step, top1 in _scores(folder / file).items() if step in steps}
+
+
+def _scores(path: Path) -> dict[int, float]:
+    """Step to top-1. Empty if the file is missing or damaged; no checkpoint is then kept for its score."""
     try:
-        return {int(step): float(top1) for step, top1 in json.loads((folder / SCORES).read_text()).items()}
+        return {int(step): float(top1) for step, top1 in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

@@ -78,7 +78,8 @@ class RunPlan:
         """How many checkpoints the finished run has, at most: the best and the kept multiples may be among the last."""
         train = self.config.train
         for_good = self.total_steps // train.keep_every_steps if train.keep_every_steps else 0
-        return train.keep_last + for_good + train.keep_best
+        best = train.keep_best * (1 if self.config.optim.ema_decay is None else 2)
+        return train.keep_last + for_good + best
 
 
 def plan_run(prepared: PreparedRun) -> RunPlan:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,21 @@ from rich.console import Console
 from rich.table import Table
 
 from cit_scale.batch import Batch
+from cit_scale.checkpoint.store import SCORES, SCORES_EMA, saved_scores
 from cit_scale.config import REPOSITORY
 from cit_scale.distributed.slurm_job import job_record
 from cit_scale.distributed.world import World, run_on_all_ranks
-from cit_scale.evaluate import evaluate
+from cit_scale.evaluate import HEADS_MEAN, evaluate
 from cit_scale.files import sync
 from cit_scale.models.weights import load_weights
 from cit_scale.run.setup import PreparedRun
-from cit_scale.run_folder import CHECKPOINTS, STUDENT, STUDENT_EMA, step_path
+from cit_scale.run_folder import CHECKPOINTS, STUDENT, STUDENT_BEST, STUDENT_EMA, STUDENT_EMA_BEST, step_path
 
 # Weights that a finished run leaves in its folder, by the name in results.json: files of its last checkpoint.
 EXPORTS = {"student": STUDENT, "student ema": STUDENT_EMA}
+
+# Likewise, of the checkpoint that was best: the file of scores that says which, and the name in the run folder.
+BEST = {"student": (SCORES, STUDENT_BEST), "student ema": (SCORES_EMA, STUDENT_EMA_BEST)}
 
 PACKAGES = (
     "torch",
@@ -44,8 +50,9 @@ PACKAGES = (
 
 
 def environment_record(world: World) -> dict[str, Any]:
-    """Returns what a reader needs to repeat the run's figures: commit, versions, host, device, ranks, Slurm job."""
+    """Returns what a reader needs to repeat the run's figures: command, commit, versions, host, device, ranks, job."""
     return {
+        "command": command_line(sys.argv),
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
@@ -56,6 +63,15 @@ def environment_record(world: World) -> dict[str, Any]:
         "world_size": world.world_size,
         "slurm": job_record(os.environ),
     }
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command of a process as it would be typed, without what a launcher has added."""
+    script = Path(argv[0])
+    program = f"python {script.parent.name}/{script.name}" if script.suffix == ".py" else script.name
+    if script.name in ("__main__.py", "cit-scale"):
+        program = "cit-scale"
+    return " ".join([program, *(shlex.quote(each) for each in argv[1:] if not each.startswith("--local_rank"))])
 
 
 def device_name(device: torch.device) -> str:
@@ -85,16 +101,37 @@ def _version(package: str) -> str | None:
 
 def export_weights(run_dir: Path, step: int) -> dict[str, str]:
     """On rank 0. Copy the weights of a checkpoint into the run folder. Returns the files by the names of EXPORTS."""
-    files = {}
-    for name, file in EXPORTS.items():
-        saved = step_path(run_dir / CHECKPOINTS, step) / file
-        if saved.exists():
-            unfinished = run_dir / f"{file}.partial"
-            shutil.copyfile(saved, unfinished)
-            sync(unfinished)
-            unfinished.replace(run_dir / file)
-            files[name] = file
-    return files
+    return {name: file for name, file in EXPORTS.items() if _copy_weights(run_dir, step, file, file)}
+
+
+def export_best(run_dir: Path, last_step: int, accuracy: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """On rank 0. Copy the weights of the best checkpoints that are there into the run folder.
+
+    last_step, accuracy: of the last checkpoint, which is evaluated by its files: from results.json. Returns file, step
+    and top-1 in percent, by the names of EXPORTS.
+    """
+    best = {}
+    for name, (scores_file, file) in BEST.items():
+        if name not in accuracy:
+            continue
+        last = accuracy[name]["top1"]
+        scores = {**saved_scores(run_dir, scores_file), last_step: last.get(HEADS_MEAN, last["cls"])}
+        step = max(scores, key=lambda step: (scores[step], step))
+        if _copy_weights(run_dir, step, EXPORTS[name], file):
+            best[name] = {"file": file, "step": step, "top1": scores[step]}
+    return best
+
+
+def _copy_weights(run_dir: Path, step: int, saved_name: str, name: str) -> bool:
+    """Copy a file of a checkpoint into the run folder. False if the checkpoint has none."""
+    saved = step_path(run_dir / CHECKPOINTS, step) / saved_name
+    if not saved.exists():
+        return False
+    unfinished = run_dir / f"{name}.partial"
+    shutil.copyfile(saved, unfinished)
+    sync(unfinished)
+    unfinished.replace(run_dir / name)
+    return True
 
 
 def measure(
@@ -144,7 +181,12 @@ def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
     console.print(
         f"training speed    {f'{speed:.0f} images/s' if speed else 'not measured: too few steps ran in this process'}"
     )
+    for best in results.get("best", {}).values():
+        console.print(f"best weights      {best['file']}, {best['top1']:.2f} % at step {best['step']}", soft_wrap=True)
     console.print(f"run folder        {run_dir}", soft_wrap=True)
+    folder = shlex.quote(str(run_dir))
+    console.print(f"what is next      cit-scale predict {folder} IMAGES", soft_wrap=True, markup=False)
+    console.print(f"                  cit-scale export {folder} --to onnx", soft_wrap=True, markup=False)
 
 
 def _percent(value: float | None) -> str:
