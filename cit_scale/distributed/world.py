@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -130,6 +130,25 @@ def gather(world: World, value: T) -> list[T]:
     if world.world_size > 1:
         dist.all_gather_object(values, value, group=world.group)
     return values
+
+
+def gather_on_main(world: World, value: T) -> list[T] | None:
+    """Collective. Returns every rank's ``value``, in the order of the ranks, on rank 0; None on the others."""
+    if world.world_size == 1:
+        return [value]
+    values = [value] * world.world_size if world.is_main else None
+    dist.gather_object(value, values, dst=0, group=world.group)
+    return values
+
+
+def deal(world: World, values: Sequence[T] | None) -> T:
+    """Collective. Returns this rank's of the ``values`` that rank 0 has, one for each rank. They are pickled."""
+    if world.world_size == 1:
+        assert values is not None
+        return values[0]
+    box: list[T | None] = [None]
+    dist.scatter_object_list(box, list(values) if values is not None else None, src=0, group=world.group)
+    return cast(T, box[0])
 
 
 def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,170 @@
+"""The images that ``cit-scale predict`` is asked about, one by one: files, folders, tar shards, videos, a list.
+
+A list, a folder or a shard is read while its images are classified: a million names take no memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from cit_scale.datasets.encoded import EXTENSIONS, MAX_PIXELS
+from cit_scale.datasets.index import UNUSABLE, printable, reason_text
+from cit_scale.errors import BadImageError, ConfigError, MissingInputError
+from cit_scale.inference.defaults import FRAMES_PER_S
+
+MOST_BYTES = 4 * MAX_PIXELS  # of an encoded image; more is read from no file
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image, or what stands in its place.
+
+    name: as it is shown. path, offset, size: where its bytes lie; size None: a whole file. data: the bytes, where they
+    lie nowhere else. reason: why there is no image.
+    """
+
+    name: str
+    path: str = ""
+    offset: int = 0
+    size: int | None = None
+    data: bytes | None = None
+    reason: str | None = None
+
+
+def read_item(item: Item) -> bytes:
+    """Return the encoded image. Raises BadImageError, and OSError where the disk fails."""
+    if item.reason is not None:
+        raise BadImageError(item.reason)
+    if item.data is not None:
+        return item.data
+    # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
+    descriptor = os.open(item.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise BadImageError("not a regular file")
+        size = about.st_size if item.size is None else item.size
+        if size > MOST_BYTES:
+            raise BadImageError(f"has {size} bytes, more than an image of {MAX_PIXELS} pixels")
+        file.seek(item.offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise BadImageError("the file ends too early")
+    return data
+
+
+def items_of(arguments: Sequence[str], stdin: IO[bytes], frames_per_s: float = FRAMES_PER_S) -> Iterator[Item]:
+    """Every image of the arguments, in their order. stdin: the list that "-" stands for, a path a line.
+
+    What cannot be read is an item with a reason. Raises MissingInputError at once for an argument that does not exist,
+    and ConfigError for a "-" that stands twice.
+    """
+    missing = [printable(each) for each in arguments if each != "-" and not os.path.lexists(each)]
+    if missing:
+        raise MissingInputError(f"{missing[0]} does not exist")
+    if list(arguments).count("-") > 1:
+        raise ConfigError("- is the list on standard input, and can stand there once")
+    return _items(arguments, stdin, frames_per_s)
+
+
+def _items(arguments: Sequence[str], stdin: IO[bytes], frames_per_s: float) -> Iterator[Item]:
+    for argument in arguments:
+        if argument == "-":
+            names = (os.fsdecode(line.removesuffix(b"\n")) for line in stdin)
+            for name in filter(None, names):
+                yield from _named(name, frames_per_s)
+        else:
+            yield from _named(argument, frames_per_s)
+
+
+def _named(path: str, frames_per_s: float) -> Iterator[Item]:
+    """All images of a path that somebody named."""
+    if os.path.isdir(path):
+        yield from _in_folder(path, frames_per_s)
+    else:
+        yield from _in_file(path, frames_per_s)
+
+
+def _in_folder(folder: str, frames_per_s: float) -> Iterator[Item]:
+    """Images of a folder and its sub-folders, in sorted order. Names that begin with a dot do not count."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        yield Item(folder, reason=reason_text(error))
+        return
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            if not os.path.islink(path):  # a link to a folder above would have no end
+                yield from _in_folder(path, frames_per_s)
+        elif _suffix(path) in EXTENSIONS | {".tar"} | _videos():
+            yield from _in_file(path, frames_per_s)
+
+
+def _in_file(path: str, frames_per_s: float) -> Iterator[Item]:
+    suffix = _suffix(path)
+    if suffix == ".tar" or suffix in _videos():
+        try:
+            is_file = stat.S_ISREG(os.stat(path).st_mode)
+        except OSError as error:
+            yield Item(path, reason=reason_text(error))
+            return
+        if not is_file:  # reading a named pipe would wait for a writer
+            yield Item(path, reason="not a regular file")
+        else:
+            yield from _in_shard(path) if suffix == ".tar" else _in_video(path, frames_per_s)
+    else:
+        yield Item(path, path)
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+@functools.cache
+def _videos() -> frozenset[str]:
+    """Extensions of videos."""
+    from cit_scale.datasets import video  # takes a tenth of a second
+
+    return frozenset(video.EXTENSIONS)
+
+
+def _in_shard(path: str) -> Iterator[Item]:
+    """Members with an image's extension, in their order in the file."""
+    try:
+        with open(path, "rb") as file, tarfile.open(path, "r:", file) as tar:
+            for member in tar:
+                if member.size < 0:
+                    raise tarfile.ReadError(f"a member of {member.size} bytes")
+                if member.isreg() and not member.issparse() and _suffix(member.name) in EXTENSIONS:
+                    yield Item(f"{path}:{member.name}", path, member.offset_data, member.size)
+                cast(Any, tar).members = []  # tarfile keeps all that it has seen
+    except (tarfile.TarError, *UNUSABLE) as error:
+        yield Item(path, reason=f"not a whole, uncompressed tar file: {reason_text(error)}")
+
+
+def _in_video(path: str, frames_per_s: float) -> Iterator[Item]:
+    """Frames as ``cit-scale video`` takes them, called PATH:SECONDS."""
+    from cit_scale.datasets.video import BadVideoError, Sampling, extract
+
+    with tempfile.TemporaryDirectory(prefix="cit_scale_") as folder:
+        frames = Path(folder) / "frames"
+        try:
+            count = extract(Path(path), frames, Sampling(fps=frames_per_s))
+        except BadVideoError as error:
+            yield Item(path, reason=str(error))
+            return
+        for number, frame in zip(range(count), _sorted_files(frames), strict=False):
+            yield Item(f"{path}:{number / frames_per_s:g}", data=frame.read_bytes())
+
+
+def _sorted_files(folder: Path) -> Iterable[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix == ".jpg")

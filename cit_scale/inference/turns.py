@@ -1,0 +1,158 @@
+"""Classifies any number of images over any number of ranks, and hands the answers to rank 0 in the order of the images.
+
+In a turn each rank classifies one batch. Rank 0 alone knows the images: it deals the next turn's while this turn's are
+computed, so that they are read and decoded meanwhile. A batch holds images that follow each other, and is the same at
+any number of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cit_scale.datasets.index import UNUSABLE, reason_text
+from cit_scale.distributed.world import World, deal, gather_on_main
+from cit_scale.errors import one_line
+from cit_scale.inference.classifier import Classifier
+
+T = TypeVar("T")
+
+BATCH_SIZES = {"cpu": 32, "cuda": 256}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one batch. reasons: of each image, why it cannot be used; None for a good one. logits: by head, (G, K) float32
+    of the G good images.
+    """
+
+    items: Sequence[Any]
+    reasons: Sequence[str | None]
+    logits: dict[str, np.ndarray]
+
+
+def classify_all(
+    items: Iterator[T],
+    read: Callable[[T], bytes],
+    classifier: Classifier,
+    world: World,
+    take: Callable[[Answers], bool],
+    *,
+    batch_size: int | None = None,
+    threads: int,
+) -> None:
+    """Collective. Classify all items.
+
+    items: used on rank 0 alone. read: the encoded image of an item, on any rank; raises BadImageError, and OSError.
+    take: called on rank 0 with the answers of each batch, in order; no more is computed once it returns False.
+    batch_size: None: by the device. threads: that read and decode, on each rank.
+    What any rank raises is raised on all of them.
+    """
+    size = batch_size or BATCH_SIZES[world.device.type]
+    prepare = functools.partial(_prepare, read, classifier)
+    failure: Exception | None = None
+    waiting: _Turn | None = None
+    goes_on = True
+    with ThreadPoolExecutor(threads, "decode") as pool:
+        while True:
+            dealt = _deal(items if goes_on else iter(()), size, world, failure)
+            following = None if dealt is None else _Turn(dealt, [pool.submit(prepare, item) for item in dealt])
+            if waiting is not None:
+                everyone = gather_on_main(world, _answer(waiting, classifier))
+                if everyone is not None and goes_on:
+                    try:
+                        goes_on = _take_all(everyone, take)
+                    except Exception as error:  # raised on all ranks, in the next turn
+                        failure, goes_on = error, False
+            elif dealt is None:
+                return
+            waiting = following
+
+
+@dataclass(frozen=True)
+class _Turn:
+    items: Sequence[Any]
+    images: Sequence[Future[Tensor | str]]
+
+
+def _prepare(read: Callable[[Any], bytes], classifier: Classifier, item: Any) -> Tensor | str:
+    """The image as the classifier takes it, or the reason why it cannot be used.
+
+    An OSError of the disk, not of the image, is raised.
+    """
+    try:
+        return classifier.prepare(read(item))
+    except UNUSABLE as error:
+        return reason_text(error) if isinstance(error, OSError) else str(error)
+
+
+def _deal(items: Iterator[T], size: int, world: World, failure: Exception | None) -> list[T] | None:
+    """Collective. This rank's next batch, maybe empty; None if there is none on any rank. Raises rank 0's failure."""
+    hands: list[list[T] | Exception | None] | None = None
+    if world.is_main:
+        try:
+            batches = [list(itertools.islice(items, size)) for _ in range(world.world_size)] if failure is None else []
+            hands = list(batches) if any(batches) else [None] * world.world_size
+        except Exception as error:  # of listing
+            failure = error
+        if failure is not None:
+            hands = [failure] * world.world_size
+    mine = deal(world, hands)
+    if isinstance(mine, Exception):
+        raise mine
+    return mine
+
+
+def _answer(turn: _Turn, classifier: Classifier) -> Answers | Exception:
+    try:
+        prepared = [future.result() for future in turn.images]
+        images = [image for image in prepared if isinstance(image, Tensor)]
+        reasons = [image if isinstance(image, str) else None for image in prepared]
+        return Answers(turn.items, reasons, classify_images(classifier, images))
+    except Exception as error:  # raised again on rank 0, and with the next turn on all ranks
+        return error
+
+
+def _take_all(everyone: Sequence[Answers | Exception], take: Callable[[Answers], bool]) -> bool:
+    for answers in everyone:
+        if isinstance(answers, Exception):
+            raise answers
+        if answers.items and not take(answers):
+            return False
+    return True
+
+
+def classify_images(classifier: Classifier, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
+    """Logits of G images as (G, K) by head. images: as ``Classifier.prepare`` returns them."""
+    if not images:
+        return {}
+    if classifier.interface.pixels:
+        parts = [classifier.classify(image[None]) for image in images]
+    else:
+        parts = _in_halves(classifier, torch.stack(list(images)))
+    return {head: torch.cat([part[head] for part in parts]).float().numpy() for head in parts[0]}
+
+
+def _in_halves(classifier: Classifier, images: Tensor) -> list[dict[str, Tensor]]:
+    """Classify a batch, in parts where the device has not enough memory for it."""
+    try:
+        return [classifier.classify(images)]
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    halves = images.tensor_split(2)
+    return [part for half in halves for part in _in_halves(classifier, half)]
+
+
+def unusable_text(reasons: Sequence[str], most: int = 3) -> str:
+    """A few of the reasons, for a message."""
+    shown = "; ".join(one_line(reason, 100) for reason in reasons[:most])
+    return shown if len(reasons) <= most else f"{shown}; and {len(reasons) - most} more"
