@@ -28,6 +28,16 @@ VERBS = {
     "train": Verb("train a student and the teachers that advise it", "cit_scale.train"),
     "pack": Verb("any data set to checked tar shards", "cit_scale.datasets.commands", "pack"),
     "video": Verb("class folders of videos to class folders of frames", "cit_scale.datasets.commands", "video"),
+    "evaluate": Verb(
+        "the scores of a run, of weights or of an exported file",
+        "cit_scale.inference.commands",
+        "evaluate",
+        prints_results=True,
+    ),
+    "predict": Verb(
+        "the classes of images, a row for each", "cit_scale.inference.commands", "predict", prints_results=True
+    ),
+    "export": Verb("a measured file: ONNX, pt2, TorchScript, timm", "cit_scale.export.commands", "export"),
     "runs": Verb("list and show run folders", "cit_scale.run.show", prints_results=True),
     "where": Verb("print the folder of launchers/, slurm/ and ds_configs/", "cit_scale.where", prints_results=True),
 }

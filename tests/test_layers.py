@@ -40,6 +40,8 @@ WALLS = {
     "settings teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
     "run run_folder settings teachers text",
+    "inference": "config datasets distributed errors evaluate files models recipe run_folder text",
+    "export": "config datasets distributed errors files inference models run_folder text",
     "where": "config text",
     "__main__": "cli config text",
     "job": "distributed errors text train",
@@ -55,6 +57,9 @@ ONLY_IMPORTERS = {
     "triton": {"models.involution_triton"},
     "submitit": {"launchers.submit", "launchers.executors"},
     "ffmpeg": {"datasets.video"},
+    "onnx": {"export.onnx"},
+    "onnxruntime": {"export.onnx", "inference.exported"},
+    "pyarrow": {"inference.tables"},
 }
 
 # The one file of launchers/ that runs Slurm's commands, and the commands, with or without their folder.
@@ -195,7 +200,8 @@ def test_each_large_library_has_one_door():
 
 def test_every_library_that_is_imported_is_a_dependency():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[^\w.-]", each)[0].lower() for each in project["dependencies"]}
+    extras = [each for extra in project["optional-dependencies"].values() for each in extra]
+    declared = {re.split(r"[^\w.-]", each)[0].lower() for each in [*project["dependencies"], *extras]}
     imported = {
         each.split(".")[0]
         for path in {**modules(), **launchers()}.values()

@@ -140,7 +140,7 @@ def test_a_verb_that_there_is_not_is_answered_with_those_there_are(capsys):
     assert command.main(["trian"]) == 2
     assert capsys.readouterr().err == "error: cit-scale has no verb 'trian'; did you mean train?\n"
     assert command.main(["xyz"]) == 2
-    assert "there are train, pack, video, runs" in capsys.readouterr().err
+    assert "there are train, pack, video, evaluate, predict" in capsys.readouterr().err
 
 
 def test_without_a_verb_the_help_is_shown(capsys):

@@ -8,9 +8,10 @@ H' = ceil(H / S), W' = ceil(W / S).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -43,7 +44,26 @@ def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
     Under autocast both inputs are cast to the autocast dtype, as for a convolution; float64 inputs are not cast.
     Raises ValueError if shapes, dtypes or devices do not fit.
     """
+    if _in_torchs_operators:
+        return involution_loop.filtered(x, kernel, stride).to(x.dtype)
     return torch.ops.cit_scale.involution(x, kernel, stride)
+
+
+_in_torchs_operators = False
+
+
+@contextlib.contextmanager
+def in_torchs_operators() -> Iterator[None]:
+    """Meanwhile ``involution`` is made of torch's own operators: pad, and a product for each of the K x K taps.
+
+    For exports: what is traced so needs nothing of this project. Slow, and not for training.
+    """
+    global _in_torchs_operators
+    _in_torchs_operators = True
+    try:
+        yield
+    finally:
+        _in_torchs_operators = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

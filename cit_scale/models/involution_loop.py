@@ -14,11 +14,16 @@ from torch import Tensor
 
 def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
     """Compute the involution of x. x: (B, C, H, W). kernel: (B, G, K, K, H', W'). out: (B, C, H', W')."""
+    out.copy_(filtered(x, kernel, stride))
+
+
+def filtered(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """Return the involution of x, (B, C, H', W'), in float32 or float64. Made of torch's own operators."""
     padded = _pad_and_group(x, kernel)
-    total = out.new_zeros(1, dtype=padded.dtype)  # broadcast to the full shape by the first tap
+    total = padded.new_zeros(1)  # broadcast to the full shape by the first tap
     for kernel_tap, x_tap in zip(_kernel_taps(kernel), _shifted_slices(padded, kernel, stride), strict=True):
         total = torch.addcmul(total, x_tap, kernel_tap.to(padded.dtype))
-    out.copy_(total.flatten(1, 2))
+    return total.flatten(1, 2)
 
 
 def grad_x(grad_out: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
