@@ -2,16 +2,20 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cit_scale import cli
 from cit_scale.__main__ import VERBS
 from cit_scale.config import RunConfig, check_config
 from cit_scale.datasets.commands import pack_parser, video_parser
+from cit_scale.export.commands import export_parser
+from cit_scale.inference.commands import evaluate_parser, predict_parser
 from cit_scale.recipe import recipe_names
-from cit_scale.settings import to_yaml
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -49,34 +53,41 @@ def test_the_readme_shows_the_ways_to_start():
         assert launcher in commands
 
 
-def test_the_python_example_runs(monkeypatch, tmp_path):
-    from safetensors.torch import save_file
+def test_the_python_examples_run(calm, monkeypatch, tmp_path, capsys):
+    """Of docs/using.md: with timm, and with onnxruntime alone."""
+    from cit_scale.distributed.world import World
+    from cit_scale.export.write import Form, export
+    from cit_scale.inference.classifier import open_classifier, open_network
 
-    from cit_scale.models.network import build_network
-
-    (example,) = (block for language, block in BLOCKS if language == "python")
-    path = tmp_path / re.search(r'"(runs/\S+\.safetensors)"', example)[1]
-    path.parent.mkdir(parents=True)
-    config = cli.parse_arguments([]).config
-    (path.parent / "config.yaml").write_text(to_yaml(config))
-    network = build_network(
-        config.student.name,
-        config.student.kwargs,
-        num_classes=10,
-        image_size=config.data.image_size,
-        teachers=tuple(config.teachers),
-    )
-    trained = network.model
-    save_file(trained.state_dict(), path)
+    (tmp_path / "runs").mkdir()
+    run_dir = shutil.copytree(calm("plain").run_dir, tmp_path / "runs" / "digits")
+    export(open_network(str(run_dir), World()), Form("onnx", any_size=True))
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(example, names)  # the README's own code
-    assert (names["model"].head.weight == trained.head.weight).all()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("digit.png")
+    capsys.readouterr()
+    examples = [block for language, block in BLOCK.findall(PAGES["docs/using.md"]) if language == "python"]
+    for example in examples:
+        exec(example, {})  # the page's own code
+    classifier = open_classifier("runs/digits", World())
+    logits = classifier.classify(classifier.prepare(Path("digit.png").read_bytes())[None])["average"]
+    expected = classifier.classes[logits.argmax()]
+    answers = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert answers == [expected, expected]
 
 
-@pytest.mark.parametrize("verb", ["pack", "video"])
-def test_every_command_that_prepares_data_is_understood(verb):
-    parse = {"pack": pack_parser, "video": video_parser}[verb]().parse_args
+PARSERS = {
+    "pack": pack_parser,
+    "video": video_parser,
+    "evaluate": evaluate_parser,
+    "predict": predict_parser,
+    "export": export_parser,
+}
+
+
+@pytest.mark.parametrize("verb", PARSERS)
+def test_every_command_before_and_after_training_is_understood(verb):
+    parse = PARSERS[verb]().parse_args
     shown = [words[2:] for words, _ in commands() if words[:2] == ["cit-scale", verb]]
     assert shown
     for arguments in shown:

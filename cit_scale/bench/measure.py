@@ -88,15 +88,16 @@ def peak_extra_mib(function: Callable[[], Any], device: torch.device) -> float:
         # Return freed memory to the kernel: reused by the call, it would not show as additional memory.
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # 5 resets the peak, VmHWM; see proc(5)
-    before = _resident_kib("VmRSS")
+    before = resident_kib("VmRSS")
     result = function()
-    peak = _resident_kib("VmHWM")
+    peak = resident_kib("VmHWM")
     del result  # kept until here, so that the peak includes it
     # The kernel counts pages in batches, so the difference may miss a few and even be 0.
     return max(peak - before, PAGE_KIB) / 1024
 
 
-def _resident_kib(field: str) -> int:
+def resident_kib(field: str) -> int:
+    """Memory of this process in KiB. field: VmRSS, or VmHWM for its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 

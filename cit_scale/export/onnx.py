@@ -23,7 +23,7 @@ OPSET = 20
 MAKE_READY = """
 <ir_version: 10, opset_import: ["" : {opset}]>
 make_ready (uint8[1, height, width, 3] pixels) => (float[1, 3, {size}, {size}] images)
-<int64 shorter = {{{shorter}}}, int64[1] side = {{{size}}}, int64[2] three = {{1, 3}},
+<int64 shorter = {{{shorter}}}, int64[2] three = {{1, 3}},
  float half = {{0.5}}, float low = {{0.0}}, float high = {{255.0}}, float[2] sides = {{{size}.0, {size}.0}},
 
  int64[1] second = {{1}}, int64[1] third = {{2}}, float[2] two = {{2.0, 2.0}},

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cit_scale.datasets.sources import Source
@@ -28,6 +29,7 @@ TOLERANCES = {"float32": 1e-4, "fp16": 0.05, "int8": 0.5}
 RESIZED = 0.05  # where the file, or who opens it, resizes images by another program
 
 LATENCY_BATCHES = (1, 32)
+WARM_UP_CALLS = 3  # TorchScript compiles in the second
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Proof:
     student_top1, top1: percent. changed: images of which the two say another class. difference: the largest of two
     logits, of the same image by both, or of one by the file, alone and among others. scale: the student's largest.
     tolerance: how much of it the difference may be. p_value: of McNemar's exact test, that both are right as often.
-    latency_ms, student_latency_ms: median of a call, by batch size.
+    latency_ms, student_latency_ms: median of a call on one thread, by batch size.
     """
 
     images: int
@@ -151,16 +153,22 @@ def refuse_loss(proof: Proof, what: str, *, allowed: bool) -> None:
 
 
 def latency_ms(classifier: Classifier, image: Tensor, calls: int = 20) -> dict[int, float]:
-    """Median milliseconds of a call, by batch size, after two calls that do not count. A file for single images is
-    called once for each image of a batch.
+    """Median milliseconds of a call on one thread, by batch size, after some calls that do not count.
+
+    A file for single images is called once for each image of a batch.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as files of onnxruntime are opened
     found = {}
-    for size in LATENCY_BATCHES:
-        images = [image] * size
-        times = []
-        for _ in range(2 + (calls if size == 1 else max(calls // 4, 1))):
-            began_at = time.perf_counter()
-            classify_images(classifier, images)
-            times.append(1e3 * (time.perf_counter() - began_at))
-        found[size] = statistics.median(times[2:])
+    try:
+        for size in LATENCY_BATCHES:
+            images = [image] * size
+            times = []
+            for _ in range(WARM_UP_CALLS + (calls if size == 1 else max(calls // 4, 1))):
+                began_at = time.perf_counter()
+                classify_images(classifier, images)
+                times.append(1e3 * (time.perf_counter() - began_at))
+            found[size] = statistics.median(times[WARM_UP_CALLS:])
+    finally:
+        torch.set_num_threads(threads)
     return found

@@ -233,9 +233,13 @@ def calibration_images(opened: OpenedNetwork, student: Classifier, data: str | N
         yield torch.stack(images).float().div_(255)
 
 
+def megabytes(path: Path) -> float:
+    """Size of a file, or of the files in a folder."""
+    return sum(each.stat().st_size for each in ([path] if path.is_file() else path.iterdir())) / 1e6
+
+
 def print_proof(path: Path, proof: Proof) -> None:
-    megabytes = sum(each.stat().st_size for each in ([path] if path.is_file() else path.iterdir())) / 1e6
-    table = Table(title=f"{printable(path)}, {megabytes:.2f} MB", title_justify="left")
+    table = Table(title=f"{printable(path)}, {megabytes(path):.2f} MB", title_justify="left")
     for column in ("", "top-1 %", "ms for 1", "ms for 32", "images/s at 32"):
         table.add_column(column, justify="right" if column else "left")
     for name, top1, times in (
@@ -246,7 +250,7 @@ def print_proof(path: Path, proof: Proof) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"on {proof.images} images: {proof.changed} change their class; logits differ by at most "
+        f"on one thread; on {proof.images} images: {proof.changed} change their class; logits differ by at most "
         f"{proof.difference:.2g}, the largest is {proof.scale:.3g}",
         soft_wrap=True,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,7 @@ from cit_scale.inference.exported import open_exported
 from cit_scale.inference.images import prepare_image
 from cit_scale.inference.interface import Interface
 from cit_scale.models.classes import class_names
-from cit_scale.models.network import Network, build_network, described_model
+from cit_scale.models.network import Network, build_network, described_model, tensors_of
 from cit_scale.models.pretrained import FOLDER, GIVEN_SIZE, Pretrained, find_pretrained, own_crop_ratio
 from cit_scale.models.weights import load_weights
 from cit_scale.run_folder import CHECKPOINTS, CONFIG, RESULTS, STUDENT, saved_steps, step_path
@@ -86,13 +88,22 @@ def open_classifier(name: str, world: World) -> Classifier:
 def classifier_of(opened: OpenedNetwork, device: torch.device) -> Classifier:
     """The network as a classifier, on a device."""
     network = opened.network.to(device)
+    of_thread = threading.local()
 
     @torch.inference_mode()
     def classify(images: Tensor) -> dict[str, Tensor]:
-        heads = network(images.to(device).float().div_(255))._asdict()
+        if not hasattr(of_thread, "network"):
+            of_thread.network = with_own_modules(network)
+        heads = of_thread.network(images.to(device).float().div_(255))._asdict()
         return with_average({head: logits.cpu() for head, logits in heads.items()})
 
     return Classifier(opened.name, opened.interface, opened.description, classify, opened.run_dir, opened.notes)
+
+
+def with_own_modules(network: Network) -> Network:
+    """A copy that shares all tensors: what a module keeps during a call (``Advised``) is not another thread's."""
+    shared = {id(tensor): tensor for tensor in tensors_of(network).values()}
+    return copy.deepcopy(network, shared)
 
 
 def open_network(name: str, world: World) -> OpenedNetwork:

@@ -75,7 +75,7 @@ def _open_onnx(path: Path, device: torch.device) -> Exported:
     except ImportError:
         raise ConfigError(f"{path} {NEEDS_EXTRA}") from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = 1  # a batch is computed by one thread (turns.py)
     options.log_severity_level = 3  # errors alone
     # CUDA's first, where the GPU's build of onnxruntime is installed.
     known = [] if device.type == "cpu" else ["CUDAExecutionProvider"]

@@ -1,12 +1,14 @@
 """Classifies any number of images over any number of ranks, and hands the answers to rank 0 in the order of the images.
 
-In a turn each rank classifies one batch. Rank 0 alone knows the images: it deals the next turn's while this turn's are
-computed, so that they are read and decoded meanwhile. A batch holds images that follow each other, and is the same at
-any number of ranks.
+Rank 0 alone knows the images. In a turn each rank classifies some batches; rank 0 deals the next turn's while this
+turn's are computed, so that they are read and decoded meanwhile. A batch holds images that follow each other. On a CPU
+each batch is computed by one thread, several batches at once: how a library splits one batch among threads changes the
+last bits of its logits. So an image's logits are the same at any number of ranks and threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -57,19 +59,22 @@ def classify_all(
     What any rank raises is raised on all of them.
     """
     size = batch_size or BATCH_SIZES[world.device.type]
+    lanes = torch.get_num_threads() if world.device.type == "cpu" else 1
     prepare = functools.partial(_prepare, read, classifier)
     failure: Exception | None = None
-    waiting: _Turn | None = None
+    waiting: list[_Batch] | None = None
     goes_on = True
-    with ThreadPoolExecutor(threads, "decode") as pool:
+    with ThreadPoolExecutor(threads, "decode") as decoders, _computing_threads(world, lanes) as computers:
         while True:
-            dealt = _deal(items if goes_on else iter(()), size, world, failure)
-            following = None if dealt is None else _Turn(dealt, [pool.submit(prepare, item) for item in dealt])
+            dealt = _deal(items if goes_on else iter(()), size, lanes, world, failure)
+            following = None
+            if dealt is not None:
+                following = [_Batch(batch, [decoders.submit(prepare, item) for item in batch]) for batch in dealt]
             if waiting is not None:
-                everyone = gather_on_main(world, _answer(waiting, classifier))
+                everyone = gather_on_main(world, _answer_all(waiting, classifier, computers))
                 if everyone is not None and goes_on:
                     try:
-                        goes_on = _take_all(everyone, take)
+                        goes_on = all(_take(answers, take) for rank in everyone for answers in rank)
                     except Exception as error:  # raised on all ranks, in the next turn
                         failure, goes_on = error, False
             elif dealt is None:
@@ -78,9 +83,19 @@ def classify_all(
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _Batch:
     items: Sequence[Any]
     images: Sequence[Future[Tensor | str]]
+
+
+@contextlib.contextmanager
+def _computing_threads(world: World, count: int) -> Iterator[ThreadPoolExecutor | None]:
+    """Threads that compute a batch each; None on a GPU, which computes in the caller's."""
+    if world.device.type != "cpu":
+        yield None
+        return
+    with ThreadPoolExecutor(count, "compute", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool
 
 
 def _prepare(read: Callable[[Any], bytes], classifier: Classifier, item: Any) -> Tensor | str:
@@ -94,13 +109,13 @@ def _prepare(read: Callable[[Any], bytes], classifier: Classifier, item: Any) ->
         return reason_text(error) if isinstance(error, OSError) else str(error)
 
 
-def _deal(items: Iterator[T], size: int, world: World, failure: Exception | None) -> list[T] | None:
-    """Collective. This rank's next batch, maybe empty; None if there is none on any rank. Raises rank 0's failure."""
-    hands: list[list[T] | Exception | None] | None = None
+def _deal(items: Iterator[T], size: int, lanes: int, world: World, failure: Exception | None) -> list[list[T]] | None:
+    """Collective. This rank's next batches, maybe empty ones; None if no item is left. Raises rank 0's failure."""
+    hands: Sequence[list[list[T]] | Exception | None] | None = None
     if world.is_main:
         try:
-            batches = [list(itertools.islice(items, size)) for _ in range(world.world_size)] if failure is None else []
-            hands = list(batches) if any(batches) else [None] * world.world_size
+            batches = [[list(itertools.islice(items, size)) for _ in range(lanes)] for _ in range(world.world_size)]
+            hands = batches if batches[0][0] else [None] * world.world_size
         except Exception as error:  # of listing
             failure = error
         if failure is not None:
@@ -111,23 +126,27 @@ def _deal(items: Iterator[T], size: int, world: World, failure: Exception | None
     return mine
 
 
-def _answer(turn: _Turn, classifier: Classifier) -> Answers | Exception:
+def _answer_all(
+    batches: Sequence[_Batch], classifier: Classifier, computers: ThreadPoolExecutor | None
+) -> list[Answers | Exception]:
+    answer = functools.partial(_answer, classifier)
+    return list(map(answer, batches) if computers is None else computers.map(answer, batches))
+
+
+def _answer(classifier: Classifier, batch: _Batch) -> Answers | Exception:
     try:
-        prepared = [future.result() for future in turn.images]
+        prepared = [future.result() for future in batch.images]
         images = [image for image in prepared if isinstance(image, Tensor)]
         reasons = [image if isinstance(image, str) else None for image in prepared]
-        return Answers(turn.items, reasons, classify_images(classifier, images))
+        return Answers(batch.items, reasons, classify_images(classifier, images))
     except Exception as error:  # raised again on rank 0, and with the next turn on all ranks
         return error
 
 
-def _take_all(everyone: Sequence[Answers | Exception], take: Callable[[Answers], bool]) -> bool:
-    for answers in everyone:
-        if isinstance(answers, Exception):
-            raise answers
-        if answers.items and not take(answers):
-            return False
-    return True
+def _take(answers: Answers | Exception, take: Callable[[Answers], bool]) -> bool:
+    if isinstance(answers, Exception):
+        raise answers
+    return not answers.items or take(answers)
 
 
 def classify_images(classifier: Classifier, images: Sequence[Tensor]) -> dict[str, np.ndarray]:
