@@ -405,11 +405,13 @@ def finished_results(
     bad_images = BadImages(run_dir, (prepared.eval_images,), prepared.config.data.max_bad_images, world)
     bad_images.collect(say)
     results = {**finished, **measured, "inputs": {**noted, EVALUATION_DATA: here[EVALUATION_DATA]}}
+    results.pop("best", None)  # by the accuracy on other images
 
     def write() -> None:
         if world.is_main:
             # A copy: killed in between, the run is still a finished one. Its config.yaml stays as it was trained.
             shutil.copyfile(run_dir / RESULTS, free_name(run_dir / RESULTS))
+            write_text(run_dir / CARD, card_text(prepared, results))
             write_text(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
 
     with writing(run_dir):

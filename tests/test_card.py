@@ -63,6 +63,17 @@ def test_the_card_says_what_the_run_is(kept):
     assert f"\n```\n{command}\n```\n" in text
 
 
+def test_a_licence_that_the_user_has_set_stays(kept, tmp_path):
+    from cit_scale.run.networks import licence_of
+
+    run_dir = shutil.copytree(kept.run_dir, tmp_path / "run")
+    assert licence_of(run_dir) == "other"
+    description = json.loads((run_dir / "config.json").read_text())
+    description["pretrained_cfg"]["license"] = "mit"
+    (run_dir / "config.json").write_text(json.dumps(description))
+    assert licence_of(run_dir) == "mit"
+
+
 def test_names_in_a_card_are_no_markup():
     assert plain("a|b") == "a\\|b"
     assert plain("*x* `y` <b> [z](http://a.b)") == "\\*x\\* \\`y\\` &lt;b&gt; \\[z\\](http&#58;//a.b)"

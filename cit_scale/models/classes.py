@@ -105,7 +105,11 @@ def columns_by_class(classes: Sequence[str], description: Mapping[str, Any]) -> 
     except ConfigError:
         labels = [[name] for name in class_names(description)]
     columns = _columns_by_name(labels)
-    return [columns.get(_plain(name), []) for name in classes]
+    exact: dict[str, list[int]] = {}
+    for column, names in enumerate(labels):
+        for name in dict.fromkeys(names):
+            exact.setdefault(name, []).append(column)
+    return [exact.get(name) or columns.get(_plain(name), []) for name in classes]
 
 
 def _columns_by_name(labels: Sequence[Sequence[str]]) -> dict[str, list[int]]:

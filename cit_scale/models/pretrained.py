@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.models import PretrainedCfg
@@ -44,6 +45,8 @@ from cit_scale.run_folder import (
 )
 
 GIVEN_SIZE = "given_size"  # in config.json: the size of the images that the network is given, where it sees another
+
+OTHER_LICENCE = "other"  # the hub's word for one that is not in its list
 
 HUB = "hf-hub:"
 FOLDER = "local-dir:"
@@ -73,7 +76,10 @@ class Pretrained:
     @property
     def teachers(self) -> tuple[str, ...]:
         """Names of the teachers that its heads beside the first are of, as far as the description says them."""
-        return tuple((self.arguments or {}).get("teachers") or ())
+        names = (self.arguments or {}).get("teachers") or ()
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"model_args of {self.file.name} have teachers={names!r:.60}, which is no list of names")
+        return tuple(names)
 
     @property
     def sha256(self) -> str:
@@ -145,6 +151,7 @@ def describe(
     crop_ratio: float,
     classes: Sequence[str],
     file: str,
+    licence: str = OTHER_LICENCE,
 ) -> dict[str, Any]:
     """The content of a config.json beside weights, in timm's form.
 
@@ -152,7 +159,7 @@ def describe(
     names of its layers. statistics: mean and std by which the network normalises images, each (3,). image_size: height
     and width that it sees. given_size: those of the images that it is given in evaluation, and resizes itself.
     crop_ratio: of the image's shorter side, in evaluation. classes: names of its classes, in the order of its logits.
-    file: name of the weights, for a repository of the hub.
+    file: name of the weights, for a repository of the hub. licence: of the weights.
     """
     layers = {key: model_cfg.get(key) for key in ("first_conv", "classifier", "pool_size")}
     description = {
@@ -167,10 +174,11 @@ def describe(
             "interpolation": "bicubic",
             "crop_pct": timms_crop_ratio(given_size, crop_ratio),
             "crop_mode": "center",
-            "mean": list(statistics["mean"]),
-            "std": list(statistics["std"]),
+            # The shortest numbers that are the same in float32.
+            "mean": [float(str(np.float32(value))) for value in statistics["mean"]],
+            "std": [float(str(np.float32(value))) for value in statistics["std"]],
             "num_classes": len(classes),
-            "license": "other",
+            "license": licence,
             **{key: value for key, value in layers.items() if value is not None},
         },
     }
@@ -274,7 +282,7 @@ def read_description(config: Path) -> Pretrained:
         if ("mean" in description) != ("std" in description):
             raise ValueError("of mean and std it has one; give both or none")
         return Pretrained(config, description, content["architecture"], dict(content.get("model_args") or {}))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{config} does not describe a model: {one_line(error)}") from error
 
 
@@ -299,7 +307,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "label_names": (_are(str, lambda value: True), "a list of texts"),
     "num_classes": (lambda value: isinstance(value, int) and value >= 0, "a number"),
     "hf_hub_filename": (lambda value: value is None or (isinstance(value, str) and bool(value)), "a file's name"),
-    "crop_pct": (lambda value: isinstance(value, int | float) and 0 < value <= 1, "a number above 0 and up to 1"),
+    "crop_pct": (lambda value: isinstance(value, int | float) and 0.05 <= value <= 4, "a number from 0.05 to 4"),
     GIVEN_SIZE: (lambda value: isinstance(value, int) and 0 < value <= 4096, "a number of pixels"),
     "label_offset": (lambda value: value is None or (isinstance(value, int) and value >= 0), "a number"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from cit_scale.config import RunConfig
 from cit_scale.datasets.index import printable
 from cit_scale.files import read_notes
+from cit_scale.run.networks import licence_of
 from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import DESCRIPTION, ENVIRONMENT, STUDENT
 
@@ -23,13 +25,13 @@ tags:
 - image-classification
 - timm
 - cit-scale
-license: other
+license: {licence}
 ---
 """
 
 USE = """\
 ```python
-import timm, torch
+import timm
 from PIL import Image
 import cit_scale.models  # registers the architecture with timm
 
@@ -44,10 +46,11 @@ print(model.pretrained_cfg["label_names"][probs.argmax()], probs.max().item())
 def card_text(prepared: PreparedRun, results: Mapping[str, Any]) -> str:
     """The card of a run. results: contents of results.json."""
     config = prepared.config
+    licence = licence_of(config.run_dir)
     images, classes = len(prepared.train_set), prepared.train_set.classes
     command = next((each["command"] for each in read_notes(config.run_dir / ENVIRONMENT) if "command" in each), None)
     lines = [
-        FRONT,
+        FRONT.format(licence=json.dumps(licence)),
         f"# {plain(config.name)}",
         "",
         f"{plain(config.student.name)}, trained on {images} images in {len(classes)} classes, "
@@ -66,11 +69,10 @@ def card_text(prepared: PreparedRun, results: Mapping[str, Any]) -> str:
         f"Classes: {', '.join(map(plain, classes[:MOST_CLASSES]))}"
         f"{f' and {len(classes) - MOST_CLASSES} more' if len(classes) > MOST_CLASSES else ''}.",
         "",
-        f"Licence: that of the images and of the weights it started from decides; set `license` above and in "
-        f"`{DESCRIPTION}`.",
+        f"Licence: {plain(licence)}. It is taken from `license` in `{DESCRIPTION}`, where it can be set.",
     ]
     if command is not None:
-        lines += ["", "Made by CiT-Scale, with", "", *_code(command)]
+        lines += ["", "Made by CiT-Scale, with", "", *_code(printable(command))]
     return "\n".join(lines) + "\n"
 
 

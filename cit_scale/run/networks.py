@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cit_scale.batch import Batch
@@ -15,10 +16,10 @@ from cit_scale.distributed.world import broadcast, run_on_all_ranks
 from cit_scale.evaluate import Accuracy, evaluate
 from cit_scale.files import write_text
 from cit_scale.models.network import Network, pretrained_cfg_of
-from cit_scale.models.pretrained import describe
+from cit_scale.models.pretrained import OTHER_LICENCE, describe
 from cit_scale.run.inputs import EVALUATION_DATA, FIRST_WEIGHTS
 from cit_scale.run.setup import PreparedRun, noted_networks, writing
-from cit_scale.run_folder import NETWORKS, STUDENT
+from cit_scale.run_folder import DESCRIPTION, NETWORKS, STUDENT
 from cit_scale.settings import to_dict
 from cit_scale.teachers import Teacher, run_teachers
 
@@ -39,7 +40,17 @@ def describe_student(prepared: PreparedRun, network: Network) -> dict[str, Any]:
         crop_ratio=data.crop_ratio,
         classes=prepared.train_set.classes,
         file=STUDENT,
+        licence=licence_of(prepared.config.run_dir),
     )
+
+
+def licence_of(run_dir: Path) -> str:
+    """The licence that the user has set in the run's config.json; "other" where there is none."""
+    try:
+        licence = json.loads((run_dir / DESCRIPTION).read_text())["pretrained_cfg"]["license"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return OTHER_LICENCE
+    return licence if isinstance(licence, str) else OTHER_LICENCE
 
 
 def evaluate_teachers(
