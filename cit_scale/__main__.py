@@ -61,7 +61,10 @@ launcher: {TRAIN_COMMAND}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Call a verb with the arguments that follow it. Returns its exit code; 2 for a verb that there is not."""
-    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0].startswith("--local_rank="):  # the deepspeed command puts it there
+        del given[0]
+    name, *arguments = given or ["--help"]
     if name in ("-h", "--help"):
         print(usage(), end="")
         return 0

@@ -70,6 +70,21 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_not_the_end(copy, monkeypatch
     assert open_network(str(copy), World()).notes[0].endswith(f"step {max(steps)} is taken")
 
 
+def test_a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before(copy):
+    (copy / "results.json").unlink()
+    newest = max((copy / "ckpt").glob("step_*"))
+    (newest / "student.safetensors").write_bytes(b"cut")
+    older = sorted((copy / "ckpt").glob("step_*"))[-2]
+    assert open_network(str(copy), World()).file == older / "student.safetensors"
+
+
+def test_what_a_description_leaves_open_is_said(copy):
+    description = json.loads((copy / "config.json").read_text())
+    del description["pretrained_cfg"]["crop_pct"]
+    (copy / "config.json").write_text(json.dumps(description))
+    assert any("does not say crop_pct" in note for note in open_network(str(copy), World()).notes)
+
+
 def test_a_run_without_a_checkpoint_says_so(copy):
     (copy / "results.json").unlink()
     shutil.rmtree(copy / "ckpt")
@@ -112,14 +127,21 @@ def photos_of(tmp_path):
 
 def test_unknown_classes_are_refused_or_left_out(finished, photos_of):
     folder = photos_of("0", "1", "a cat")
-    with pytest.raises(ConfigError, match=r"does not know 1 of 3 classes of the data: a cat.*--only-known"):
+    with pytest.raises(ConfigError, match=r"does not know 1 of the 3 classes of the data: 'a cat'.*--only-known"):
         scores_of(finished, data=str(folder))
     found = scores_of(finished, data=str(folder), only_known=True)
     assert (found.images, found.left_out) == (4, 2)
 
 
+def test_classes_that_differ_by_case_alone_are_told_apart(tmp_path, finished):
+    from cit_scale.models.classes import columns_by_class
+
+    names = {"label_names": ["Cat", "cat", "dog_1"]}
+    assert columns_by_class(["cat", "Cat", "dog 1", "bird"], names) == [[1], [0], [2], []]
+
+
 def test_where_no_class_is_known_nothing_is_evaluated(finished, photos_of):
-    with pytest.raises(ConfigError, match="none of the data's is known"):
+    with pytest.raises(ConfigError, match="does not know any of the 2 classes of the data"):
         scores_of(finished, data=str(photos_of("cat", "dog")), only_known=True)
 
 
@@ -179,13 +201,17 @@ def test_weights_without_a_description_are_refused(finished, tmp_path):
     ("arguments", "code", "said"),
     [
         (["nothing_here.onnx"], 3, "does not exist"),
+        (["runs/nothing_here"], 3, "runs/nothing_here does not exist"),
+        ([""], 2, "name is empty"),
+        (["RUN", "--json", "RUN/student.safetensors"], 7, "would overwrite"),
         (["RUN", "--data", "nowhere"], 3, "does not exist"),
         (["RUN", "--judge", "a"], 2, "needs a classifier of ImageNet"),
-        (["RUN", "--json", "no/such/folder/x.json"], 3, "No such file"),
+        (["RUN", "--json", "no/such/folder/x.json"], 3, "lies in no folder that exists"),
+        (["RUN", "--judge", "a", "--only-known"], 2, "leave out --only-known"),
     ],
 )
 def test_bad_input_is_one_line(finished, arguments, code, said, capsys):
-    assert main([str(finished) if each == "RUN" else each for each in arguments]) == code
+    assert main([each.replace("RUN", str(finished)) for each in arguments]) == code
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

@@ -13,8 +13,8 @@ PUSH = """
 import sys, huggingface_hub
 api = huggingface_hub.HfApi(token="hf_anything")
 api.create_repo("own/pets")
-without = ["ckpt/**", "tensorboard/**", "teachers/**"]
-api.upload_folder(repo_id="own/pets", folder_path=sys.argv[1], ignore_patterns=without)
+these = ["config.json", "README.md", "student.safetensors"]  # as in docs/using.md
+api.upload_folder(repo_id="own/pets", folder_path=sys.argv[1], allow_patterns=these)
 """
 OPEN = """
 import json, sys, timm, torch
@@ -67,6 +67,8 @@ def test_a_run_folder_is_pushed_and_opened_again(calm, process, tmp_path):
         pushed = tmp_path / "hub" / "own" / "pets"
         assert (pushed / "student.safetensors").read_bytes() == (run_dir / "student.safetensors").read_bytes()
         assert (pushed / "README.md").read_text() == (run_dir / "README.md").read_text()
+        names = sorted(str(path.relative_to(pushed)) for path in pushed.rglob("*") if path.is_file())
+        assert names == ["README.md", "config.json", "student.safetensors"]
         found = json.loads(process(OPEN, endpoint))
     description = json.loads((run_dir / "config.json").read_text())
     assert found["classes"] == found["timms"] == description["label_names"]

@@ -40,7 +40,7 @@ WALLS = {
     "settings teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
     "run run_folder settings teachers text",
-    "inference": "config datasets distributed errors evaluate files models recipe run_folder text",
+    "inference": "cli config datasets distributed errors evaluate files models recipe run_folder text",
     "export": "config datasets distributed errors files inference models run_folder text",
     "where": "config text",
     "__main__": "cli config text",

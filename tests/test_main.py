@@ -136,6 +136,10 @@ def test_every_verb_leads_somewhere(verb):
     assert callable(getattr(importlib.import_module(verb.module), verb.function))
 
 
+def test_what_the_deepspeed_command_adds_is_no_verb():
+    assert command.main(["--local_rank=1", "--version"]) == 0
+
+
 def test_a_verb_that_there_is_not_is_answered_with_those_there_are(capsys):
     assert command.main(["trian"]) == 2
     assert capsys.readouterr().err == "error: cit-scale has no verb 'trian'; did you mean train?\n"

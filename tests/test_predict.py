@@ -151,11 +151,127 @@ def test_members_of_a_shard_are_images(run, folder, tmp_path):
     assert (rows[0]["class_1"], rows[0]["prob_1"]) == (rows[2]["class_1"], rows[2]["prob_1"])
 
 
-@pytest.mark.parametrize("content", [b"", b"no tar", b"\0" * 512 + b"x" * 700])
+@pytest.mark.parametrize("content", [b"", b"no tar", b"x" * 2000])
 def test_a_shard_that_is_none_is_a_row_with_a_reason(tmp_path, content):
     (tmp_path / "s.tar").write_bytes(content)
-    found = list(items_of([str(tmp_path / "s.tar")], io.BytesIO()))
-    assert [item.reason is not None for item in found] in ([True], [])
+    (found,) = items_of([str(tmp_path / "s.tar")], io.BytesIO())
+    assert "not a whole, uncompressed tar file" in found.reason
+
+
+@pytest.mark.parametrize("harm", ["a flipped bit in a header", "cut in a header", "cut behind a member"])
+def test_a_damaged_shard_does_not_lose_images_in_silence(folder, tmp_path, harm):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("00.png", "02.png", "04.png"):
+            tar.add(folder / name, name)
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[1].offset
+    data = bytearray(path.read_bytes())
+    if harm.startswith("a flipped"):
+        data[second + 10] ^= 1
+    path.write_bytes(data[: second + (300 if harm == "cut in a header" else 0)] if harm.startswith("cut") else data)
+    first, rest = items_of([str(path)], io.BytesIO())
+    assert first.reason is None
+    assert "no header and no end" in rest.reason or "truncated" in rest.reason
+
+
+def test_links_in_a_shard_are_rows_with_a_reason(folder, tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(folder / "00.png", "00.png")
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "00.png"
+        tar.addfile(link)
+    first, second = items_of([str(tmp_path / "s.tar")], io.BytesIO())
+    assert first.reason is None
+    assert "link" in second.reason
+
+
+@pytest.mark.parametrize("name", ["loop.png", "x" * 300 + ".png", "a\0b.png"])
+def test_a_name_that_leads_nowhere_is_a_row_with_a_reason(folder, tmp_path, name):
+    os.symlink(folder / "loop.png", folder / "loop.png")
+    listed = io.BytesIO(b"".join(os.fsencode(folder / each) + b"\n" for each in (name, "00.png")))
+    out = tmp_path / "rows.csv"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "stdin", io.TextIOWrapper(listed))
+        predict(TWO_CLASSES, ["-"], World(), out=str(out))
+    first, second = csv.DictReader(out.open(newline=""))
+    assert first["reason"]
+    assert not second["reason"]
+
+
+def test_a_list_of_another_system_has_other_line_ends(folder):
+    listed = io.BytesIO(os.fsencode(folder / "00.png") + b"\r\n\r\n")
+    assert [item.name for item in items_of(["-"], listed)] == [str(folder / "00.png")]
+
+
+def test_devices_and_pipes_are_written_and_links_lead_to_their_files(run, folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    arguments = [run, str(folder / "00.png"), "--format", "csv", "--out"]
+    assert main([*arguments, str(tmp_path / "pipe")]) == 0
+    assert b"00.png" in reader.communicate()[0]
+    (tmp_path / "real.csv").touch()
+    os.symlink(tmp_path / "real.csv", tmp_path / "link.csv")
+    assert main([*arguments, str(tmp_path / "link.csv")]) == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert "00.png" in (tmp_path / "real.csv").read_text()
+    assert main([*arguments, "/dev/null"]) == 0
+    assert not Path("/dev/null").is_file()
+
+
+def test_after_an_error_nothing_is_left(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingInputError):
+        predict(TWO_CLASSES, [str(tmp_path / "empty")], World(), out=str(tmp_path / "rows.csv"))
+    assert not list(tmp_path.glob("rows*"))
+
+
+class AwkwardError(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+def awkward_on(world):
+    def read(item):
+        raise AwkwardError(1, 2)
+
+    try:
+        classify_all(iter(range(9)), read, TWO_CLASSES, world, lambda answers: True, batch_size=2, threads=1)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def test_an_exception_that_cannot_travel_ends_all_ranks_too():
+    assert run_on_ranks(2, awkward_on) == ["AwkwardError: 1"] * 2
+
+
+def test_what_one_head_says_cannot_disagree(folder, tmp_path):
+    with pytest.raises(ConfigError, match="has one head"):
+        predict(TWO_CLASSES, [str(folder)], World(), out=str(tmp_path / "rows.csv"), heads=True)
+
+
+def test_a_temperature_divides_the_logits(folder, tmp_path):
+    def probability(**options):
+        predict(TWO_CLASSES, [str(folder / "00.png")], World(), out=str(tmp_path / "rows.jsonl"), **options)
+        return json.loads((tmp_path / "rows.jsonl").read_text())["prob_1"]
+
+    plain, sharp = probability(), probability(temperature=0.5)
+    assert np.log(sharp / (1 - sharp)) == pytest.approx(2 * np.log(plain / (1 - plain)), rel=1e-4)
+    with pytest.raises(ConfigError, match="--temperature"):
+        probability(temperature=0.0)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_frames_per_second_that_are_none_are_refused(folder, rate):
+    with pytest.raises(ConfigError, match="--fps"):
+        items_of([str(folder)], None, rate)
+
+
+def test_a_closed_standard_input_is_no_matter_without_a_list(run, folder):
+    command = [sys.executable, "-m", "cit_scale", "predict", run, str(folder / "00.png")]
+    ended = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_frames_of_a_video_are_images(tmp_path):
@@ -185,7 +301,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
 
 
 def test_a_list_is_read_line_by_line_as_the_rows_are_written(run, folder):
-    command = [sys.executable, "-m", "cit_scale", "predict", run, "-", "--batch-size", "1"]
+    command = [sys.executable, "-m", "cit_scale", "predict", run, "-"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdin.write(b"".join(os.fsencode(folder / name) + b"\n" for name in ("00.png", "02.png", "04.png")))
     process.stdin.flush()
@@ -286,6 +402,40 @@ def test_a_disk_that_fails_on_one_rank_ends_all():
     assert run_on_ranks(2, failing_read_on) == [5, 5]
 
 
+def test_an_answer_that_is_not_finite_is_a_row_with_a_reason(folder, tmp_path):
+    def classify(images):
+        logits = bright_or_dark(images)["logits"]
+        logits[0, 0] = float("nan")
+        return {"logits": logits}
+
+    out = tmp_path / "rows.jsonl"
+    images = [str(folder / name) for name in ("00.png", "bad.jpg", "02.png")]
+    predict(Classifier("odd", TWO_CLASSES.interface, {}, classify), images, World(), out=str(out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["reason"] is None for row in rows] == [False, False, True]
+    assert "is not finite" in rows[0]["reason"]
+
+
+def test_threads_do_not_mix_what_a_network_keeps_during_a_call():
+    """An advised model keeps its pooled features between two parts of its forward."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from cit_scale.inference.classifier import OpenedNetwork, classifier_of
+    from cit_scale.models.network import build_network
+
+    torch.manual_seed(0)
+    network = build_network("mobilenetv3_small_050", {}, num_classes=3, image_size=32, teachers=("conv", "inv")).eval()
+    interface = Interface(("a", "b", "c"), network.heads, 32, 1.0)
+    opened = OpenedNetwork("x", Path("x"), network, interface, {}, None, ())
+    classify = classifier_of(opened, torch.device("cpu")).classify
+    batches = list(torch.randint(0, 256, (40, 2, 3, 32, 32), dtype=torch.uint8))
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = list(pool.map(classify, batches))
+        expected = [pool.submit(classify, batch).result() for batch in batches]
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[head], other[head]) for head in one)
+
+
 def test_a_batch_that_does_not_fit_the_memory_is_halved():
     sizes = []
 
@@ -312,14 +462,19 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved():
         (["-", "-"], 2, "can stand there once"),
         (["EMPTY", "--out", "rows"], 2, "does not say which format"),
         (["EMPTY", "--format", "parquet"], 2, "needs a file"),
-        (["IMAGE", "--out", "EMPTY.csv"], 3, "is a folder"),
+        (["IMAGE", "--out", "EMPTY.csv"], 2, "is a folder"),
+        (["IMAGE", "--out", "EMPTY/no/x.csv"], 3, "lies in no folder that exists"),
+        (["IMAGE", "--out", "IMAGE", "--format", "csv"], 7, "would overwrite an input"),
+        (["IMAGE", "--out", "RUN/config.json", "--format", "csv"], 7, "would overwrite"),
+        (["BAD"], 4, "none of 1 images can be used: not an image of a known format"),
     ],
 )
 def test_bad_input_is_one_line(run, folder, tmp_path, arguments, code, said, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.csv").mkdir()
-    places = {"EMPTY": str(tmp_path / "empty"), "IMAGE": str(folder / "00.png")}
-    arguments = [places.get(each, each).replace("EMPTY", places["EMPTY"]) for each in arguments]
+    places = {"EMPTY": tmp_path / "empty", "IMAGE": folder / "00.png", "BAD": folder / "bad.jpg", "RUN": run}
+    for place, path in places.items():
+        arguments = [each.replace(place, str(path)) for each in arguments]
     assert main([run, *arguments]) == code
     error = capsys.readouterr().err
     assert said in error

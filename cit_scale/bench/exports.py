@@ -38,7 +38,7 @@ def main() -> None:
     for run in arguments.runs:
         for number, form in enumerate(FORMS):
             with tempfile.TemporaryDirectory() as folder:
-                out = str(Path(folder) / form.file_name)
+                out = str(Path(folder) / form.file_name("student"))
                 path, proof = export(open_network(run, World()), form, out=out, allow_loss=True)
                 if number == 0:
                     rows.append(_row(run, "the student", proof, proof.student_top1, proof.student_latency_ms, "", ""))

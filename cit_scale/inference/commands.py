@@ -76,6 +76,7 @@ def predict_parser() -> argparse.ArgumentParser:
     add("--format", choices=FORMATS, help="default: by the name of FILE, text on the screen")
     add("--top", type=positive, default=1, metavar="K", help="classes with their probabilities (default 1)")
     add("--heads", action="store_true", help="also what each head says, and how far they disagree, 0 to 1")
+    add("--temperature", type=float, default=1.0, metavar="T", help="divide logits by it, as evaluate finds it")
     add("--fps", type=float, default=FRAMES_PER_S, metavar="N", help="frames a second of a video (default 1)")
     return parser
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
+import torch.distributed as dist
+
+from cit_scale.cli import read_ranks
 from cit_scale.distributed.world import World, start
-from cit_scale.errors import BadImageError, RunError, exit_code_of
+from cit_scale.errors import BadImageError, RunError, exit_code_of, one_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 
@@ -16,13 +20,24 @@ def run_command(work: Callable[[World], None]) -> int:
     """Join the ranks, if there are several, and call ``work``. Prints what it raises; returns the exit code."""
     world: World | None = None
     try:
-        world = World.from_env(os.environ)
+        ranks = read_ranks(os.environ)
+        world = World(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size)
         start(world)
-        work(world)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's of an image, torch's of its formats: nothing to act on here
+            work(world)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (RunError, BadImageError, OSError, ValueError) as error:
         if world is None or world.is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return exit_code_of(error) if isinstance(error, RunError | BadImageError | OSError) else 2
+    except RuntimeError as error:
+        if world is None or world.world_size == 1:
+            raise
+        print(f"error: rank {world.rank}: {one_line(error, 300)}", file=sys.stderr, flush=True)  # another has left
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cit_scale.config import DataConfig, RunConfig
 from cit_scale.datasets.index import printable, shorten
@@ -25,6 +26,7 @@ from cit_scale.files import write_text
 from cit_scale.inference.classifier import Classifier, open_classifier
 from cit_scale.inference.entry import run_command
 from cit_scale.inference.judges import Judged, judge
+from cit_scale.inference.outputs import check_output, is_replaceable
 from cit_scale.inference.scores import ImageScores, Scores, best_temperature, score_images, summarize
 from cit_scale.inference.turns import Answers, classify_all, unusable_text
 from cit_scale.models.classes import columns_by_class
@@ -75,6 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``cit-scale evaluate``. arguments: parsed by `cit_scale.inference.commands`. Returns an exit code."""
 
     def work(world: World) -> None:
+        if arguments.judge and arguments.only_known:
+            raise ConfigError("--judge says which classes --data has; leave out --only-known")
+        out = None
+        if arguments.json not in (None, "-"):
+            out = check_output("--json", arguments.json, [arguments.model, arguments.data or ""])
         classifier = open_classifier(arguments.model, world)
         found = evaluate_classifier(
             classifier,
@@ -93,8 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json == "-":
             sys.stdout.write(text)
             return
-        if arguments.json is not None:
-            write_text(Path(arguments.json), text)
+        if out is not None:
+            write_text(out, text) if is_replaceable(out) else out.write_text(text)
         print_evaluation(found)
 
     return run_command(work)
@@ -188,13 +195,18 @@ def _joined(parts: Sequence[ImageScores]) -> ImageScores:
     return ImageScores(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
-def open_images(classifier: Classifier, data: str | None) -> Source:
-    """The images to evaluate on. data: as in ``evaluate_classifier``. Raises ConfigError."""
+def open_images(classifier: Classifier, data: str | None, option: str = "--data") -> Source:
+    """The images to evaluate on. data: as in ``evaluate_classifier``. option: that names it. Raises ConfigError."""
     if data is not None:
-        return open_source(data, Path(DataConfig().cache_dir).expanduser(), "--data")
+        return open_source(data, Path(DataConfig().cache_dir).expanduser(), option)
     if classifier.run_dir is None:
-        raise ConfigError(f"{printable(classifier.name)} is of no run that is here; say on what with --data DIR")
-    return open_sources(run_config(classifier.run_dir).data)[1]
+        raise ConfigError(
+            f"{printable(classifier.name)} lies in no run folder, which would say on what; give {option} DIR"
+        )
+    config = run_config(classifier.run_dir).data
+    if config.eval is not None:  # without the images that it was trained on, which may be gone
+        return open_source(config.eval, Path(config.cache_dir).expanduser(), "data.eval")
+    return open_sources(config)[1]
 
 
 def run_config(run_dir: Path) -> RunConfig:
@@ -210,11 +222,12 @@ def known_images(source: Source, classifier: Classifier, only_known: bool) -> Ju
         raise ConfigError(f"several classes of {printable(classifier.name)} are called {shorten(several)}")
     unknown = [printable(name) for name, found in zip(source.classes, columns, strict=True) if not found]
     if unknown and (not only_known or len(unknown) == len(source.classes)):
-        known = f"it knows {len(classifier.classes)}, such as {shorten(list(map(printable, classifier.classes)), 3)}"
-        hint = "--only-known leaves them out" if len(unknown) < len(source.classes) else "none of the data's is known"
+        known = shorten([repr(printable(each)) for each in classifier.classes], 3)
+        all_of = "any" if len(unknown) == len(source.classes) else f"{len(unknown)}"
+        hint = "" if len(unknown) == len(source.classes) else "; --only-known leaves them out"
         raise ConfigError(
-            f"{printable(classifier.name)} does not know {len(unknown)} of {len(source.classes)} classes of the data: "
-            f"{shorten(unknown)}; {known}; {hint}"
+            f"{printable(classifier.name)} does not know {all_of} of the {len(source.classes)} classes of the data: "
+            f"{shorten([repr(each) for each in unknown])}; its {len(classifier.classes)} classes are {known}{hint}"
         )
     column_of = np.array([found[0] if found else -1 for found in columns])[source.labels]
     samples = np.flatnonzero(column_of >= 0)
@@ -222,7 +235,7 @@ def known_images(source: Source, classifier: Classifier, only_known: bool) -> Ju
 
 
 def print_evaluation(found: Evaluation) -> None:
-    table = Table(title=f"{printable(found.name)} on {printable(found.data)}", title_justify="left")
+    table = Table(title=Text(f"{printable(found.name)} on {printable(found.data)}"), title_justify="left")
     table.add_column("head")
     for column in ("top-1 %", "top-5 %", "class mean %", "NLL", "ECE %"):
         table.add_column(column, justify="right")
@@ -241,4 +254,4 @@ def print_evaluation(found: Evaluation) -> None:
         bad = [f"{name} ({reason})" for name, reason in found.unusable.items()]
         console.print(f"unusable {len(bad)}: {shorten(bad)}", soft_wrap=True, markup=False)
     if found.left_out:
-        console.print(f"left out {found.left_out} images that have no label here")
+        console.print(f"left out {found.left_out} images whose class does not count here")

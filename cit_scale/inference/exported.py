@@ -1,12 +1,17 @@
-"""Opens the files of ``cit-scale export``: ONNX by onnxruntime, pt2 and TorchScript by torch. Runs no pickled code."""
+"""Opens the files of ``cit-scale export``: ONNX by onnxruntime, pt2 and TorchScript by torch.
+
+A file may come from anywhere: what could run code or write files is refused before it is run.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +25,17 @@ from cit_scale.errors import ConfigError, MissingInputError, RefusedError, one_l
 from cit_scale.inference.interface import KEY, Interface, read_interface
 
 HEAD = "logits"  # name of what comes out
+ONLY_OURS = "open files of cit-scale export alone"
+
+# TorchScript's operators that reach out of it.
+BY_FILE = re.compile(r"save|load|file|python|import", re.IGNORECASE)
+
+# All that the sizes in a program of ours are made of: symbols of integers, and numbers with arithmetic.
+SYMBOL = re.compile(r"Symbol\('\w+'(, (positive|integer|nonnegative)=True)*\)")
+ARITHMETIC = re.compile(r"((Add|Mul|Integer|Max|Min|FloorDiv|Mod)\(|[\d\s,)-])*")
+
+CHECKSUM_FORM = rb'"sha256": "[0-9a-f]{64}"'
+
 NEEDS_EXTRA = "needs onnxruntime; pip install 'cit-scale[export]'"
 
 
@@ -28,17 +44,11 @@ class Exported:
     """An exported file, opened.
 
     classify: images (B, 3, S, S) uint8, or (1, 3, H, W) of any size where ``interface.pixels``, to {HEAD: (B, K)}
-    float32 on the CPU. noted: what else stands in the file. run_dir: the run that it was exported from, if it is there.
+    float32 on the CPU.
     """
 
     interface: Interface
     classify: Callable[[Tensor], dict[str, Tensor]]
-    noted: dict[str, Any]
-
-    @property
-    def run_dir(self) -> Path | None:
-        named = self.noted.get("run")
-        return Path(named) if isinstance(named, str) and Path(named).is_dir() else None
 
 
 def open_exported(path: Path, device: torch.device) -> Exported | None:
@@ -47,7 +57,9 @@ def open_exported(path: Path, device: torch.device) -> Exported | None:
     if kind is None:
         return None
     if not path.is_file():
-        raise MissingInputError(f"{path} does not exist")
+        raise MissingInputError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
+    if damage := damage_in(path):
+        raise MissingInputError(f"{path} is damaged: {damage}; bring it anew")
     try:
         return {"onnx": _open_onnx, "pt2": _open_pt2, "torchscript": _open_torchscript}[kind](path, device)
     except (ConfigError, OSError):
@@ -69,6 +81,33 @@ def kind_of(path: Path) -> str | None:
     return "torchscript" if "constants.pkl" in names and any(name.startswith("code/") for name in names) else None
 
 
+def damage_in(path: Path) -> str:
+    """What a checksum finds: of a file of torch's, its parts'; of an ONNX file of ours, the one that is noted."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return "" if broken is None else f"its part {broken} has another checksum"
+    data = path.read_bytes()
+    noted = re.search(CHECKSUM_FORM, data)
+    if noted is None or noted[0] == checksum_text(data, noted):
+        return ""
+    return "it has another checksum than is noted in it"
+
+
+def add_checksum(path: Path) -> None:
+    """Note the SHA-256 of a file in it, in the place that ``Interface.to_json`` keeps for one."""
+    data = path.read_bytes()
+    place = re.search(CHECKSUM_FORM, data)
+    assert place is not None
+    path.write_bytes(data[: place.start()] + checksum_text(data, place) + data[place.end() :])
+
+
+def checksum_text(data: bytes, place: re.Match[bytes]) -> bytes:
+    """What stands in the place of a file's checksum: the SHA-256 of all but it."""
+    digest = hashlib.sha256(data[: place.start()] + data[place.end() :]).hexdigest()
+    return f'"sha256": "{digest}"'.encode()
+
+
 def _open_onnx(path: Path, device: torch.device) -> Exported:
     try:
         import onnxruntime
@@ -81,38 +120,54 @@ def _open_onnx(path: Path, device: torch.device) -> Exported:
     known = [] if device.type == "cpu" else ["CUDAExecutionProvider"]
     providers = [each for each in (*known, "CPUExecutionProvider") if each in onnxruntime.get_available_providers()]
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    interface, noted = read_interface(session.get_modelmeta().custom_metadata_map.get(KEY), path)
+    interface = read_interface(session.get_modelmeta().custom_metadata_map.get(KEY), path)
     name = session.get_inputs()[0].name
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
-    return _exported(interface, run, noted, path)
+    return _exported(interface, run, path)
 
 
 def _open_pt2(path: Path, device: torch.device) -> Exported:
+    """On the CPU whatever the device: the program asserts where its tensors are."""
     extra = {KEY: ""}
     with _tensors_alone(path):
         program = torch.export.load(path, extra_files=extra)
-    interface, noted = read_interface(extra[KEY] or None, path)
-    module = program.module().to(device)
-    return _exported(interface, lambda images: module(images.to(device)).cpu(), noted, path)
+    interface = read_interface(extra[KEY] or None, path)
+    return _exported(interface, program.module(), path)
 
 
 def _open_torchscript(path: Path, device: torch.device) -> Exported:
     extra = {KEY: b""}
     module = torch.jit.load(io.BytesIO(path.read_bytes()), map_location=device, _extra_files=extra)
-    interface, noted = read_interface(extra[KEY].decode() if extra[KEY] else None, path)
-    return _exported(interface, lambda images: module(images.to(device)).cpu(), noted, path)
+    interface = read_interface(extra[KEY].decode() if extra[KEY] else None, path)
+    strangers = sorted(set(_kinds(module.inlined_graph)) - {None})
+    strangers = [kind for kind in strangers if not re.fullmatch(r"(aten|prim)::\w+", kind) or BY_FILE.search(kind)]
+    if strangers:
+        raise RefusedError(f"{path} does more than compute: {', '.join(strangers[:3])}; {ONLY_OURS}")
+    return _exported(interface, lambda images: module(images.to(device)).cpu(), path)
 
 
-def _exported(interface: Interface, run: Callable[[Tensor], Tensor], noted: dict[str, Any], path: Path) -> Exported:
+def _kinds(block: Any) -> Iterator[str]:
+    """Names of all operators in a graph of TorchScript."""
+    for node in block.nodes():
+        yield node.kind()
+        for inner in node.blocks():
+            yield from _kinds(inner)
+
+
+def _exported(interface: Interface, run: Callable[[Tensor], Tensor], path: Path) -> Exported:
     """run: what goes in, to logits (B, K)."""
 
     @torch.inference_mode()
     def classify(images: Tensor) -> dict[str, Tensor]:
         ready = images.permute(0, 2, 3, 1).contiguous() if interface.pixels else images.float().div_(255)
-        logits = run(ready).float()
+        try:
+            logits = run(ready).float()
+        except RuntimeError as error:  # onnxruntime's are, too
+            message = f"{path} cannot compute {tuple(ready.shape)}: {one_line(error, 300)}"
+            raise ConfigError(message) from error
         if logits.shape != (len(images), len(interface.classes)):
             raise ConfigError(
                 f"{path} gives {tuple(logits.shape)} for {len(images)} images and names {len(interface.classes)} "
@@ -121,27 +176,30 @@ def _exported(interface: Interface, run: Callable[[Tensor], Tensor], noted: dict
         return {HEAD: logits}
 
     classify(torch.zeros(1, 3, interface.image_size, interface.image_size, dtype=torch.uint8))  # refuses it now
-    return Exported(interface, classify, noted)
+    return Exported(interface, classify)
 
 
 @contextlib.contextmanager
 def _tensors_alone(path: Path) -> Iterator[None]:
     """Let torch.export.load read tensors and a program from a file, and nothing that could run code.
 
-    It reads some parts by pickle, where need be without torch's restriction to tensors, and loads compiled libraries.
-    Raises RefusedError for a file that would need either.
+    It reads some parts by pickle, where need be without torch's restriction to tensors, loads compiled libraries, and
+    evaluates expressions of sizes and guards as Python. Raises RefusedError for a file that would need any of it.
     """
     refusal = RefusedError(
-        f"{path} holds more than a program and tensors, which can execute code when it is loaded; open files of "
-        "cit-scale export alone"
+        f"{path} holds more than a program and tensors, which can execute code when it is loaded; {ONLY_OURS}"
     )
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if "aotinductor" in name or name.endswith((".so", ".cpp")):
                 raise refusal
-            if name.endswith(".json") and any(
-                "obj" in each for each in _values(json.loads(archive.read(name)), "path_name")
-            ):
+            content = json.loads(archive.read(name)) if name.endswith(".json") else None
+            if any("obj" in str(each) for each in _values(content, "path_name")):
+                raise refusal
+            if any(each for each in _values(content, "guards_code")):
+                raise refusal
+            sizes = (SYMBOL.sub("1", str(each)) for each in _values(content, "expr_str"))
+            if any(not ARITHMETIC.fullmatch(each) for each in sizes):
                 raise refusal
     restricted = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(restricted)
@@ -154,10 +212,10 @@ def _tensors_alone(path: Path) -> Iterator[None]:
         os.environ.pop(restricted) if before is None else os.environ.update({restricted: before})
 
 
-def _values(content: Any, key: str) -> Iterator[str]:
-    """All texts under a key, anywhere in what a JSON file holds."""
+def _values(content: Any, key: str) -> Iterator[Any]:
+    """All values under a key, anywhere in what a JSON file holds."""
     if isinstance(content, dict):
-        yield from (str(value) for name, value in content.items() if name == key)
+        yield from (value for name, value in content.items() if name == key)
         content = list(content.values())
     if isinstance(content, list):
         for each in content:

@@ -8,6 +8,8 @@ from typing import Any
 
 from cit_scale.errors import ConfigError, one_line
 
+LEAST_CROP = 0.05  # of crop_ratio: an image is resized to twenty times the size that the network sees, at most
+
 FORMAT = 1  # of the text below; a file of another one is refused
 KEY = "cit_scale.json"  # under which a file holds the text
 
@@ -30,12 +32,12 @@ class Interface:
     pixels: bool = False
 
     def to_json(self, **more: Any) -> str:
-        """The text that an exported file holds. more: what else is to be noted there."""
-        return json.dumps({"format": FORMAT, **asdict(self), **more})
+        """The text that an exported file holds. more: what else is to be noted there, for people."""
+        return json.dumps({"format": FORMAT, **asdict(self), **more, "sha256": "0" * 64})
 
 
-def read_interface(text: str | None, file: object) -> tuple[Interface, dict[str, Any]]:
-    """Read the text of an exported file, and what else is noted there. Raises ConfigError."""
+def read_interface(text: str | None, file: object) -> Interface:
+    """Read the text of an exported file. Raises ConfigError."""
     if text is None:
         raise ConfigError(
             f"{file} was not written by cit-scale export: it does not say its classes and how images are made ready"
@@ -44,14 +46,17 @@ def read_interface(text: str | None, file: object) -> tuple[Interface, dict[str,
         content = json.loads(text)
         if content.pop("format") != FORMAT:
             raise ValueError("it has another format")
-        names = {key: content.pop(key) for key in ("classes", "heads", "image_size", "crop_ratio", "pixels")}
-        found = Interface(**names)
-        if not all(isinstance(name, str) for name in found.classes) or not found.classes:
-            raise ValueError("its classes are no names")
-        if not (isinstance(found.image_size, int) and found.image_size > 0 and 0 < float(found.crop_ratio) <= 1):
-            raise ValueError("its image_size or crop_ratio is none")
-        return replace(found, classes=tuple(found.classes), heads=tuple(found.heads)), content
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = Interface(**{key: content[key] for key in ("classes", "heads", "image_size", "crop_ratio", "pixels")})
+        for key, names in (("classes", found.classes), ("heads", found.heads)):
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"its {key} are no list of names")
+        size, ratio = found.image_size, found.crop_ratio
+        if type(size) is not int or size < 1 or type(ratio) not in (int, float) or not LEAST_CROP <= ratio <= 1:
+            raise ValueError(f"image_size={size!r} or crop_ratio={ratio!r} is none")
+        if type(found.pixels) is not bool:
+            raise ValueError(f"pixels={found.pixels!r} is neither true nor false")
+        return replace(found, classes=tuple(found.classes), heads=tuple(found.heads))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file} cannot be read: what it says of its classes is damaged: {one_line(error)}"
         ) from error

@@ -1,16 +1,19 @@
 """The images that ``cit-scale predict`` is asked about, one by one: files, folders, tar shards, videos, a list.
 
-A list, a folder or a shard is read while its images are classified: a million names take no memory.
+A list or a shard is read while its images are classified, and a folder when its turn comes.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
+import math
 import os
+import select
 import stat
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -45,8 +48,15 @@ def read_item(item: Item) -> bytes:
         raise BadImageError(item.reason)
     if item.data is not None:
         return item.data
-    # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
-    descriptor = os.open(item.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
+        descriptor = os.open(item.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError:
+        raise BadImageError("a path with a null byte") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
+            raise BadImageError(str(error.strerror)) from None
+        raise
     with open(descriptor, "rb", buffering=0) as file:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
@@ -61,28 +71,67 @@ def read_item(item: Item) -> bytes:
     return data
 
 
-def items_of(arguments: Sequence[str], stdin: IO[bytes], frames_per_s: float = FRAMES_PER_S) -> Iterator[Item]:
+def items_of(
+    arguments: Sequence[str], stdin: IO[bytes] | None, frames_per_s: float = FRAMES_PER_S
+) -> Iterator[Item | None]:
     """Every image of the arguments, in their order. stdin: the list that "-" stands for, a path a line.
 
-    What cannot be read is an item with a reason. Raises MissingInputError at once for an argument that does not exist,
-    and ConfigError for a "-" that stands twice.
+    What cannot be read is an item with a reason; None says that the list has no more lines yet. Raises
+    MissingInputError at once for an argument that does not exist, and ConfigError for a "-" that stands twice, and for
+    frames_per_s that are none.
     """
+    if not 0 < frames_per_s < math.inf:
+        raise ConfigError(f"--fps {frames_per_s} is not above 0; give frames per second of video, such as 1 or 0.2")
     missing = [printable(each) for each in arguments if each != "-" and not os.path.lexists(each)]
     if missing:
-        raise MissingInputError(f"{missing[0]} does not exist")
+        raise MissingInputError(f"{missing[0] or 'an empty name'} does not exist")
     if list(arguments).count("-") > 1:
         raise ConfigError("- is the list on standard input, and can stand there once")
+    if "-" in arguments and stdin is None:
+        raise MissingInputError("- is the list on standard input, which is closed")
     return _items(arguments, stdin, frames_per_s)
 
 
-def _items(arguments: Sequence[str], stdin: IO[bytes], frames_per_s: float) -> Iterator[Item]:
+def _items(arguments: Sequence[str], stdin: IO[bytes] | None, frames_per_s: float) -> Iterator[Item | None]:
     for argument in arguments:
         if argument == "-":
-            names = (os.fsdecode(line.removesuffix(b"\n")) for line in stdin)
-            for name in filter(None, names):
-                yield from _named(name, frames_per_s)
+            assert stdin is not None
+            for line in lines_of(stdin):
+                if line is None:
+                    yield None
+                elif name := _existing(line):
+                    yield from _named(name, frames_per_s)
         else:
             yield from _named(argument, frames_per_s)
+
+
+def _existing(line: bytes) -> str:
+    """The path on a line: without a carriage return at its end, unless the file is called so."""
+    name = os.fsdecode(line)
+    return name.removesuffix("\r") if name.endswith("\r") and not os.path.lexists(name) else name
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Lines without their end. Where the next one is not there yet: None twice, and then it is waited for."""
+    try:
+        descriptor = file.fileno()
+    except OSError:  # io.UnsupportedOperation: no file of the operating system
+        yield from (line.removesuffix(b"\n") for line in file)
+        return
+    begun = b""
+    while True:
+        if not select.select([descriptor], [], [], 0)[0]:
+            # Twice: the batch that ends with the first is computed when the next one, which ends with the second, is
+            # dealt.
+            yield None
+            yield None
+        data = os.read(descriptor, 1 << 16)
+        *lines, begun = (begun + data).split(b"\n")
+        yield from lines
+        if not data:
+            if begun:
+                yield begun
+            return
 
 
 def _named(path: str, frames_per_s: float) -> Iterator[Item]:
@@ -144,15 +193,23 @@ def _in_shard(path: str) -> Iterator[Item]:
             for member in tar:
                 if member.size < 0:
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
-                if member.isreg() and not member.issparse() and _suffix(member.name) in EXTENSIONS:
-                    yield Item(f"{path}:{member.name}", path, member.offset_data, member.size)
+                name = f"{path}:{member.name}"
+                if _suffix(member.name) in EXTENSIONS and not member.isdir():
+                    is_whole = member.isreg() and not member.issparse()
+                    if is_whole:
+                        yield Item(name, path, member.offset_data, member.size)
+                    else:
+                        yield Item(name, reason="a link, or in pieces, inside the tar file")
                 cast(Any, tar).members = []  # tarfile keeps all that it has seen
+            # tarfile takes a header that it cannot parse for the end of the file. A complete file has zeros there.
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     except (tarfile.TarError, *UNUSABLE) as error:
         yield Item(path, reason=f"not a whole, uncompressed tar file: {reason_text(error)}")
 
 
 def _in_video(path: str, frames_per_s: float) -> Iterator[Item]:
-    """Frames as ``cit-scale video`` takes them, called PATH:SECONDS."""
+    """Frames as ``cit-scale video`` takes them, called PATH:0, PATH:1, ... in their order."""
     from cit_scale.datasets.video import BadVideoError, Sampling, extract
 
     with tempfile.TemporaryDirectory(prefix="cit_scale_") as folder:
@@ -162,9 +219,5 @@ def _in_video(path: str, frames_per_s: float) -> Iterator[Item]:
         except BadVideoError as error:
             yield Item(path, reason=str(error))
             return
-        for number, frame in zip(range(count), _sorted_files(frames), strict=False):
-            yield Item(f"{path}:{number / frames_per_s:g}", data=frame.read_bytes())
-
-
-def _sorted_files(folder: Path) -> Iterable[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix == ".jpg")
+        for number in range(count):
+            yield Item(f"{path}:{number}", data=(frames / f"{number:06d}.jpg").read_bytes())

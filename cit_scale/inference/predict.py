@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +15,12 @@ import numpy as np
 
 from cit_scale.datasets.index import printable, shorten
 from cit_scale.distributed.world import World, run_on_all_ranks
-from cit_scale.errors import MissingInputError, one_line
+from cit_scale.errors import BadImageError, ConfigError, MissingInputError, one_line
 from cit_scale.inference.classifier import Classifier, open_classifier
 from cit_scale.inference.defaults import FRAMES_PER_S
 from cit_scale.inference.entry import run_command
 from cit_scale.inference.items import Item, items_of, read_item
+from cit_scale.inference.outputs import check_output
 from cit_scale.inference.tables import Row, Sheet, kind_of
 from cit_scale.inference.turns import Answers, classify_all
 
@@ -39,6 +41,10 @@ class Count:
 
     seconds: float = 0.0
 
+    @property
+    def reasons_text(self) -> str:
+        return "; ".join(one_line(reason, 100) for reason in dict.fromkeys(self.reasons))
+
     def add(self, reasons: Sequence[str | None]) -> None:
         bad = [reason for reason in reasons if reason is not None]
         self.rows += len(reasons)
@@ -49,8 +55,12 @@ class Count:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``cit-scale predict``. arguments: parsed by `cit_scale.inference.commands`. Returns an exit code."""
 
+    out = None if arguments.out == "-" else arguments.out
+
     def work(world: World) -> None:
-        kind_of(arguments.out, arguments.format)  # refuses a name before the model is opened
+        kind_of(out, arguments.format)  # refuses a name before the model is opened
+        if out is not None:
+            check_output("--out", out, [arguments.model, *arguments.images])
         classifier = open_classifier(arguments.model, world)
         if world.is_main:
             for note in classifier.notes:
@@ -59,20 +69,22 @@ def run(arguments: argparse.Namespace) -> int:
             classifier,
             arguments.images,
             world,
-            out=arguments.out,
+            out=None if out is None else os.path.realpath(out),
             kind=arguments.format,
             top=arguments.top,
             heads=arguments.heads,
+            temperature=arguments.temperature,
             frames_per_s=arguments.fps,
             batch_size=arguments.batch_size,
             threads=arguments.threads,
         )
-        if world.is_main and arguments.out is not None:
+        if world.is_main and out is not None:
             rate = count.rows / count.seconds
-            print(f"{count.rows} images in {printable(arguments.out)}, {rate:.0f} a second", file=sys.stderr)
+            print(f"{count.rows} images in {printable(out)}, {rate:.0f} a second", file=sys.stderr)
+        if world.is_main and count.rows == count.unusable > 0:
+            raise BadImageError(f"none of {count.rows} images can be used: {count.reasons_text}")
         if world.is_main and count.unusable:
-            reasons = "; ".join(one_line(reason, 100) for reason in dict.fromkeys(count.reasons))
-            print(f"{count.unusable} of them cannot be used: {reasons}", file=sys.stderr)
+            print(f"{count.unusable} of them cannot be used: {count.reasons_text}", file=sys.stderr)
 
     return run_command(work)
 
@@ -86,6 +98,7 @@ def predict(
     kind: str | None = None,
     top: int = 1,
     heads: bool = False,
+    temperature: float = 1.0,
     frames_per_s: float = FRAMES_PER_S,
     batch_size: int | None = None,
     threads: int = 4,
@@ -93,23 +106,29 @@ def predict(
     """Collective. Write a row for each image. images: as ``items_of`` takes them. out, kind: as ``table`` takes them.
 
     top: number of classes with their probabilities. heads: also what each head says, and how far they disagree.
-    Raises ConfigError, MissingInputError where there are no images, and OSError where the table cannot be written.
+    temperature: by which logits are divided first, as ``evaluate`` finds it.
+    Raises ConfigError, also for ``heads`` of a classifier with one, MissingInputError where there are no images, and
+    OSError where the table cannot be written.
     """
     top = min(top, len(classifier.classes))
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"--temperature {temperature} is not above 0; cit-scale evaluate finds the best one")
+    if heads and len(classifier.interface.heads) < 2:
+        raise ConfigError(f"--heads: {printable(classifier.name)} has one head, which agrees with itself; leave it out")
     columns = _columns(classifier, top, heads)
     count = Count()
     sheet: Sheet | None = None
     began_at = time.perf_counter()
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[Item | None]:
         nonlocal sheet
-        listed = items_of(images, sys.stdin.buffer, frames_per_s)
+        listed = items_of(images, getattr(sys.stdin, "buffer", None), frames_per_s)
         sheet = Sheet(out, kind, columns)
         yield from listed
 
     def take(answers: Answers) -> bool:
         assert sheet is not None  # rank 0 has listed the items
-        count.is_read = sheet.write(list(_rows(answers, classifier, top, heads)))
+        count.is_read = sheet.write(list(_rows(answers, classifier, top, heads, temperature)))
         count.add(answers.reasons)
         return count.is_read
 
@@ -120,8 +139,13 @@ def predict(
             raise MissingInputError(f"there are no images in {shorten(list(map(printable, images)))}")
         sheet.finish()
 
-    classify_all(items(), read_item, classifier, world, take, batch_size=batch_size, threads=threads)
-    run_on_all_ranks(world, finish)
+    try:
+        classify_all(items(), read_item, classifier, world, take, batch_size=batch_size, threads=threads)
+        run_on_all_ranks(world, finish)
+    except Exception:
+        if sheet is not None:
+            sheet.abandon()
+        raise
     count.seconds = time.perf_counter() - began_at
     return count
 
@@ -135,10 +159,10 @@ def _columns(classifier: Classifier, top: int, heads: bool) -> dict[str, type]:
     return columns | ({"disagreement": float} if several else {}) | {"reason": str}
 
 
-def _rows(answers: Answers, classifier: Classifier, top: int, heads: bool) -> Iterator[Row]:
+def _rows(answers: Answers, classifier: Classifier, top: int, heads: bool, temperature: float) -> Iterator[Row]:
     """A row for each image. An image that cannot be used has a reason, and nothing else."""
     empty = dict.fromkeys(_columns(classifier, top, heads))
-    probs = {head: softmax(logits) for head, logits in answers.logits.items()}
+    probs = {head: softmax(logits / temperature) for head, logits in answers.logits.items()}
     good = 0
     for item, reason in zip(answers.items, answers.reasons, strict=True):
         row: dict[str, Any] = {**empty, "image": item.name, "reason": reason}

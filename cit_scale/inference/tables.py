@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from typing import IO, Any, Protocol
 
 from cit_scale.datasets.index import printable
 from cit_scale.errors import ConfigError
+from cit_scale.inference.outputs import is_replaceable
 
 Row = Mapping[str, Any]
 """Values by column; every row has the same columns. Texts may hold undecodable bytes, as file names do."""
@@ -39,11 +39,12 @@ class Sheet:
     def __init__(self, out: str | None, kind: str | None, columns: Mapping[str, type]) -> None:
         kind = kind_of(out, kind)
         self._path = None if out is None else Path(out)
+        self._appears = self._path is None or is_replaceable(self._path)
         if self._path is None:
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 is written as it is
             self._writer: Writer = _LINES[kind](sys.stdout, columns)
             return
-        if self._path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder; give a file", out)
         if kind == "parquet":
             self._writer = _Parquet(self._partial, columns)
         else:
@@ -51,8 +52,9 @@ class Sheet:
 
     @property
     def _partial(self) -> Path:
+        """The file that is written, until it gets its name. A device or a named pipe has its own."""
         assert self._path is not None
-        return self._path.with_name(f"{self._path.name}.partial")
+        return self._path.with_name(f"{self._path.name}.partial") if self._appears else self._path
 
     def write(self, rows: Sequence[Row]) -> bool:
         """Returns False if nobody reads any more."""
@@ -61,8 +63,13 @@ class Sheet:
     def finish(self) -> None:
         """Write what is left, and give the file its name."""
         self._writer.close()
-        if self._path is not None:
+        if self._path is not None and self._appears:
             self._partial.replace(self._path)
+
+    def abandon(self) -> None:
+        """Delete what was written: it ends with an error."""
+        if self._path is not None and self._appears:
+            self._partial.unlink(missing_ok=True)
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -146,7 +153,7 @@ class _Parquet:
             import pyarrow.parquet
         except ImportError:
             raise ConfigError("Parquet needs pyarrow; pip install 'cit-scale[parquet]'") from None
-        types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64()}
+        types = {str: pyarrow.string(), float: pyarrow.float64()}
         self._schema = pyarrow.schema([(name, types[kind]) for name, kind in columns.items()])
         self._table = pyarrow.Table
         self._file = pyarrow.parquet.ParquetWriter(path, self._schema)

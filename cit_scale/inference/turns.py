@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +27,10 @@ from cit_scale.inference.classifier import Classifier
 
 T = TypeVar("T")
 
+NOT_FINITE = "what the model says of it is not finite"  # as of fp16 that overflows
+
 BATCH_SIZES = {"cpu": 32, "cuda": 256}
+WHOLE_IMAGES = 4  # in a batch, where images are not made ready before
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Answers:
 
 
 def classify_all(
-    items: Iterator[T],
+    items: Iterator[T | None],
     read: Callable[[T], bytes],
     classifier: Classifier,
     world: World,
@@ -50,21 +53,26 @@ def classify_all(
     *,
     batch_size: int | None = None,
     threads: int,
+    device: torch.device | None = None,
 ) -> None:
     """Collective. Classify all items.
 
-    items: used on rank 0 alone. read: the encoded image of an item, on any rank; raises BadImageError, and OSError.
-    take: called on rank 0 with the answers of each batch, in order; no more is computed once it returns False.
-    batch_size: None: by the device. threads: that read and decode, on each rank.
+    items: used on rank 0 alone; None among them says that no more is ready yet. read: the encoded image of an item, on
+    any rank; raises BadImageError, and OSError. take: called on rank 0 with the answers of each batch, in order; once
+    it returns False no more is computed. batch_size: None: by the device. threads: that read and decode, on each rank.
+    device: on which the classifier computes; None: the rank's.
     What any rank raises is raised on all of them.
     """
-    size = batch_size or BATCH_SIZES[world.device.type]
-    lanes = torch.get_num_threads() if world.device.type == "cpu" else 1
+    kind = (device or world.device).type
+    size = batch_size or BATCH_SIZES[kind]
+    if classifier.interface.pixels:  # they wait as large as they are
+        size = min(size, WHOLE_IMAGES)
+    lanes = torch.get_num_threads() if kind == "cpu" else 1
     prepare = functools.partial(_prepare, read, classifier)
     failure: Exception | None = None
     waiting: list[_Batch] | None = None
     goes_on = True
-    with ThreadPoolExecutor(threads, "decode") as decoders, _computing_threads(world, lanes) as computers:
+    with ThreadPoolExecutor(threads, "decode") as decoders, _computing_threads(kind, lanes) as computers:
         while True:
             dealt = _deal(items if goes_on else iter(()), size, lanes, world, failure)
             following = None
@@ -76,7 +84,7 @@ def classify_all(
                     try:
                         goes_on = all(_take(answers, take) for rank in everyone for answers in rank)
                     except Exception as error:  # raised on all ranks, in the next turn
-                        failure, goes_on = error, False
+                        failure, goes_on = portable(error), False
             elif dealt is None:
                 return
             waiting = following
@@ -89,9 +97,9 @@ class _Batch:
 
 
 @contextlib.contextmanager
-def _computing_threads(world: World, count: int) -> Iterator[ThreadPoolExecutor | None]:
+def _computing_threads(kind: str, count: int) -> Iterator[ThreadPoolExecutor | None]:
     """Threads that compute a batch each; None on a GPU, which computes in the caller's."""
-    if world.device.type != "cpu":
+    if kind != "cpu":
         yield None
         return
     with ThreadPoolExecutor(count, "compute", initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -114,16 +122,42 @@ def _deal(items: Iterator[T], size: int, lanes: int, world: World, failure: Exce
     hands: Sequence[list[list[T]] | Exception | None] | None = None
     if world.is_main:
         try:
-            batches = [[list(itertools.islice(items, size)) for _ in range(lanes)] for _ in range(world.world_size)]
-            hands = batches if batches[0][0] else [None] * world.world_size
+            batches, ended = _next_batches(items, size, lanes * world.world_size)
+            cut = [batches[first : first + lanes] for first in range(0, len(batches), lanes)]
+            hands = [None] * world.world_size if ended and not batches[0] else cut
         except Exception as error:  # of listing
-            failure = error
+            failure = portable(error)
         if failure is not None:
             hands = [failure] * world.world_size
     mine = deal(world, hands)
     if isinstance(mine, Exception):
         raise mine
     return mine
+
+
+def _next_batches(items: Iterator[T | None], size: int, count: int) -> tuple[list[list[T]], bool]:
+    """The next batches, as many as asked for, the last ones maybe empty; and whether there are no more items."""
+    batches: list[list[T]] = []
+    for _ in range(count):
+        batch: list[T] = []
+        while len(batch) < size:
+            try:
+                item = next(items)
+            except StopIteration:
+                return [*batches, batch, *([] for _ in range(count - len(batches) - 1))], True
+            if item is None:
+                return [*batches, batch, *([] for _ in range(count - len(batches) - 1))], False
+            batch.append(item)
+        batches.append(batch)
+    return batches, False
+
+
+def portable(error: Exception) -> Exception:
+    """The same exception, or its message in one that can be sent to another rank."""
+    try:
+        return error if type(pickle.loads(pickle.dumps(error))) is type(error) else RuntimeError(one_line(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {one_line(error)}")
 
 
 def _answer_all(
@@ -137,10 +171,17 @@ def _answer(classifier: Classifier, batch: _Batch) -> Answers | Exception:
     try:
         prepared = [future.result() for future in batch.images]
         images = [image for image in prepared if isinstance(image, Tensor)]
+        logits = classify_images(classifier, images)
         reasons = [image if isinstance(image, str) else None for image in prepared]
-        return Answers(batch.items, reasons, classify_images(classifier, images))
+        finite = np.all([np.isfinite(each).all(axis=1) for each in logits.values()], axis=0) if logits else np.array([])
+        if not finite.all():
+            places = [place for place, reason in enumerate(reasons) if reason is None]
+            for place in np.flatnonzero(~finite):
+                reasons[places[place]] = NOT_FINITE
+            logits = {head: each[finite] for head, each in logits.items()} if finite.any() else {}
+        return Answers(batch.items, reasons, logits)
     except Exception as error:  # raised again on rank 0, and with the next turn on all ranks
-        return error
+        return portable(error)
 
 
 def _take(answers: Answers | Exception, take: Callable[[Answers], bool]) -> bool:
