@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import Image
 from scipy.stats import binomtest
 from tiny_run import TINY_CIT
 
@@ -86,7 +89,7 @@ def text_of(opened, **changed):
 
 def write(opened, kind, path, network=None):
     program = Program(copy.deepcopy(network or opened.network))
-    interface = read_interface(text_of(opened), "test")[0]
+    interface = read_interface(text_of(opened), "test")
     writers = {
         "onnx": lambda: onnx_module.write_onnx(program, interface, path, interface.to_json()),
         "pt2": lambda: write_pt2(program, SIZE, path, interface.to_json()),
@@ -156,11 +159,11 @@ def test_a_network_that_sees_another_size_is_exported_with_it(tmp_path):
         Form("torchscript"),
         Form("timm"),
     ],
-    ids=lambda form: form.file_name,
+    ids=lambda form: form.file_name("student"),
 )
 def test_a_run_is_exported_and_measured(run_copy, form):
     path, proof = export(open_network(str(run_copy), World()), form)
-    assert path == run_copy / form.file_name
+    assert path == run_copy / form.file_name("student")
     assert proof.images > 0
     assert proof.complaint() is None
     assert proof.difference > 0 or form.kind in ("pt2", "torchscript")
@@ -173,7 +176,7 @@ def main_says(run_dir, path):
     from cit_scale.inference.evaluate import evaluate_classifier
 
     classifier = open_classifier(str(path), World())
-    assert classifier.run_dir == run_dir  # noted in the file: its evaluation set is the run's
+    assert classifier.run_dir == run_dir  # in whose folder it lies: its evaluation set is the run's
     return evaluate_classifier(classifier, World())
 
 
@@ -195,7 +198,7 @@ def test_a_timm_folder_is_opened_by_timm_alone(run_copy):
 
 
 def with_another_mean(program):
-    program.mean += 0.02
+    program.image_mean += 0.02
     return program
 
 
@@ -224,7 +227,7 @@ def test_a_wrong_file_is_not_kept(run_copy, harm, form, monkeypatch, capsys):
     arguments = ["--to", form.kind, "--precision", form.precision, *(["--any-size"] if form.any_size else [])]
     assert main([str(run_copy), *arguments]) == RefusedError.exit_code
     assert "is not kept: " in capsys.readouterr().err
-    assert not list(run_copy.glob("*student*onnx"))
+    assert not (run_copy / form.file_name("student")).exists()
     assert not list(run_copy.glob(".*partial*"))
 
 
@@ -238,7 +241,7 @@ def test_a_wrong_timm_folder_is_not_kept(run_copy, monkeypatch):
     monkeypatch.setattr(timm_folder, "describe", describe)
     with pytest.raises(RefusedError, match="is not kept"):
         export(open_network(str(run_copy), World()), Form("timm"))
-    assert not (run_copy / "timm").exists()
+    assert not (run_copy / "student_timm").exists()
 
 
 def test_a_wrong_file_is_kept_on_request_and_said(run_copy, monkeypatch, capsys):
@@ -302,8 +305,6 @@ logits = session.run(None, {session.get_inputs()[0].name: pixels})[0][0]
 print(classes[logits.argmax()])
 assert "torch" not in sys.modules and "cit_scale" not in sys.modules
 """
-    from PIL import Image
-
     image = tmp_path / "x.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(image)
     ended = subprocess.run([sys.executable, "-c", program, path, image], capture_output=True, text=True, check=True)
@@ -349,31 +350,122 @@ def test_a_file_with_other_classes_than_logits_is_refused(two_stems, tmp_path):
         open_classifier(str(tmp_path / "net.onnx"), World())
 
 
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "torchscript"])
+def test_a_damaged_file_is_refused(two_stems, kind, tmp_path):
+    path = tmp_path / f"net.{kind}"
+    write(two_stems, kind, path)
+    data = path.read_bytes()
+    refused = 0
+    for place in np.random.default_rng(0).integers(0, len(data), 8):
+        changed = bytearray(data)
+        changed[place] ^= 0x10
+        path.write_bytes(changed)
+        try:
+            found = open_classifier(str(path), World())
+        except ConfigError:
+            refused += 1
+        else:  # the bit was in the padding of a zip file
+            path.write_bytes(data)
+            whole = open_classifier(str(path), World())
+            assert torch.equal(found.classify(images(2))["logits"], whole.classify(images(2))["logits"])
+    assert refused >= 6
+
+
 class Planted:
     def __reduce__(self):
         return print, ("planted",)
 
 
-def test_a_pt2_file_cannot_run_code(two_stems, tmp_path, capsys):
-    """A pickled constant, as torch.export.load would read it without restriction."""
-    import pickle
+def with_pickles(name, data):
+    """Weights that torch.export.load would read by pickle without restriction."""
+    if name.endswith("weights_config.json"):
+        content = json.loads(data)
+        for each in content["config"].values():
+            each["use_pickle"] = True
+        return json.dumps(content).encode()
+    return pickle.dumps(Planted()) if "/weights/weight_" in name else data
 
+
+def with_a_guard(name, data):
+    """Guards are executed as Python."""
+    if not name.endswith("models/model.json"):
+        return data
+    content = json.loads(data)
+    content["guards_code"] = ["print('planted') is None"]
+    return json.dumps(content).encode()
+
+
+def with_an_expression(name, data):
+    """sympy evaluates expressions of sizes as Python."""
+    planted = "__import__('builtins').print('planted') or Symbol('s0', positive=True, integer=True)"
+    return re.sub(rb'"expr_str": "[^"]*"', json.dumps({"expr_str": planted})[1:-1].encode(), data)
+
+
+@pytest.mark.parametrize("plant", [with_pickles, with_a_guard, with_an_expression])
+def test_a_pt2_file_cannot_run_code(two_stems, tmp_path, plant, capsys):
     good, bad = tmp_path / "net.pt2", tmp_path / "bad.pt2"
     write(two_stems, "pt2", good)
+    changed = 0
     with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as target:
         for name in source.namelist():
             data = source.read(name)
-            if name.endswith("weights_config.json"):
-                content = json.loads(data)
-                for each in content["config"].values():
-                    each["use_pickle"] = True
-                data = json.dumps(content).encode()
-            elif "/weights/weight_" in name:
-                data = pickle.dumps(Planted())
-            target.writestr(name, data)
-    with pytest.raises((RefusedError, MissingInputError)):
+            target.writestr(name, plant(name, data))
+            changed += plant(name, data) != data
+    assert changed
+    with pytest.raises(RefusedError, match="can execute code when it is loaded"):
         open_exported(bad, CPU)
     assert "planted" not in capsys.readouterr().out
+
+
+def test_a_torchscript_file_cannot_write_files(tmp_path):
+    target = tmp_path / "victim"
+    target.write_text("precious")
+
+    class Writes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place = str(target)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            torch.save(images, self.place)
+            return images.mean(dim=(2, 3))
+
+    noted = Interface(("a", "b", "c"), ("logits",), SIZE, 0.875).to_json()
+    torch.jit.save(torch.jit.script(Writes()), str(tmp_path / "x.torchscript"), _extra_files={"cit_scale.json": noted})
+    with pytest.raises(RefusedError, match="does more than compute: aten::save"):
+        open_exported(tmp_path / "x.torchscript", CPU)
+    assert target.read_text() == "precious"
+
+
+def test_weights_that_differ_have_files_of_other_names(run_copy):
+    first, _ = export(open_network(str(run_copy), World()), Form("torchscript"))
+    second, _ = export(open_network(str(run_copy / "student_ema.safetensors"), World()), Form("torchscript"))
+    assert (first.name, second.name) == ("student.torchscript", "student_ema.torchscript")
+
+
+def test_a_broken_image_does_not_end_the_calibration(run_copy, tmp_path):
+    for name in open_network(str(run_copy), World()).interface.classes:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "data" / name / "0.png")
+        data = (tmp_path / "data" / name / "0.png").read_bytes()
+        (tmp_path / "data" / name / "1.png").write_bytes(data[: len(data) - 20])
+    path, _ = export(open_network(str(run_copy), World()), Form("onnx", "int8"), calibration=str(tmp_path / "data"))
+    assert path.exists()
+
+
+def test_a_file_that_has_no_answer_for_an_image_is_refused(run_copy, monkeypatch):
+    from cit_scale.export import proof
+
+    real, calls = proof.classify_all, []
+
+    def lose_one(items, *arguments, **options):
+        calls.append(arguments)
+        kept = list(items)
+        real(iter(kept if len(calls) == 1 else kept[1:]), *arguments, **options)
+
+    monkeypatch.setattr(proof, "classify_all", lose_one)
+    with pytest.raises(RefusedError, match="has an answer for"):
+        export(open_network(str(run_copy), World()), Form("torchscript"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from cit_scale.errors import ConfigError
 from cit_scale.export.program import INPUT, OUTPUT, Program, example_images, export_program
+from cit_scale.inference.exported import add_checksum
 from cit_scale.inference.interface import KEY, Interface
 from cit_scale.models.network import quiet
 
 OPSET = 20
+PIXELS, PREFIX = "pixels", "ready_"  # of what goes in where images are made ready inside; of the names of that part
 
 
 # `sizes` are height and width. PIL resizes the width first, then the height, and rounds to 8 bits after each. Its
@@ -63,7 +66,6 @@ make_ready (uint8[1, height, width, 3] pixels) => (float[1, 3, {size}, {size}] i
 
 def write_onnx(program: Program, interface: Interface, path: Path, noted: str) -> None:
     """Write a program as ONNX, for any number of images. noted: what the file says of itself."""
-    import onnx
 
     exported = export_program(program, interface.image_size)
     with quiet("torch.onnx"), quiet("onnxscript"):
@@ -80,7 +82,19 @@ def write_onnx(program: Program, interface: Interface, path: Path, noted: str) -
     assert written is not None
     model = written.model_proto
     _note(model, interface, noted)
-    onnx.save(model, str(path))
+    _save(model, path)
+
+
+def write_fp16(float_file: Path, path: Path, interface: Interface, noted: str) -> None:
+    """Convert a float32 ONNX file to fp16: weights and arithmetic; images and logits stay float32."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of each weight too small for fp16; what it costs is measured
+        model = convert_float_to_float16(onnx.load(str(float_file)), keep_io_types=True)
+    _note(model, interface, noted)
+    _save(model, path)
 
 
 def write_int8(float_file: Path, path: Path, images: Iterable[Tensor]) -> None:
@@ -128,10 +142,13 @@ def put_making_ready_inside(float_file: Path, interface: Interface, path: Path, 
     )
     ready = onnx.parser.parse_model(text)
     ready.ir_version = model.ir_version
-    merged = onnx.compose.merge_models(ready, model, io_map=[(INPUT, INPUT)], prefix1="ready_")
+    merged = onnx.compose.merge_models(ready, model, io_map=[(INPUT, INPUT)], prefix1=PREFIX)
+    for node in merged.graph.node:
+        node.input[:] = [PIXELS if name == f"{PREFIX}{PIXELS}" else name for name in node.input]
+    merged.graph.input[0].name = PIXELS
     _note(merged, interface, noted)
     onnx.checker.check_model(merged)
-    onnx.save(merged, str(path))
+    _save(merged, path)
 
 
 def note_in(path: Path, interface: Interface, noted: str) -> None:
@@ -140,7 +157,14 @@ def note_in(path: Path, interface: Interface, noted: str) -> None:
 
     model = onnx.load(str(path))
     _note(model, interface, noted)
+    _save(model, path)
+
+
+def _save(model: Any, path: Path) -> None:
+    import onnx
+
     onnx.save(model, str(path))
+    add_checksum(path)
 
 
 def _note(model: Any, interface: Interface, noted: str) -> None:
@@ -148,10 +172,15 @@ def _note(model: Any, interface: Interface, noted: str) -> None:
     import onnx.helper
 
     notes = {KEY: noted}
-    if not any("\n" in name for name in interface.classes):
+    if not any("\n" in name or name != printable_utf8(name) for name in interface.classes):
         notes["classes"] = "\n".join(interface.classes)
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, notes)
+
+
+def printable_utf8(name: str) -> str:
+    """The name without what UTF-8, and so ONNX, cannot hold: bytes of a folder's name that are none."""
+    return name.encode("utf-8", "ignore").decode()
 
 
 def require_packages() -> None:

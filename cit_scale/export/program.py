@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,28 +22,26 @@ INPUT, OUTPUT = "images", "logits"  # names in a file
 class Program(nn.Module):
     """Images in [0, 1] to the mean of all heads' logits, in evaluation mode.
 
-    dtype: in which the network computes; images and logits are float32 either way.
     Forward: (B, 3, S, S) float32 in [0, 1] -> (B, K) float32.
     """
 
-    mean: Tensor
-    std: Tensor
+    image_mean: Tensor
+    image_std: Tensor
 
-    def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.model = network.model.to(dtype)
+        self.model = network.model
         self.size = network.image_size
-        self.dtype = dtype
-        self.register_buffer("mean", network.mean.clone())
-        self.register_buffer("std", network.std.clone())
+        # No names of operators, such as mean: an ONNX file has one name for each.
+        self.register_buffer("image_mean", network.mean.clone())
+        self.register_buffer("image_std", network.std.clone())
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.size is not None:  # the network sees another size than it is given
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
-        normalised = ((images - self.mean) / self.std).to(self.dtype)
         # timm's forward of a model with several heads is the mean of them.
-        return cast(Tensor, self.model(normalised)).float()
+        return cast(Tensor, self.model((images - self.image_mean) / self.image_std))
 
 
 @contextmanager
@@ -67,11 +66,15 @@ def export_program(program: Program, size: int) -> torch.export.ExportedProgram:
 
 def write_pt2(program: Program, size: int, path: Path, noted: str) -> None:
     """Write a file of torch.export. noted: what the file says of itself (``Interface.to_json``)."""
-    torch.export.save(export_program(program, size), path, extra_files={KEY: noted})
+    file = io.BytesIO()  # torch's own writers do not say what an operating system says of a full disk
+    torch.export.save(export_program(program, size), file, extra_files={KEY: noted})
+    path.write_bytes(file.getbuffer())
 
 
 def write_torchscript(program: Program, size: int, path: Path, noted: str) -> None:
     """Write a traced TorchScript file. noted: what the file says of itself (``Interface.to_json``)."""
     with exporting():
         traced = torch.jit.trace(program, example_images(size), check_inputs=[(example_images(size, 3),)])
-    torch.jit.save(traced, str(path), _extra_files={KEY: noted})
+    file = io.BytesIO()
+    torch.jit.save(traced, file, _extra_files={KEY: noted})
+    path.write_bytes(file.getbuffer())

@@ -24,6 +24,8 @@ from cit_scale.inference.turns import Answers, classify_all, classify_images, un
 MOST_LOSS = 0.1  # points of accuracy, beyond which a loss that is no chance is refused
 SIGNIFICANT = 0.05
 
+CPU = torch.device("cpu")  # where both are compared, whatever the machine has
+
 # How far logits may differ, over the largest of the student's: what the arithmetic of each form explains.
 TOLERANCES = {"float32": 1e-4, "fp16": 0.05, "int8": 0.5}
 RESIZED = 0.05  # where the file, or who opens it, resizes images by another program
@@ -34,10 +36,11 @@ WARM_UP_CALLS = 3  # TorchScript compiles in the second
 
 @dataclass(frozen=True)
 class Said:
-    """What a classifier says of the images that can be used. logits: (N, K). labels: (N,). first: images as it takes
-    them.
+    """What a classifier says of N images, those that it can use. samples: (N,), their indices. logits: (N, K). labels:
+    (N,). first: the first one, as the classifier takes it.
     """
 
+    samples: np.ndarray
     logits: np.ndarray
     labels: np.ndarray
     first: Tensor
@@ -102,12 +105,14 @@ def listen(classifier: Classifier, source: Source, judged: Judged, threads: int)
             logits.append(list(answers.logits.values())[-1])  # of all heads
         return True
 
-    classify_all(iter(judged.samples.tolist()), source.read, classifier, World(), take, threads=threads)
+    items = iter(judged.samples.tolist())
+    classify_all(items, source.read, classifier, World(), take, threads=threads, device=CPU)
     if not samples:
         raise BadDataError(f"none of {len(reasons)} images can be used: {unusable_text(reasons)}")
     label_of = dict(zip(judged.samples.tolist(), judged.labels, strict=True))
     labels = np.array([label_of[sample][0] for sample in samples])
-    return Said(np.concatenate(logits), labels, classifier.prepare(source.read(samples[0])))
+    first = classifier.prepare(source.read(samples[0]))
+    return Said(np.array(samples), np.concatenate(logits), labels, first)
 
 
 def prove(
@@ -118,7 +123,15 @@ def prove(
     latency_ms: dict[int, float],
     student_latency_ms: dict[int, float],
 ) -> Proof:
-    """Compare a file with the student. classifier: the file, which is asked about one image alone, too."""
+    """Compare a file with the student. classifier: the file, which is asked about one image alone, too.
+
+    Raises RefusedError where one of the two has no finite answer for an image, and the other has.
+    """
+    if not np.array_equal(student.samples, file.samples):
+        raise RefusedError(
+            f"the file has an answer for {len(file.samples)} images, and the student for {len(student.samples)}; the "
+            "others could not be made ready, or the answer is not finite"
+        )
     alone = list(classify_images(classifier, [file.first]).values())[-1][0]
     differences = np.abs(student.logits - file.logits).max(), np.abs(alone - file.logits[0]).max()
     return Proof(

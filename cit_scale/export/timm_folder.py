@@ -8,12 +8,13 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from cit_scale.datasets.encoded import decode
-from cit_scale.inference.classifier import Classifier, OpenedNetwork
+from cit_scale.inference.classifier import Classifier, OpenedNetwork, of_each_thread
+from cit_scale.inference.exported import HEAD
 from cit_scale.models.network import pretrained_cfg_of
 from cit_scale.models.pretrained import FILES, FOLDER, describe
 from cit_scale.run_folder import DESCRIPTION
@@ -26,7 +27,7 @@ def write_timm_folder(opened: OpenedNetwork, folder: Path) -> None:
     network, interface = opened.network, opened.interface
     # Copies: a tensor that the model has under two names is written twice, as timm loads it.
     state = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
     description = describe(
         network.architecture,
         network.arguments,
@@ -48,10 +49,11 @@ def open_as_timm_does(folder: Path, opened: OpenedNetwork) -> Classifier:
     """
     model = timm.create_model(f"{FOLDER}{folder}", pretrained=True).eval()
     transform: Callable[[object], Tensor] = create_transform(**resolve_data_config(model=model))
+    network = of_each_thread(model)
 
     @torch.inference_mode()
     def classify(images: Tensor) -> dict[str, Tensor]:
-        return {"logits": model(images).float()}
+        return {HEAD: network()(images).float()}
 
     def prepare(data: bytes) -> Tensor:
         return transform(decode(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import shutil
@@ -16,21 +17,28 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from cit_scale.datasets.index import printable
+from cit_scale.datasets.index import UNUSABLE, printable
 from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, RefusedError
 from cit_scale.export import onnx
 from cit_scale.export.program import Program, write_pt2, write_torchscript
-from cit_scale.export.proof import RESIZED, TOLERANCES, Proof, Said, latency_ms, listen, prove, refuse_loss
+from cit_scale.export.proof import CPU, RESIZED, TOLERANCES, Proof, Said, latency_ms, listen, prove, refuse_loss
 from cit_scale.export.timm_folder import open_as_timm_does, write_timm_folder
-from cit_scale.inference.classifier import Classifier, OpenedNetwork, classifier_of, open_classifier, open_network
+from cit_scale.inference.classifier import (
+    Classifier,
+    OpenedNetwork,
+    classifier_of,
+    classifier_of_file,
+    open_network,
+)
 from cit_scale.inference.defaults import SUFFIXES
 from cit_scale.inference.entry import run_command
 from cit_scale.inference.evaluate import known_images, open_images, run_config
-from cit_scale.inference.exported import HEAD
+from cit_scale.inference.exported import HEAD, open_exported
 from cit_scale.inference.interface import Interface
 
 CALIBRATION_BATCH = 32
@@ -50,12 +58,11 @@ class Form:
         if self.kind != "onnx" and (self.precision != "float32" or self.any_size):
             raise ConfigError(f"--precision and --any-size are for --to onnx; {self.kind} is written in float32")
 
-    @property
-    def file_name(self) -> str:
-        if self.kind == "timm":
-            return "timm"
-        parts = ["student", *([self.precision] if self.precision != "float32" else [])]
-        return "_".join([*parts, *(["any_size"] if self.any_size else [])]) + SUFFIXES[self.kind]
+    def file_name(self, weights: str) -> str:
+        """A name for the file. weights: the name of those that it is of, such as student_ema."""
+        parts = [weights, *([self.precision] if self.precision != "float32" else [])]
+        name = "_".join([*parts, *(["any_size"] if self.any_size else [])])
+        return f"{name}_timm" if self.kind == "timm" else name + SUFFIXES[self.kind]
 
     @property
     def tolerance(self) -> float:
@@ -109,11 +116,13 @@ def export(
     Raises RefusedError for a file that is, ConfigError, and OSError where it cannot be written.
     """
     path = _target(opened, form, out)
-    student = classifier_of(opened, torch.device("cpu"))
-    source = open_images(student, data)
-    judged = known_images(source, student, only_known=False)
     partial_path = path.with_name(f".{path.stem}.partial{SUFFIXES[form.kind]}")
     _remove(partial_path)
+    partial_path.touch()  # says now if it cannot be written
+    partial_path.unlink()
+    student = classifier_of(opened, CPU)
+    source, to_calibrate = open_images(student, data), calibration_source(student, form, calibration)
+    judged = known_images(source, student, only_known=False)
     measure = Measured(
         listen(student, source, judged, threads), student, lambda each: listen(each, source, judged, threads)
     )
@@ -123,8 +132,7 @@ def export(
             write_timm_folder(opened, partial_path)
             proof = measure.prove(open_as_timm_does(partial_path, opened), form)
         else:
-            partial_path.touch()  # says now if it cannot be written
-            images = partial(calibration_images, opened, student, calibration, num_calibration)
+            images = partial(calibration_images, student, to_calibrate, num_calibration)
             proof = _write(opened, form, partial_path, measure, images, allow_loss=allow_loss)
         refuse_loss(proof, str(path), allowed=allow_loss)
         partial_path.replace(path)
@@ -163,35 +171,36 @@ def _write(
     interface = dataclasses.replace(opened.interface, heads=(HEAD,))
     size = interface.image_size
 
-    def proof_of(form: Form, interface: Interface) -> Proof:
-        return measure.prove(open_classifier(str(path), World()), form)
+    def proof_of(form: Form) -> Proof:
+        exported = open_exported(path, CPU)
+        assert exported is not None
+        return measure.prove(classifier_of_file(str(path), exported), form)
 
     noted = partial(_noted, opened, form)
     program = Program(copy.deepcopy(opened.network))
     if form.kind != "onnx":
         write = {"pt2": write_pt2, "torchscript": write_torchscript}[form.kind]
         write(program, size, path, noted(interface))
-        return proof_of(form, interface)
+        return proof_of(form)
     onnx.write_onnx(program, interface, path, noted(interface))
     plain = Form("onnx")
-    proof = proof_of(plain, interface)
+    proof = proof_of(plain)
     if form == plain:
         return proof
-    refuse_loss(proof, f"{path} in float32", allowed=allow_loss)
+    refuse_loss(proof, "the file in float32, of which it would be made,", allowed=allow_loss)
     if form.precision == "fp16":
-        onnx.write_onnx(Program(copy.deepcopy(opened.network), torch.float16), interface, path, noted(interface))
+        onnx.write_fp16(path, path, interface, noted(interface))
     elif form.precision == "int8":
         onnx.write_int8(path, path, images())
         onnx.note_in(path, interface, noted(interface))
     if form.any_size:
         whole = dataclasses.replace(interface, pixels=True)
         onnx.put_making_ready_inside(path, whole, path, noted(whole))
-    return proof_of(form, interface)
+    return proof_of(form)
 
 
 def _noted(opened: OpenedNetwork, form: Form, interface: Interface) -> str:
-    run = None if opened.run_dir is None else str(opened.run_dir.absolute())
-    return interface.to_json(model=opened.network.architecture, precision=form.precision, run=run)
+    return interface.to_json(model=opened.network.architecture, precision=form.precision, weights=opened.weights)
 
 
 def _target(opened: OpenedNetwork, form: Form, out: str | None) -> Path:
@@ -199,15 +208,18 @@ def _target(opened: OpenedNetwork, form: Form, out: str | None) -> Path:
     if out is None:
         if opened.run_dir is None:
             raise ConfigError(f"{printable(opened.name)} is of no run that is here; say where to write with --out")
-        return opened.run_dir / form.file_name
-    path = Path(out)
+        path = opened.run_dir / form.file_name(opened.file.stem)
+    else:
+        path = Path(out)
     if form.kind == "timm":
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RefusedError(f"{printable(path)} exists; give a folder that is new or empty")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
     if path.is_dir():
-        raise ConfigError(f"--out {printable(path)} is a folder; give a file, such as {path / form.file_name}")
+        raise ConfigError(
+            f"--out {printable(path)} is a folder; give a file, such as {path / form.file_name('student')}"
+        )
     if path.suffix != SUFFIXES[form.kind]:
         raise ConfigError(f"--out {printable(path)} does not end in {SUFFIXES[form.kind]}, by which it is opened")
     return path
@@ -217,20 +229,31 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def calibration_images(opened: OpenedNetwork, student: Classifier, data: str | None, count: int) -> Iterator[Tensor]:
-    """Images to calibrate on, from the whole of a training set, (B, 3, S, S) float32 in [0, 1]. Raises ConfigError."""
-    source: Source
+def calibration_source(student: Classifier, form: Form, data: str | None) -> Source | None:
+    """The images to calibrate on; None where none are needed. Raises ConfigError."""
+    if form.precision != "int8":
+        if data is not None:
+            raise ConfigError(f"--calibration is for --precision int8, and this is {form.precision}; leave it out")
+        return None
     if data is not None:
-        source = open_images(student, data)
-    elif opened.run_dir is not None:
-        source = open_sources(run_config(opened.run_dir).data)[0]
-    else:
+        return open_images(student, data, "--calibration")
+    if student.run_dir is None:
         raise ConfigError("int8 is calibrated on images; say on which with --calibration DIR")
+    return open_sources(run_config(student.run_dir).data)[0]
+
+
+def calibration_images(student: Classifier, source: Source | None, count: int) -> Iterator[Tensor]:
+    """Images from the whole of a training set, (B, 3, S, S) float32 in [0, 1]."""
+    assert source is not None  # for int8
     good = [sample for sample in range(len(source)) if sample not in source.rejects]
     chosen = [good[place] for place in np.linspace(0, len(good) - 1, min(count, len(good))).astype(int)]
     for first in range(0, len(chosen), CALIBRATION_BATCH):
-        images = [student.prepare(source.read(sample)) for sample in chosen[first : first + CALIBRATION_BATCH]]
-        yield torch.stack(images).float().div_(255)
+        images = []
+        for sample in chosen[first : first + CALIBRATION_BATCH]:
+            with contextlib.suppress(*UNUSABLE):  # the others will do
+                images.append(student.prepare(source.read(sample)))
+        if images:
+            yield torch.stack(images).float().div_(255)
 
 
 def megabytes(path: Path) -> float:
@@ -239,7 +262,7 @@ def megabytes(path: Path) -> float:
 
 
 def print_proof(path: Path, proof: Proof) -> None:
-    table = Table(title=f"{printable(path)}, {megabytes(path):.2f} MB", title_justify="left")
+    table = Table(title=Text(f"{printable(path)}, {megabytes(path):.2f} MB"), title_justify="left")
     for column in ("", "top-1 %", "ms for 1", "ms for 32", "images/s at 32"):
         table.add_column(column, justify="right" if column else "left")
     for name, top1, times in (
