@@ -437,6 +437,34 @@ def test_a_torchscript_file_cannot_write_files(tmp_path):
     assert target.read_text() == "precious"
 
 
+def test_a_torchscript_file_cannot_write_files_while_it_is_loaded(tmp_path):
+    target = tmp_path / "victim"
+    target.write_text("precious")
+
+    class Loads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place = str(target)
+
+        @torch.jit.export
+        def __getstate__(self):
+            return self.place, self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[str, bool]):
+            self.place, self.training = state
+            torch.save(torch.zeros(1), self.place)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean(dim=(2, 3))
+
+    noted = Interface(("a", "b", "c"), ("logits",), SIZE, 0.875).to_json()
+    torch.jit.save(torch.jit.script(Loads()), str(tmp_path / "x.torchscript"), _extra_files={"cit_scale.json": noted})
+    with pytest.raises(RefusedError, match="runs methods when it is loaded"):
+        open_exported(tmp_path / "x.torchscript", CPU)
+    assert target.read_text() == "precious"
+
+
 def test_weights_that_differ_have_files_of_other_names(run_copy):
     first, _ = export(open_network(str(run_copy), World()), Form("torchscript"))
     second, _ = export(open_network(str(run_copy / "student_ema.safetensors"), World()), Form("torchscript"))

@@ -139,6 +139,9 @@ def _open_pt2(path: Path, device: torch.device) -> Exported:
 
 
 def _open_torchscript(path: Path, device: torch.device) -> Exported:
+    with zipfile.ZipFile(path) as archive:
+        if any(b"__setstate__" in archive.read(name) for name in archive.namelist() if name.endswith(".py")):
+            raise RefusedError(f"{path} runs methods when it is loaded; {ONLY_OURS}")
     extra = {KEY: b""}
     module = torch.jit.load(io.BytesIO(path.read_bytes()), map_location=device, _extra_files=extra)
     interface = read_interface(extra[KEY].decode() if extra[KEY] else None, path)
