@@ -200,8 +200,9 @@ def test_a_finished_run_is_evaluated_again_on_other_evaluation_data(stopped, tmp
     assert (before["eval_images"], results["eval_images"]) == (9, 15)
     assert json.loads((stopped.run_dir / "results.json.1").read_text()) == before
     of_weights = ("accuracy", "teachers", "eval_images", "inputs")
+    assert "best" not in results  # it was so on the images of before
     assert {key: results[key] for key in results if key not in of_weights} == {
-        key: before[key] for key in before if key not in of_weights
+        key: before[key] for key in before if key not in (*of_weights, "best")
     }
     # As by a run that had these data from the beginning: they do not reach the weights.
     other = dataclasses.replace(stopped, runs_dir=tmp_path / "other")

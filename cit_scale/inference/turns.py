@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from cit_scale.datasets.index import UNUSABLE, reason_text
 from cit_scale.distributed.world import World, deal, gather_on_main
-from cit_scale.errors import one_line
+from cit_scale.errors import BadImageError, RunError, one_line
 from cit_scale.inference.classifier import Classifier
 
 T = TypeVar("T")
@@ -153,11 +152,10 @@ def _next_batches(items: Iterator[T | None], size: int, count: int) -> tuple[lis
 
 
 def portable(error: Exception) -> Exception:
-    """The same exception, or its message in one that can be sent to another rank."""
-    try:
-        return error if type(pickle.loads(pickle.dumps(error))) is type(error) else RuntimeError(one_line(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {one_line(error)}")
+    """The same exception, or the message of one that may not survive being sent to another rank."""
+    if isinstance(error, RunError | BadImageError | OSError):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {one_line(error)}").with_traceback(error.__traceback__)
 
 
 def _answer_all(
