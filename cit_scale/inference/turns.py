@@ -153,7 +153,7 @@ def _next_batches(items: Iterator[T | None], size: int, count: int) -> tuple[lis
 
 def portable(error: Exception) -> Exception:
     """The same exception, or the message of one that may not survive being sent to another rank."""
-    if isinstance(error, RunError | BadImageError | OSError):
+    if isinstance(error, RunError | BadImageError | OSError) or type(error) is RuntimeError:
         return error
     return RuntimeError(f"{type(error).__name__}: {one_line(error)}").with_traceback(error.__traceback__)
 
