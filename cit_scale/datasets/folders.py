@@ -106,20 +106,28 @@ def _read_file(folder: Path, name: bytes, size: int = -1) -> bytes:
 
     Raises BadImageError for an impossible path and for anything but a regular file, and OSError where reading fails.
     """
+    descriptor = open_without_waiting(os.path.join(folder, os.fsdecode(name)))
+    with open(descriptor, "rb", buffering=0) as file:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise BadImageError("a folder" if stat.S_ISDIR(mode) else "not a file")
+        return file.read(size)
+
+
+def open_without_waiting(path: str) -> int:
+    """Return a descriptor for reading a path, which may turn out to be no regular file.
+
+    Raises BadImageError for an impossible path, and OSError.
+    """
     # O_NONBLOCK: opening a named pipe would otherwise wait for a writer. Regular files ignore the flag.
     try:
-        descriptor = os.open(os.path.join(folder, os.fsdecode(name)), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError:
         raise BadImageError("a path with a null byte") from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
             raise BadImageError(str(error.strerror)) from None
         raise
-    with open(descriptor, "rb", buffering=0) as file:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise BadImageError("a folder" if stat.S_ISDIR(mode) else "not a file")
-        return file.read(size)
 
 
 def _folder_time(folder: Path, name: bytes) -> int:

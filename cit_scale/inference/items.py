@@ -5,7 +5,6 @@ A list or a shard is read while its images are classified, and a folder when its
 
 from __future__ import annotations
 
-import errno
 import functools
 import math
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from cit_scale.datasets.encoded import EXTENSIONS, MAX_PIXELS
+from cit_scale.datasets.folders import open_without_waiting
 from cit_scale.datasets.index import UNUSABLE, printable, reason_text
 from cit_scale.errors import BadImageError, ConfigError, MissingInputError
 from cit_scale.inference.defaults import FRAMES_PER_S
@@ -48,15 +48,7 @@ def read_item(item: Item) -> bytes:
         raise BadImageError(item.reason)
     if item.data is not None:
         return item.data
-    try:
-        # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
-        descriptor = os.open(item.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except ValueError:
-        raise BadImageError("a path with a null byte") from None
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
-            raise BadImageError(str(error.strerror)) from None
-        raise
+    descriptor = open_without_waiting(item.path)
     with open(descriptor, "rb", buffering=0) as file:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
