@@ -87,21 +87,8 @@ def text_of(opened, **changed):
     return copy.copy(Interface(opened.interface.classes, ("logits",), SIZE, 0.875, **changed)).to_json()
 
 
-WRITTEN = {}
-"""Networks and content of files by network and kind: a RedNet takes the ONNX exporter a minute."""
-
-
 def write(opened, kind, path):
     interface = read_interface(text_of(opened), "test")
-    if (id(opened.network), kind) not in WRITTEN:
-        write_anew(opened, kind, path, interface)
-        # With the network, whose identity would be another's once it is gone.
-        WRITTEN[id(opened.network), kind] = opened.network, path.read_bytes()
-    path.write_bytes(WRITTEN[id(opened.network), kind][1])
-    return interface
-
-
-def write_anew(opened, kind, path, interface):
     program = Program(copy.deepcopy(opened.network))
     writers = {
         "onnx": lambda: onnx_module.write_onnx(program, interface, path, interface.to_json()),
@@ -109,6 +96,7 @@ def write_anew(opened, kind, path, interface):
         "torchscript": lambda: write_torchscript(program, SIZE, path, interface.to_json()),
     }
     writers[kind]()
+    return interface
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2", "torchscript"])

@@ -1,10 +1,8 @@
-"""A network as one function of images, made of torch's own operators: what every format is written from."""
+"""A network as one function of images, which every format is written from, and the formats of torch."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -44,13 +42,6 @@ class Program(nn.Module):
         return cast(Tensor, self.model((images - self.image_mean) / self.image_std))
 
 
-@contextmanager
-def exporting() -> Iterator[None]:
-    """Without gradients, and with involutions that need nothing of this project."""
-    with in_torchs_operators(), torch.no_grad():
-        yield
-
-
 def example_images(size: int, count: int = 2) -> Tensor:
     """Images to trace with, (B, 3, S, S). Two: torch.export takes a dimension of 1 for a constant."""
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -58,7 +49,7 @@ def example_images(size: int, count: int = 2) -> Tensor:
 
 def export_program(program: Program, size: int) -> torch.export.ExportedProgram:
     """The program as torch.export has it, for any number of images of a size."""
-    with exporting():
+    with torch.no_grad():
         return torch.export.export(
             program, (example_images(size),), dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}}
         )
@@ -67,13 +58,15 @@ def export_program(program: Program, size: int) -> torch.export.ExportedProgram:
 def write_pt2(program: Program, size: int, path: Path, noted: str) -> None:
     """Write a file of torch.export. noted: what the file says of itself (``Interface.to_json``)."""
     file = io.BytesIO()  # torch's own writers do not say what an operating system says of a full disk
-    torch.export.save(export_program(program, size), file, extra_files={KEY: noted})
+    with in_torchs_operators():
+        exported = export_program(program, size)
+    torch.export.save(exported, file, extra_files={KEY: noted})
     path.write_bytes(file.getbuffer())
 
 
 def write_torchscript(program: Program, size: int, path: Path, noted: str) -> None:
     """Write a traced TorchScript file. noted: what the file says of itself (``Interface.to_json``)."""
-    with exporting():
+    with in_torchs_operators(), torch.no_grad():
         traced = torch.jit.trace(program, example_images(size), check_inputs=[(example_images(size, 3),)])
     file = io.BytesIO()
     torch.jit.save(traced, file, _extra_files={KEY: noted})

@@ -44,8 +44,9 @@ def involution(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
     Under autocast both inputs are cast to the autocast dtype, as for a convolution; float64 inputs are not cast.
     Raises ValueError if shapes, dtypes or devices do not fit.
     """
-    if _in_torchs_operators:
-        return involution_loop.filtered(x, kernel, stride).to(x.dtype)
+    if not torch.jit.is_scripting():  # noqa: SIM102  two, or TorchScript compiles the second, whose global it cannot read
+        if _in_torchs_operators:
+            return involution_loop.filtered(x, kernel, stride).to(x.dtype)
     return torch.ops.cit_scale.involution(x, kernel, stride)
 
 
