@@ -234,8 +234,10 @@ def test_a_wrong_file_is_not_kept(run_copy, harm, form, monkeypatch, capsys):
 def test_a_wrong_timm_folder_is_not_kept(run_copy, monkeypatch):
     from cit_scale.export import timm_folder
 
-    def describe(*arguments, statistics, **options):
-        return real(*arguments, statistics={"mean": [0.1] * 3, "std": [0.5] * 3}, **options)
+    def describe(*arguments, **options):
+        description = real(*arguments, **options)
+        description["pretrained_cfg"]["mean"] = [0.1] * 3
+        return description
 
     real = timm_folder.describe
     monkeypatch.setattr(timm_folder, "describe", describe)

@@ -15,8 +15,8 @@ from torch import Tensor
 from cit_scale.datasets.encoded import decode
 from cit_scale.inference.classifier import Classifier, OpenedNetwork, of_each_thread
 from cit_scale.inference.exported import HEAD
-from cit_scale.models.network import pretrained_cfg_of
-from cit_scale.models.pretrained import FILES, FOLDER, describe
+from cit_scale.models.network import describe
+from cit_scale.models.pretrained import FILES, FOLDER, OTHER_LICENCE
 from cit_scale.run_folder import DESCRIPTION
 
 WEIGHTS = FILES[0]
@@ -29,15 +29,12 @@ def write_timm_folder(opened: OpenedNetwork, folder: Path) -> None:
     state = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(state, metadata={"format": "pt"}))
     description = describe(
-        network.architecture,
-        network.arguments,
-        model_cfg=pretrained_cfg_of(network.model),
-        statistics=network.statistics,
-        image_size=network.image_size or interface.image_size,
+        network,
         given_size=interface.image_size,
         crop_ratio=interface.crop_ratio,
         classes=interface.classes,
         file=WEIGHTS,
+        licence=opened.description.get("license") or OTHER_LICENCE,
     )
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,16 @@ import cit_scale.models  # noqa: F401  registers ours with timm
 from cit_scale.batch import StudentLogits, student_logits_type
 from cit_scale.errors import ConfigError, one_line
 from cit_scale.models.advised import ADVISED, Advised, UnadvisableError
-from cit_scale.models.pretrained import FOLDER, HUB, Pretrained, find_pretrained, nearest_models
+from cit_scale.models.pretrained import (
+    FOLDER,
+    GIVEN_SIZE,
+    HUB,
+    OTHER_LICENCE,
+    Pretrained,
+    find_pretrained,
+    nearest_models,
+    timms_crop_ratio,
+)
 
 MOST = 400  # characters of a library's error message: one about a state dict that does not fit lists every key
 
@@ -293,6 +303,47 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 def pretrained_cfg_of(model: nn.Module) -> Mapping[str, Any]:
     """timm's description of a model: mean and std of its images, the name of its classifier, and more."""
     return cast(Any, model).pretrained_cfg  # timm sets it, and nn.Module's types know parameters and modules only
+
+
+def describe(
+    network: Network,
+    *,
+    given_size: int,
+    crop_ratio: float,
+    classes: Sequence[str],
+    file: str,
+    licence: str = OTHER_LICENCE,
+) -> dict[str, Any]:
+    """The content of a config.json beside a network's weights, in timm's form.
+
+    given_size: height and width of the images that it is given in evaluation. crop_ratio: of the image's shorter side,
+    in evaluation. classes: names of its classes, in the order of its logits. file: name of the weights, for a
+    repository of the hub. licence: of the weights.
+    """
+    image_size = network.image_size or given_size
+    about = pretrained_cfg_of(network.model)
+    layers = {key: about.get(key) for key in ("first_conv", "classifier", "pool_size")}
+    # The shortest numbers that are the same in float32.
+    statistics = {key: [float(str(np.float32(value))) for value in each] for key, each in network.statistics.items()}
+    description = {
+        "architecture": network.architecture,
+        "num_classes": len(classes),
+        "label_names": list(classes),
+        "model_args": dict(network.arguments),
+        "pretrained_cfg": {
+            "hf_hub_filename": file,
+            "input_size": [3, image_size, image_size],
+            "fixed_input_size": bool(about.get("fixed_input_size")),
+            "interpolation": "bicubic",
+            "crop_pct": timms_crop_ratio(given_size, crop_ratio),
+            "crop_mode": "center",
+            **statistics,
+            "num_classes": len(classes),
+            "license": licence,
+            **{key: value for key, value in layers.items() if value is not None},
+        },
+    }
+    return description if given_size == image_size else {**description, GIVEN_SIZE: given_size}
 
 
 def _spelled(arguments: Mapping[str, Any]) -> str:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from timm.models import PretrainedCfg
@@ -138,51 +137,6 @@ def description_of(*names: str | None) -> Mapping[str, Any]:
         if description:
             return description
     return {}
-
-
-def describe(
-    architecture: str,
-    arguments: Mapping[str, Any],
-    *,
-    model_cfg: Mapping[str, Any],
-    statistics: Mapping[str, Sequence[float]],
-    image_size: int,
-    given_size: int,
-    crop_ratio: float,
-    classes: Sequence[str],
-    file: str,
-    licence: str = OTHER_LICENCE,
-) -> dict[str, Any]:
-    """The content of a config.json beside weights, in timm's form.
-
-    architecture, arguments: of timm.create_model. model_cfg: timm's pretrained_cfg of the model that it makes, for the
-    names of its layers. statistics: mean and std by which the network normalises images, each (3,). image_size: height
-    and width that it sees. given_size: those of the images that it is given in evaluation, and resizes itself.
-    crop_ratio: of the image's shorter side, in evaluation. classes: names of its classes, in the order of its logits.
-    file: name of the weights, for a repository of the hub. licence: of the weights.
-    """
-    layers = {key: model_cfg.get(key) for key in ("first_conv", "classifier", "pool_size")}
-    description = {
-        "architecture": architecture,
-        "num_classes": len(classes),
-        "label_names": list(classes),
-        "model_args": dict(arguments),
-        "pretrained_cfg": {
-            "hf_hub_filename": file,
-            "input_size": [3, image_size, image_size],
-            "fixed_input_size": bool(model_cfg.get("fixed_input_size")),
-            "interpolation": "bicubic",
-            "crop_pct": timms_crop_ratio(given_size, crop_ratio),
-            "crop_mode": "center",
-            # The shortest numbers that are the same in float32.
-            "mean": [float(str(np.float32(value))) for value in statistics["mean"]],
-            "std": [float(str(np.float32(value))) for value in statistics["std"]],
-            "num_classes": len(classes),
-            "license": licence,
-            **{key: value for key, value in layers.items() if value is not None},
-        },
-    }
-    return description if given_size == image_size else {**description, GIVEN_SIZE: given_size}
 
 
 def timms_crop_ratio(image_size: int, crop_ratio: float) -> float:

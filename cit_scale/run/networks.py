@@ -15,8 +15,8 @@ from cit_scale.config import TeacherConfig
 from cit_scale.distributed.world import broadcast, run_on_all_ranks
 from cit_scale.evaluate import Accuracy, evaluate
 from cit_scale.files import write_text
-from cit_scale.models.network import Network, pretrained_cfg_of
-from cit_scale.models.pretrained import OTHER_LICENCE, describe
+from cit_scale.models.network import Network, describe
+from cit_scale.models.pretrained import OTHER_LICENCE
 from cit_scale.run.inputs import EVALUATION_DATA, FIRST_WEIGHTS
 from cit_scale.run.setup import PreparedRun, noted_networks, writing
 from cit_scale.run_folder import DESCRIPTION, NETWORKS, STUDENT
@@ -31,11 +31,7 @@ def describe_student(prepared: PreparedRun, network: Network) -> dict[str, Any]:
     """The student as timm describes a model, for config.json beside the weights that the run leaves."""
     data = prepared.config.data
     return describe(
-        network.architecture,
-        network.arguments,
-        model_cfg=pretrained_cfg_of(network.model),
-        statistics=network.statistics,
-        image_size=network.image_size or data.image_size,
+        network,
         given_size=data.image_size,
         crop_ratio=data.crop_ratio,
         classes=prepared.train_set.classes,
