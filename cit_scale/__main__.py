@@ -13,6 +13,8 @@ from typing import NamedTuple
 from cit_scale import cli, text
 from cit_scale.config import TRAIN_COMMAND
 
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+
 
 class Verb(NamedTuple):
     """A row of the help, and the function that takes the arguments and returns an exit code: imported when called."""
@@ -80,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before the import, which takes seconds.
     parsed = {"arguments": cli.answer_early(arguments, os.environ)} if name == "train" else {}
     text.outlive_readers(and_full_disks=not verb.prints_results)
-    return getattr(importlib.import_module(verb.module), verb.function)(arguments, **parsed)
+    try:
+        return getattr(importlib.import_module(verb.module), verb.function)(arguments, **parsed)
+    except KeyboardInterrupt:  # also during the imports
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

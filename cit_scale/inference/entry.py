@@ -13,8 +13,6 @@ from cit_scale.cli import read_ranks
 from cit_scale.distributed.world import World, start
 from cit_scale.errors import BadImageError, RunError, exit_code_of, one_line
 
-INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
-
 
 def run_command(work: Callable[[World], None]) -> int:
     """Join the ranks, if there are several, and call ``work``. Prints what it raises; returns the exit code."""
@@ -26,8 +24,6 @@ def run_command(work: Callable[[World], None]) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's of an image, torch's of its formats: nothing to act on here
             work(world)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except (RunError, BadImageError, OSError, ValueError) as error:
         if world is None or world.is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
