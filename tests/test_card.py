@@ -59,8 +59,11 @@ def test_the_card_says_what_the_run_is(kept):
     assert f"| student, average | {results['accuracy']['student']['top1']['average']:.2f} |" in text
     assert f"resnet10t ({results['teachers']['conv']['top1']:.2f} %)" in text
     assert 'timm.create_model("local-dir:FOLDER", pretrained=True)' in text
-    command = json.loads((kept.run_dir / "env.json").read_text())[0]["command"]
-    assert f"\n```\n{command}\n```\n" in text
+    start = json.loads((kept.run_dir / "env.json").read_text())[0]
+    assert f"\n```\n{start['command']}\n```\n" in text
+    assert (start["commit"] is None) or f"Made by CiT-Scale at commit {start['commit']}, with" in text
+    best = results["best"]["student"]
+    assert f"`{best['file']}` (step {best['step']}, {best['top1']:.2f} %)" in text
 
 
 def test_a_licence_that_the_user_has_set_stays(kept, tmp_path):

@@ -48,7 +48,7 @@ def card_text(prepared: PreparedRun, results: Mapping[str, Any]) -> str:
     config = prepared.config
     licence = licence_of(config.run_dir)
     images, classes = len(prepared.train_set), prepared.train_set.classes
-    command = next((each["command"] for each in read_notes(config.run_dir / ENVIRONMENT) if "command" in each), None)
+    start = next((each for each in read_notes(config.run_dir / ENVIRONMENT) if "command" in each), None)
     lines = [
         FRONT.format(licence=json.dumps(licence)),
         f"# {plain(config.name)}",
@@ -62,6 +62,7 @@ def card_text(prepared: PreparedRun, results: Mapping[str, Any]) -> str:
         "|---|---|---|---|",
         *_rows(results),
         "",
+        *_best(results),
         USE,
         f"Weights: `{STUDENT}`, a timm state dict; `{DESCRIPTION}` has the classes, and how images are made ready: "
         f"{config.data.image_size} x {config.data.image_size} pixels.",
@@ -71,8 +72,9 @@ def card_text(prepared: PreparedRun, results: Mapping[str, Any]) -> str:
         "",
         f"Licence: {plain(licence)}. It is taken from `license` in `{DESCRIPTION}`, where it can be set.",
     ]
-    if command is not None:
-        lines += ["", "Made by CiT-Scale, with", "", *_code(printable(command))]
+    if start is not None:
+        commit = f" at commit {start['commit']}" if start.get("commit") else ""
+        lines += ["", f"Made by CiT-Scale{plain(commit)}, with", "", *_code(printable(start["command"]))]
     return "\n".join(lines) + "\n"
 
 
@@ -92,6 +94,15 @@ def _rows(results: Mapping[str, Any]) -> Iterator[str]:
         for head in accuracy["top1"]:
             values = (f"{accuracy[which][head]:.2f}" for which in ("top1", "top5", "class_mean"))
             yield f"| {student}, {plain(head)} | {' | '.join(values)} |"
+
+
+def _best(results: Mapping[str, Any]) -> list[str]:
+    """The weights that were best in evaluation, with what their accuracy is worth."""
+    found = results.get("best", {}).values()
+    if not found:
+        return []
+    named = [f"`{best['file']}` (step {best['step']}, {best['top1']:.2f} %)" for best in found]
+    return [f"Best in evaluation: {', '.join(named)}. They were chosen by these images, which flatters them.", ""]
 
 
 def _code(text: str) -> list[str]:
