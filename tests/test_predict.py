@@ -91,6 +91,7 @@ def test_a_row_says_what_the_network_says(run, folder, tmp_path):
     assert [float(row[f"prob_{place}"]) for place in (1, 2, 3)] == pytest.approx(probs[ranked[:3]].tolist(), rel=1e-5)
     assert row["says_conv"] == classifier.classes[logits["conv"][0].argmax()]
     heads = [logits[head][0].double().softmax(dim=0).numpy() for head in ("cls", "conv")]
+    assert float(row["prob_conv"]) == pytest.approx(heads[1].max(), rel=1e-5)
     assert float(row["disagreement"]) == pytest.approx(disagreement(heads), rel=1e-5)
 
 

@@ -40,10 +40,11 @@ def our_answers(classifier: Classifier, source: Source) -> dict[str, int]:
     found: dict[str, int] = {}
 
     def take(answers: Answers) -> bool:
-        good = [item for item, reason in zip(answers.items, answers.reasons, strict=True) if reason is None]
         if answers.logits:
             classes = list(answers.logits.values())[-1].argmax(axis=1).tolist()
-            found.update({source.key(sample).decode(): each for sample, each in zip(good, classes, strict=True)})
+            found.update(
+                {source.key(sample).decode(): each for sample, each in zip(answers.good, classes, strict=True)}
+            )
         return True
 
     classify_all(iter(range(len(source))), source.read, classifier, World(), take, batch_size=BATCH, threads=2)

@@ -99,8 +99,8 @@ def listen(classifier: Classifier, source: Source, judged: Judged, threads: int)
     reasons: list[str] = []
 
     def take(answers: Answers) -> bool:
-        for sample, reason in zip(answers.items, answers.reasons, strict=True):
-            samples.append(sample) if reason is None else reasons.append(reason)
+        samples.extend(answers.good)
+        reasons.extend(reason for _, reason in answers.unusable)
         if answers.logits:
             logits.append(list(answers.logits.values())[-1])  # of all heads
         return True

@@ -65,9 +65,13 @@ class Form:
         return f"{name}_timm" if self.kind == "timm" else name + SUFFIXES[self.kind]
 
     @property
+    def resized_by(self) -> str | None:
+        """What resizes images in place of the trainer's own program; None if nothing does."""
+        return "timm's transform" if self.kind == "timm" else "the graph" if self.any_size else None
+
+    @property
     def tolerance(self) -> float:
-        resizes = self.any_size or self.kind == "timm"
-        return max(TOLERANCES[self.precision], RESIZED if resizes else 0.0)
+        return max(TOLERANCES[self.precision], RESIZED if self.resized_by else 0.0)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -92,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             allow_loss=arguments.allow_loss,
             threads=arguments.threads,
         )
-        print_proof(out, proof)
+        print_proof(out, proof, form)
 
     return run_command(work)
 
@@ -261,7 +265,7 @@ def megabytes(path: Path) -> float:
     return sum(each.stat().st_size for each in ([path] if path.is_file() else path.iterdir())) / 1e6
 
 
-def print_proof(path: Path, proof: Proof) -> None:
+def print_proof(path: Path, proof: Proof, form: Form) -> None:
     table = Table(title=Text(f"{printable(path)}, {megabytes(path):.2f} MB"), title_justify="left")
     for column in ("", "top-1 %", "ms for 1", "ms for 32", "images/s at 32"):
         table.add_column(column, justify="right" if column else "left")
@@ -274,7 +278,8 @@ def print_proof(path: Path, proof: Proof) -> None:
     console.print(table)
     console.print(
         f"on one thread; on {proof.images} images: {proof.changed} change their class; logits differ by at most "
-        f"{proof.difference:.2g}, the largest is {proof.scale:.3g}",
+        f"{proof.difference:.2g}, the largest is {proof.scale:.3g}"
+        f"{f'; images are resized by {form.resized_by}' if form.resized_by else ''}",
         soft_wrap=True,
     )
     complaint = proof.complaint()

@@ -180,7 +180,7 @@ def _open(name: str, source: str, notes: tuple[str, ...]) -> OpenedNetwork:
             raise ConfigError(f"{printable(name)} is an exported file, and no network; give its run, or weights")
         raise ConfigError(
             f"{printable(name)} comes without a config.json in timm's form, which says what model it is and how "
-            "images are made ready for it; give a run folder, a folder with one, or a repository of the hub"
+            "images are made ready for it; copy its run's beside it, or give a run folder or a repository of the hub"
         )
     interface, odd = interface_of(found)
     seen = int(found.description.get("input_size", (3, interface.image_size))[-1])

@@ -86,7 +86,8 @@ def _parser(verb: str, examples: Sequence[str], description: str) -> argparse.Ar
         prog=f"cit-scale {verb}",
         examples=examples,
         description=description,
-        epilog="exit status: 0 success, 2 wrong option, 3 missing model or images, 4 no usable image, 6 full disk",
+        epilog="exit status: 0 success, 2 wrong option, 3 missing model or images, 4 no usable image, 6 full disk, "
+        "7 a model that would run code",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(

@@ -134,13 +134,9 @@ def evaluate_classifier(
     began_at = time.perf_counter()
 
     def take(answers: Answers) -> bool:
-        for sample, reason in zip(answers.items, answers.reasons, strict=True):
-            if reason is None:
-                collected.samples.append(sample)
-            else:
-                collected.reasons[sample] = reason
-        good = [sample for sample, reason in zip(answers.items, answers.reasons, strict=True) if reason is None]
-        labels = [label_of[sample] for sample in good]
+        collected.samples += answers.good
+        collected.reasons |= dict(answers.unusable)
+        labels = [label_of[sample] for sample in answers.good]
         for head, logits in answers.logits.items():
             scored = logits if judged.columns is None else logits[:, judged.columns]
             collected.by_head.setdefault(head, []).append(score_images(scored, labels))
@@ -166,7 +162,7 @@ def _summarize(
 ) -> Evaluation:
     reasons = {source.name(sample): reason for sample, reason in collected.reasons.items()}
     if not collected.samples:
-        raise BadDataError(f"none of {len(judged.samples)} images can be used: {unusable_text(list(reasons.values()))}")
+        raise BadDataError(f"none of {len(judged.samples)} images can be used: {unusable_text(reasons.values())}")
     labels = None
     if all(len(each) == 1 for each in judged.labels):
         labels = np.array([label_of[sample][0] for sample in collected.samples])

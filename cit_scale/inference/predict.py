@@ -15,16 +15,14 @@ import numpy as np
 
 from cit_scale.datasets.index import printable, shorten
 from cit_scale.distributed.world import World, run_on_all_ranks
-from cit_scale.errors import BadImageError, ConfigError, MissingInputError, one_line
+from cit_scale.errors import BadImageError, ConfigError, MissingInputError
 from cit_scale.inference.classifier import Classifier, open_classifier
 from cit_scale.inference.defaults import FRAMES_PER_S
 from cit_scale.inference.entry import run_command
 from cit_scale.inference.items import Item, items_of, read_item
 from cit_scale.inference.outputs import check_output
 from cit_scale.inference.tables import Row, Sheet, kind_of
-from cit_scale.inference.turns import Answers, classify_all
-
-MOST_REASONS = 3  # that are said at the end
+from cit_scale.inference.turns import MOST_REASONS, Answers, classify_all, unusable_text
 
 
 @dataclass
@@ -34,22 +32,18 @@ class Count:
     rows: int = 0
     unusable: int = 0
     reasons: list[str] = field(default_factory=list)
-    """Of the first images that could not be used."""
+    """Different ones of the images that could not be used, a few of them."""
 
     is_read: bool = True
     """Whether somebody still reads the rows."""
 
     seconds: float = 0.0
 
-    @property
-    def reasons_text(self) -> str:
-        return "; ".join(one_line(reason, 100) for reason in dict.fromkeys(self.reasons))
-
-    def add(self, reasons: Sequence[str | None]) -> None:
-        bad = [reason for reason in reasons if reason is not None]
-        self.rows += len(reasons)
-        self.unusable += len(bad)
-        self.reasons += bad[: MOST_REASONS - len(self.reasons)]
+    def add(self, answers: Answers) -> None:
+        self.rows += len(answers.items)
+        self.unusable += len(answers.unusable)
+        different = dict.fromkeys([*self.reasons, *(reason for _, reason in answers.unusable)])
+        self.reasons = list(different)[: MOST_REASONS + 1]  # the last says that there are more
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,9 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
             rate = count.rows / count.seconds
             print(f"{count.rows} images in {printable(out)}, {rate:.0f} a second", file=sys.stderr)
         if world.is_main and count.rows == count.unusable > 0:
-            raise BadImageError(f"none of {count.rows} images can be used: {count.reasons_text}")
+            raise BadImageError(f"none of {count.rows} images can be used: {unusable_text(count.reasons)}")
         if world.is_main and count.unusable:
-            print(f"{count.unusable} of them cannot be used: {count.reasons_text}", file=sys.stderr)
+            print(f"{count.unusable} of them cannot be used: {unusable_text(count.reasons)}", file=sys.stderr)
 
     return run_command(work)
 
@@ -129,7 +123,7 @@ def predict(
     def take(answers: Answers) -> bool:
         assert sheet is not None  # rank 0 has listed the items
         count.is_read = sheet.write(list(_rows(answers, classifier, top, heads, temperature)))
-        count.add(answers.reasons)
+        count.add(answers)
         return count.is_read
 
     def finish() -> None:
@@ -155,7 +149,8 @@ def _columns(classifier: Classifier, top: int, heads: bool) -> dict[str, type]:
     for place in range(1, top + 1):
         columns |= {f"class_{place}": str, f"prob_{place}": float}
     several = classifier.interface.heads if heads else ()
-    columns |= {f"says_{head}": str for head in several}
+    for head in several:
+        columns |= {f"says_{head}": str, f"prob_{head}": float}
     return columns | ({"disagreement": float} if several else {}) | {"reason": str}
 
 
@@ -180,8 +175,9 @@ def _answer(probs: Mapping[str, np.ndarray], classes: Sequence[str], top: int, h
         answer |= {f"class_{place}": classes[column], f"prob_{place}": float(whole[column])}
     if not heads:
         return answer
-    says = {f"says_{head}": classes[int(each.argmax())] for head, each in single}
-    return answer | says | {"disagreement": disagreement([each for _, each in single])}
+    for head, each in single:
+        answer |= {f"says_{head}": classes[int(each.argmax())], f"prob_{head}": float(each.max())}
+    return answer | {"disagreement": disagreement([each for _, each in single])}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -118,7 +118,8 @@ class _Text(_Lines):
             return f"{printable(row['image'])}  cannot be used: {row['reason']}\n"
         ranked = (name for name in self._columns if name.startswith("class_"))
         found = [f"{printable(row[name])} {row[name.replace('class', 'prob')]:.3f}" for name in ranked]
-        others = [f"{name} {printable(row[name])}" for name in self._columns if name.startswith("says_")]
+        heads = [name.removeprefix("says_") for name in self._columns if name.startswith("says_")]
+        others = [f"{head} says {printable(row[f'says_{head}'])} {row[f'prob_{head}']:.3f}" for head in heads]
         more = [f"disagreement {row['disagreement']:.3f}"] if "disagreement" in row else []
         return f"{printable(row['image'])}  {', '.join(found)}{'  ' if more else ''}{', '.join([*others, *more])}\n"
 

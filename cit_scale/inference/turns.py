@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,6 +31,8 @@ NOT_FINITE = "what the model says of it is not finite"  # as of fp16 that overfl
 BATCH_SIZES = {"cpu": 32, "cuda": 256}
 WHOLE_IMAGES = 4  # in a batch, where images are not made ready before
 
+MOST_REASONS = 3  # different ones, in a message
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -41,6 +43,16 @@ class Answers:
     items: Sequence[Any]
     reasons: Sequence[str | None]
     logits: dict[str, np.ndarray]
+
+    @property
+    def good(self) -> list[Any]:
+        """The items that the logits are of, in their order."""
+        return [item for item, reason in zip(self.items, self.reasons, strict=True) if reason is None]
+
+    @property
+    def unusable(self) -> list[tuple[Any, str]]:
+        """The other items, with their reasons."""
+        return [(item, reason) for item, reason in zip(self.items, self.reasons, strict=True) if reason is not None]
 
 
 def classify_all(
@@ -210,7 +222,8 @@ def _in_halves(classifier: Classifier, images: Tensor) -> list[dict[str, Tensor]
     return [part for half in halves for part in _in_halves(classifier, half)]
 
 
-def unusable_text(reasons: Sequence[str], most: int = 3) -> str:
-    """A few of the reasons, for a message."""
-    shown = "; ".join(one_line(reason, 100) for reason in reasons[:most])
-    return shown if len(reasons) <= most else f"{shown}; and {len(reasons) - most} more"
+def unusable_text(reasons: Iterable[str]) -> str:
+    """A few of the reasons, for a message: each once."""
+    different = list(dict.fromkeys(reasons))
+    shown = [one_line(reason, 100) for reason in different[:MOST_REASONS]]
+    return "; ".join([*shown, "..."] if len(different) > MOST_REASONS else shown)
