@@ -75,6 +75,7 @@ from cit_scale.run.inputs import (
 )
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.networks import describe_student, evaluate_teachers
+from cit_scale.run.noted import STREAM
 from cit_scale.run.plan import classes_text, counted
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import (
@@ -710,6 +711,7 @@ def finish(session: Session, teachers: Mapping[str, Any]) -> dict[str, Any]:
         "images_per_s": session.clock.mean_images_per_s(),
         "goodput": session.goodput(),
         "inputs": dict(session.loaded.inputs),
+        STREAM: dataclasses.asdict(prepared.versions),
         **measure(prepared, broadcast(world, files), session.eval_batches),
         "teachers": dict(teachers),
     }

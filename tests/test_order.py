@@ -1,5 +1,8 @@
 """The order of samples: a pure function that every rank cuts the same way."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -10,6 +13,8 @@ from cit_scale.data.order import (
     epoch_order,
     permutation,
     rank_slice,
+    repeat_spread,
+    share_together,
     steps_per_epoch,
 )
 
@@ -64,6 +69,30 @@ def test_the_repeats_of_a_sample_are_in_one_global_batch_but_never_in_one_mixing
         places.setdefault(sample, []).append(place)
     assert max(last[-1] - last[0] for last in places.values()) == 128
     assert np.bincount([len(found) for found in places.values()], minlength=4)[3] >= 0.97 * len(places)
+
+
+@pytest.mark.parametrize("group_size", [2, 8, 16])
+def test_repeats_are_two_mixing_groups_apart_so_that_a_batch_of_64_has_some(group_size):
+    spread = repeat_spread(2, group_size)
+    samples, _ = epoch_order(5000, seed=0, epoch=0, repeats=3, spread=spread)
+    whole = samples[: 5000 // group_size * group_size].reshape(-1, group_size)
+    assert all(len(set(group)) == group_size for group in whole.tolist())
+    assert share_together(samples, 64) > 0.6
+    assert share_together(samples, 64) == pytest.approx(share_by_hand(samples, 64))
+
+
+def test_the_first_version_has_no_repeats_in_a_batch_of_64():
+    samples, _ = epoch_order(5000, seed=0, epoch=0, repeats=3, spread=repeat_spread(1, 8))
+    assert share_together(samples, 64) == 0
+    assert share_together(samples, 1024) == pytest.approx(share_by_hand(samples, 1024))
+    assert share_together(epoch_order(500, seed=0, epoch=0)[0], 64) == 0
+
+
+def share_by_hand(samples, size):
+    batches = [samples[first : first + size].tolist() for first in range(0, len(samples) - size + 1, size)]
+    counts = Counter(itertools.chain(*batches))
+    repeated = [(batch, sample) for batch in batches for sample in batch if counts[sample] > 1]
+    return sum(batch.count(sample) > 1 for batch, sample in repeated) / len(repeated)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 7, 64, 129, 1000])

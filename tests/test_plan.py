@@ -127,13 +127,17 @@ def test_checkpointing_counts_the_inputs_of_all_blocks_and_one_block_more():
     assert by_depth[4, False] - by_depth[4, True] == pytest.approx(3 * (block - block_input), abs=block_input)
 
 
-@pytest.fixture
-def plan(tiny_digits):
-    argv = ["--train.micro_batch_size", "8", "--teachers.conv.weights", "conv.pth"]
+def plan_of(digits, *more):
+    argv = ["--train.micro_batch_size", "8", "--teachers.conv.weights", "conv.pth", *more]
     arguments = cli.parse_arguments(argv)
     config, teacher_run_configs = arguments.config, arguments.teacher_run_configs
     setups = check_all_settings(config, teacher_run_configs, World(world_size=4), same_run=False)
-    return plan_run(with_images(config, teacher_run_configs, setups, Reader(tiny_digits), Reader(tiny_digits)))
+    return plan_run(with_images(config, teacher_run_configs, setups, Reader(digits), Reader(digits)))
+
+
+@pytest.fixture
+def plan(tiny_digits):
+    return plan_of(tiny_digits)
 
 
 def test_a_plan_says_how_long_the_run_is_and_what_comes_first(plan):
@@ -153,6 +157,14 @@ def test_a_plan_in_words_says_what_the_estimate_leaves_out(plan):
     assert "without workspace and fragmentation" in memory
     assert "teacher conv     regnety_002 with weights conv.pth" in lines
     assert any(line.startswith("teacher inv      rednet26 is trained first") for line in lines)
+
+
+def test_a_plan_says_how_many_repeats_meet(plan, tiny_digits):
+    assert not any(line.startswith("repeats") for line in plan_lines(plan, "GPU"))
+    (line,) = (
+        line for line in plan_lines(plan_of(tiny_digits, "--augment.repeats", "3"), "GPU") if line.startswith("repeats")
+    )
+    assert line == "repeats          3 of each image, by augment.repeats; 84 % of them stand in one update with another"
 
 
 def test_checkpoints_kept_for_good_are_counted(plan):

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-SPREAD = 64  # positions between two repeats of a sample
+SPREAD = 64  # positions between two repeats of a sample, where no mixing group says otherwise
 ORDER_TAG = 0x0EDE  # keeps the seed of the order apart from all other seeds made from (seed, epoch)
 CLASS_TAG = 0xC1A5  # likewise, for the order of the samples of a class
 
@@ -143,25 +143,42 @@ def _occurrences(samples: np.ndarray) -> np.ndarray:
     return occurrences
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, repeats: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def repeat_spread(version: int, group_size: int | None) -> int:
+    """Positions between two repeats of a sample: two mixing groups. version: of the order; 1 had SPREAD always.
+
+    As few as keep repeats from being mixed with each other: the batch decides how many meet in it, and a small one
+    would have none. group_size: None: each micro-batch is a group.
+    """
+    return SPREAD if version == 1 or group_size is None else 2 * group_size
+
+
+def epoch_order(
+    num_samples: int, seed: int, epoch: int, repeats: int = 1, spread: int = SPREAD
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the order of one epoch: samples (N,) and repeats (N,), both int64.
 
     With repeats=1 every sample occurs once. With more, each of the first N / repeats samples of the permutation occurs
     `repeats` times, numbered 0 ... repeats-1: the epoch keeps its length and shows fewer images more often (repeated
     augmentation, arXiv:1902.05509, sampled as in DeiT).
 
-    A run of SPREAD different samples is repeated `repeats` times, so the repeats of a sample fall into one global batch
-    but are not neighbours: mixup and cutmix would mix neighbouring repeats of an image with each other. (DeiT gives the
-    repeats of an image to different ranks.)
+    A run of ``spread`` different samples is repeated ``repeats`` times, so the repeats of a sample are near each other,
+    most of them in one global batch (``share_together`` says how many), but no neighbours: mixup and cutmix would mix
+    neighbouring repeats of an image with each other. (DeiT gives the repeats of an image to different ranks.)
 
     Raises ValueError for repeats below 1.
     """
-    places, repeat = _spread_repeats(num_samples, repeats)
+    places, repeat = _spread_repeats(num_samples, repeats, spread)
     return permutation(num_samples, seed, epoch, ORDER_TAG)[places], repeat
 
 
 def balanced_order(
-    labels: np.ndarray, balance: Balance, places: int, seed: int, epoch: int, repeats: int = 1
+    labels: np.ndarray,
+    balance: Balance,
+    places: int,
+    seed: int,
+    epoch: int,
+    repeats: int = 1,
+    spread: int = SPREAD,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the order of one epoch with the quotas of ``class_quotas``: samples (places,) and repeats, both int64.
 
@@ -169,19 +186,32 @@ def balanced_order(
     times, each time augmented anew, and some of frequent ones not. With repeats the quotas are those of the different
     places, each of which occurs ``repeats`` times, but for the last ones of an epoch that is no multiple.
     """
-    order, repeat = _spread_repeats(places, repeats)
+    order, repeat = _spread_repeats(places, repeats, spread)
     different = int(order.max()) + 1
     drawn, occurrences = balanced_samples(labels, balance, seed, epoch, different)
     shuffled = permutation(different, seed, epoch, ORDER_TAG)[order]
     return drawn[shuffled], occurrences[shuffled] * repeats + repeat
 
 
-def _spread_repeats(places: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+def share_together(samples: np.ndarray, global_batch_size: int) -> float:
+    """Share of an epoch's repeated places whose sample stands in the same global batch again; 0 if none is repeated.
+
+    samples: (N,), of an order.
+    """
+    whole = samples[: len(samples) // global_batch_size * global_batch_size]
+    _, which, times = np.unique(whole, return_inverse=True, return_counts=True)
+    in_batch = which + len(times) * (np.arange(len(whole)) // global_batch_size)
+    _, place, times_in_batch = np.unique(in_batch, return_inverse=True, return_counts=True)
+    repeated = times[which] > 1
+    return float((times_in_batch[place] > 1)[repeated].mean()) if repeated.any() else 0.0
+
+
+def _spread_repeats(places: int, repeats: int, spread: int) -> tuple[np.ndarray, np.ndarray]:
     """For each place of an epoch, which of the different samples stands there, and the number of its repetition."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats} is below 1, so no sample would occur in an epoch; use 1 or more")
-    # Fewer samples than SPREAD x repeats make one shorter run, so that its last repeats are not cut off.
-    spread = min(SPREAD, -(-places // repeats))
+    # Fewer samples than spread x repeats make one shorter run, so that its last repeats are not cut off.
+    spread = min(spread, -(-places // repeats))
     # A chunk is one run with all its repeats; the place in it gives sample and repeat.
     chunk, place = np.divmod(np.arange(places), spread * repeats)
     return chunk * spread + place % spread, place // spread

@@ -28,7 +28,7 @@ from cit_scale.batch import Batch
 from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
-from cit_scale.data.order import Cursor, balanced_order, epoch_order, rank_slice, steps_per_epoch
+from cit_scale.data.order import SPREAD, Cursor, balanced_order, epoch_order, rank_slice, steps_per_epoch
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
 
@@ -137,6 +137,7 @@ def train_stream(
     micro_batch_size: int,
     world: World,
     device: torch.device,
+    spread: int = SPREAD,
 ) -> Generator[Batch, None, None]:
     """This rank's micro-batches from `cursor` on, without end and across epochs. Close it, or drop it, to stop DALI.
 
@@ -154,10 +155,10 @@ def train_stream(
         samples_seen = cursor.samples_seen
         for epoch in itertools.count(cursor.epoch):
             if data.balance == "none":
-                order = epoch_order(num_samples, seed, epoch, augment.repeats)
+                order = epoch_order(num_samples, seed, epoch, augment.repeats, spread)
             else:
                 labels = reader.source.labels
-                order = balanced_order(labels, data.balance, samples_per_epoch, seed, epoch, augment.repeats)
+                order = balanced_order(labels, data.balance, samples_per_epoch, seed, epoch, augment.repeats, spread)
             for start in range(samples_seen, samples_per_epoch, global_batch_size):
                 share = rank_slice(order, start, global_batch_size, micro_batch_size, world.rank, world.world_size)
                 for rows in zip(share.positions, share.samples, share.repeats, strict=True):

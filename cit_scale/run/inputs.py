@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from cit_scale.checkpoint.store import META
 from cit_scale.config import TeacherConfig
 from cit_scale.distributed.world import World, gather
 from cit_scale.errors import MissingInputError, RefusedError
 from cit_scale.models.classes import class_columns
 from cit_scale.models.pretrained import FOLDER, HUB, description_of, find_pretrained
+from cit_scale.run.noted import noted_inputs
 from cit_scale.run.setup import PreparedRun
-from cit_scale.run_folder import CHECKPOINTS, RESULTS, saved_steps, step_path
 
 EVALUATION_DATA = "evaluation data"
 """Name of the input that changes the results of a run, but not its weights."""
@@ -36,7 +33,11 @@ def fingerprints(prepared: PreparedRun, teachers: Mapping[str, TeacherConfig]) -
     they count as they were noted then.
     """
     config = prepared.config
-    found = {"data": prepared.train_set.fingerprint, EVALUATION_DATA: prepared.eval_set.fingerprint}
+    versions = prepared.versions
+    found = {
+        "data": versions.fingerprint(prepared.train_set.fingerprint),
+        EVALUATION_DATA: versions.fingerprint(prepared.eval_set.fingerprint),
+    }
     start = config.student.start
     try:
         found[FIRST_WEIGHTS] = NONE if start is None else find_pretrained(start).sha256
@@ -74,20 +75,6 @@ def refuse_different(world: World, inputs: Mapping[str, str]) -> None:
                 f"ranks {min(rank, world.rank)} and {max(rank, world.rank)} read different files as "
                 f"{', '.join(different)}; put one copy where all nodes see it"
             )
-
-
-def noted_inputs(run_dir: Path) -> tuple[dict[str, str], bool]:
-    """Read the fingerprints in a run folder, from its results or else its newest checkpoint, and whether they come from
-    results. Empty without either, and for a file that is damaged or of an earlier version: loading it reports damage.
-    """
-    steps = saved_steps(run_dir / CHECKPOINTS)
-    notes = [run_dir / RESULTS, *(step_path(run_dir / CHECKPOINTS, step) / META for step in sorted(steps)[-1:])]
-    for note in notes:
-        with contextlib.suppress(OSError, ValueError):
-            content = json.loads(note.read_text())
-            if isinstance(content, dict) and isinstance(content.get("inputs"), dict):
-                return content["inputs"], note.name == RESULTS
-    return {}, False
 
 
 def changed_inputs(noted: Mapping[str, Any], here: Mapping[str, str]) -> list[str]:

@@ -72,6 +72,8 @@ class RunPlan:
     total_steps: int
     memory: Memory
     teachers: dict[str, RunPlan]
+    repeats_together: float
+    """``share_together`` of the first epoch."""
 
     @property
     def checkpoints_kept(self) -> int:
@@ -97,6 +99,7 @@ def plan_run(prepared: PreparedRun) -> RunPlan:
         total_steps=prepared.total_steps,
         memory=memory,
         teachers={name: plan_run(teacher_run) for name, teacher_run in prepared.teacher_runs.items()},
+        repeats_together=prepared.repeats_together,
     )
 
 
@@ -265,6 +268,7 @@ def plan_lines(plan: RunPlan, device: str) -> list[str]:
             f"{counted(plan.train_images, 'image')}, {counted(plan.steps_per_epoch, 'step')}; "
             f"a rank sees {share} images a step, {share * plan.steps_per_epoch} an epoch",
         ),
+        *([("repeats", repeats_text(plan))] if config.augment.repeats > 1 else []),
         ("classes", plan.classes),
         ("training", f"{counted(train.epochs, 'epoch')}, {counted(plan.total_steps, 'step')}"),
         (
@@ -287,6 +291,13 @@ def plan_lines(plan: RunPlan, device: str) -> list[str]:
         else:
             lines.append((f"teacher {name}", f"{teacher.model} with weights {teacher.advises_with}"))
     return [row(what, text) for what, text in lines]
+
+
+def repeats_text(plan: RunPlan) -> str:
+    return (
+        f"{plan.config.augment.repeats} of each image, by augment.repeats; {100 * plan.repeats_together:.0f} % of them "
+        "stand in one update with another"
+    )
 
 
 def classes_text(prepared: PreparedRun) -> str:

@@ -14,6 +14,7 @@ import torch
 from cit_scale.data.order import Cursor
 from cit_scale.errors import RefusedError
 from cit_scale.optim import learning_rate
+from cit_scale.run.noted import STREAM
 from cit_scale.run.setup import PreparedRun
 from cit_scale.settings import changed_settings, to_dict
 
@@ -47,6 +48,7 @@ def checkpoint_meta(progress: TrainingProgress, prepared: PreparedRun, inputs: M
         # Every step begins by seeding all generators of a rank, so these seeds are the whole state of the generators.
         "rng": [step_seed(config.seed, step, rank) for rank in range(prepared.world.world_size)],
         "inputs": dict(inputs),
+        STREAM: dataclasses.asdict(prepared.versions),
         "config": to_dict(config),
     }
 

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,21 @@ import yaml
 from cit_scale.batch import Batch
 from cit_scale.config import BatchSplit, DataConfig, RunConfig, TeacherConfig, check_config
 from cit_scale.data.draws import read_policy
-from cit_scale.data.order import EXPONENTS, Cursor, class_quotas, steps_per_epoch
+from cit_scale.data.order import (
+    EXPONENTS,
+    Cursor,
+    class_quotas,
+    epoch_order,
+    repeat_spread,
+    share_together,
+    steps_per_epoch,
+)
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, train_stream
+from cit_scale.data.versions import LATEST, StreamVersions
 from cit_scale.datasets.index import shorten
 from cit_scale.datasets.sources import Source, open_sources
-from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
+from cit_scale.distributed.world import World, broadcast, first_on_each_node, run_on_all_ranks
 from cit_scale.engines.base import EngineSetup, prepare_network
 from cit_scale.engines.build import prepare_engine
 from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, RefusedError, one_line, os_error
@@ -39,6 +49,7 @@ from cit_scale.models.pretrained import FOLDER, HUB, Pretrained, description_of,
 from cit_scale.models.weights import Start, load_weights, start_from
 from cit_scale.optim import parameter_groups
 from cit_scale.run.folders import runs_inside
+from cit_scale.run.noted import noted_versions
 from cit_scale.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, NETWORKS, RESULTS, saved_steps
 from cit_scale.settings import changed_settings
 from cit_scale.teachers import Teacher, build_teacher_without_weights, load_teacher
@@ -54,7 +65,7 @@ class PreparedRun:
     """A checked run on this machine, with its data opened and its engine's setup derived from the configuration.
 
     teacher_runs: by teacher, the prepared run of each teacher that has no weights. It reads the same images.
-    has_begun: when this process came, the run folder had a checkpoint or results of it.
+    has_begun: when this process came, the run folder had a checkpoint or results of it. versions: of its batches.
     """
 
     config: RunConfig
@@ -63,6 +74,7 @@ class PreparedRun:
     eval_images: Reader
     teacher_runs: Mapping[str, PreparedRun]
     has_begun: bool = False
+    versions: StreamVersions = LATEST
 
     @property
     def world(self) -> World:
@@ -128,7 +140,21 @@ class PreparedRun:
             micro_batch_size=self.batch_split.micro_batch_size,
             world=world,
             device=world.device,
+            spread=self.repeat_spread,
         )
+
+    @property
+    def repeat_spread(self) -> int:
+        """Places between two repeats of a sample."""
+        return repeat_spread(self.versions.order, self.config.mixing.group_size)
+
+    @property
+    def repeats_together(self) -> float:
+        """Share of the repeats in the first epoch that are in one update with another of the same sample."""
+        config, batch = self.config, self.config.train.global_batch_size
+        spread, places = self.repeat_spread, self.steps_per_epoch * batch
+        order = epoch_order(places, config.seed, 0, config.augment.repeats, spread)  # as far apart as balanced ones
+        return share_together(order[0], batch)
 
     def eval_batches(self) -> Generator[Batch, None, None]:
         """This rank's share of the evaluation set, once, in batches of the training's micro-batch size."""
@@ -229,7 +255,14 @@ def prepare(
     first_on_each_node(world, lambda: fetch_weights((config, *teacher_run_configs.values()), fresh=fresh))
     train_source, eval_source = first_on_each_node(world, lambda: open_data(config.data))
     readers = Reader(train_source), Reader(eval_source)
-    prepared = with_images(config, teacher_run_configs, setups, *readers, fresh=fresh)
+    configs = {STUDENT: config, **teacher_run_configs}
+    versions = broadcast(
+        world,
+        run_on_all_ranks(
+            world, lambda: {} if fresh else {name: noted_versions(each.run_dir) for name, each in configs.items()}
+        ),
+    )
+    prepared = with_images(config, teacher_run_configs, setups, *readers, versions=versions, fresh=fresh)
     # Values are read on one rank: they take a second per gigabyte, and ranks compare the files' hashes later.
     for line in run_on_all_ranks(
         world,
@@ -293,16 +326,19 @@ def with_images(
     train_images: Reader,
     eval_images: Reader,
     *,
+    versions: Mapping[str, StreamVersions] = MappingProxyType({}),
     fresh: bool = False,
 ) -> PreparedRun:
-    """The prepared run. setups: from ``check_all_settings``. fresh: as in ``prepare``."""
+    """The prepared run. setups: from ``check_all_settings``. versions: with the same keys; those that are missing are
+    the latest. fresh: as in ``prepare``.
+    """
 
-    def prepared(config: RunConfig, setup: EngineSetup, teacher_runs: Mapping[str, PreparedRun]) -> PreparedRun:
-        begun = not fresh and has_begun(config)
-        return PreparedRun(config, setup, train_images, eval_images, teacher_runs, begun)
+    def prepared(name: str, config: RunConfig, teacher_runs: Mapping[str, PreparedRun]) -> PreparedRun:
+        begun, stream = not fresh and has_begun(config), versions.get(name, LATEST)
+        return PreparedRun(config, setups[name], train_images, eval_images, teacher_runs, begun, stream)
 
-    teacher_runs = {name: prepared(each, setups[name], {}) for name, each in teacher_run_configs.items()}
-    return prepared(config, setups[STUDENT], teacher_runs)
+    teacher_runs = {name: prepared(name, each, {}) for name, each in teacher_run_configs.items()}
+    return prepared(STUDENT, config, teacher_runs)
 
 
 def check_settings(config: RunConfig, world: World, *, same_run: bool) -> EngineSetup:
