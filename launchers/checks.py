@@ -11,7 +11,7 @@ from cit_scale.distributed.world import World
 from cit_scale.engines.build import prepare_engine
 from cit_scale.run.folders import RunFolder
 from cit_scale.run.plan import counted, estimate_memory, memory_text, plan_lines, plan_run, row
-from cit_scale.run.setup import PreparedRun, check_all_settings, check_networks, open_data, with_images
+from cit_scale.run.setup import PreparedRun, check_all_settings, check_networks, open_images, versions_of, with_images
 from launchers.options import Options
 from launchers.resources import Resources, RunRequest
 from launchers.slurm import Partition, format_minutes
@@ -20,16 +20,17 @@ from launchers.state import state_now
 
 def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> PreparedRun:
     """Raise what ``setup.prepare`` would raise when the runs start. Returns the first run, prepared, for the plan."""
-    opened: dict[DataConfig, tuple[Reader, Reader]] = {}
+    opened: dict[tuple[DataConfig, frozenset[int]], dict[int, tuple[Reader, Reader]]] = {}
     tried: set[str] = set()
     prepared_runs = []
     for run in runs:
         config = run.config
         setups = check_all_settings(config, run.teacher_run_configs, world, same_run=same_run)
-        if config.data not in opened:
-            train_source, eval_source = open_data(config.data)
-            opened[config.data] = Reader(train_source), Reader(eval_source)
-        prepared = with_images(config, run.teacher_run_configs, setups, *opened[config.data])
+        versions = versions_of(config, run.teacher_run_configs) if same_run else {}
+        wanted = config.data, frozenset(each.pixels for each in versions.values())
+        if wanted not in opened:
+            opened[wanted] = open_images(config.data, versions.values())
+        prepared = with_images(config, run.teacher_run_configs, setups, opened[wanted], versions=versions)
         # The runs of a sweep over learning rates or seeds have the same networks: they are tried once.
         train, optim = config.train, config.optim
         parts = (train.global_batch_size, train.freeze, optim.layer_decay, optim.head_lr_scale)

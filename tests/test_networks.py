@@ -15,6 +15,7 @@ from tiny_run import CLASSES, RECIPE, TINY_CIT, TinyRun, assert_same_end
 from cit_scale import cli
 from cit_scale.config import DataConfig, EngineConfig, RunConfig, StudentConfig, TeacherConfig, TrainConfig
 from cit_scale.data.reader import Reader
+from cit_scale.data.versions import LATEST
 from cit_scale.distributed.world import World
 from cit_scale.engines.build import prepare_engine
 from cit_scale.errors import ConfigError, MissingInputError
@@ -439,7 +440,9 @@ def test_the_recipe_own_starts_from_what_it_names(tiny_digits, tmp_path):
     runs = arguments.teacher_run_configs
     assert {name: run.student.name for name, run in runs.items()} == {"conv": "regnety_040", "inv": "rednet50"}
     setups = check_all_settings(arguments.config, runs, World(), same_run=True)
-    said = check_networks(with_images(arguments.config, runs, setups, Reader(tiny_digits), Reader(tiny_digits)))
+    said = check_networks(
+        with_images(arguments.config, runs, setups, {LATEST.pixels: (Reader(tiny_digits), Reader(tiny_digits))})
+    )
     (trunk,) = (line for line in said if line.startswith("student.pretrained") and ": taken" in line)
     assert "taken: blocks (144), cls_token, norm (2), pos_embed; pos_embed 1x197x384 -> 1x199x384" in trunk
     assert any("teachers.conv.pretrained" in line and "new: head.fc: 1000 -> 10 classes" in line for line in said)

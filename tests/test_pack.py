@@ -25,7 +25,7 @@ from cit_scale.datasets import encoded as encoded_module
 from cit_scale.datasets import pack as pack_module
 from cit_scale.datasets import progress, shards
 from cit_scale.datasets.commands import pack as main
-from cit_scale.datasets.encoded import decode, is_usual, read_size
+from cit_scale.datasets.encoded import decode, for_dali, read_size
 from cit_scale.datasets.pack import pack
 from cit_scale.datasets.sources import ImageFolder, TarShards, digits, open_source
 from cit_scale.errors import BadImageError, ConfigError
@@ -578,8 +578,8 @@ def test_a_file_that_the_system_cannot_read_is_no_bad_image(tmp_path):
 
 def test_a_bitmap_is_whole_where_it_is_as_long_as_it_says():
     whole = encoded(5, 7, "BMP")
-    assert is_usual(whole)
-    assert not is_usual(whole[:-1])
+    assert for_dali(whole) == (whole, (5, 7))
+    assert for_dali(whole[:-1]) is None
 
 
 def test_a_long_job_shows_a_bar_on_a_terminal(monkeypatch):

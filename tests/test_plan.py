@@ -12,6 +12,7 @@ from torch import nn
 from cit_scale import cli
 from cit_scale.config import EngineConfig
 from cit_scale.data.reader import Reader
+from cit_scale.data.versions import LATEST
 from cit_scale.distributed.world import World
 from cit_scale.engines.activation_checkpointing import checkpoint_activations
 from cit_scale.engines.build import build_engine, prepare_engine
@@ -132,7 +133,7 @@ def plan_of(digits, *more):
     arguments = cli.parse_arguments(argv)
     config, teacher_run_configs = arguments.config, arguments.teacher_run_configs
     setups = check_all_settings(config, teacher_run_configs, World(world_size=4), same_run=False)
-    return plan_run(with_images(config, teacher_run_configs, setups, Reader(digits), Reader(digits)))
+    return plan_run(with_images(config, teacher_run_configs, setups, {LATEST.pixels: (Reader(digits), Reader(digits))}))
 
 
 @pytest.fixture
@@ -177,7 +178,9 @@ def test_the_classes_are_listed_with_their_images_and_what_balances_them(tiny_di
     def text(*argv):
         arguments = cli.parse_arguments([*argv, "--teachers", "null"])
         setups = check_all_settings(arguments.config, {}, World(), same_run=False)
-        return classes_text(with_images(arguments.config, {}, setups, Reader(tiny_digits), Reader(tiny_digits)))
+        return classes_text(
+            with_images(arguments.config, {}, setups, {LATEST.pixels: (Reader(tiny_digits), Reader(tiny_digits))})
+        )
 
     assert text().startswith("10 classes: 8 174, 2 177, ")
     balanced = text("--data.balance", "full", "--distill.class_weights", "sqrt")
@@ -192,7 +195,7 @@ def test_what_is_frozen_has_no_gradient_and_no_moments(tiny_digits, tmp_path):
     def prepare(*argv):
         arguments = cli.parse_arguments(["--teachers", "null", *argv])
         setups = check_all_settings(arguments.config, {}, World(), same_run=False)
-        return with_images(arguments.config, {}, setups, Reader(tiny_digits), Reader(tiny_digits))
+        return with_images(arguments.config, {}, setups, {LATEST.pixels: (Reader(tiny_digits), Reader(tiny_digits))})
 
     whole = prepare()
     save_file(whole.build_student().model.state_dict(), tmp_path / "first.safetensors")

@@ -107,7 +107,7 @@ def test_what_is_said_of_weights_and_precision_is_printed_once(prepared, tiny_di
     torch.save({"state_dict_ema": state, "state_dict": state}, tmp_path / "student.pth")
     config = prepared(weights=str(tmp_path / "student.pth")).config
     config = dataclasses.replace(config, engine=EngineConfig(name="plain", precision="bf16"))
-    monkeypatch.setattr(setup, "open_data", lambda data: (tiny_digits, tiny_digits))
+    monkeypatch.setattr(setup, "open_images", lambda data, versions: {2: (Reader(tiny_digits), Reader(tiny_digits))})
     monkeypatch.setattr(setup, "_has_bf16", lambda: False)
     setup.prepare(config, {}, World(), same_run=True)
     average, taken, precision = capsys.readouterr().out.splitlines()

@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from cit_scale.config import DataConfig
-from cit_scale.datasets import folders, index, progress, shards, sources
-from cit_scale.datasets.encoded import decode, read_size
+from cit_scale.datasets import encoded, folders, progress, shards, sources
+from cit_scale.datasets.encoded import decode
 from cit_scale.datasets.index import printable
 from cit_scale.datasets.shards import open_foreign_shards, write_shards
 from cit_scale.datasets.sources import ImageFolder, Manifest, Subset, TarShards, digits, open_source, open_sources
@@ -55,8 +55,8 @@ def data(tmp_path):
 def measured(monkeypatch):
     """How many headers were read, as a list that grows."""
     seen = []
-    read_size = index.read_size
-    monkeypatch.setattr(index, "read_size", lambda file: seen.append(file) or read_size(file))
+    read_size = encoded.read_size
+    monkeypatch.setattr(encoded, "read_size", lambda file: seen.append(file) or read_size(file))
     return seen
 
 
@@ -98,7 +98,7 @@ def test_sizes_are_those_of_the_upright_image(tmp_path, kind, orientation, sides
     path = tmp_path / "set" / "ant" / f"image.{kind.lower()}"
     path.parent.mkdir(parents=True)
     Image.fromarray(noise).save(path, kind, exif=exif, quality=99)
-    assert (path.stat().st_size > index.HEADER_BYTES) == (sides[0] == 330)
+    assert (path.stat().st_size > encoded.HEADER_BYTES) == (sides[0] == 330)
     source = ImageFolder(tmp_path / "set", tmp_path / "cache")
     with Image.open(path) as image:
         width, height = ImageOps.exif_transpose(image).size
@@ -960,12 +960,14 @@ def test_names_are_printed_on_one_line():
 
 
 @pytest.mark.parametrize("where", ["xmp", "behind the pixels"])
-def test_the_size_in_the_index_is_that_of_the_decoded_image(tmp_path, where):
-    """An orientation that stands where DALI does not look is not looked for."""
+@pytest.mark.parametrize("sides", [(30, 20), (330, 220)])
+def test_the_size_in_the_index_is_that_of_the_decoded_image(tmp_path, where, sides):
+    """An orientation counts that stands where DALI does not look. The larger PNG is longer than what is read first."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = Image.new("RGB", (30, 20))
-    path = tmp_path / "image"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*sides[::-1], 3), dtype=np.uint8))
+    path = tmp_path / "set" / "ant" / f"image.{'jpg' if where == 'xmp' else 'png'}"
+    path.parent.mkdir(parents=True)
     if where == "xmp":
         text = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
         image.save(path, "JPEG", xmp=text.encode())
@@ -976,4 +978,5 @@ def test_the_size_in_the_index_is_that_of_the_decoded_image(tmp_path, where):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
     decoded = decode(path.read_bytes())
-    assert read_size(path) == (decoded.height, decoded.width) == (20, 30)
+    source = ImageFolder(tmp_path / "set", tmp_path / "cache")
+    assert (source.heights[0], source.widths[0]) == (decoded.height, decoded.width) == sides

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from cit_scale.datasets.encoded import decode, is_usual, to_ppm
+from cit_scale.datasets.encoded import to_ppm
 from cit_scale.datasets.index import UNUSABLE, reason_text
+from cit_scale.datasets.pixels import LATEST, Pixels
 from cit_scale.datasets.sources import Source
 from cit_scale.errors import BadImageError
 
 
 class Reader:
-    """Reads encoded images of a source in a form that DALI can decode. Thread-safe."""
+    """Reads encoded images of a source in a form that DALI can decode. Thread-safe.
 
-    def __init__(self, source: Source) -> None:
+    pixels: by which the source's images were measured, too.
+    """
+
+    def __init__(self, source: Source, pixels: Pixels = LATEST) -> None:
         self.source = source
+        self._pixels = pixels
         self.bad: dict[int, str] = dict(source.rejects)
         """Index -> reason of every bad image found so far; at first those that the source lists as rejects."""
         self._hopeless = set(source.rejects)  # are not read again
@@ -57,11 +62,12 @@ class Reader:
             data = self.source.read(sample)
         except UNUSABLE as error:  # any other OSError is a fault of the disk, not of the image
             raise BadImageError(reason_text(error)) from None
-        if not is_doubtful and is_usual(data):
-            return data
-        image = decode(data)
         # Crops have been drawn for the size in the index; an image of another size was overwritten since.
-        expected = self.source.heights[sample], self.source.widths[sample]
+        expected = int(self.source.heights[sample]), int(self.source.widths[sample])
+        found = None if is_doubtful else self._pixels.for_dali(data)
+        if found is not None and found[1] in (expected, None):
+            return found[0]
+        image = self._pixels.decode(data)
         if (image.height, image.width) != expected:
             raise BadImageError(
                 f"is now {image.height} x {image.width} pixels, but was {expected[0]} x {expected[1]} when indexed"

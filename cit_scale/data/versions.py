@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cit_scale.datasets import pixels
 from cit_scale.errors import RefusedError
 
 
@@ -20,8 +21,8 @@ class StreamVersions:
     draws: int = 1
     """The random numbers of augmentation."""
 
-    pixels: int = 1
-    """Which pixels an encoded image has, and so its size."""
+    pixels: int = pixels.LATEST.VERSION
+    """Which pixels an encoded image has, and so its size. 2: those of PIL. 1: DALI decided how some of them lie."""
 
     mixing: int = 1
     """What mixup and cutmix make of a batch."""

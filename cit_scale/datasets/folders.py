@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import os
 import stat
 import time
@@ -22,12 +23,12 @@ from cit_scale.datasets.index import (
     Texts,
     cache_path,
     cached,
-    measure_image,
     number_classes,
     printable,
     read_image_headers,
     shorten,
 )
+from cit_scale.datasets.pixels import LATEST, Pixels
 from cit_scale.errors import BadImageError, ConfigError
 
 CLOCK_TICK_S = 0.02  # two changes of a folder within this time may leave the same modification time
@@ -59,17 +60,20 @@ class ImageFolder(_ImageFiles):
     Raises ConfigError for a folder without class folders, or with a class without a readable image.
     """
 
-    def __init__(self, folder: Path, cache_dir: Path) -> None:
+    def __init__(self, folder: Path, cache_dir: Path, pixels: Pixels = LATEST) -> None:
         # The folder's time is part of the name, so that machines with different images at the same path can share a
         # cache folder.
-        self.index_path = cache_path(cache_dir, "folder", folder.resolve(), folder.stat().st_mtime_ns)
+        self.index_path = cache_path(cache_dir, "folder", folder.resolve(), folder.stat().st_mtime_ns, pixels=pixels)
 
         def is_valid(columns: Columns) -> bool:
             with ThreadPoolExecutor(THREADS) as threads:
                 times = threads.map(lambda name: _folder_time_now(folder, name), columns.texts["folders"])
-                return list(times) == columns.numbers["times"].tolist() and not _any_readable(folder, columns)
+                return list(times) == columns.numbers["times"].tolist() and not _any_readable(folder, columns, pixels)
 
-        super().__init__(folder, cached(self.index_path, lambda: _index_folder(folder, self.index_path), is_valid))
+        def build() -> Columns:
+            return _index_folder(folder, self.index_path, pixels)
+
+        super().__init__(folder, cached(self.index_path, build, is_valid))
 
 
 class Manifest(_ImageFiles):
@@ -84,25 +88,26 @@ class Manifest(_ImageFiles):
     Raises ConfigError for lines that cannot be parsed, and for a class without a readable image.
     """
 
-    def __init__(self, path: Path, cache_dir: Path) -> None:
+    def __init__(self, path: Path, cache_dir: Path, pixels: Pixels = LATEST) -> None:
         stat = path.stat()
-        self.index_path = cache_path(cache_dir, "manifest", path.resolve(), stat.st_size, stat.st_mtime_ns)
+        key = path.resolve(), stat.st_size, stat.st_mtime_ns
+        self.index_path = cache_path(cache_dir, "manifest", *key, pixels=pixels)
 
         def build() -> Columns:
             names, texts = _read_manifest(path)
             classes, labels = number_classes(texts)
 
-            def read(index: int, size: int) -> bytes:
-                return _read_file(path.parent, names[index], size)
+            def read(index: int, start: int, size: int) -> bytes:
+                return _read_file(path.parent, names[index], start, size)
 
-            return read_image_headers(classes, names, labels, read, path, self.index_path)
+            return read_image_headers(classes, names, labels, read, path, self.index_path, pixels)
 
-        columns = cached(self.index_path, build, lambda columns: not _any_readable(path.parent, columns))
+        columns = cached(self.index_path, build, lambda columns: not _any_readable(path.parent, columns, pixels))
         super().__init__(path.parent, columns)
 
 
-def _read_file(folder: Path, name: bytes, size: int = -1) -> bytes:
-    """Return the first `size` bytes of folder/name, all for -1.
+def _read_file(folder: Path, name: bytes, start: int = 0, size: int = -1) -> bytes:
+    """Return `size` bytes of folder/name from `start` on; of its end for a negative start, all of them for size -1.
 
     Raises BadImageError for an impossible path and for anything but a regular file, and OSError where reading fails.
     """
@@ -111,6 +116,8 @@ def _read_file(folder: Path, name: bytes, size: int = -1) -> bytes:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
             raise BadImageError("a folder" if stat.S_ISDIR(mode) else "not a file")
+        if start:
+            file.seek(max(start, -os.fstat(descriptor).st_size), os.SEEK_SET if start > 0 else os.SEEK_END)
         return file.read(size)
 
 
@@ -143,13 +150,13 @@ def _folder_time_now(folder: Path, name: bytes) -> int | None:
         return None
 
 
-def _any_readable(folder: Path, columns: Columns) -> bool:
+def _any_readable(folder: Path, columns: Columns, pixels: Pixels) -> bool:
     """Whether one of the images listed as unusable can be read now."""
     names = columns.texts["names"]
 
     def is_readable(index: int) -> bool:
         try:
-            measure_image(lambda index, size: _read_file(folder, names[index], size), index)
+            pixels.measure(functools.partial(_read_file, folder, names[index]))
         except UNUSABLE:
             return False
         return True
@@ -158,7 +165,7 @@ def _any_readable(folder: Path, columns: Columns) -> bool:
         return any(threads.map(is_readable, columns.numbers["rejects"].tolist()))
 
 
-def _index_folder(folder: Path, index_path: Path) -> Columns:
+def _index_folder(folder: Path, index_path: Path, pixels: Pixels) -> Columns:
     """Return the columns of `read_image_headers` and the name and modification time of every folder."""
     times: list[tuple[bytes, int]] = []
     found = find_files(folder, EXTENSIONS, "images", lambda inside: times.append(_settled_time(folder, inside)))
@@ -167,10 +174,10 @@ def _index_folder(folder: Path, index_path: Path) -> Columns:
     names = [name for found in images for name in found]
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in images])
 
-    def read(index: int, size: int) -> bytes:
-        return _read_file(folder, names[index], size)
+    def read(index: int, start: int, size: int) -> bytes:
+        return _read_file(folder, names[index], start, size)
 
-    return read_image_headers(classes, names, labels, read, folder, index_path) | Columns(
+    return read_image_headers(classes, names, labels, read, folder, index_path, pixels) | Columns(
         numbers={"times": np.array([time_ns for _, time_ns in times])},
         texts={"folders": Texts.of([name for name, _ in times])},
     )

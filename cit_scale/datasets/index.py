@@ -6,8 +6,8 @@ machine, finds a complete file or none.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import io
 import os
 import re
 import uuid
@@ -21,13 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cit_scale.datasets.encoded import read_size
+from cit_scale.datasets.pixels import Pixels
 from cit_scale.datasets.progress import ProgressBar
 from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import sync
 
 FORMAT = 2  # of the file; an index of another format is refused, not converted
-HEADER_BYTES = 1 << 16  # first read of each image; an image with a longer header is read a second time, completely
 THREADS = 32  # more than cores: they hide the latency of a network file system
 CHUNK = 256  # images that a thread measures per task
 
@@ -134,8 +133,10 @@ def cached(path: Path, build: Callable[[], Columns], is_valid: Callable[[Columns
     return columns
 
 
-def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int | Path) -> Path:
-    """Return a path in `cache_dir` that differs for every `kind` and `key`."""
+def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int | Path, pixels: Pixels | None = None) -> Path:
+    """Return a path in `cache_dir` that differs for every `kind` and `key`, and version of pixels."""
+    if pixels is not None and pixels.VERSION > 1:
+        kind = f"{kind}-{pixels.VERSION}"
     digest = hashlib.sha256(b"\0".join(os.fsencode(str(part)) if not isinstance(part, bytes) else part for part in key))
     return cache_dir / f"{kind}-{digest.hexdigest()[:24]}.npz"
 
@@ -162,14 +163,16 @@ def read_image_headers(
     classes: Sequence[str],
     names: Sequence[bytes],
     labels: np.ndarray,
-    read: Callable[[int, int], bytes],
+    read: Callable[[int, int, int], bytes],
     where: Path,
     index_path: Path,
+    pixels: Pixels,
 ) -> Columns:
     """Return the columns of a data set; image sizes and rejects come from the images' headers, read in parallel.
 
-    classes: K names. names, labels: of the N images. read(index, size): the first `size` bytes of an image, all for -1.
-    where, index_path: for messages. A rejected image keeps its row, with height and width 0.
+    classes: K names. names, labels: of the N images. read(index, start, size): as ``encoded.measure`` takes it, of an
+    image. where, index_path: for messages. pixels: how they are measured. A rejected image keeps its row, with height
+    and width 0.
     Raises ConfigError for a class without a readable image.
     """
     count = len(names)
@@ -181,7 +184,7 @@ def read_image_headers(
         bad = {}
         for index in range(start, min(start + CHUNK, count)):
             try:
-                heights[index], widths[index] = measure_image(read, index)
+                heights[index], widths[index] = pixels.measure(functools.partial(read, index))
             except UNUSABLE as error:
                 bad[index] = reason_text(error)
         return bad
@@ -217,14 +220,6 @@ def read_image_headers(
             "reasons": Texts.of([reason.encode() for reason in rejects.values()]),
         },
     )
-
-
-def measure_image(read: Callable[[int, int], bytes], index: int) -> tuple[int, int]:
-    """Return height and width of the upright image in pixels. Raises one of UNUSABLE."""
-    try:
-        return read_size(io.BytesIO(read(index, HEADER_BYTES)))
-    except BadImageError:  # broken, or its header is longer than HEADER_BYTES
-        return read_size(io.BytesIO(read(index, -1)))
 
 
 def fingerprint(classes: Sequence[str], names: Texts, *numbers: np.ndarray) -> str:

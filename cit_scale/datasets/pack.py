@@ -26,10 +26,10 @@ import numpy as np
 from PIL import Image
 
 from cit_scale.datasets.defaults import PACK_QUALITY, SHARD_MIB
-from cit_scale.datasets.encoded import EXTENSIONS, decode
+from cit_scale.datasets.encoded import EXTENSIONS, VERSION, decode
 from cit_scale.datasets.index import Columns, Texts, concatenate, load, printable, save, shorten
 from cit_scale.datasets.progress import ProgressBar
-from cit_scale.datasets.shards import INDEX, SETTINGS, Row, ShardWriter, shard_name, write_index
+from cit_scale.datasets.shards import INDEX, PIXELS, SETTINGS, Row, ShardWriter, shard_name, write_index
 from cit_scale.datasets.sources import BUILT_IN, Source, open_source
 from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import changed, sync, write_text
@@ -111,13 +111,13 @@ def pack(
         "shorter_side": shorter_side,
         "quality": quality,
     }
-    with _claimed(out, settings):
+    with _claimed(out, settings) as pixels:
         first = len(source)  # nothing to do if the index is there
         if not (out / INDEX).exists():
             parts = _committed_parts(out)
             first = _end(parts)
             _write_missing(parts, source, out, prepare, workers, shard_mib * MIB)
-            _finish(out, source, parts)
+            _finish(out, source, parts, pixels)
         # Only now: until the index exists, the parts are all that says which shards are complete.
         for leftover in (*out.glob("*.part.npz"), *out.glob(".*.partial")):
             leftover.unlink()
@@ -125,8 +125,9 @@ def pack(
 
 
 @contextmanager
-def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[int]:
     """Lock `out` against other processes, and write the settings to it or compare them with those it was begun with.
+    Yields the version of pixels with which it was begun.
 
     Raises ConfigError for a folder with other content, a locked one, and one that was begun with other settings.
     """
@@ -141,7 +142,9 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         # Before the first shard is complete, other settings lose no work and simply replace the old ones.
         if (out / INDEX).exists() or _part_path(out, 0).exists():
             file.seek(0)
-            changes = changed(json.load(file), settings, DEFAULTS)
+            begun = json.load(file)
+            pixels = begun.pop(PIXELS, 1)
+            changes = changed(begun, settings, DEFAULTS)
             if changes:
                 raise ConfigError(
                     f"{printable(out)} was begun with another source or other settings ({'; '.join(changes)}); "
@@ -149,11 +152,12 @@ def _claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
                 )
         else:
             file.truncate(0)
-            json.dump(settings, file, indent=2)
+            pixels = VERSION
+            json.dump({**settings, PIXELS: pixels}, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
             sync(out)
-        yield
+        yield pixels
 
 
 # --- Writing shards ---
@@ -285,8 +289,8 @@ def _to_jpeg(image: Image.Image, quality: int) -> bytes:
 # --- Finishing ---
 
 
-def _finish(out: Path, source: Source, parts: Sequence[Columns]) -> None:
-    """Write rejected.tsv, then the index, which makes the folder a data set.
+def _finish(out: Path, source: Source, parts: Sequence[Columns], pixels: int) -> None:
+    """Write rejected.tsv, then the index, which makes the folder a data set. pixels: as of ``write_index``.
 
     Raises ConfigError when no image is left.
     """
@@ -298,7 +302,7 @@ def _finish(out: Path, source: Source, parts: Sequence[Columns]) -> None:
     if not len(whole.numbers["labels"]):
         raise ConfigError(f"none of {len(source)} images can be decoded; {printable(out / REJECTED)} says why")
     # A part without images has no shard. It can only be the last: a shard ends behind an image that fills it.
-    write_index(out, source.classes, [part for part in parts if len(part.numbers["labels"])])
+    write_index(out, source.classes, [part for part in parts if len(part.numbers["labels"])], pixels)
 
 
 def _summarise(out: Path, images_done: int, seconds: float) -> Summary:

@@ -25,7 +25,7 @@ from typing import Self
 
 import numpy as np
 
-from cit_scale.datasets.encoded import EXTENSIONS, read_size
+from cit_scale.datasets.encoded import EXTENSIONS, VERSION, read_size
 from cit_scale.datasets.index import (
     THREADS,
     Columns,
@@ -42,6 +42,7 @@ from cit_scale.datasets.index import (
     save,
     shorten,
 )
+from cit_scale.datasets.pixels import LATEST, Pixels
 from cit_scale.datasets.progress import ProgressBar
 from cit_scale.errors import ConfigError
 from cit_scale.files import sync
@@ -53,6 +54,7 @@ CLASSES = "classes.txt"
 KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)
 LABEL = ".cls"
 PLACE = ("shards", "offsets", "sizes")  # columns of numbers: number of the shard, first byte in it, number of bytes
+PIXELS = "pixels"  # column of one number: the version of pixels by which images were measured; 1 where it is missing
 OPEN_SHARDS = 256  # files that a data set keeps open; a process on Linux may open 1024 by default
 
 
@@ -148,10 +150,10 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.tar"
 
 
-def write_index(folder: Path, classes: Sequence[str], parts: Sequence[Columns]) -> None:
+def write_index(folder: Path, classes: Sequence[str], parts: Sequence[Columns], pixels: int = VERSION) -> None:
     """Write classes.txt and the index of the shards in `folder`, which makes the folder a complete data set.
 
-    parts: the columns of each shard, in the order of their numbers from 0.
+    parts: the columns of each shard, in the order of their numbers from 0. pixels: the version that has measured them.
     """
     (folder / CLASSES).write_text("".join(f"{printable(name)}\n" for name in classes), encoding="utf-8")
     sync(folder / CLASSES)
@@ -159,6 +161,7 @@ def write_index(folder: Path, classes: Sequence[str], parts: Sequence[Columns]) 
         numbers={
             "shards": np.repeat(np.arange(len(parts)), [len(part.numbers["labels"]) for part in parts]),
             "rejects": np.array([], np.int64),
+            PIXELS: np.array([pixels]),
         },
         texts={
             "shard_names": Texts.of([shard_name(number).encode() for number in range(len(parts))]),
@@ -228,14 +231,10 @@ class TarShards(Indexed):
         """columns: the index; None: read it from the folder."""
         columns = load(folder / INDEX) if columns is None else columns
         super().__init__(columns)
-        self._shards, self._offsets, self._sizes = (columns.numbers[name] for name in PLACE)
-        self._paths = [folder / os.fsdecode(name) for name in columns.texts["shard_names"]]
-        self._open = lru_cache(OPEN_SHARDS)(_OpenFile)
+        self._places = _Places(folder, columns)
         # Compare the length of each shard with the end of its last image: a shard cut short is found now and not in
         # the middle of an epoch.
-        ends = np.zeros(len(self._paths), np.int64)
-        np.maximum.at(ends, self._shards, self._offsets + self._sizes)
-        for path, end in zip(self._paths, ends, strict=True):
+        for path, end in zip(self._places.paths, self._places.ends(), strict=True):
             size = path.stat().st_size if path.exists() else 0
             if size < end:
                 raise ConfigError(
@@ -244,10 +243,35 @@ class TarShards(Indexed):
                 )
 
     def read(self, index: int) -> bytes:
-        return self._open(self._paths[self._shards[index]]).read(int(self._offsets[index]), int(self._sizes[index]))
+        return self._places.read(index)
 
     def name(self, index: int) -> str:
-        return f"{printable(self._paths[self._shards[index]])}:{printable(self._names[index])}"
+        return f"{printable(self._places.path(index))}:{printable(self._names[index])}"
+
+
+class _Places:
+    """Where images lie in the shards of a folder. columns: those of PLACE, and the names of the shards."""
+
+    def __init__(self, folder: Path, columns: Columns) -> None:
+        self._shards, self._offsets, self._sizes = (columns.numbers[name] for name in PLACE)
+        self.paths = [folder / os.fsdecode(name) for name in columns.texts["shard_names"]]
+        self._open = lru_cache(OPEN_SHARDS)(_OpenFile)
+
+    def path(self, index: int) -> Path:
+        return self.paths[self._shards[index]]
+
+    def ends(self) -> np.ndarray:
+        """Of each shard, the end of its last image."""
+        ends = np.zeros(len(self.paths), np.int64)
+        np.maximum.at(ends, self._shards, self._offsets + self._sizes)
+        return ends
+
+    def read(self, index: int, start: int = 0, size: int = -1) -> bytes:
+        """Return an image, or a part of it as ``encoded.measure`` asks for it."""
+        whole = int(self._sizes[index])
+        first = max(whole + start, 0) if start < 0 else start
+        count = whole - first if size < 0 else min(size, whole - first)
+        return self._open(self.path(index)).read(int(self._offsets[index]) + first, count)
 
 
 class _OpenFile:
@@ -274,10 +298,28 @@ class _OpenFile:
         return b"".join(parts)
 
 
+def open_packed(folder: Path, cache_dir: Path, pixels: Pixels = LATEST) -> TarShards:
+    """Open a folder of shards with an index. If its images were measured by another version of pixels, they are
+    measured again, once: the result is kept in `cache_dir`.
+    """
+    written = load(folder / INDEX)
+    shards = TarShards(folder, written)
+    if written.numbers.get(PIXELS, [1])[0] == pixels.VERSION:
+        return shards
+    stat = (folder / INDEX).stat()
+    index_path = cache_path(cache_dir, f"packed-{pixels.VERSION}", folder.resolve(), stat.st_size, stat.st_mtime_ns)
+
+    def build() -> Columns:
+        names, labels, read = list(written.texts["names"]), written.numbers["labels"], _Places(folder, written).read
+        return written | read_image_headers(shards.classes, names, labels, read, folder, index_path, pixels)
+
+    return TarShards(folder, cached(index_path, build, lambda columns: True))
+
+
 # --- Shards without an index ---
 
 
-def open_foreign_shards(folder: Path, cache_dir: Path) -> TarShards:
+def open_foreign_shards(folder: Path, cache_dir: Path, pixels: Pixels = LATEST) -> TarShards:
     """Open the *.tar files of a folder in WebDataset's layout that have no index: scan them once and cache an index.
 
     An image is a regular member with an image's extension. Its label is the content of NAME.cls beside it: a number or
@@ -292,7 +334,7 @@ def open_foreign_shards(folder: Path, cache_dir: Path) -> TarShards:
     classes_file = folder / CLASSES
     files = [*paths, classes_file] if classes_file.exists() else paths
     stats = [part for path in files for part in (path.name, path.stat().st_size, path.stat().st_mtime_ns)]
-    index_path = cache_path(cache_dir, "shards", folder.resolve(), *stats)
+    index_path = cache_path(cache_dir, "shards", folder.resolve(), *stats, pixels=pixels)
 
     def build() -> Columns:
         names, texts, places = _scan_shards(paths)
@@ -301,16 +343,10 @@ def open_foreign_shards(folder: Path, cache_dir: Path) -> TarShards:
             labels = _labels_by_file(classes_file, classes, texts)
         else:
             classes, labels = number_classes(texts)
-        open_file = lru_cache(OPEN_SHARDS)(_OpenFile)
-
-        def read(index: int, size: int) -> bytes:
-            shard, offset, whole = places[index].tolist()
-            return open_file(paths[shard]).read(offset, whole if size < 0 else min(size, whole))
-
-        return read_image_headers(classes, names, labels, read, folder, index_path) | Columns(
-            numbers=dict(zip(PLACE, places.T, strict=True)),
-            texts={"shard_names": Texts.of([os.fsencode(path.name) for path in paths])},
-        )
+        shards = {"shard_names": Texts.of([os.fsencode(path.name) for path in paths])}
+        placed = Columns(dict(zip(PLACE, places.T, strict=True)), shards)
+        read = _Places(folder, placed).read
+        return placed | read_image_headers(classes, names, labels, read, folder, index_path, pixels)
 
     return TarShards(folder, cached(index_path, build, lambda columns: True))
 

@@ -22,7 +22,16 @@ from cit_scale.data.order import permutation
 from cit_scale.datasets.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
 from cit_scale.datasets.idx import labels_beside, read_idx
 from cit_scale.datasets.index import cache_path, printable, shorten
-from cit_scale.datasets.shards import INDEX, SETTINGS, TarShards, open_foreign_shards, tar_files, write_shards
+from cit_scale.datasets.pixels import LATEST, Pixels
+from cit_scale.datasets.shards import (
+    INDEX,
+    SETTINGS,
+    TarShards,
+    open_foreign_shards,
+    open_packed,
+    tar_files,
+    write_shards,
+)
 from cit_scale.errors import ConfigError, MissingInputError
 
 HOLDOUT_TAG = 0x401D  # keeps the seed of the held-out part apart from all other seeds
@@ -89,19 +98,19 @@ class Subset:
 # --- Data sets of arrays, converted once to PNG in tar shards ---
 
 
-def digits(cache_dir: Path) -> TarShards:
+def digits(cache_dir: Path, pixels: Pixels = LATEST) -> TarShards:
     """Return scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 pixels in ten classes."""
-    folder = cache_dir / "digits-v2"  # "digits" has an index of the former format
+    folder = cache_dir / "digits-v3"  # "digits" and "digits-v2" have an index of former formats
     if not (folder / INDEX).exists():
         from sklearn.datasets import load_digits  # takes a second, and only the first run needs it
 
         data = load_digits()
-        pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)  # scikit-learn stores 0 to 16
-        write_shards(folder, [str(name) for name in data.target_names], _pngs(pixels, data.target))
-    return TarShards(folder)
+        grey = np.rint(data.images * (255 / 16)).astype(np.uint8)  # scikit-learn stores 0 to 16
+        write_shards(folder, [str(name) for name in data.target_names], _pngs(grey, data.target))
+    return open_packed(folder, cache_dir, pixels)
 
 
-def idx_images(images: Path, labels: Path, cache_dir: Path) -> TarShards:
+def idx_images(images: Path, labels: Path, cache_dir: Path, pixels: Pixels = LATEST) -> TarShards:
     """Return a data set from a pair of idx files, grey images and their labels; the classes are the labels' numbers.
 
     Raises ConfigError for files that are damaged, empty, or do not belong together.
@@ -110,20 +119,20 @@ def idx_images(images: Path, labels: Path, cache_dir: Path) -> TarShards:
     stats = [part for path in (images, labels) for part in (path.stat().st_size, path.stat().st_mtime_ns)]
     folder = cache_path(cache_dir, "idx", images.resolve(), labels.resolve(), *stats).with_suffix("")
     if not (folder / INDEX).exists():
-        pixels, numbers = read_idx(images, 3), read_idx(labels, 1)
-        if len(pixels) != len(numbers) or not pixels.size:
+        grey, numbers = read_idx(images, 3), read_idx(labels, 1)
+        if len(grey) != len(numbers) or not grey.size:
             raise ConfigError(
-                f"{images} has {len(pixels)} images of {pixels.shape[1]} x {pixels.shape[2]} pixels and {labels} "
+                f"{images} has {len(grey)} images of {grey.shape[1]} x {grey.shape[2]} pixels and {labels} "
                 f"{len(numbers)} labels; give two files that belong together and are not empty"
             )
         classes, label_of = np.unique(numbers, return_inverse=True)
-        write_shards(folder, list(map(str, classes)), _pngs(pixels, label_of))
-    return TarShards(folder)
+        write_shards(folder, list(map(str, classes)), _pngs(grey, label_of))
+    return open_packed(folder, cache_dir, pixels)
 
 
-def _pngs(pixels: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, int, bytes]]:
-    """Yield the rows that `write_shards` takes. pixels: (N, H, W) uint8. labels: (N,)."""
-    for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+def _pngs(grey: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, int, bytes]]:
+    """Yield the rows that `write_shards` takes. grey: (N, H, W) uint8. labels: (N,)."""
+    for index, (image, label) in enumerate(zip(grey, labels, strict=True)):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         yield f"{index:04d}.png", int(label), buffer.getvalue()
@@ -134,7 +143,7 @@ def _pngs(pixels: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, int, by
 BUILT_IN = {"digits": digits}
 
 
-def open_sources(data: DataConfig) -> tuple[Source, Source]:
+def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Source]:
     """Open the training source and the evaluation source.
 
     Without `data.eval`, the share `data.holdout` of every class is held out for evaluation. The choice is a function of
@@ -148,10 +157,10 @@ def open_sources(data: DataConfig) -> tuple[Source, Source]:
     if data.eval is None and not 0 < data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is not between 0 and 1; use 0.2, or set data.eval to a folder")
     cache_dir = Path(data.cache_dir).expanduser()
-    train = open_source(data.train, cache_dir, "data.train")
+    train = open_source(data.train, cache_dir, "data.train", pixels)
     if data.eval is None:
         return _hold_out(train, data.holdout)
-    evaluation = open_source(data.eval, cache_dir, "data.eval")
+    evaluation = open_source(data.eval, cache_dir, "data.eval", pixels)
     if train.classes != evaluation.classes:
         missing, extra = set(train.classes) - set(evaluation.classes), set(evaluation.classes) - set(train.classes)
         raise ConfigError(
@@ -161,20 +170,21 @@ def open_sources(data: DataConfig) -> tuple[Source, Source]:
     return train, evaluation
 
 
-def open_source(where: str, cache_dir: Path, option: str) -> Source:
-    """Open a data set by its path or built-in name. option: the setting that `where` comes from, for messages.
+def open_source(where: str, cache_dir: Path, option: str, pixels: Pixels = LATEST) -> Source:
+    """Open a data set by its path or built-in name. option: the setting that `where` comes from, for messages. pixels:
+    how images are measured.
 
     Raises ConfigError for a path that is not a data set, and MissingInputError for one that does not exist.
     """
     if where in BUILT_IN:
-        return BUILT_IN[where](cache_dir)
+        return BUILT_IN[where](cache_dir, pixels)
     path = Path(where).expanduser()
     if path.is_dir():
-        return _open_folder(path, cache_dir)
+        return _open_folder(path, cache_dir, pixels)
     if path.is_file() and path.suffix.lower() in DELIMITERS:
-        return Manifest(path, cache_dir)
+        return Manifest(path, cache_dir, pixels)
     if path.is_file() and (labels := labels_beside(path)):
-        return idx_images(path, labels, cache_dir)
+        return idx_images(path, labels, cache_dir, pixels)
     kind = ConfigError if path.exists() else MissingInputError
     raise kind(
         f"{option}={where!r} {'is no data set' if path.exists() else 'does not exist'}; give a folder with one "
@@ -183,10 +193,10 @@ def open_source(where: str, cache_dir: Path, option: str) -> Source:
     )
 
 
-def _open_folder(folder: Path, cache_dir: Path) -> Source:
+def _open_folder(folder: Path, cache_dir: Path, pixels: Pixels) -> Source:
     """Open a folder of packed shards, of tar files without an index, or of class folders."""
     if (folder / INDEX).exists():
-        return TarShards(folder)
+        return open_packed(folder, cache_dir, pixels)
     if (folder / SETTINGS).exists():
         raise ConfigError(
             f"{folder} is not packed to the end; give the command that packs it again, which continues, "
@@ -195,8 +205,8 @@ def _open_folder(folder: Path, cache_dir: Path) -> Source:
     # Class folders take precedence over tar files that lie beside them.
     has_folders = any(is_folder(entry) for entry in os.scandir(folder) if is_shown(entry))
     if tar_files(folder) and not has_folders:
-        return open_foreign_shards(folder, cache_dir)
-    return ImageFolder(folder, cache_dir)
+        return open_foreign_shards(folder, cache_dir, pixels)
+    return ImageFolder(folder, cache_dir, pixels)
 
 
 def _names(classes: Iterable[str]) -> str:

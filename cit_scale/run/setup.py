@@ -36,6 +36,7 @@ from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, train_stream
 from cit_scale.data.versions import LATEST, StreamVersions
 from cit_scale.datasets.index import shorten
+from cit_scale.datasets.pixels import BY_VERSION
 from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World, broadcast, first_on_each_node, run_on_all_ranks
 from cit_scale.engines.base import EngineSetup, prepare_network
@@ -253,16 +254,10 @@ def prepare(
     """
     setups = run_on_all_ranks(world, lambda: check_all_settings(config, teacher_run_configs, world, same_run=same_run))
     first_on_each_node(world, lambda: fetch_weights((config, *teacher_run_configs.values()), fresh=fresh))
-    train_source, eval_source = first_on_each_node(world, lambda: open_data(config.data))
-    readers = Reader(train_source), Reader(eval_source)
-    configs = {STUDENT: config, **teacher_run_configs}
-    versions = broadcast(
-        world,
-        run_on_all_ranks(
-            world, lambda: {} if fresh else {name: noted_versions(each.run_dir) for name, each in configs.items()}
-        ),
-    )
-    prepared = with_images(config, teacher_run_configs, setups, *readers, versions=versions, fresh=fresh)
+    noted = run_on_all_ranks(world, lambda: {} if fresh else versions_of(config, teacher_run_configs))
+    versions = broadcast(world, noted)
+    images = first_on_each_node(world, lambda: open_images(config.data, versions.values()))
+    prepared = with_images(config, teacher_run_configs, setups, images, versions=versions, fresh=fresh)
     # Values are read on one rank: they take a second per gigabyte, and ranks compare the files' hashes later.
     for line in run_on_all_ranks(
         world,
@@ -271,6 +266,12 @@ def prepare(
         if world.is_main:
             print(line, flush=True)
     return prepared
+
+
+def versions_of(config: RunConfig, teacher_run_configs: Mapping[str, RunConfig]) -> dict[str, StreamVersions]:
+    """The versions of the stream that each run goes on with, by teacher, and under STUDENT."""
+    configs = {STUDENT: config, **teacher_run_configs}
+    return {name: noted_versions(each.run_dir) for name, each in configs.items()}
 
 
 def has_begun(config: RunConfig) -> bool:
@@ -323,19 +324,18 @@ def with_images(
     config: RunConfig,
     teacher_run_configs: Mapping[str, RunConfig],
     setups: Mapping[str, EngineSetup],
-    train_images: Reader,
-    eval_images: Reader,
+    images: Mapping[int, tuple[Reader, Reader]],
     *,
     versions: Mapping[str, StreamVersions] = MappingProxyType({}),
     fresh: bool = False,
 ) -> PreparedRun:
-    """The prepared run. setups: from ``check_all_settings``. versions: with the same keys; those that are missing are
-    the latest. fresh: as in ``prepare``.
+    """The prepared run. setups: from ``check_all_settings``. images: to train and to evaluate on, by version of pixels.
+    versions: with the keys of setups; those that are missing are the latest. fresh: as in ``prepare``.
     """
 
     def prepared(name: str, config: RunConfig, teacher_runs: Mapping[str, PreparedRun]) -> PreparedRun:
         begun, stream = not fresh and has_begun(config), versions.get(name, LATEST)
-        return PreparedRun(config, setups[name], train_images, eval_images, teacher_runs, begun, stream)
+        return PreparedRun(config, setups[name], *images[stream.pixels], teacher_runs, begun, stream)
 
     teacher_runs = {name: prepared(name, each, {}) for name, each in teacher_run_configs.items()}
     return prepared(STUDENT, config, teacher_runs)
@@ -490,12 +490,19 @@ def naming(what: str) -> Iterator[None]:
         raise type(error)(f"{what}: {error}") from error
 
 
-def open_data(data: DataConfig) -> tuple[Source, Source]:
-    """The training and the evaluation set. Raises ConfigError, and BadDataError for too many unusable images."""
+def open_images(data: DataConfig, versions: Iterable[StreamVersions] = ()) -> dict[int, tuple[Reader, Reader]]:
+    """The training and the evaluation set, by each version of pixels that is asked for; none: the latest.
+
+    Raises ConfigError, and BadDataError for too many unusable images.
+    """
+    opened = {}
     try:
-        sources = open_sources(data)
-        refuse_bad_index(sources, data.max_bad_images)
-        return sources
+        for number in sorted({each.pixels for each in versions} or {LATEST.pixels}):
+            pixels = BY_VERSION[number]
+            train, evaluation = open_sources(data, pixels)
+            refuse_bad_index((train, evaluation), data.max_bad_images)
+            opened[number] = Reader(train, pixels), Reader(evaluation, pixels)
+        return opened
     except ConfigError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:

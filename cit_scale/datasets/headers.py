@@ -1,0 +1,196 @@
+"""Reads the structure of encoded images: which ones DALI decodes to PIL's pixels, and where metadata stand in them.
+
+Takes some microseconds an image, since every image of a training stream passes here. What is not plainly usual is left
+to PIL: None is no judgement about an image.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+
+
+class Usual(NamedTuple):
+    """An image that DALI decodes to PIL's pixels. height, width: as stored, in pixels. metadata: where its orientation
+    may stand, as an image without pixels, which PIL opens; empty where it has none. plain: the image without those.
+    """
+
+    height: int
+    width: int
+    plain: bytes
+    metadata: bytes
+
+
+def usual(data: bytes) -> Usual | None:
+    """Read an image. None: PIL has to decode it, which it may still refuse."""
+    try:
+        if data.startswith(JPEG):
+            return _jpeg(data)
+        if data.startswith(PNG):
+            return _png(data)
+        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+            return _webp(data)
+        if data.startswith(b"BM"):
+            return _bmp(data)
+    except (struct.error, IndexError):  # cut short
+        return None
+    return None
+
+
+# --- JPEG (ITU-T T.81, and JFIF and Adobe's markers) ---
+
+FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential, progressive; by Huffman codes
+OTHER_FRAMES = (0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
+APP1, ADOBE, START_OF_SCAN = 0xE1, 0xEE, 0xDA
+
+
+def _jpeg(data: bytes) -> Usual | None:
+    # A few zeros behind the end marker are padding.
+    if not data.endswith(b"\xff\xd9") and not data[-64:].rstrip(b"\0").endswith(b"\xff\xd9"):
+        return None
+    height = width = 0
+    has_metadata = False
+    kept, at = [data[:2]], 2
+    while True:
+        if data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if marker == START_OF_SCAN:
+            break
+        if marker in OTHER_FRAMES or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:
+            return None
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        segment = data[at:end]
+        if marker in FRAMES:
+            precision, height, width, components = struct.unpack_from(">BHHB", segment, 4)
+            # Three components that are not called 1, 2, 3 may be red, green and blue.
+            names = segment[10 : 10 + 3 * components : 3]
+            if precision != 8 or not (components == 1 or names == b"\1\2\3"):
+                return None
+        # Adobe's marker may say that colours are not stored as luminance and chrominance.
+        if marker == ADOBE and segment[4:9] == b"Adobe" and segment[15:16] != b"\1":
+            return None
+        if marker == APP1:
+            has_metadata = True
+        else:
+            kept.append(segment)
+        at = end
+    if not height or not width:
+        return None
+    if not has_metadata:
+        return Usual(height, width, data, b"")
+    return Usual(height, width, b"".join([*kept, data[at:]]), data[:at] + data[at : at + 16])
+
+
+def turned_jpeg(plain: bytes, orientation: int) -> bytes:
+    """A JPEG without metadata that says how it lies, in a way that every reader understands."""
+    tiff = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    exif = b"Exif\0\0" + tiff
+    return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+
+
+# --- PNG (third edition) ---
+
+# Chunks that change nothing about the pixels, or that both decoders leave alone.
+USUAL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"tIME", b"bKGD"}
+USUAL_CHUNKS |= {b"sBIT", b"hIST", b"sPLT", b"tRNS"}
+METADATA_CHUNKS = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}
+
+
+class Chunk(NamedTuple):
+    kind: bytes
+    start: int
+    """Where its length stands, before the kind."""
+    end: int
+
+
+def chunks(data: bytes, at: int = len(PNG)) -> Iterator[Chunk]:
+    """The chunks of a PNG. The last one may end behind the data, where these are cut short."""
+    while at + 8 <= len(data):
+        chunk = Chunk(data[at + 4 : at + 8], at, at + 12 + int.from_bytes(data[at : at + 4]))
+        yield chunk
+        at = chunk.end
+
+
+def _png(data: bytes) -> Usual | None:
+    found = list(chunks(data))
+    if not found or found[-1].kind != b"IEND" or found[-1].end != len(data) or found[0].kind != b"IHDR":
+        return None
+    if not {chunk.kind for chunk in found} <= USUAL_CHUNKS | METADATA_CHUNKS:
+        return None
+    width, height, depth = struct.unpack_from(">IIB", data, 16)
+    if depth == 16:  # PIL has its own reduction to 8
+        return None
+    if not any(chunk.kind in METADATA_CHUNKS for chunk in found):
+        return Usual(height, width, data, b"")
+    plain = b"".join([PNG, *(data[each.start : each.end] for each in found if each.kind not in METADATA_CHUNKS)])
+    return Usual(height, width, plain, with_metadata_first(data))
+
+
+def with_metadata_first(data: bytes, tail: bytes = b"") -> bytes:
+    """A PNG whose metadata stand before the pixels, where PIL reads them without decoding; cut off behind these.
+
+    tail: the end of the file, where `data` is its beginning alone.
+    """
+    found = list(chunks(data))
+    first = next((chunk.start for chunk in found if chunk.kind == b"IDAT"), None)
+    if first is None:
+        return data
+    behind = [
+        data[each.start : each.end]
+        for each in found
+        if each.start > first and each.kind in METADATA_CHUNKS and each.end <= len(data)
+    ]
+    return b"".join([data[:first], *behind, *_metadata_of_tail(tail), data[first:]])
+
+
+def _metadata_of_tail(tail: bytes) -> list[bytes]:
+    """Metadata in the end of a file that begins in the midst of a chunk: from the first whose chain reaches IEND."""
+    places = sorted(place - 4 for kind in METADATA_CHUNKS for place in _places(tail, kind) if place >= 4)
+    for at in places:
+        found = list(chunks(tail, at))
+        whole = found and found[-1].kind == b"IEND" and found[-1].end == len(tail)
+        if whole and _has_checksum(tail, found[0]):
+            return [tail[each.start : each.end] for each in found if each.kind in METADATA_CHUNKS]
+    return []
+
+
+def _places(data: bytes, text: bytes) -> Iterator[int]:
+    at = data.find(text)
+    while at >= 0:
+        yield at
+        at = data.find(text, at + 1)
+
+
+def _has_checksum(data: bytes, chunk: Chunk) -> bool:
+    return zlib.crc32(data[chunk.start + 4 : chunk.end - 4]) == int.from_bytes(data[chunk.end - 4 : chunk.end])
+
+
+# --- WebP and BMP ---
+
+
+def _webp(data: bytes) -> Usual | None:
+    """The simple forms. An extended one may be animated, or turned; DALI refuses some of them."""
+    if int.from_bytes(data[4:8], "little") + 8 != len(data):
+        return None
+    kind = data[12:16]
+    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return Usual(height & 0x3FFF, width & 0x3FFF, data, b"")
+    if kind == b"VP8L" and data[20] == 0x2F:
+        bits = int.from_bytes(data[21:25], "little")
+        return Usual((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, data, b"")
+    return None
+
+
+def _bmp(data: bytes) -> Usual | None:
+    """24 bits a pixel, not compressed, from the bottom up."""
+    size, _, _, offset, header, width, height, _, bits, compression = struct.unpack_from("<IHHIIiiHHI", data, 2)
+    is_usual = header >= 40 and bits == 24 and compression == 0 and height > 0 and width > 0
+    if not is_usual or size > len(data) or offset + height * (-(-3 * width // 4) * 4) > len(data):
+        return None
+    return Usual(height, width, data, b"")
