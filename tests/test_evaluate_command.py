@@ -208,6 +208,7 @@ def test_weights_without_a_description_are_refused(finished, tmp_path):
         (["RUN", "--judge", "a"], 2, "needs a classifier of ImageNet"),
         (["RUN", "--json", "no/such/folder/x.json"], 3, "lies in no folder that exists"),
         (["RUN", "--judge", "a", "--only-known"], 2, "leave out --only-known"),
+        (["RUN/config.json"], 2, "describes weights; give the folder in which both lie"),
     ],
 )
 def test_bad_input_is_one_line(finished, arguments, code, said, capsys):

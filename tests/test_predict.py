@@ -468,6 +468,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved():
         (["IMAGE", "--out", "IMAGE", "--format", "csv"], 7, "would overwrite an input"),
         (["IMAGE", "--out", "RUN/config.json", "--format", "csv"], 7, "would overwrite"),
         (["BAD"], 4, "none of 1 images can be used: not an image of a known format"),
+        (["RUN"], 2, "is a run; MODEL comes first, and images behind it"),
     ],
 )
 def test_bad_input_is_one_line(run, folder, tmp_path, arguments, code, said, capsys):

@@ -23,7 +23,7 @@ from torch import Tensor
 from cit_scale.datasets.index import UNUSABLE, printable
 from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World
-from cit_scale.errors import ConfigError, RefusedError
+from cit_scale.errors import ConfigError, MissingInputError
 from cit_scale.export import onnx
 from cit_scale.export.program import Program, write_pt2, write_torchscript
 from cit_scale.export.proof import CPU, RESIZED, TOLERANCES, Proof, Said, latency_ms, listen, prove, refuse_loss
@@ -208,7 +208,7 @@ def _noted(opened: OpenedNetwork, form: Form, interface: Interface) -> str:
 
 
 def _target(opened: OpenedNetwork, form: Form, out: str | None) -> Path:
-    """Where the file goes. Raises ConfigError and RefusedError."""
+    """Where the file goes. Raises ConfigError and MissingInputError."""
     if out is None:
         if opened.run_dir is None:
             raise ConfigError(f"{printable(opened.name)} is of no run that is here; say where to write with --out")
@@ -217,13 +217,15 @@ def _target(opened: OpenedNetwork, form: Form, out: str | None) -> Path:
         path = Path(out)
     if form.kind == "timm":
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RefusedError(f"{printable(path)} exists; give a folder that is new or empty")
+            raise ConfigError(f"{printable(path)} exists and is not overwritten; give a new folder by --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
     if path.is_dir():
         raise ConfigError(
             f"--out {printable(path)} is a folder; give a file, such as {path / form.file_name('student')}"
         )
+    if not path.parent.is_dir():
+        raise MissingInputError(f"--out {printable(path)} lies in no folder that exists")
     if path.suffix != SUFFIXES[form.kind]:
         raise ConfigError(f"--out {printable(path)} does not end in {SUFFIXES[form.kind]}, by which it is opened")
     return path
@@ -266,7 +268,8 @@ def megabytes(path: Path) -> float:
 
 
 def print_proof(path: Path, proof: Proof, form: Form) -> None:
-    table = Table(title=Text(f"{printable(path)}, {megabytes(path):.2f} MB"), title_justify="left")
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    table = Table(title=Text(f"{printable(shown)}, {megabytes(path):.2f} MB"), title_justify="left")
     for column in ("", "top-1 %", "ms for 1", "ms for 32", "images/s at 32"):
         table.add_column(column, justify="right" if column else "left")
     for name, top1, times in (

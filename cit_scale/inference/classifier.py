@@ -26,7 +26,7 @@ from cit_scale.models.classes import class_names
 from cit_scale.models.network import Network, build_network, described_model, tensors_of
 from cit_scale.models.pretrained import FOLDER, GIVEN_SIZE, Pretrained, find_pretrained, own_crop_ratio
 from cit_scale.models.weights import load_weights
-from cit_scale.run_folder import CHECKPOINTS, CONFIG, RESULTS, STUDENT, saved_steps, step_path
+from cit_scale.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, RESULTS, STUDENT, saved_steps, step_path
 
 TRIES = 5  # at the newest checkpoint of a run that goes on, and deletes old ones meanwhile
 
@@ -176,6 +176,8 @@ def _open(name: str, source: str, notes: tuple[str, ...]) -> OpenedNetwork:
     if found.architecture is None:
         if found.file.suffix.lower() in EXTENSIONS:
             raise ConfigError(f"{printable(name)} is an image; MODEL comes first, and images behind it")
+        if found.file.name == DESCRIPTION:
+            raise ConfigError(f"{printable(name)} describes weights; give the folder in which both lie")
         if kind_of(found.file) is not None:
             raise ConfigError(f"{printable(name)} is an exported file, and no network; give its run, or weights")
         raise ConfigError(

@@ -23,6 +23,7 @@ from cit_scale.inference.items import Item, items_of, read_item
 from cit_scale.inference.outputs import check_output
 from cit_scale.inference.tables import Row, Sheet, kind_of
 from cit_scale.inference.turns import MOST_REASONS, Answers, classify_all, unusable_text
+from cit_scale.run_folder import CONFIG
 
 
 @dataclass
@@ -53,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     def work(world: World) -> None:
         kind_of(out, arguments.format)  # refuses a name before the model is opened
+        runs = [each for each in arguments.images if os.path.isfile(os.path.join(each, CONFIG))]
+        if runs:
+            raise ConfigError(f"{printable(runs[0])} is a run; MODEL comes first, and images behind it")
         if out is not None:
             check_output("--out", out, [arguments.model, *arguments.images])
         classifier = open_classifier(arguments.model, world)
@@ -78,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         if world.is_main and count.rows == count.unusable > 0:
             raise BadImageError(f"none of {count.rows} images can be used: {unusable_text(count.reasons)}")
         if world.is_main and count.unusable:
-            print(f"{count.unusable} of them cannot be used: {unusable_text(count.reasons)}", file=sys.stderr)
+            some = f"{count.unusable} of {count.rows} images cannot be used"
+            print(f"{some}: {unusable_text(count.reasons)}", file=sys.stderr)
 
     return run_command(work)
 

@@ -32,12 +32,13 @@ license: {licence}
 USE = """\
 ```python
 import timm
-from PIL import Image
+from PIL import Image, ImageOps
 import cit_scale.models  # registers the architecture with timm
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-probs = model(transform(Image.open("image.jpg").convert("RGB"))[None]).softmax(dim=1)[0]
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")  # upright
+probs = model(transform(image)[None]).softmax(dim=1)[0]
 print(model.pretrained_cfg["label_names"][probs.argmax()], probs.max().item())
 ```
 """
