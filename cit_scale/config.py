@@ -42,7 +42,9 @@ TRAIN_COMMAND = "deepspeed cit_scale/train.py" if IS_CHECKOUT else "deepspeed --
 
 DS_CONFIGS = REPOSITORY / "ds_configs"
 
-NO_DATA = "data.train is not set; say what to train on with --data.train DIR, or --data.train digits for a trial"
+NO_DATA = (
+    "data.train is not set; say what to train on with --data.train DIR, or --data.train builtin:digits for a trial"
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class DataConfig:
 
     train: str | None = setting(None, may_change=True, in_listing=True)
     """Has to be given: a folder with one sub-folder of images per class, a folder of tar shards, a .csv or .tsv table
-    of paths and labels, an idx file of images, or 'digits' (scikit-learn's handwritten digits)."""
+    of paths and labels, an idx file of images, or 'builtin:digits' (scikit-learn's handwritten digits)."""
 
     eval: str | None = setting(None, may_change=True)
     """Like `train`, with the same classes. Without it a part of `train` is held out."""
@@ -137,6 +139,9 @@ class DataConfig:
 
     holdout: float = setting(0.2, rules=[SHARE])
     """The part of `train` that is held out for evaluation when `eval` is not given."""
+
+    split_names: bool = setting(False, may_change=True)
+    """Whether classes may be called train, val, valid or test. As a rule these are a data set's parts."""
 
     image_size: int = setting(224, rules=[POSITIVE, UP_TO_65535], in_listing=True)
     """Height and width of what the networks see, in pixels."""

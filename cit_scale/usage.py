@@ -28,7 +28,7 @@ what to train
                            teachers: give --config {default} --config mine.yaml for those of {default}
   --name NAME              of the run; its folder is RUNS_DIR/NAME
   --runs_dir DIR           where the folders of runs stand
-  --data.train WHERE       class folders, tar shards, a table (.csv, .tsv), an idx file, or digits
+  --data.train WHERE       class folders, tar shards, a table (.csv, .tsv), idx file, builtin:digits
   --data.eval WHERE        the same for evaluation; without it a part of the above is held out
   --teachers.NAME.weights FILE
                            a teacher that is trained already, conv or inv; else it is trained first

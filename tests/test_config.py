@@ -28,7 +28,7 @@ def with_train(**changes):
 
 def test_the_default_recipe_is_digits():
     assert parse() == parse("--config", "digits")
-    assert parse().data.train == "digits"
+    assert parse().data.train == "builtin:digits"
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -15,9 +15,10 @@ from cit_scale.data import draws
 from cit_scale.data.order import Cursor
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, train_stream
-from cit_scale.datasets import encoded, encoded_v1, headers
+from cit_scale.datasets import encoded, headers
 from cit_scale.datasets.index import load, save
 from cit_scale.datasets.pack import pack
+from cit_scale.datasets.pixels import FIRST, LATEST
 from cit_scale.datasets.sources import ImageFolder, TarShards, open_source
 from cit_scale.distributed.world import World
 
@@ -98,8 +99,8 @@ def test_packed_and_back_they_are_the_same(folder, tmp_path):
 
 def test_the_first_version_still_sees_what_it_saw(folder, tmp_path):
     """Among them pictures that lie on their side, and some that it threw away."""
-    source = ImageFolder(folder, tmp_path, encoded_v1)
-    reader = Reader(source, encoded_v1)
+    source = ImageFolder(folder, tmp_path, FIRST)
+    reader = Reader(source, FIRST)
     found = in_evaluation(reader)
     assert {source.key(index) for index in source.rejects} == {
         b"all/exif_cut.jpg",
@@ -121,7 +122,7 @@ def test_a_folder_that_was_packed_before_is_measured_anew(folder, tmp_path):
     del index.numbers["pixels"]
     save(tmp_path / "packed" / "index.npz", index)
     assert TarShards(tmp_path / "packed").heights[place] == HEIGHT
-    for pixels, height in ((encoded, WIDTH), (encoded_v1, HEIGHT)):
+    for pixels, height in ((LATEST, WIDTH), (FIRST, HEIGHT)):
         opened = open_source(str(tmp_path / "packed"), tmp_path, "SOURCE", pixels)
         assert opened.heights[place] == height
         again = open_source(str(tmp_path / "packed"), tmp_path, "SOURCE", pixels)

@@ -341,8 +341,9 @@ def test_the_first_line_is_no_header_if_it_names_an_image(tmp_path):
 
 
 def test_a_table_from_a_spreadsheet_and_names_of_any_bytes_are_read(tmp_path):
-    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(png())
-    (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbf\xff.png,caf\xc3\xa9\r\n\r\n\xff.png,caf\xe9\r\n")
+    for name in (b"\xff.png", b"\xfe.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(png())
+    (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbf\xff.png,caf\xc3\xa9\r\n\r\n\xfe.png,caf\xe9\r\n")
     source = Manifest(tmp_path / "labels.csv", tmp_path / "cache")
     assert source.key(0) == b"\xff.png"
     assert source.read(1) == png()
@@ -350,8 +351,9 @@ def test_a_table_from_a_spreadsheet_and_names_of_any_bytes_are_read(tmp_path):
 
 
 def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
-    make_folder(tmp_path, {"x": 1})
-    path = write_table(tmp_path / "labels.csv", [("x/0.png", label) for label in ("10", "9", "100", "9")])
+    make_folder(tmp_path, {"x": 4})
+    rows = [(f"x/{number}.png", label) for number, label in enumerate(("10", "9", "100", "9"))]
+    path = write_table(tmp_path / "labels.csv", rows)
     source = Manifest(path, tmp_path / "cache")
     assert source.classes == ("9", "10", "100")
     assert source.labels.tolist() == [1, 0, 2, 0]
@@ -631,8 +633,9 @@ def test_no_member_reaches_a_path_on_disk(tmp_path):
     folder = write_tar(tmp_path / "set" / "a.tar", members)
     before = sorted(tmp_path.rglob("*"))
     source = open_foreign_shards(folder, tmp_path / "cache")
-    assert keys(source) == ["../../evil.jpg", "/evil/absolute.jpg"]
+    assert keys(source) == ["../../evil.jpg", "/evil/absolute.jpg", "link.png", "hard.png", "device.png", "pipe.png"]
     assert [source.read(i) for i in range(2)] == [png(4), png(5)]
+    assert source.rejects == dict.fromkeys(range(2, 6), "no plain file, nor a link to one inside the tar file")
     assert sorted(path for path in tmp_path.rglob("*") if "cache" not in str(path)) == before
     assert not os.path.exists("/evil")
 
@@ -884,7 +887,8 @@ def test_what_is_no_data_set_is_refused_with_what_would_work(tmp_path, data, opt
     (tmp_path / "notes.txt").write_text("no data set")
     for where, problem in (("/no/such", "does not exist"), (str(tmp_path / "notes.txt"), "is no data set")):
         with pytest.raises(
-            ConfigError, match=rf"data\.{option}='{where}' {problem}; give a folder .* shards, a table .* or .*'digits'"
+            ConfigError,
+            match=rf"data\.{option}='{where}' {problem}; give a folder .* shards, a table .* or one of builtin:digits",
         ):
             open_sources(replace(data, **{option: where}))
 

@@ -448,7 +448,7 @@ def test_a_mistake_is_one_line_with_the_way_out(tmp_path, videos, capsys, argume
 def test_a_class_without_videos_is_refused(tmp_path, videos, capsys):
     (videos / "eel").mkdir()
     assert main([str(videos), str(tmp_path / "out"), "--fps", "1"]) == 2
-    assert "no videos for 1 of 3 classes: eel; add videos (.3gp .avi" in capsys.readouterr().err
+    assert "no videos for 1 of 3 classes: eel; add videos (.3gp, .avi" in capsys.readouterr().err
 
 
 def test_two_commands_do_not_write_to_the_same_folder(tmp_path, videos, capsys):

@@ -21,8 +21,8 @@ class StreamVersions:
     draws: int = 1
     """The random numbers of augmentation."""
 
-    pixels: int = pixels.LATEST.VERSION
-    """Which pixels an encoded image has, and so its size. 2: those of PIL. 1: DALI decided how some of them lie."""
+    pixels: int = pixels.LATEST.version
+    """Which files are images, the order of classes, an image's pixels. 2: those of PIL. 1: DALI turned some images."""
 
     mixing: int = 1
     """What mixup and cutmix make of a batch."""

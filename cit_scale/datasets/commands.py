@@ -55,9 +55,10 @@ def pack_parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 success, 1 failed disk, 2 wrong option or data set, 130 Ctrl-C",
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a data set, as in --data.train: a folder, shards, table, idx file, digits")
+    add("source", metavar="SOURCE", help="a data set, as in --data.train: a folder, shards, table, idx file")
     add("out", metavar="OUT", help="folder for the shards: new, or from an earlier run of this command")
     add("--shorter-side", "--shorter_side", type=int, metavar="N", help="scale larger images down to N pixels")
+    add("--split-names", action="store_true", help="classes may be called train, val, valid or test")
     add(
         "--quality",
         type=int,

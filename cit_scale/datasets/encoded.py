@@ -24,7 +24,8 @@ from cit_scale.errors import BadImageError, one_line
 VERSION = 2  # of pixels, in the stream
 
 # File names with these extensions count as images. PIL decodes the formats that DALI cannot.
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".gif", ".avif"}
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"}
+EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".avif", ".tga", ".pcx"}
 MAX_PIXELS = 178_956_970  # larger images PIL refuses as decompression bombs: 512 MiB as RGB
 MAX_RATIO = 1000  # longer side / shorter side; resized to a shorter side of 256, a longer strip takes over 200 MB
 HEADER_BYTES = 1 << 16  # first read of an image; one with a longer header is read a second time, completely

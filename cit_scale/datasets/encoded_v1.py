@@ -21,7 +21,7 @@ from cit_scale.datasets.encoded import (
 )
 from cit_scale.errors import BadImageError
 
-VERSION = 1
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".gif", ".avif"}
 
 
 def measure(read: Callable[[int, int], bytes]) -> tuple[int, int]:

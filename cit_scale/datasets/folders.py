@@ -8,14 +8,15 @@ import functools
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from cit_scale.datasets.encoded import EXTENSIONS
 from cit_scale.datasets.index import (
+    NOTES,
     THREADS,
     UNUSABLE,
     Columns,
@@ -23,12 +24,13 @@ from cit_scale.datasets.index import (
     Texts,
     cache_path,
     cached,
+    notes_of,
     number_classes,
     printable,
     read_image_headers,
     shorten,
 )
-from cit_scale.datasets.pixels import LATEST, Pixels
+from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.errors import BadImageError, ConfigError
 
 CLOCK_TICK_S = 0.02  # two changes of a folder within this time may leave the same modification time
@@ -94,13 +96,14 @@ class Manifest(_ImageFiles):
         self.index_path = cache_path(cache_dir, "manifest", *key, pixels=pixels)
 
         def build() -> Columns:
-            names, texts = _read_manifest(path)
-            classes, labels = number_classes(texts)
+            names, texts, notes = _read_manifest(path, pixels)
+            classes, labels = number_classes(texts, pixels)
 
             def read(index: int, start: int, size: int) -> bytes:
                 return _read_file(path.parent, names[index], start, size)
 
-            return read_image_headers(classes, names, labels, read, path, self.index_path, pixels)
+            said = Columns(texts={NOTES: Texts.of([note.encode() for note in notes])})
+            return read_image_headers(classes, names, labels, read, path, self.index_path, pixels) | said
 
         columns = cached(self.index_path, build, lambda columns: not _any_readable(path.parent, columns, pixels))
         super().__init__(path.parent, columns)
@@ -168,59 +171,129 @@ def _any_readable(folder: Path, columns: Columns, pixels: Pixels) -> bool:
 def _index_folder(folder: Path, index_path: Path, pixels: Pixels) -> Columns:
     """Return the columns of `read_image_headers` and the name and modification time of every folder."""
     times: list[tuple[bytes, int]] = []
-    found = find_files(folder, EXTENSIONS, "images", lambda inside: times.append(_settled_time(folder, inside)))
-    classes = list(found)
-    images = [[os.fsencode(name) for name in names] for names in found.values()]
+    passed = Counter[str]()
+
+    def enter(inside: str) -> None:
+        times.append(_settled_time(folder, inside))
+
+    found = find_files(folder, pixels.extensions, "images", enter, skipped=pixels.skipped, passed=passed)
+    classes = pixels.sorted_folders(found)
+    images = [[os.fsencode(name) for name in found[each]] for each in classes]
     names = [name for found in images for name in found]
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in images])
 
     def read(index: int, start: int, size: int) -> bytes:
         return _read_file(folder, names[index], start, size)
 
+    notes = [note.encode() for note in notes_of(passed, folder)]
     return read_image_headers(classes, names, labels, read, folder, index_path, pixels) | Columns(
         numbers={"times": np.array([time_ns for _, time_ns in times])},
-        texts={"folders": Texts.of([name for name, _ in times])},
+        texts={
+            "folders": Texts.of([name for name, _ in times]),
+            NOTES: Texts.of(notes),
+        },
     )
 
 
 def find_files(
-    folder: Path, extensions: Collection[str], what: str, enter: Callable[[str], None] = lambda inside: None
+    folder: Path,
+    extensions: Collection[str],
+    what: str,
+    enter: Callable[[str], None] = lambda inside: None,
+    *,
+    skipped: Collection[str] = (),
+    passed: Counter[str] | None = None,
 ) -> dict[str, list[str]]:
     """Find the files with these extensions in a folder of class folders, at any depth below a class folder.
 
     extensions: in lower case, with the dot. what: the word for them in messages, as "images". enter: called with
-    the relative path of each folder before the folder is listed.
+    the relative path of each folder before the folder is listed. skipped: names of folders that do not count. passed:
+    counts the other files, by extension.
     Returns class -> paths relative to `folder`, both in sorted order.
     Raises ConfigError where there are no class folders, a class has no such file, or a link leads in a circle.
     """
-    classes = [entry.name for entry in _entries(folder, "", enter) if is_folder(entry)]
+    passed = Counter() if passed is None else passed
+    classes = []
+    for entry in _entries(folder, "", enter):
+        if not is_folder(entry):
+            passed[_extension(entry.name)] += 1
+        elif entry.name not in skipped:
+            classes.append(entry.name)
     if not classes:
         raise ConfigError(f"{printable(folder)} has no sub-folders; it needs one sub-folder of {what} per class")
-    found = {name: list(_find_inside(folder, name, extensions, enter)) for name in classes}
+    found = {name: list(_find_inside(folder, name, extensions, enter, skipped, passed)) for name in classes}
     empty = [printable(name) for name in classes if not found[name]]
     if empty:
         raise ConfigError(
             f"{printable(folder)} has no {what} for {len(empty)} of {len(classes)} classes: {shorten(empty)}; "
-            f"add {what} ({' '.join(sorted(extensions))}) or remove these folders"
+            f"add {what} ({shorten(sorted(extensions), 8)}) or remove these folders"
+            f"{''.join(f'; {note}' for note in notes_of(passed, folder))}"
         )
     return found
 
 
-def _find_inside(folder: Path, inside: str, extensions: Collection[str], enter: Callable[[str], None]) -> Iterator[str]:
-    for entry in _entries(folder, inside, enter):
-        if is_folder(entry):
-            # A link to one of its own parents would be followed for ever.
-            if entry.is_symlink() and Path(entry.path).parent.resolve().is_relative_to(Path(entry.path).resolve()):
-                raise ConfigError(f"{printable(entry.path)} is a link to a folder that contains the link; remove it")
-            yield from _find_inside(folder, f"{inside}/{entry.name}", extensions, enter)
-        elif os.path.splitext(entry.name)[1].lower() in extensions:
+def _find_inside(
+    folder: Path,
+    inside: str,
+    extensions: Collection[str],
+    enter: Callable[[str], None],
+    skipped: Collection[str],
+    passed: Counter[str],
+) -> Iterator[str]:
+    """Not recursive: folders may lie deeper in each other than functions can."""
+    entered = [(inside, *_open(folder, inside, enter))]
+    around = {entered[0][2]}
+    while entered:
+        inside, entries, identity = entered[-1]
+        entry = next(entries, None)
+        if entry is None:
+            entered.pop()
+            around.discard(identity)
+        elif is_folder(entry):
+            if entry.name in skipped:
+                continue
+            deeper = f"{inside}/{entry.name}"
+            entries, identity = _open(folder, deeper, enter)
+            if identity in around:
+                raise ConfigError(f"{shown_path(entry.path)} is a link to a folder that contains the link; remove it")
+            around.add(identity)
+            entered.append((deeper, entries, identity))
+        elif _extension(entry.name) in extensions:
             yield f"{inside}/{entry.name}"
+        else:
+            passed[_extension(entry.name)] += 1
+
+
+def _open(
+    folder: Path, inside: str, enter: Callable[[str], None]
+) -> tuple[Iterator[os.DirEntry[str]], tuple[int, int]]:
+    """The entries of folder/inside, and by what it is known, whatever links lead to it. As ``_entries``."""
+    entries = _entries(folder, inside, enter)
+    about = os.stat(folder / inside)
+    return iter(entries), (about.st_dev, about.st_ino)
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _entries(folder: Path, inside: str, enter: Callable[[str], None]) -> list[os.DirEntry[str]]:
-    """Return the entries of folder/inside that are not hidden, sorted by name."""
-    enter(inside)
-    return sorted(filter(is_shown, os.scandir(folder / inside)), key=lambda entry: entry.name)
+    """Return the entries of folder/inside that are not hidden, sorted by name. Raises ConfigError if it is too deep."""
+    try:
+        enter(inside)
+        return sorted(filter(is_shown, os.scandir(folder / inside)), key=lambda entry: entry.name)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ConfigError(
+            f"{shown_path(folder / inside)} is longer than a path may be; move the folder up, or remove it"
+        ) from None
+
+
+def shown_path(path: str | Path, most: int = 200) -> str:
+    """A path for a message; of a long one the beginning and the end."""
+    text = printable(path)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _settled_time(folder: Path, inside: str) -> tuple[bytes, int]:
@@ -250,29 +323,53 @@ def is_shown(entry: os.DirEntry[str]) -> bool:
     return not entry.name.startswith(".")
 
 
-def _read_manifest(path: Path) -> tuple[list[bytes], list[str]]:
-    """Return the paths and the labels of a table. Raises ConfigError with the numbers of all lines that are wrong."""
+def _read_manifest(path: Path, pixels: Pixels) -> tuple[list[bytes], list[str], list[str]]:
+    """Return the paths and the labels of a table, and what is to be said of it.
+
+    Raises ConfigError with the numbers of all lines that are wrong.
+    """
+    if pixels is FIRST:
+        encoding, delimiter = "utf-8-sig", DELIMITERS[path.suffix.lower()]
+    else:
+        encoding, delimiter = _format_of(path)
     names: list[bytes] = []
     texts: list[str] = []
     mistakes: list[str] = []
-    # utf-8-sig drops a byte order mark; surrogateescape keeps file names that are not UTF-8.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+    lines: dict[str, tuple[int, str]] = {}  # with the labels of paths that were met
+    repeated = 0
+    # surrogateescape keeps file names that are not UTF-8.
+    with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
         is_first = True
         try:
             for row in rows:
                 if not row:
                     continue
                 if len(row) != 2:
+                    between = {",": "a comma", "\t": "a tab"}.get(delimiter, repr(delimiter))
                     mistakes.append(
-                        f"line {rows.line_num} has {len(row)} columns instead of 2, path and label, with "
-                        f"{'a comma' if rows.dialect.delimiter == ',' else 'a tab'} between them"
+                        f"line {rows.line_num} has {len(row)} columns instead of 2, path and label, with {between} "
+                        "between them"
                     )
-                elif not all(row):
-                    mistakes.append(f"line {rows.line_num} has no {'label' if row[0] else 'path'}")
-                elif not (is_first and _is_header(path.parent, row[0])):
-                    names.append(os.fsencode(row[0]))
-                    texts.append(row[1])
+                    is_first = False
+                    continue
+                name, label = row if pixels is FIRST else (_path_here(path.parent, row[0].strip()), row[1].strip())
+                line, met = lines.get(os.path.normpath(name), (0, ""))
+                if not name or not label:
+                    mistakes.append(f"line {rows.line_num} has no {'label' if name else 'path'}")
+                elif is_first and _is_header(path.parent, name, pixels):
+                    pass
+                elif pixels is not FIRST and line and met == label:
+                    repeated += 1
+                elif pixels is not FIRST and line:
+                    mistakes.append(
+                        f"line {rows.line_num} says {printable(label)} of {printable(name)}, and line {line} "
+                        f"{printable(met)}"
+                    )
+                else:
+                    names.append(os.fsencode(name))
+                    texts.append(label)
+                    lines[os.path.normpath(name)] = rows.line_num, label
                 is_first = False
         except csv.Error as error:
             mistakes.append(f"line {rows.line_num}: {error}")
@@ -280,8 +377,26 @@ def _read_manifest(path: Path) -> tuple[list[bytes], list[str]]:
         raise ConfigError(f"{printable(path)} cannot be understood: {shorten(mistakes)}")
     if not names:
         raise ConfigError(f"{printable(path)} names no images; write a path and a label on each line")
-    return names, texts
+    notes = [f"{printable(path)} names {repeated} images again, which count once"] if repeated else []
+    return names, texts, notes
 
 
-def _is_header(folder: Path, cell: str) -> bool:
-    return os.path.splitext(cell)[1].lower() not in EXTENSIONS and not os.path.isfile(folder / cell)
+def _format_of(path: Path) -> tuple[str, str]:
+    """Encoding and delimiter of a table, by its first bytes: those of its suffix, unless others are plainly meant."""
+    with path.open("rb") as file:
+        start = file.read(1 << 12)
+    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    first = start.decode(encoding, "replace").split("\n", 1)[0]
+    usual = DELIMITERS[path.suffix.lower()]
+    others = [each for each in (",", "\t", ";", "|") if each in first and usual not in first]
+    return encoding, others[0] if others else usual
+
+
+def _path_here(folder: Path, name: str) -> str:
+    """A path as it was written, or with slashes where it was written on Windows."""
+    with_slashes = name.replace("\\", "/")
+    return with_slashes if with_slashes != name and not os.path.lexists(folder / name) else name
+
+
+def _is_header(folder: Path, cell: str, pixels: Pixels) -> bool:
+    return _extension(cell) not in pixels.extensions and not os.path.isfile(folder / cell)

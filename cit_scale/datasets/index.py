@@ -26,6 +26,8 @@ from cit_scale.datasets.progress import ProgressBar
 from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import sync
 
+NOTES = "notes"  # texts of an index: what is to be said of files that are passed over
+
 FORMAT = 2  # of the file; an index of another format is refused, not converted
 THREADS = 32  # more than cores: they hide the latency of a network file system
 CHUNK = 256  # images that a thread measures per task
@@ -135,8 +137,8 @@ def cached(path: Path, build: Callable[[], Columns], is_valid: Callable[[Columns
 
 def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int | Path, pixels: Pixels | None = None) -> Path:
     """Return a path in `cache_dir` that differs for every `kind` and `key`, and version of pixels."""
-    if pixels is not None and pixels.VERSION > 1:
-        kind = f"{kind}-{pixels.VERSION}"
+    if pixels is not None and pixels.version > 1:
+        kind = f"{kind}-{pixels.version}"
     digest = hashlib.sha256(b"\0".join(os.fsencode(str(part)) if not isinstance(part, bytes) else part for part in key))
     return cache_dir / f"{kind}-{digest.hexdigest()[:24]}.npz"
 
@@ -144,16 +146,12 @@ def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int | Path, pixel
 # --- The columns of a data set ---
 
 
-def number_classes(texts: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the distinct texts as sorted classes, and the class of each of the N texts, (N,) int64.
-
-    The order is numeric if all texts are numbers: 2 before 10.
-    """
+def number_classes(texts: Iterable[str], pixels: Pixels) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the distinct texts as classes, as ``pixels`` orders them, and the class of each text, (N,) int64."""
     # Numbered in the order of appearance first: `texts` may be a million long and is read only once.
     seen: dict[str, int] = {}
     order_seen = np.array([seen.setdefault(text, len(seen)) for text in texts], np.int64)
-    are_numbers = all(text.isascii() and text.isdigit() for text in seen)
-    classes = sorted(seen, key=(lambda text: (int(text), text)) if are_numbers else None)
+    classes = pixels.sorted_classes(seen)
     label_of = np.empty(len(seen), np.int64)
     label_of[[seen[name] for name in classes]] = np.arange(len(seen))
     return tuple(classes), label_of[order_seen]
@@ -231,6 +229,22 @@ def fingerprint(classes: Sequence[str], names: Texts, *numbers: np.ndarray) -> s
     return digest.hexdigest()
 
 
+# Images that no library here reads, and what makes them into ones that can be read.
+CONVERTERS = {".heic": "heif-convert", ".heif": "heif-convert", ".jxl": "djxl"}
+
+
+def notes_of(passed: Mapping[str, int], where: Path) -> list[str]:
+    """What is to be said of files that are passed over. passed: their number, by extension."""
+    if not passed:
+        return []
+    named = [f"{number} {extension or 'without extension'}" for extension, number in sorted(passed.items())]
+    notes = [f"{sum(passed.values())} files in {printable(where)} are no images here: {shorten(named, 10)}"]
+    for extension in sorted(CONVERTERS.keys() & passed.keys()):
+        command = f"find {printable(where)} -iname '*{extension}' -exec {CONVERTERS[extension]} {{}} {{}}.jpg ';'"
+        notes.append(f"{extension} images have to be converted first: {command}")
+    return notes
+
+
 class Indexed:
     """The part of a `Source` that the index answers; subclasses add `read` and `name`."""
 
@@ -239,6 +253,7 @@ class Indexed:
         self.labels, self.heights, self.widths = (columns.numbers[name] for name in ("labels", "heights", "widths"))
         rejects = zip(columns.numbers["rejects"], columns.texts["reasons"], strict=True)
         self.rejects: Mapping[int, str] = {int(index): reason.decode() for index, reason in rejects}
+        self.notes = tuple(note.decode() for note in columns.texts.get(NOTES, ()))
         self._names = columns.texts["names"]
 
     def __len__(self) -> int:

@@ -30,7 +30,7 @@ from cit_scale.datasets.encoded import EXTENSIONS, VERSION, decode
 from cit_scale.datasets.index import Columns, Texts, concatenate, load, printable, save, shorten
 from cit_scale.datasets.progress import ProgressBar
 from cit_scale.datasets.shards import INDEX, PIXELS, SETTINGS, Row, ShardWriter, shard_name, write_index
-from cit_scale.datasets.sources import BUILT_IN, Source, open_source
+from cit_scale.datasets.sources import Source, built_in_name, open_source
 from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import changed, sync, write_text
 from cit_scale.text import escape_unencodable
@@ -338,9 +338,16 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         # Shards inside SOURCE would be taken for a class of it.
         folder = Path(arguments.source).expanduser()
-        if arguments.source not in BUILT_IN and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        if (
+            built_in_name(arguments.source) is None
+            and folder.is_dir()
+            and out.resolve().is_relative_to(folder.resolve())
+        ):
             raise ConfigError(f"OUT={printable(out)} is inside SOURCE={printable(folder)}; give a folder elsewhere")
-        source = open_source(arguments.source, Path(arguments.cache_dir).expanduser(), "SOURCE")
+        cache_dir = Path(arguments.cache_dir).expanduser()
+        source = open_source(arguments.source, cache_dir, "SOURCE", split_names=arguments.split_names)
+        for note in source.notes:
+            print(note, file=sys.stderr)
         summary = pack(
             source,
             out,

@@ -14,19 +14,21 @@ import shutil
 import tarfile
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from cit_scale.datasets.encoded import EXTENSIONS, VERSION, read_size
+from cit_scale.datasets.encoded import VERSION, read_size
 from cit_scale.datasets.index import (
+    NOTES,
     THREADS,
     Columns,
     Indexed,
@@ -35,6 +37,7 @@ from cit_scale.datasets.index import (
     cached,
     concatenate,
     load,
+    notes_of,
     number_classes,
     printable,
     read_image_headers,
@@ -42,9 +45,9 @@ from cit_scale.datasets.index import (
     save,
     shorten,
 )
-from cit_scale.datasets.pixels import LATEST, Pixels
+from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.datasets.progress import ProgressBar
-from cit_scale.errors import ConfigError
+from cit_scale.errors import BadImageError, ConfigError
 from cit_scale.files import sync
 
 INDEX = "index.npz"  # written last: a folder with an index is complete
@@ -55,6 +58,15 @@ KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)
 LABEL = ".cls"
 PLACE = ("shards", "offsets", "sizes")  # columns of numbers: number of the shard, first byte in it, number of bytes
 PIXELS = "pixels"  # column of one number: the version of pixels by which images were measured; 1 where it is missing
+MOST_LINKS = 40  # from one to the next, as Linux has it
+
+# In place of an image's size in a tar file, where it has no bytes that lie together, and why.
+IN_PIECES, NOWHERE = -1, -2
+UNREADABLE = {
+    IN_PIECES: "in pieces (sparse) inside the tar file",
+    NOWHERE: "no plain file, nor a link to one inside the tar file",
+}
+
 OPEN_SHARDS = 256  # files that a data set keeps open; a process on Linux may open 1024 by default
 
 
@@ -269,6 +281,8 @@ class _Places:
     def read(self, index: int, start: int = 0, size: int = -1) -> bytes:
         """Return an image, or a part of it as ``encoded.measure`` asks for it."""
         whole = int(self._sizes[index])
+        if whole in UNREADABLE:
+            raise BadImageError(UNREADABLE[whole])
         first = max(whole + start, 0) if start < 0 else start
         count = whole - first if size < 0 else min(size, whole - first)
         return self._open(self.path(index)).read(int(self._offsets[index]) + first, count)
@@ -304,10 +318,10 @@ def open_packed(folder: Path, cache_dir: Path, pixels: Pixels = LATEST) -> TarSh
     """
     written = load(folder / INDEX)
     shards = TarShards(folder, written)
-    if written.numbers.get(PIXELS, [1])[0] == pixels.VERSION:
+    if written.numbers.get(PIXELS, [1])[0] == pixels.version:
         return shards
     stat = (folder / INDEX).stat()
-    index_path = cache_path(cache_dir, f"packed-{pixels.VERSION}", folder.resolve(), stat.st_size, stat.st_mtime_ns)
+    index_path = cache_path(cache_dir, f"packed-{pixels.version}", folder.resolve(), stat.st_size, stat.st_mtime_ns)
 
     def build() -> Columns:
         names, labels, read = list(written.texts["names"]), written.numbers["labels"], _Places(folder, written).read
@@ -337,13 +351,16 @@ def open_foreign_shards(folder: Path, cache_dir: Path, pixels: Pixels = LATEST) 
     index_path = cache_path(cache_dir, "shards", folder.resolve(), *stats, pixels=pixels)
 
     def build() -> Columns:
-        names, texts, places = _scan_shards(paths)
+        names, texts, places, notes = _scan_shards(paths, pixels)
         if classes_file.exists():
             classes = tuple(filter(None, classes_file.read_text("utf-8-sig", "surrogateescape").split("\n")))
             labels = _labels_by_file(classes_file, classes, texts)
         else:
-            classes, labels = number_classes(texts)
-        shards = {"shard_names": Texts.of([os.fsencode(path.name) for path in paths])}
+            classes, labels = number_classes(texts, pixels)
+        shards = {
+            "shard_names": Texts.of([os.fsencode(path.name) for path in paths]),
+            NOTES: Texts.of([note.encode() for note in notes]),
+        }
         placed = Columns(dict(zip(PLACE, places.T, strict=True)), shards)
         read = _Places(folder, placed).read
         return placed | read_image_headers(classes, names, labels, read, folder, index_path, pixels)
@@ -356,47 +373,53 @@ def tar_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
-def _scan_shards(paths: Sequence[Path]) -> tuple[list[bytes], list[str], np.ndarray]:
-    """Find the N images in the tar files. Returns their names, their labels as text, and the columns of PLACE, (N, 3).
+def _scan_shards(paths: Sequence[Path], pixels: Pixels) -> tuple[list[bytes], list[str], np.ndarray, list[str]]:
+    """Find the N images in the tar files. Returns their names, their labels as text, the columns of PLACE, (N, 3), and
+    what is to be said of members that are passed over.
 
     Raises ConfigError where there is no image.
     """
     names: list[bytes] = []
+    passed = Counter[str]()
     texts: list[str] = []
     places: list[tuple[int, int, int]] = []
     title = f"scanning {printable(paths[0].parent)}"
+    scan = partial(_scan_shard, pixels=pixels)
     with ProgressBar(title, len(paths), "shards") as progress, ThreadPoolExecutor(THREADS) as threads:
-        for shard, found in enumerate(threads.map(_scan_shard, paths)):
+        for shard, (found, others) in enumerate(threads.map(scan, paths)):
             for name, offset, size, text in found:
                 names.append(name)
                 texts.append(text)
                 places.append((shard, offset, size))
+            passed += others
             progress.advance()
     if not names:
         raise ConfigError(
             f"{printable(paths[0].parent)} has {len(paths)} tar files and no images in them; an image is called "
-            f"NAME.jpg ({' '.join(sorted(EXTENSIONS))}) with no other dot, its label NAME{LABEL}"
+            f"NAME.jpg ({shorten(sorted(pixels.extensions), 8)}), its label NAME{LABEL}"
+            f"{''.join(f'; {note}' for note in notes_of(passed, paths[0].parent))}"
         )
-    return names, texts, np.array(places, np.int64)
+    return names, texts, np.array(places, np.int64), notes_of(passed, paths[0].parent)
 
 
-def _scan_shard(path: Path) -> list[tuple[bytes, int, int, str]]:
-    """Find the images in a tar file. Returns (name, offset, size, text of the label) of each.
+def _scan_shard(path: Path, pixels: Pixels) -> tuple[list[tuple[bytes, int, int, str]], Counter[str]]:
+    """Find the images in a tar file. Returns (name, offset, size, text of the label) of each, and the number of members
+    that are passed over, by extension.
 
+    Links are followed inside the file. The size of an image that cannot be read is one of UNREADABLE.
     Raises ConfigError for a file that is damaged or compressed, two images of one key, and images without a label.
     """
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}
+    passed = Counter[str]()
     try:
         # "r:" refuses compressed files, in which offsets would be useless.
         with path.open("rb") as file, tarfile.open(path, "r:", file) as tar:
-            for member in tar:
-                if member.size < 0:  # damaged: tarfile accepts it and would look for the next header before this one
-                    raise tarfile.ReadError(f"a member of {member.size} bytes")
-                key, suffix = split_key(member.name)
-                if not member.isreg() or member.issparse():
-                    continue
-                if suffix in EXTENSIONS:
+            members = list(_members(tar, file.fileno(), pixels))
+            by_name = {member.name: member for member in members}
+            for member in members:
+                key, suffix = split_key(member.name) if pixels is FIRST else image_key(member.name, pixels)
+                if suffix in pixels.extensions:
                     if key in images:
                         raise ConfigError(
                             f"{printable(path)} has two images of one name, {printable(images[key].name)} and "
@@ -404,23 +427,91 @@ def _scan_shard(path: Path) -> list[tuple[bytes, int, int, str]]:
                         )
                     images[key] = member
                 elif suffix == LABEL:
-                    content = tar.extractfile(member)
-                    assert content is not None  # for a regular member
-                    labels[key] = content.read(1 << 10).decode("utf-8", "surrogateescape").strip()
-            # tarfile takes a header that it cannot parse for the end of the file. A complete file has zeros there.
-            if any(os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)):
-                raise tarfile.ReadError(f"no header at byte {tar.offset}")
+                    found = _followed(member, by_name)
+                    content = tar.extractfile(found) if found is not None else None
+                    labels[key] = _label(b"" if content is None else content.read(1 << 10), member, path, pixels)
+                else:
+                    passed[os.path.splitext(member.name)[1].lower()] += 1
     except tarfile.TarError as error:
         raise ConfigError(
             f"{printable(path)} is not a whole, uncompressed tar file ({reason_text(error)}); restore or remove it"
         ) from error
-    unlabelled = [printable(image.name) for key, image in images.items() if not labels.get(key)]
+    unlabelled = [key for key in images if not labels.get(key)]
+    for key in [key for key in unlabelled if "." in os.path.basename(key)]:
+        # Of several images of one sample, as in NAME.left.jpg, none has the sample's label to itself.
+        passed[split_key(images.pop(key).name)[1]] += 1
+        unlabelled.remove(key)
     if unlabelled:
+        names = [printable(images[key].name) for key in unlabelled]
         raise ConfigError(
-            f"{printable(path)} has {len(unlabelled)} of {len(images)} images without a label: {shorten(unlabelled)}; "
+            f"{printable(path)} has {len(unlabelled)} of {len(images)} images without a label: {shorten(names)}; "
             f"write each label, a number or a class's name, beside its image as NAME{LABEL}"
         )
-    return [(os.fsencode(image.name), image.offset_data, image.size, labels[key]) for key, image in images.items()]
+    return [(os.fsencode(each.name), *_place(each, by_name), labels[key]) for key, each in images.items()], passed
+
+
+def _members(tar: tarfile.TarFile, descriptor: int, pixels: Pixels) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file that are no folders; in the first version, that are plain files. Raises TarError."""
+    for member in tar:
+        if member.size < 0:  # damaged: tarfile accepts it and would look for the next header before this one
+            raise tarfile.ReadError(f"a member of {member.size} bytes")
+        if not member.isdir() and (pixels is not FIRST or (member.isreg() and not member.issparse())):
+            yield member
+    # tarfile takes a header that it cannot parse for the end of the file, as it does the end of the bytes. A complete
+    # file has zeros there.
+    end = os.pread(descriptor, tarfile.BLOCKSIZE, tar.offset)
+    if any(end):
+        raise tarfile.ReadError(f"no header at byte {tar.offset}")
+    if pixels is not FIRST and len(end) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no end mark at byte {tar.offset}: it was cut short")
+
+
+def _followed(member: tarfile.TarInfo, by_name: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The plain file that a member is, or links to inside its tar file; None if it leads nowhere."""
+    found: tarfile.TarInfo | None = member
+    for _ in range(MOST_LINKS):
+        if found is None or found.isreg():
+            return found
+        if found.islnk():
+            found = by_name.get(found.linkname)
+        elif found.issym():
+            found = by_name.get(os.path.normpath(os.path.join(os.path.dirname(found.name), found.linkname)))
+        else:
+            return None
+    return None
+
+
+def _place(member: tarfile.TarInfo, by_name: Mapping[str, tarfile.TarInfo]) -> tuple[int, int]:
+    """Offset and size of an image, or 0 and why it cannot be read."""
+    found = _followed(member, by_name)
+    if found is None:
+        return 0, NOWHERE
+    return (0, IN_PIECES) if found.issparse() else (found.offset_data, found.size)
+
+
+def _label(content: bytes, member: tarfile.TarInfo, path: Path, pixels: Pixels) -> str:
+    """The text of a label. Raises ConfigError for binary content, of which parts would be lost as blanks."""
+    text = content.decode("utf-8", "surrogateescape")
+    if pixels is FIRST:
+        return text.strip()
+    text = text.strip(" \t\r\n")
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise ConfigError(
+            f"{printable(path)} has a label that is no text, {printable(member.name)}: {content[:16]!r}; write a "
+            "number in digits, or a class's name"
+        )
+    return text
+
+
+def image_key(name: str, pixels: Pixels) -> tuple[str, str]:
+    """As ``split_key``, but where this finds no image or label, at the last dot: the key of a.b.jpg is a.b."""
+    key, suffix = split_key(name)
+    if os.path.basename(name).startswith("."):  # left by another system
+        return "", ""
+    stem, last = os.path.splitext(name)
+    if suffix in pixels.extensions or suffix == LABEL or not (last.lower() in pixels.extensions or last == LABEL):
+        return key, suffix
+    return stem, last.lower()
 
 
 def split_key(name: str) -> tuple[str, str]:

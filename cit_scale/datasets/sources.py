@@ -22,7 +22,7 @@ from cit_scale.data.order import permutation
 from cit_scale.datasets.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
 from cit_scale.datasets.idx import labels_beside, read_idx
 from cit_scale.datasets.index import cache_path, printable, shorten
-from cit_scale.datasets.pixels import LATEST, Pixels
+from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.datasets.shards import (
     INDEX,
     SETTINGS,
@@ -48,6 +48,9 @@ class Source(Protocol):
     rejects: Mapping[int, str]
     """Index -> reason of each image known to be unusable. Such an image keeps its index; its height and width are 0."""
 
+    notes: tuple[str, ...]
+    """What is to be said of the data set, a line each."""
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> bytes:
@@ -71,6 +74,7 @@ class Subset:
         self.source = source
         self.indices = indices
         self.classes = source.classes
+        self.notes = source.notes
         self.labels = source.labels[indices]
         self.heights = source.heights[indices]
         self.widths = source.widths[indices]
@@ -141,6 +145,9 @@ def _pngs(grey: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, int, byte
 # --- Opening a data set by its path or name ---
 
 BUILT_IN = {"digits": digits}
+BUILT_IN_PREFIX = "builtin:"
+
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}  # of parts of a data set
 
 
 def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Source]:
@@ -157,10 +164,10 @@ def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Sou
     if data.eval is None and not 0 < data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is not between 0 and 1; use 0.2, or set data.eval to a folder")
     cache_dir = Path(data.cache_dir).expanduser()
-    train = open_source(data.train, cache_dir, "data.train", pixels)
+    train = open_source(data.train, cache_dir, "data.train", pixels, split_names=data.split_names)
     if data.eval is None:
         return _hold_out(train, data.holdout)
-    evaluation = open_source(data.eval, cache_dir, "data.eval", pixels)
+    evaluation = open_source(data.eval, cache_dir, "data.eval", pixels, split_names=data.split_names)
     if train.classes != evaluation.classes:
         missing, extra = set(train.classes) - set(evaluation.classes), set(evaluation.classes) - set(train.classes)
         raise ConfigError(
@@ -170,16 +177,30 @@ def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Sou
     return train, evaluation
 
 
-def open_source(where: str, cache_dir: Path, option: str, pixels: Pixels = LATEST) -> Source:
-    """Open a data set by its path or built-in name. option: the setting that `where` comes from, for messages. pixels:
-    how images are measured.
+def open_source(
+    where: str, cache_dir: Path, option: str, pixels: Pixels = LATEST, *, split_names: bool = True
+) -> Source:
+    """Open a data set by its path or built-in name. A path that exists goes before a name.
+
+    option: the setting that `where` comes from, for messages. split_names: whether classes may be called as parts of a
+    data set are.
 
     Raises ConfigError for a path that is not a data set, and MissingInputError for one that does not exist.
     """
-    if where in BUILT_IN:
-        return BUILT_IN[where](cache_dir, pixels)
-    path = Path(where).expanduser()
+    source = _open(where, cache_dir, option, pixels, split_names=split_names)
+    if where in BUILT_IN and built_in_name(where) is None:
+        named = f"{option}={where} is {Path(where).resolve()} here; {BUILT_IN_PREFIX}{where} is the built-in data set"
+        source.notes = (*source.notes, named)
+    return source
+
+
+def _open(where: str, cache_dir: Path, option: str, pixels: Pixels, *, split_names: bool) -> Source:
+    built_in, path = built_in_name(where), Path(where).expanduser()
+    if built_in is not None:
+        return BUILT_IN[built_in](cache_dir, pixels)
     if path.is_dir():
+        if not split_names and pixels is not FIRST:
+            refuse_split_names(path, option)
         return _open_folder(path, cache_dir, pixels)
     if path.is_file() and path.suffix.lower() in DELIMITERS:
         return Manifest(path, cache_dir, pixels)
@@ -189,7 +210,34 @@ def open_source(where: str, cache_dir: Path, option: str, pixels: Pixels = LATES
     raise kind(
         f"{option}={where!r} {'is no data set' if path.exists() else 'does not exist'}; give a folder with one "
         f"sub-folder of images per class, a folder of tar shards, a table of paths and labels (.csv or .tsv), the "
-        f"images of a pair of idx files, or one of {', '.join(map(repr, BUILT_IN))}"
+        f"images of a pair of idx files, or one of {', '.join(f'{BUILT_IN_PREFIX}{name}' for name in BUILT_IN)}"
+    )
+
+
+def built_in_name(where: str) -> str | None:
+    """The name of a built-in data set, as in builtin:digits, or alone where no path is called so; None for a path."""
+    name = where.removeprefix(BUILT_IN_PREFIX)
+    if name not in BUILT_IN:
+        return None
+    return name if where.startswith(BUILT_IN_PREFIX) or not Path(where).exists() else None
+
+
+def refuse_split_names(folder: Path, option: str) -> None:
+    """Raise ConfigError for a folder whose class folders are called as parts of a data set are."""
+    names = sorted(entry.name for entry in os.scandir(folder) if is_shown(entry) and is_folder(entry))
+    parts = [name for name in names if name.lower() in SPLIT_NAMES]
+    if not parts or (folder / INDEX).exists():
+        return
+    is_for_training = [name for name in parts if name.lower().startswith("train")]
+    others = [name for name in parts if name not in is_for_training]
+    way_out, insist = str(folder / (is_for_training or parts)[0]), "--split-names"
+    if option.startswith("data."):
+        way_out, insist = f"--{option} {way_out}", "--data.split_names true"
+    if option == "data.train" and is_for_training and others:
+        way_out += f" --data.eval {folder / others[0]}"
+    raise ConfigError(
+        f"{option}={printable(folder)} has folders called {', '.join(parts)}, which are parts of a data set and no "
+        f"classes; give {printable(way_out)}, or say {insist} if they are classes"
     )
 
 

@@ -257,6 +257,11 @@ def prepare(
     noted = run_on_all_ranks(world, lambda: {} if fresh else versions_of(config, teacher_run_configs))
     versions = broadcast(world, noted)
     images = first_on_each_node(world, lambda: open_images(config.data, versions.values()))
+    if world.is_main:
+        for note in dict.fromkeys(
+            note for readers in images.values() for each in readers for note in each.source.notes
+        ):
+            print(note, flush=True)
     prepared = with_images(config, teacher_run_configs, setups, images, versions=versions, fresh=fresh)
     # Values are read on one rank: they take a second per gigabyte, and ranks compare the files' hashes later.
     for line in run_on_all_ranks(

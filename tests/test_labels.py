@@ -1,0 +1,304 @@
+"""No image and no label is lost or mistaken without a word: links, cut files, odd names, tables, folders of parts."""
+
+import io
+import os
+import subprocess
+import tarfile
+
+import pytest
+from PIL import Image
+
+from cit_scale.config import DataConfig
+from cit_scale.datasets.folders import ImageFolder, Manifest
+from cit_scale.datasets.index import number_classes
+from cit_scale.datasets.pixels import FIRST, LATEST
+from cit_scale.datasets.shards import open_foreign_shards
+from cit_scale.datasets.sources import open_source, open_sources
+from cit_scale.errors import ConfigError
+
+MOST = 500  # characters of a message
+
+
+def png(value=0):
+    buffer = io.BytesIO()
+    Image.new("L", (5, 4), value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder_of(root, *names):
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(number))
+    return root
+
+
+def tar_of(root, *members):
+    """members: (name, content), or (name, type, target) of a link."""
+    root.mkdir(parents=True)
+    with tarfile.open(root / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content, *target in members:
+            member = tarfile.TarInfo(name)
+            if target:
+                member.type, member.linkname = content, target[0]
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return root
+
+
+def keys(source):
+    return [os.fsdecode(source.key(index)) for index in range(len(source))]
+
+
+def labels(source):
+    return [source.classes[label] for label in source.labels]
+
+
+def refusal(function, *arguments, **options):
+    with pytest.raises(ConfigError) as raised:
+        function(*arguments, **options)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert len(message) <= MOST
+    return message
+
+
+# --- tar files ---
+
+
+def test_links_inside_a_tar_file_are_followed(tmp_path):
+    root = tar_of(
+        tmp_path / "set",
+        ("x/a.png", png(1)),
+        ("x/a.cls", b"cat"),
+        ("x/hard.png", tarfile.LNKTYPE, "x/a.png"),
+        ("x/hard.cls", tarfile.LNKTYPE, "x/a.cls"),
+        ("y/soft.png", tarfile.SYMTYPE, "../x/hard.png"),
+        ("y/soft.cls", b"dog"),
+    )
+    source = open_foreign_shards(root, tmp_path / "cache")
+    assert keys(source) == ["x/a.png", "x/hard.png", "y/soft.png"]
+    assert labels(source) == ["cat", "cat", "dog"]
+    assert {source.read(index) for index in range(3)} == {png(1)}
+    assert keys(open_foreign_shards(root, tmp_path / "cache", FIRST)) == ["x/a.png"]
+
+
+def test_a_member_without_bytes_of_its_own_is_a_reject_with_a_reason(tmp_path):
+    root = tar_of(
+        tmp_path / "set",
+        ("a.png", png(1)),
+        ("a.cls", b"cat"),
+        ("lost.png", tarfile.SYMTYPE, "nothing.png"),
+        ("lost.cls", b"cat"),
+        ("round.png", tarfile.SYMTYPE, "round.png"),
+        ("round.cls", b"cat"),
+    )
+    source = open_foreign_shards(root, tmp_path / "cache")
+    assert source.rejects == dict.fromkeys((1, 2), "no plain file, nor a link to one inside the tar file")
+
+
+def test_a_tar_file_cut_between_members_is_refused(tmp_path):
+    ends = {".png": png(), ".cls": b"a"}
+    root = tar_of(tmp_path / "set", *((f"{number}{end}", ends[end]) for number in range(6) for end in ends))
+    whole = (root / "a.tar").read_bytes()
+    cut = 6 * 1024  # behind the sixth member: header and content are a block each
+    (root / "a.tar").write_bytes(whole[:cut])
+    message = refusal(open_foreign_shards, root, tmp_path / "cache")
+    assert f"no end mark at byte {cut}" in message
+    assert len(open_foreign_shards(root, tmp_path / "cache", FIRST)) == 3
+
+
+def test_names_with_several_dots_are_images_too(tmp_path):
+    root = tar_of(tmp_path / "set", ("a.png", png(1)), ("a.cls", b"cat"), ("b.2.png", png(2)), ("b.2.cls", b"dog"))
+    source = open_foreign_shards(root, tmp_path / "cache")
+    assert keys(source) == ["a.png", "b.2.png"]
+    assert labels(source) == ["cat", "dog"]
+
+
+def test_what_is_passed_over_in_a_tar_file_is_said(tmp_path):
+    samples = [("a.png", png(1)), ("a.cls", b"cat"), ("a.json", b"{}"), ("b.left.png", png()), ("b.right.png", png())]
+    source = open_foreign_shards(tar_of(tmp_path / "set", *samples), tmp_path / "cache")
+    assert keys(source) == ["a.png"]
+    assert source.notes == (f"3 files in {tmp_path / 'set'} are no images here: 1 .json, 1 .left.png, 1 .right.png",)
+
+
+@pytest.mark.parametrize("content", [b"\x03\0\0\0\0\0\0\0", b"\x1c", b"a\x0bb", b"1\x7f"])
+def test_a_binary_label_is_refused(tmp_path, content):
+    root = tar_of(tmp_path / "set", ("a.png", png(1)), ("a.cls", content))
+    assert "has a label that is no text, a.cls: " in refusal(open_foreign_shards, root, tmp_path / "cache")
+
+
+# --- folders ---
+
+
+def test_all_extensions_of_images_count_and_the_others_are_said(tmp_path):
+    names = "0.jfif", "1.JPE", "2.pbm", "3.png", "4.txt", "5.heic", "6"
+    root = folder_of(tmp_path / "set", *(f"a/{name}" for name in names), "b/0.png")
+    (root / "labels.json").touch()
+    source = ImageFolder(root, tmp_path / "cache")
+    assert keys(source) == ["a/0.jfif", "a/1.JPE", "a/2.pbm", "a/3.png", "b/0.png"]
+    said, converted = source.notes
+    assert said == f"4 files in {root} are no images here: 1 without extension, 1 .heic, 1 .json, 1 .txt"
+    assert f"find {root} -iname '*.heic' -exec heif-convert" in converted
+    assert ImageFolder(root, tmp_path / "cache").notes == source.notes
+    assert keys(ImageFolder(root, tmp_path / "cache", FIRST)) == ["a/3.png", "b/0.png"]
+
+
+def test_a_class_of_images_that_cannot_be_read_here_is_refused_with_the_command_that_converts_them(tmp_path):
+    root = folder_of(tmp_path / "set", "a/0.png", "b/0.heic")
+    message = refusal(ImageFolder, root, tmp_path / "cache")
+    assert "has no images for 1 of 2 classes: b" in message
+    assert "heif-convert" in message
+
+
+def test_thumbnails_of_other_programs_are_no_images(tmp_path):
+    root = folder_of(tmp_path / "set", "a/0.png", "a/@eaDir/0.png/thumb.jpg", "__MACOSX/a/0.png", "b/0.png")
+    assert keys(ImageFolder(root, tmp_path / "cache")) == ["a/0.png", "b/0.png"]
+
+
+def test_classes_have_one_order_in_folders_and_tables(tmp_path):
+    root = folder_of(tmp_path / "set", "class10/0.png", "class2/0.png", "class1b/0.png", "7/0.png")
+    folder = ImageFolder(root, tmp_path / "cache")
+    assert folder.classes == ("7", "class1b", "class2", "class10")
+    assert labels(folder) == [os.path.dirname(key) for key in keys(folder)]
+    (root / "labels.csv").write_text("".join(f"{key},{os.path.dirname(key)}\n" for key in keys(folder)))
+    assert Manifest(root / "labels.csv", tmp_path / "cache").classes == folder.classes
+    data = DataConfig(train=str(root), eval=str(root / "labels.csv"), cache_dir=str(tmp_path / "cache"))
+    train, evaluation = open_sources(data)
+    assert train.classes == evaluation.classes
+
+
+def test_the_first_version_orders_classes_as_it_did(tmp_path):
+    root = folder_of(tmp_path / "set", "10/0.png", "9/0.png")
+    assert ImageFolder(root, tmp_path / "cache", FIRST).classes == ("10", "9")
+    assert number_classes(["10", "9"], FIRST)[0] == ("9", "10")
+    assert number_classes(["a10", "a9"], FIRST)[0] == ("a10", "a9")
+    assert number_classes(["a10", "a9", "²", "007", "7"], LATEST)[0] == ("007", "7", "a9", "a10", "²")
+
+
+@pytest.mark.parametrize(
+    ("names", "way_out"),
+    [
+        (("train/a/0.png", "val/a/0.png"), "--data.train {0}/train --data.eval {0}/val"),
+        (("Training/0.png", "Test/0.png"), "--data.train {0}/Training --data.eval {0}/Test"),
+        (("train/0.png",), "--data.train {0}/train,"),
+        (("a/0.png", "valid/0.png"), "--data.train {0}/valid,"),
+    ],
+)
+def test_parts_of_a_data_set_are_no_classes(tmp_path, names, way_out):
+    root = folder_of(tmp_path / "set", *names, *(name.replace("0.png", "1.png") for name in names))
+    data = DataConfig(train=str(root), cache_dir=str(tmp_path / "cache"))
+    message = refusal(open_sources, data)
+    assert f"give {way_out.format(root)}" in message
+    assert "say --data.split_names true if they are classes" in message
+    with_them = DataConfig(train=str(root), cache_dir=str(tmp_path / "cache"), split_names=True)
+    assert len(open_sources(with_them)[0]) > 0
+    assert len(open_sources(data, FIRST)[0]) > 0  # as a run that was begun with them goes on
+
+
+def test_a_path_goes_before_a_built_in_name_and_says_so(tmp_path, monkeypatch):
+    folder_of(tmp_path / "digits", "a/0.png", "b/0.png")
+    monkeypatch.chdir(tmp_path)
+    here = open_source("digits", tmp_path / "cache", "data.train")
+    assert here.classes == ("a", "b")
+    assert here.notes == (f"data.train=digits is {tmp_path / 'digits'} here; builtin:digits is the built-in data set",)
+    built_in = open_source("builtin:digits", tmp_path / "cache", "data.train")
+    assert len(built_in) == 1797
+    monkeypatch.chdir("/")
+    assert open_source("digits", tmp_path / "cache", "data.train").fingerprint == built_in.fingerprint
+
+
+# --- links and depth ---
+
+
+def test_folders_that_link_to_each_other_are_refused(tmp_path):
+    root = folder_of(tmp_path / "set", "a/x/0.png", "a/y/0.png")
+    (root / "a" / "x" / "to_y").symlink_to("../y")
+    (root / "a" / "y" / "to_x").symlink_to("../x")
+    assert "is a link to a folder that contains the link; remove it" in refusal(ImageFolder, root, tmp_path / "cache")
+
+
+def test_a_folder_that_is_linked_twice_is_no_circle(tmp_path):
+    root = folder_of(tmp_path / "set", "a/0.png", "store/0.png")
+    (root / "b").symlink_to("store")
+    (root / "c").symlink_to("store")
+    assert ImageFolder(root, tmp_path / "cache").classes == ("a", "b", "c", "store")
+
+
+def deep(root, name, levels):
+    """A path below root that is too long to be made at once."""
+    root.mkdir(parents=True)
+    before = os.getcwd()
+    try:
+        os.chdir(root)
+        for _ in range(levels):
+            os.mkdir(name)
+            os.chdir(name)
+        with open("0.png", "wb") as file:
+            file.write(png())
+    finally:
+        os.chdir(before)
+    return root
+
+
+def remove_deep(root):
+    """pytest's own way follows the path at once, which is too long."""
+    subprocess.run(["rm", "-rf", root], check=True)
+
+
+def test_folders_nested_deeper_than_functions_are_searched(tmp_path):
+    root = deep(tmp_path / "set" / "a", "d", 1500).parent
+    try:
+        (found,) = keys(ImageFolder(root, tmp_path / "cache"))
+        assert found.count("/") == 1501
+    finally:
+        remove_deep(root)
+
+
+def test_a_path_that_is_too_long_is_one_short_line(tmp_path):
+    root = deep(tmp_path / "set" / "a", "d" * 200, 25).parent
+    try:
+        assert "is longer than a path may be" in refusal(ImageFolder, root, tmp_path / "cache")
+    finally:
+        remove_deep(root)
+
+
+# --- tables ---
+
+
+def table(tmp_path, text, *names):
+    root = folder_of(tmp_path / "set", *names)
+    (root / "labels.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root / "labels.csv"
+
+
+def test_blanks_around_a_label_do_not_make_a_class(tmp_path):
+    path = table(tmp_path, "a.png,cat\nb.png, cat\nc.png ,cat \nd.png,\tdog\n", "a.png", "b.png", "c.png", "d.png")
+    source = Manifest(path, tmp_path / "cache")
+    assert labels(source) == ["cat", "cat", "cat", "dog"]
+    assert keys(source) == ["a.png", "b.png", "c.png", "d.png"]
+
+
+def test_an_image_with_two_labels_is_refused_and_one_that_is_named_twice_counts_once(tmp_path):
+    path = table(tmp_path, "a.png,cat\nb.png,dog\n./a.png,cat\n", "a.png", "b.png")
+    source = Manifest(path, tmp_path / "cache")
+    assert keys(source) == ["a.png", "b.png"]
+    assert source.notes == (f"{path} names 1 images again, which count once",)
+    path.write_text("a.png,cat\nb.png,dog\nx/../a.png,dog\n")
+    assert "line 3 says dog of x/../a.png, and line 1 cat" in refusal(Manifest, path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,label\na.png,cat\nb/c.png,dog\n".encode("utf-16"),
+        b"image;label\na.png;cat\nb/c.png;dog\n",
+        b"image\tlabel\r\na.png\tcat\r\nb/c.png\tdog\r\n",
+        b"image,label\na.png,cat\nb\\c.png,dog\n",
+    ],
+)
+def test_tables_as_spreadsheets_write_them_are_read(tmp_path, text):
+    source = Manifest(table(tmp_path, text, "a.png", "b/c.png"), tmp_path / "cache")
+    assert labels(source) == ["cat", "dog"]
+    assert source.rejects == {}
