@@ -1,9 +1,11 @@
 """No image and no label is lost or mistaken without a word: links, cut files, odd names, tables, folders of parts."""
 
+import errno
 import io
 import os
 import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -207,6 +209,43 @@ def test_a_path_goes_before_a_built_in_name_and_says_so(tmp_path, monkeypatch):
     assert len(built_in) == 1797
     monkeypatch.chdir("/")
     assert open_source("digits", tmp_path / "cache", "data.train").fingerprint == built_in.fingerprint
+
+
+# --- the cache ---
+
+
+@pytest.fixture
+def read_only(tmp_path, monkeypatch):
+    """A folder in which nothing can be made, whoever the user is."""
+
+    def refuse(self, *arguments, **options):
+        if self.is_relative_to(tmp_path / "cache"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return mkdir(self, *arguments, **options)
+
+    mkdir = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    return tmp_path / "cache"
+
+
+def test_without_a_cache_that_can_be_written_a_folder_is_read_all_the_same(tmp_path, read_only):
+    root = folder_of(tmp_path / "set", "a/0.png", "b/0.png")
+    source = ImageFolder(root, read_only)
+    assert len(source) == 2
+    (note,) = source.notes
+    assert note.startswith(f"what is known of the data set cannot be kept in {read_only} (Permission denied)")
+    assert "--data.cache_dir" in note
+
+
+def test_a_built_in_data_set_needs_a_cache(read_only):
+    message = refusal(open_source, "builtin:digits", read_only, "data.train")
+    assert message == f"{read_only} cannot be written (Permission denied); name another folder by --data.cache_dir"
+
+
+def test_without_a_home_the_cache_has_to_be_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user whom the system does not know
+    message = refusal(open_sources, DataConfig(train="builtin:digits"))
+    assert "lies in your home, and there is none; name another folder by --data.cache_dir" in message
 
 
 # --- links and depth ---

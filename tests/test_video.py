@@ -77,6 +77,44 @@ def videos(tmp_path, clip):
     return tmp_path / "videos"
 
 
+# --- Files as people have them ---
+
+
+@pytest.mark.parametrize(("rule", "expected"), [({"count": 1000}, 40), ({"fps": 30}, 32)])
+def test_frames_at_any_times_are_taken(tmp_path, rule, expected):
+    """20 frames a second apart, then 20 that are 20 ms apart: of their mean rate's clock two fall into one tick."""
+    times = "settb=1/1000,setpts='if(lt(N,20),N*1000,20000+(N-20)*20)/(1000*TB)'"
+    options = ("-vf", times, "-fps_mode", "passthrough", "-enc_time_base", "1/1000")
+    uneven = make(tmp_path / "uneven.mp4", "testsrc=s=64x48:r=25:d=1.6", *options)
+    assert extract(uneven, tmp_path / "frames", Sampling(**rule)) == expected
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile other.mp4\n", "#EXTM3U\n#EXTINF:1,\nother.mp4\n"])
+def test_a_text_that_names_another_video_is_not_followed(tmp_path, clip, text):
+    shutil.copy(clip, tmp_path / "other.mp4")
+    (tmp_path / "list.mp4").write_text(text)
+    with pytest.raises(
+        BadVideoError, match=r"it is not of a video format, but a text, or a list of other files|no frame could be read"
+    ):
+        extract(tmp_path / "list.mp4", tmp_path / "frames", Sampling(fps=1))
+    assert not (tmp_path / "frames").exists()
+
+
+def test_a_video_without_frames_says_so(tmp_path):
+    make(tmp_path / "none.mkv", "testsrc=s=64x48:r=25:d=1", "-frames:v", "0")
+    with pytest.raises(BadVideoError, match=r"no video in it|no frame could be read"):
+        extract(tmp_path / "none.mkv", tmp_path / "frames", Sampling(fps=1))
+
+
+@pytest.mark.parametrize("rule", [{"count": 5}, {"fps": 1}])
+def test_a_video_that_is_cut_short_says_how_many_frames_could_be_read(tmp_path, rule):
+    whole = make(tmp_path / "whole.mp4", "testsrc=s=320x240:r=25:d=4", "-movflags", "+faststart")
+    data = whole.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(BadVideoError, match=r"; \d+ frames could be read before$"):
+        extract(tmp_path / "cut.mp4", tmp_path / "frames", Sampling(**rule))
+
+
 # --- Which frames ---
 
 

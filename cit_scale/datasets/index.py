@@ -125,14 +125,35 @@ def load(path: Path) -> Columns:
 
 
 def cached(path: Path, build: Callable[[], Columns], is_valid: Callable[[Columns], bool]) -> Columns:
-    """Load the columns at `path` if the file exists and `is_valid(columns)`; otherwise build, save and return them."""
+    """Load the columns at `path` if the file exists and `is_valid(columns)`; otherwise build, save and return them.
+
+    Where they cannot be saved a note says so, and they are built again next time.
+    """
     if path.exists():
         columns = load(path)
         if is_valid(columns):
             return columns
     columns = build()
-    save(path, columns)
+    try:
+        save(path, columns)
+    except OSError as error:
+        note = (
+            f"what is known of the data set cannot be kept in {printable(path.parent)} ({error.strerror}), and is read "
+            "again at each start; name another folder by --data.cache_dir"
+        )
+        notes = Texts.of([*columns.texts.get(NOTES, ()), note.encode()])
+        return columns | Columns(texts={NOTES: notes})
     return columns
+
+
+def cache_folder(name: str) -> Path:
+    """The folder of data.cache_dir. Raises ConfigError where it lies in the home of a user who has none."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"data.cache_dir={name} lies in your home, and there is none; name another folder by --data.cache_dir"
+        ) from None
 
 
 def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int | Path, pixels: Pixels | None = None) -> Path:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from cit_scale.datasets.defaults import PACK_QUALITY, SHARD_MIB
 from cit_scale.datasets.encoded import EXTENSIONS, VERSION, decode
-from cit_scale.datasets.index import Columns, Texts, concatenate, load, printable, save, shorten
+from cit_scale.datasets.index import Columns, Texts, cache_folder, concatenate, load, printable, save, shorten
 from cit_scale.datasets.progress import ProgressBar
 from cit_scale.datasets.shards import INDEX, PIXELS, SETTINGS, Row, ShardWriter, shard_name, write_index
 from cit_scale.datasets.sources import Source, built_in_name, open_source
@@ -344,7 +344,7 @@ def run(arguments: argparse.Namespace) -> int:
             and out.resolve().is_relative_to(folder.resolve())
         ):
             raise ConfigError(f"OUT={printable(out)} is inside SOURCE={printable(folder)}; give a folder elsewhere")
-        cache_dir = Path(arguments.cache_dir).expanduser()
+        cache_dir = cache_folder(arguments.cache_dir)
         source = open_source(arguments.source, cache_dir, "SOURCE", split_names=arguments.split_names)
         for note in source.notes:
             print(note, file=sys.stderr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from cit_scale.config import NO_DATA, DataConfig
 from cit_scale.data.order import permutation
 from cit_scale.datasets.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
 from cit_scale.datasets.idx import labels_beside, read_idx
-from cit_scale.datasets.index import cache_path, printable, shorten
+from cit_scale.datasets.index import cache_folder, cache_path, printable, shorten
 from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.datasets.shards import (
     INDEX,
@@ -32,7 +32,7 @@ from cit_scale.datasets.shards import (
     tar_files,
     write_shards,
 )
-from cit_scale.errors import ConfigError, MissingInputError
+from cit_scale.errors import ConfigError, MissingInputError, os_error
 
 HOLDOUT_TAG = 0x401D  # keeps the seed of the held-out part apart from all other seeds
 
@@ -110,7 +110,7 @@ def digits(cache_dir: Path, pixels: Pixels = LATEST) -> TarShards:
 
         data = load_digits()
         grey = np.rint(data.images * (255 / 16)).astype(np.uint8)  # scikit-learn stores 0 to 16
-        write_shards(folder, [str(name) for name in data.target_names], _pngs(grey, data.target))
+        _convert(folder, [str(name) for name in data.target_names], grey, data.target)
     return open_packed(folder, cache_dir, pixels)
 
 
@@ -130,8 +130,17 @@ def idx_images(images: Path, labels: Path, cache_dir: Path, pixels: Pixels = LAT
                 f"{len(numbers)} labels; give two files that belong together and are not empty"
             )
         classes, label_of = np.unique(numbers, return_inverse=True)
-        write_shards(folder, list(map(str, classes)), _pngs(grey, label_of))
+        _convert(folder, list(map(str, classes)), grey, label_of)
     return open_packed(folder, cache_dir, pixels)
+
+
+def _convert(folder: Path, classes: Sequence[str], grey: np.ndarray, labels: np.ndarray) -> None:
+    """Write arrays as shards into the cache. grey: (N, H, W) uint8. labels: (N,). Raises ConfigError and its kin."""
+    try:
+        write_shards(folder, classes, _pngs(grey, labels))
+    except OSError as error:
+        message = f"{folder.parent} cannot be written ({error.strerror}); name another folder by --data.cache_dir"
+        raise os_error(error, message, lasting=ConfigError) from error
 
 
 def _pngs(grey: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, int, bytes]]:
@@ -163,7 +172,7 @@ def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Sou
         raise ConfigError(NO_DATA)
     if data.eval is None and not 0 < data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is not between 0 and 1; use 0.2, or set data.eval to a folder")
-    cache_dir = Path(data.cache_dir).expanduser()
+    cache_dir = cache_folder(data.cache_dir)
     train = open_source(data.train, cache_dir, "data.train", pixels, split_names=data.split_names)
     if data.eval is None:
         return _hold_out(train, data.holdout)

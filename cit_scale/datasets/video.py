@@ -48,6 +48,22 @@ EXTENSIONS = {
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 }
+# ffmpeg's names of the formats of these files. Others are not read: some are texts that name further files.
+FORMATS = (
+    "mov",
+    "matroska",
+    "avi",
+    "flv",
+    "live_flv",
+    "mpegts",
+    "mpeg",
+    "mpegvideo",
+    "ogg",
+    "asf",
+    "m4v",
+    "h264",
+    "hevc",
+)
 POLL_S = 0.1  # between two checks for a stop request
 CLOCK_ERROR_S = 0.001  # Matroska rounds the time of a frame to milliseconds
 
@@ -200,6 +216,8 @@ def extract(
             .filter("scale", **_scale(shorter_side))
             .filter("setsar", 1)
             .filter("format", "yuv420p")
+            # A frame a second: the encoder's clock is the video's mean rate, too coarse where the rate varies.
+            .filter("setpts", "N/TB")
         )
         # passthrough: ffmpeg would otherwise repeat or drop frames for a constant rate.
         options = {"start_number": 0, "fps_mode": "passthrough", "threads": 1, "q:v": quality}
@@ -248,6 +266,7 @@ def _read(video: Path, **options: Any) -> Any:
     if head.startswith(b"RIFF") and size < whole:  # ffmpeg takes an AVI file that was cut off for a shorter video
         raise BadVideoError(f"the file ends after {size} of {whole} bytes")
     plain = {"hide_banner": None, "nostdin": None, "nostats": None, "loglevel": "level+info", "xerror": None}
+    plain |= {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
     # "file:" keeps ffmpeg from taking a name for an option or an address; bytes allow names in any encoding.
     return ffmpeg.input(os.fsencode(f"file:{video.absolute()}"), **plain, **options)
 
@@ -296,7 +315,13 @@ def _run_ffmpeg(output: Any, folder: Path | None = None, stop: StopRequest | Non
         raise OSError(f"frames cannot be written to {folder}: {unwritten[1]}")
     if "matches no streams" in log:
         raise BadVideoError("there is no video in it")
-    raise BadVideoError(printable(errors[0][1].strip() if errors else f"ffmpeg ended with status {process.returncode}"))
+    if "Format not on whitelist" in log:
+        raise BadVideoError("it is not of a video format, but a text, or a list of other files")
+    reason = printable(errors[0][1].strip()) if errors else f"ffmpeg ended with status {process.returncode}"
+    frames = int((re.findall(r"frame= *(\d+)", log) or ["0"])[-1])
+    raise BadVideoError(
+        f"{reason}; {frames} frames could be read before" if frames else f"{reason}; no frame could be read"
+    )
 
 
 def _wait(process: subprocess.Popen[str], stop: StopRequest | None) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cit_scale.config import DataConfig, RunConfig
-from cit_scale.datasets.index import printable, shorten
+from cit_scale.datasets.index import cache_folder, printable, shorten
 from cit_scale.datasets.sources import Source, open_source, open_sources
 from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
 from cit_scale.errors import BadDataError, ConfigError
@@ -194,14 +194,14 @@ def _joined(parts: Sequence[ImageScores]) -> ImageScores:
 def open_images(classifier: Classifier, data: str | None, option: str = "--data") -> Source:
     """The images to evaluate on. data: as in ``evaluate_classifier``. option: that names it. Raises ConfigError."""
     if data is not None:
-        return open_source(data, Path(DataConfig().cache_dir).expanduser(), option)
+        return open_source(data, cache_folder(DataConfig().cache_dir), option)
     if classifier.run_dir is None:
         raise ConfigError(
             f"{printable(classifier.name)} lies in no run folder, which would say on what; give {option} DIR"
         )
     config = run_config(classifier.run_dir).data
     if config.eval is not None:  # without the images that it was trained on, which may be gone
-        return open_source(config.eval, Path(config.cache_dir).expanduser(), "data.eval")
+        return open_source(config.eval, cache_folder(config.cache_dir), "data.eval")
     return open_sources(config)[1]
 
 
