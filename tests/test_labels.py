@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -209,6 +210,57 @@ def test_a_path_goes_before_a_built_in_name_and_says_so(tmp_path, monkeypatch):
     assert len(built_in) == 1797
     monkeypatch.chdir("/")
     assert open_source("digits", tmp_path / "cache", "data.train").fingerprint == built_in.fingerprint
+
+
+def test_evaluation_may_lack_classes_and_then_says_so(tmp_path):
+    root = folder_of(tmp_path / "train", "a/0.png", "b/0.png", "c/0.png")
+    held = folder_of(tmp_path / "eval", "c/0.png", "a/0.png")
+    train, evaluation = open_sources(DataConfig(train=str(root), eval=str(held), cache_dir=str(tmp_path / "cache")))
+    assert evaluation.classes == train.classes == ("a", "b", "c")
+    assert labels(evaluation) == [os.path.dirname(key) for key in keys(evaluation)] == ["a", "c"]
+    assert evaluation.notes == (f"data.eval={held} has no images of 1 of 3 classes: b",)
+    alone = ImageFolder(held, tmp_path / "cache")
+    assert len({evaluation.fingerprint, alone.fingerprint}) == 2
+
+
+@pytest.mark.parametrize("named", ["{0}/a.tar", "{0}/[ab].tar", "{0}/{{a,b}}.tar", "{0}/*.tar", "{1}/*/*.tar"])
+def test_shards_are_named_by_patterns_too(tmp_path, named):
+    samples = ("a.png", png(1)), ("a.cls", b"cat"), ("b.png", png(2)), ("b.cls", b"dog")
+    root = tar_of(tmp_path / "set" / "deeper", *samples)
+    if "a.tar" not in named:
+        shutil.copy(root / "a.tar", root / "b.tar")
+    source = open_source(named.format(root, root.parent), tmp_path / "cache", "data.train")
+    assert len(source) == (2 if "a.tar" in named else 4)
+    assert source.read(0) == png(1)
+    assert source.name(0) == f"{root / 'a.tar'}:a.png"
+
+
+def test_numbers_in_braces_have_their_digits(tmp_path):
+    root = tar_of(tmp_path / "set", ("a.png", png(1)), ("a.cls", b"cat"))
+    for number in range(3):
+        shutil.copy(root / "a.tar", root / f"{number:03d}.tar")
+    assert len(open_source(f"{root}/{{000..002}}.tar", tmp_path / "cache", "data.train")) == 3
+    message = refusal(open_source, f"{root}/{{000..003}}.tar", tmp_path / "cache", "data.train")
+    assert message == f"1 of 4 shards do not exist: {root}/003.tar"
+    assert "does not exist" in refusal(open_source, f"{root}/{{7..9}}.tar", tmp_path / "cache", "data.train")
+    assert "more than" in refusal(open_source, f"{root}/{{0..9999999}}.tar", tmp_path / "cache", "data.train")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("a/0.tar", "are named by a pattern"),
+        ("0.tar.gz", "unpack them with gunzip"),
+        ("data.zip", "has to be unpacked first"),
+        ("a/0.parquet", "written to a folder for each class"),
+        ("0.tfrecord", "written to a folder for each class"),
+    ],
+)
+def test_data_sets_in_other_forms_are_refused_with_the_way_out(tmp_path, name, hint):
+    root = folder_of(tmp_path / "set", name)
+    assert hint in refusal(open_source, str(root), tmp_path / "cache", "data.train")
+    if "/" not in name:
+        assert hint in refusal(open_source, str(root / name), tmp_path / "cache", "data.train")
 
 
 # --- the cache ---

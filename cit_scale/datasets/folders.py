@@ -24,6 +24,7 @@ from cit_scale.datasets.index import (
     Texts,
     cache_path,
     cached,
+    hints_for,
     notes_of,
     number_classes,
     printable,
@@ -220,7 +221,8 @@ def find_files(
         elif entry.name not in skipped:
             classes.append(entry.name)
     if not classes:
-        raise ConfigError(f"{printable(folder)} has no sub-folders; it needs one sub-folder of {what} per class")
+        hints = "".join(f"; {hint}" for hint in hints_for(passed))
+        raise ConfigError(f"{printable(folder)} has no sub-folders; it needs one sub-folder of {what} per class{hints}")
     found = {name: list(_find_inside(folder, name, extensions, enter, skipped, passed)) for name in classes}
     empty = [printable(name) for name in classes if not found[name]]
     if empty:

@@ -254,6 +254,23 @@ def fingerprint(classes: Sequence[str], names: Texts, *numbers: np.ndarray) -> s
 CONVERTERS = {".heic": "heif-convert", ".heif": "heif-convert", ".jxl": "djxl"}
 
 
+# Data sets in other forms, and the way out.
+HINTS = {
+    ".tar": "tar shards in several folders are named by a pattern, as --data.train 'DIR/*/*.tar'",
+    ".tgz": "compressed tar files cannot be read in any order; unpack them with gunzip",
+    ".gz": "compressed tar files cannot be read in any order; unpack them with gunzip",
+    ".zst": "compressed tar files cannot be read in any order; unpack them with zstd -d",
+    ".zip": "a zip file has to be unpacked first",
+    ".parquet": "of a Parquet file the images have to be written to a folder for each class first",
+    ".tfrecord": "of a TFRecord file the images have to be written to a folder for each class first",
+}
+
+
+def hints_for(extensions: Iterable[str]) -> list[str]:
+    """What is to be done with files that are no images, each hint once."""
+    return list(dict.fromkeys(HINTS[each] for each in sorted(extensions) if each in HINTS))
+
+
 def notes_of(passed: Mapping[str, int], where: Path) -> list[str]:
     """What is to be said of files that are passed over. passed: their number, by extension."""
     if not passed:
@@ -263,7 +280,7 @@ def notes_of(passed: Mapping[str, int], where: Path) -> list[str]:
     for extension in sorted(CONVERTERS.keys() & passed.keys()):
         command = f"find {printable(where)} -iname '*{extension}' -exec {CONVERTERS[extension]} {{}} {{}}.jpg ';'"
         notes.append(f"{extension} images have to be converted first: {command}")
-    return notes
+    return notes + hints_for(passed)
 
 
 class Indexed:

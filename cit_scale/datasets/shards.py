@@ -7,6 +7,7 @@ never extracted: a name such as ../../x in a foreign tar file cannot lead to a p
 from __future__ import annotations
 
 import errno
+import glob
 import io
 import os
 import re
@@ -47,7 +48,7 @@ from cit_scale.datasets.index import (
 )
 from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.datasets.progress import ProgressBar
-from cit_scale.errors import BadImageError, ConfigError
+from cit_scale.errors import BadImageError, ConfigError, MissingInputError
 from cit_scale.files import sync
 
 INDEX = "index.npz"  # written last: a folder with an index is complete
@@ -58,6 +59,7 @@ KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)
 LABEL = ".cls"
 PLACE = ("shards", "offsets", "sizes")  # columns of numbers: number of the shard, first byte in it, number of bytes
 PIXELS = "pixels"  # column of one number: the version of pixels by which images were measured; 1 where it is missing
+MOST_SHARDS = 1_000_000  # that a pattern names
 MOST_LINKS = 40  # from one to the next, as Linux has it
 
 # In place of an image's size in a tar file, where it has no bytes that lie together, and why.
@@ -333,8 +335,49 @@ def open_packed(folder: Path, cache_dir: Path, pixels: Pixels = LATEST) -> TarSh
 # --- Shards without an index ---
 
 
-def open_foreign_shards(folder: Path, cache_dir: Path, pixels: Pixels = LATEST) -> TarShards:
-    """Open the *.tar files of a folder in WebDataset's layout that have no index: scan them once and cache an index.
+def tars_named(where: str) -> list[Path]:
+    """The tar files that a path or a pattern names, as a-{000..123}.tar or shards/*.tar; empty for another path."""
+    if not where.endswith(".tar") and not where.endswith("}"):
+        return []
+    names = [str(Path(each).expanduser()) for each in _expanded(where)]
+    paths = [Path(name) for each in names for name in ([each] if os.path.exists(each) else sorted(glob.glob(each)))]
+    missing = [printable(each) for each in names if not os.path.exists(each) and not glob.has_magic(each)]
+    if paths and missing:
+        raise MissingInputError(f"{len(missing)} of {len(names)} shards do not exist: {shorten(missing)}")
+    return [path for path in paths if path.is_file() and path.suffix == ".tar"]
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The names that braces stand for: {000..123} with as many digits, {a,b}. As in a shell, and in WebDataset."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if numbers:
+        first, last = int(numbers[1]), int(numbers[2])
+        if abs(last - first) >= MOST_SHARDS:
+            raise ConfigError(f"{printable(pattern)} names more than {MOST_SHARDS} shards")
+        step = 1 if last >= first else -1
+        parts = [f"{number:0{len(numbers[1])}d}" for number in range(first, last + step, step)]
+    elif "," in found[1]:
+        parts = found[1].split(",")
+    else:
+        return [pattern]
+    before, behind = pattern[: found.start()], pattern[found.end() :]
+    return [name for part in parts for name in _expanded(f"{before}{part}{behind}")]
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The folder in which all these files lie, at some depth."""
+    return Path(os.path.commonpath([path.parent.absolute() for path in paths]))
+
+
+def open_foreign_shards(
+    folder: Path, cache_dir: Path, pixels: Pixels = LATEST, paths: Sequence[Path] | None = None
+) -> TarShards:
+    """Open tar files in WebDataset's layout that have no index: scan them once and cache an index.
+
+    folder: with the files. paths: of those that count, at any depth in the folder; None: its *.tar.
 
     An image is a regular member with an image's extension. Its label is the content of NAME.cls beside it: a number or
     the name of a class. If the folder has a classes.txt, its lines are the classes, and numbers count them from 0;
@@ -344,26 +387,29 @@ def open_foreign_shards(folder: Path, cache_dir: Path, pixels: Pixels = LATEST) 
     Raises ConfigError for a file that is not a complete, uncompressed tar file, for images without a label, and for
     labels that classes.txt does not have.
     """
-    paths = tar_files(folder)
+    paths = tar_files(folder) if paths is None else [path.absolute() for path in paths]
+    names = [os.path.relpath(path, folder) for path in paths]
     classes_file = folder / CLASSES
     files = [*paths, classes_file] if classes_file.exists() else paths
-    stats = [part for path in files for part in (path.name, path.stat().st_size, path.stat().st_mtime_ns)]
+    stats: list[str | int] = []
+    for path in files:
+        stats += [os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns]
     index_path = cache_path(cache_dir, "shards", folder.resolve(), *stats, pixels=pixels)
 
     def build() -> Columns:
-        names, texts, places, notes = _scan_shards(paths, pixels)
+        images, texts, places, notes = _scan_shards(paths, pixels)
         if classes_file.exists():
             classes = tuple(filter(None, classes_file.read_text("utf-8-sig", "surrogateescape").split("\n")))
             labels = _labels_by_file(classes_file, classes, texts)
         else:
             classes, labels = number_classes(texts, pixels)
         shards = {
-            "shard_names": Texts.of([os.fsencode(path.name) for path in paths]),
+            "shard_names": Texts.of([os.fsencode(name) for name in names]),
             NOTES: Texts.of([note.encode() for note in notes]),
         }
         placed = Columns(dict(zip(PLACE, places.T, strict=True)), shards)
         read = _Places(folder, placed).read
-        return placed | read_image_headers(classes, names, labels, read, folder, index_path, pixels)
+        return placed | read_image_headers(classes, images, labels, read, folder, index_path, pixels)
 
     return TarShards(folder, cached(index_path, build, lambda columns: True))
 

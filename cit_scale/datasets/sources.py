@@ -21,15 +21,17 @@ from cit_scale.config import NO_DATA, DataConfig
 from cit_scale.data.order import permutation
 from cit_scale.datasets.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
 from cit_scale.datasets.idx import labels_beside, read_idx
-from cit_scale.datasets.index import cache_folder, cache_path, printable, shorten
+from cit_scale.datasets.index import cache_folder, cache_path, hints_for, printable, shorten
 from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.datasets.shards import (
     INDEX,
     SETTINGS,
     TarShards,
+    common_folder,
     open_foreign_shards,
     open_packed,
     tar_files,
+    tars_named,
     write_shards,
 )
 from cit_scale.errors import ConfigError, MissingInputError, os_error
@@ -97,6 +99,21 @@ class Subset:
     @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.source.fingerprint.encode() + self.indices.astype("<i8").tobytes()).hexdigest()
+
+
+class Renumbered(Subset):
+    """A source with the classes of another, of which it has some: all its images, with their labels among these."""
+
+    def __init__(self, source: Source, classes: tuple[str, ...]) -> None:
+        super().__init__(source, np.arange(len(source)))
+        number = {name: place for place, name in enumerate(classes)}
+        self.labels = np.array([number[name] for name in source.classes], np.int64)[source.labels]
+        self.classes = classes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        classes = os.fsencode("\n".join(self.classes))
+        return hashlib.sha256(self.source.fingerprint.encode() + b"\0" + classes).hexdigest()
 
 
 # --- Data sets of arrays, converted once to PNG in tar shards ---
@@ -177,13 +194,19 @@ def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Sou
     if data.eval is None:
         return _hold_out(train, data.holdout)
     evaluation = open_source(data.eval, cache_dir, "data.eval", pixels, split_names=data.split_names)
-    if train.classes != evaluation.classes:
-        missing, extra = set(train.classes) - set(evaluation.classes), set(evaluation.classes) - set(train.classes)
+    if train.classes == evaluation.classes:
+        return train, evaluation
+    missing, extra = set(train.classes) - set(evaluation.classes), set(evaluation.classes) - set(train.classes)
+    if extra:
         raise ConfigError(
-            f"data.train={data.train!r} and data.eval={data.eval!r} differ in their classes or in the order of them: "
-            f"only in train: {_names(missing)}; only in eval: {_names(extra)}; name them alike"
+            f"data.train={data.train!r} and data.eval={data.eval!r} differ in their classes: only in train: "
+            f"{_names(missing)}; only in eval: {_names(extra)}; name them alike"
         )
-    return train, evaluation
+    renumbered = Renumbered(evaluation, train.classes)
+    if missing:
+        note = f"data.eval={data.eval} has no images of {len(missing)} of {len(train.classes)} classes: "
+        renumbered.notes = (*renumbered.notes, note + _names(missing))
+    return train, renumbered
 
 
 def open_source(
@@ -211,6 +234,8 @@ def _open(where: str, cache_dir: Path, option: str, pixels: Pixels, *, split_nam
         if not split_names and pixels is not FIRST:
             refuse_split_names(path, option)
         return _open_folder(path, cache_dir, pixels)
+    if shards := tars_named(where):
+        return open_foreign_shards(common_folder(shards), cache_dir, pixels, shards)
     if path.is_file() and path.suffix.lower() in DELIMITERS:
         return Manifest(path, cache_dir, pixels)
     if path.is_file() and (labels := labels_beside(path)):
@@ -220,6 +245,7 @@ def _open(where: str, cache_dir: Path, option: str, pixels: Pixels, *, split_nam
         f"{option}={where!r} {'is no data set' if path.exists() else 'does not exist'}; give a folder with one "
         f"sub-folder of images per class, a folder of tar shards, a table of paths and labels (.csv or .tsv), the "
         f"images of a pair of idx files, or one of {', '.join(f'{BUILT_IN_PREFIX}{name}' for name in BUILT_IN)}"
+        f"{''.join(f'; {hint}' for hint in hints_for([path.suffix.lower()]))}"
     )
 
 
