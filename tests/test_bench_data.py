@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from odd_images import odd_images
 from PIL import Image, ImageOps
 
 from cit_scale.bench import decode, fidelity
@@ -231,3 +232,25 @@ def test_errors_count_in_bytes():
     ours = torch.full((2, 3, 4, 5), 10 / 255)
     theirs = [Image.new("RGB", (5, 4), (10, 13, 10)), Image.new("RGB", (5, 4), (10, 10, 10))]
     assert fidelity.errors_of(ours, theirs).tolist() == [1.0, 0.0]
+
+
+def test_every_image_of_a_folder_is_compared_with_pil(tmp_path, capsys):
+    folder = tmp_path / "set" / "a"
+    folder.mkdir(parents=True)
+    for name, data in {**odd_images(), "broken.jpg": b"no image"}.items():
+        (folder / name).write_bytes(data)
+    assert fidelity.main(["--images", str(folder.parent), "--image_sizes", "64"]) == 0
+    printed = capsys.readouterr().out
+    for way, images in (("evaluation", 35), ("training", 35), ("packed, evaluation", 35)):
+        assert re.search(rf"^\| {way} \| +{images} \| +0 \| +0 \|$", printed, re.MULTILINE), way
+    assert f"cannot be used: {folder / 'broken.jpg'}\tnot an image of a known format" in printed
+
+
+def test_an_image_that_is_off_is_listed_and_an_error(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "set" / "a"
+    folder.mkdir(parents=True)
+    (folder / "0.jpg").write_bytes(odd_images()["cmyk.jpg"])
+    shown = fidelity.upright
+    monkeypatch.setattr(fidelity, "upright", lambda *arguments: ImageOps.invert(shown(*arguments)))
+    assert fidelity.main(["--images", str(folder.parent), "--image_sizes", "64"]) == 1
+    assert f"evaluation: {folder / '0.jpg'} is off by" in capsys.readouterr().out

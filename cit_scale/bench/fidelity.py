@@ -1,6 +1,10 @@
 """Compares our augmented images with those of PIL, torchvision and timm for the same random draws.
 
 python -m cit_scale.bench.fidelity
+python -m cit_scale.bench.fidelity --images photos
+
+The second puts every image of a folder of class folders through the streams of evaluation and training, and through
+`pack` and back, and lists those that are further than 1 of 255 from what PIL shows, and those that cannot be used.
 
 The error of an image is the mean absolute difference of bytes, 0 to 255, over its pixels and channels. The table shows
 the mean, the median and the largest error over all images. The exit code is 1 if a mean exceeds its limit at the first
@@ -37,11 +41,15 @@ from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, train_stream
 from cit_scale.datasets.encoded import to_ppm
 from cit_scale.datasets.folders import ImageFolder
+from cit_scale.datasets.pack import pack
+from cit_scale.datasets.shards import open_packed
 from cit_scale.datasets.sources import Source
 from cit_scale.distributed.world import World
 
 EPOCHS = 4  # passes over the photographs, each with new draws
 THREADS = 2
+BATCH = 16
+FURTHEST = 1  # of 255, from PIL
 
 # Limits of the mean error.
 CROP, EVALUATION, OPERATION, EQUALIZE = 0.5, 0.5, 1.0, 0.5
@@ -246,7 +254,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=16, help="synthetic photographs to compare (default: 16)")
     parser.add_argument("--image_sizes", type=int, nargs="+", default=[224, 32], help="pixels (default: 224 32)")
+    parser.add_argument("--images", metavar="FOLDER", help="compare each of these instead, at the first of the sizes")
     arguments = parser.parse_args(argv)
+    if arguments.images is not None:
+        return compare_each(Path(arguments.images), arguments.image_sizes[0])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "photos"
         make_photos(folder, arguments.photos, (HEIGHT, WIDTH), THREADS)
@@ -258,6 +269,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     if broken:
         print(f"\nmore than allowed: {'; '.join(broken)}", file=sys.stderr)
     return int(bool(broken))
+
+
+def compare_each(folder: Path, image_size: int) -> int:
+    """Print what ``distances`` finds of each way, and the images that are too far. Returns the exit code: 1 for any."""
+    with tempfile.TemporaryDirectory() as temporary:
+        source = ImageFolder(folder, Path(temporary))
+        pack(source, Path(temporary) / "packed", workers=THREADS)
+        packed = open_packed(Path(temporary) / "packed", Path(temporary))
+        readers = {"evaluation": Reader(source), "training": Reader(source), "packed, evaluation": Reader(packed)}
+        rows, too_far = [], 0
+        for way, reader in readers.items():
+            found = (train_distances if way == "training" else eval_distances)(reader, image_size)
+            far = {name: error for name, error in found.items() if error > FURTHEST}
+            too_far += len(far)
+            rows.append([way, str(len(found)), f"{max(found.values(), default=0):.0f}", str(len(far))])
+            for name, error in sorted(far.items()):
+                print(f"{way}: {name} is off by {error:.0f}")
+        for line in readers["evaluation"].bad_image_lines(sorted(readers["evaluation"].bad)):
+            print(f"cannot be used: {line}")
+    print(f"\n{library_versions_text()}; {len(source)} images at {image_size} pixels\n")
+    print(table(["seen in", "images", "largest distance of 255", f"above {FURTHEST}"], rows))
+    return int(too_far > 0)
+
+
+def eval_distances(reader: Reader, image_size: int) -> dict[str, float]:
+    """The largest difference of a byte from PIL's, of each image that can be used."""
+    data = DataConfig(image_size=image_size, crop_ratio=1.0, decode_threads=THREADS)
+    found = {}
+    with closing(eval_stream(reader, data, BATCH, World(), CPU)) as stream:
+        for batch in stream:
+            for image, position, sample in zip(batch.images, batch.positions, batch.samples.tolist(), strict=True):
+                if position >= 0:
+                    whole = upright(reader.source, sample)
+                    scale = image_size / min(whole.size)
+                    width, height = (max(int(side * scale), image_size) for side in whole.size)
+                    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+                    box = left, top, left + image_size, top + image_size
+                    found[reader.source.name(sample)] = _largest(
+                        image, np.asarray(resized(whole, width, height).crop(box))
+                    )
+    return found
+
+
+def train_distances(reader: Reader, image_size: int) -> dict[str, float]:
+    """The same for the crop of each image in the first epoch of training, neither flipped nor otherwise changed.
+
+    Beside PIL's crop, resized by the trainer's own filter: the table of ``measure`` compares that with PIL's.
+    """
+    source, data = reader.source, DataConfig(image_size=image_size, decode_threads=THREADS)
+    augment = AugmentConfig(flip_prob=0.0, policy=None, erase_prob=0.0)
+    found = {}
+    sizes = len(source), 1
+    with closing(train_stream(reader, augment, data, 0, Cursor(), *sizes, World(), CPU)) as stream:
+        for batch in itertools.islice(stream, len(source)):
+            samples = batch.samples.numpy()
+            sides = source.heights[samples], source.widths[samples]
+            drawn = draws.draw(0, 0, samples, np.zeros_like(samples), *sides, augment, image_size)
+            (y, x, height, width), sample = drawn.crop[0].tolist(), int(samples[0])
+            part = upright(source, sample).crop((x, y, x + width, y + height))
+            theirs = dali.resize(torch.from_numpy(np.array(part)), torch.tensor([image_size, image_size]))
+            found[source.name(sample)] = _largest(batch.images[0], theirs.numpy())
+    return found
+
+
+def upright(source: Source, sample: int) -> Image.Image:
+    """The image as PIL shows it."""
+    with Image.open(io.BytesIO(source.read(sample))) as image:
+        image.load()
+        try:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except Exception:  # of metadata that cannot be read
+            return image.convert("RGB")
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The width first, as before Pillow 13, which begins with the height where that is less work."""
+    return image.resize((width, image.height), Resampling.BICUBIC).resize((width, height), Resampling.BICUBIC)
+
+
+def _largest(image: Tensor, theirs: np.ndarray) -> float:
+    ours = (image * 255).round().permute(1, 2, 0).numpy()
+    return float(np.abs(ours - theirs.astype(float)).max())
 
 
 def report(by_size: Mapping[int, Mapping[str, Errors]]) -> str:
