@@ -158,6 +158,9 @@ class DataConfig:
     prefetch: int = setting(2, rules=[NOT_NEGATIVE, UP_TO_1024], may_change=True)
     """Micro-batches that are read ahead, and as many that are decoded ahead; 0 prepares each when it is asked for."""
 
+    decoded_mib: int = setting(2048, rules=[POSITIVE], may_change=True)
+    """MiB of decoded images that each rank holds at once, before they are resized; a larger image is decoded alone."""
+
     hw_decoder_load: float = setting(0.65, rules=[SHARE], may_change=True)
     """On a GPU: the share of JPEGs that its hardware decoder takes, where it has one; its cores decode the others."""
 

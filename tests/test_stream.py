@@ -5,7 +5,10 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from cit_scale.config import AugmentConfig, MixingConfig
 from cit_scale.data import dali, draws, stream
 from cit_scale.data.mixing import mix
 from cit_scale.data.order import Cursor
-from cit_scale.data.reader import Reader
+from cit_scale.data.reader import ByteGate, Reader
 from cit_scale.data.stream import erase, eval_stream
 from cit_scale.datasets.pack import pack
 from cit_scale.datasets.shards import TarShards
@@ -428,3 +431,62 @@ def test_mistakes_are_reported_before_the_first_image(photos):
         start(photos, sizes=(20, 16))
     with pytest.raises(ValueError, match="samples_seen=8 is not a multiple of global_batch_size=16"):
         start(photos, cursor=Cursor(epoch=0, samples_seen=8))
+
+
+# --- Memory ---
+
+
+@pytest.mark.parametrize("decoded_mib", [1, 4])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_batch_that_is_too_large_is_decoded_in_parts_and_the_same(tmp_path, monkeypatch, decoded_mib, prefetch):
+    folder = tmp_path / "set" / "only"
+    folder.mkdir(parents=True)
+    for number in range(8):
+        Image.fromarray(photo(300 + 30 * number, 400, number)).save(folder / f"{number}.jpg")
+    spoiled = folder / "3.jpg"
+    source = ImageFolder(tmp_path / "set", tmp_path / "cache")
+    spoiled.write_bytes(BAD_BYTES["a broken table"](spoiled.read_bytes()))
+    data = replace(DATA, prefetch=prefetch)
+    whole = take(start(source, PLAIN, data=data, sizes=(8, 4)), 6)
+    fed = []
+    run = stream.BatchStream.feed
+    monkeypatch.setattr(stream.BatchStream, "feed", lambda self: fed.append(run(self)) or fed[-1])
+    small = replace(data, decoded_mib=decoded_mib)
+    parts = take(start(source, PLAIN, data=small, sizes=(8, 4)), 6)
+    for ours, expected in zip(parts, whole, strict=True):
+        assert all(
+            torch.equal(getattr(ours, name), getattr(expected, name)) for name in ("images", "labels", "positions")
+        )
+        assert torch.equal(ours.samples, expected.samples)
+    assert max(len(encoded) for encoded, *_ in fed) < 4
+    evaluated = list(eval_stream(Reader(source), small, 5, World(), CPU))
+    expected = list(eval_stream(Reader(source), data, 5, World(), CPU))
+    assert all(torch.equal(ours.images, theirs.images) for ours, theirs in zip(evaluated, expected, strict=True))
+
+
+def test_parts_hold_what_is_allowed_or_one_image():
+    request = stream.BatchRequest(1, np.arange(5), np.arange(5) + 10, np.zeros(5, np.int64), frozenset({12}))
+    parts = list(request.in_parts(np.array([3, 4, 9, 1, 2]), 7))
+    assert [part.samples.tolist() for part in parts] == [[10, 11], [12], [13, 14]]
+    assert [part.goes_on for part in parts] == [True, True, False]
+    assert all(part.doubtful == {12} and part.epoch == 1 for part in parts)
+
+
+def test_threads_hold_so_many_bytes_at_once_and_no_more():
+    gate, held, most = ByteGate(10), [0], [0]
+    lock = threading.Lock()
+
+    def work(count):
+        with gate.hold(count):
+            with lock:
+                held[0] += count
+                most[0] = max(most[0], held[0])
+            time.sleep(0.002)
+            with lock:
+                held[0] -= count
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, [3, 4, 25, 6, 1, 9, 10, 2] * 4))
+    assert most[0] == 25  # alone
+    with gate.hold(10):
+        pass

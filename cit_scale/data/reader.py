@@ -6,7 +6,11 @@ images.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import threading
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+
+from PIL import Image
 
 from cit_scale.datasets.encoded import to_ppm
 from cit_scale.datasets.index import UNUSABLE, reason_text
@@ -14,15 +18,40 @@ from cit_scale.datasets.pixels import LATEST, Pixels
 from cit_scale.datasets.sources import Source
 from cit_scale.errors import BadImageError
 
+# What PIL takes for a pixel: decoded with transparency, converted, and written as PPM.
+BYTES_A_PIXEL = 4 + 3 + 3
+
+
+class ByteGate:
+    """Lets threads hold so many bytes at once; one that wants more than that holds them alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + count <= self._most)
+            self._held += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= count
+                self._changed.notify_all()
+
 
 class Reader:
     """Reads encoded images of a source in a form that DALI can decode. Thread-safe.
 
-    pixels: by which the source's images were measured, too.
+    pixels: by which the source's images were measured, too. most_bytes: that PIL may take at once, in all threads.
     """
 
-    def __init__(self, source: Source, pixels: Pixels = LATEST) -> None:
+    def __init__(self, source: Source, pixels: Pixels = LATEST, most_bytes: int = 2 << 30) -> None:
         self.source = source
+        self._decoding = ByteGate(most_bytes)
         self._pixels = pixels
         self.bad: dict[int, str] = dict(source.rejects)
         """Index -> reason of every bad image found so far; at first those that the source lists as rejects."""
@@ -67,9 +96,13 @@ class Reader:
         found = None if is_doubtful else self._pixels.for_dali(data)
         if found is not None and found[1] in (expected, None):
             return found[0]
+        with self._decoding.hold(BYTES_A_PIXEL * expected[0] * expected[1]):
+            return to_ppm(self._decoded(data, expected))
+
+    def _decoded(self, data: bytes, expected: tuple[int, int]) -> Image.Image:
         image = self._pixels.decode(data)
         if (image.height, image.width) != expected:
             raise BadImageError(
                 f"is now {image.height} x {image.width} pixels, but was {expected[0]} x {expected[1]} when indexed"
             )
-        return to_ppm(image)
+        return image

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -59,6 +59,22 @@ class BatchRequest:
 
     doubtful: frozenset[int] = frozenset()
     """Samples that DALI could not decode when this request was planned before: PIL decodes them, in this batch only."""
+
+    goes_on: bool = False
+    """Whether this is a part of a micro-batch, and the next request has more of it."""
+
+    def in_parts(self, nbytes: np.ndarray, most: int) -> Iterator[BatchRequest]:
+        """The same images as requests for at most so many bytes, or for one image. nbytes: (B,), of each decoded."""
+        part = np.zeros(len(nbytes), np.int64)  # of each image, the number of its part
+        held = 0
+        for place, size in enumerate(nbytes.tolist()):
+            is_next = place > 0 and held + size > most
+            held = size if is_next else held + size
+            part[place:] += is_next
+        for number in range(part[-1] + 1):
+            here = part == number
+            columns = self.positions[here], self.samples[here], self.repeats[here]
+            yield BatchRequest(self.epoch, *columns, self.doubtful, goes_on=number < part[-1])
 
 
 @dataclass(frozen=True)
@@ -237,7 +253,11 @@ class BatchStream:
         self._num_readers = data.decode_threads
         self._readers = ThreadPoolExecutor(data.decode_threads, "read")
         self._planner = planner
-        self._plans = prefetch(map(self._plan, requests), data.prefetch)
+        depth = max(data.prefetch, 1)
+        # What is planned, what waits for DALI, what DALI decodes ahead, and what it has handed out.
+        self._most_bytes = (data.decoded_mib << 20) // (2 * depth + 2)
+        parts = itertools.chain.from_iterable(map(self._in_parts, requests))
+        self._plans = prefetch(map(self._plan, parts), data.prefetch)
         self._to_refeed: deque[PlannedBatch] = deque()
         """Plans to be fed before the next new one."""
 
@@ -250,7 +270,7 @@ class BatchStream:
             data=data,
             batch_size=batch_size,
             num_threads=data.decode_threads,
-            prefetch_queue_depth=max(data.prefetch, 1),
+            prefetch_queue_depth=depth,
             device_id=self._device_id,
         )
         self._pipeline: Pipeline | None = self._make_pipeline(self.feed)
@@ -281,6 +301,26 @@ class BatchStream:
 
     def next_batch(self) -> Batch | None:
         """The next batch; None after the last one."""
+        parts: list[Batch] = []
+        goes_on = True
+        while goes_on:
+            found = self._next_part()
+            if found is None:
+                return None
+            part, goes_on = found
+            parts.append(part)
+        if len(parts) == 1:
+            return parts[0]
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(Batch))
+        return Batch(*map(torch.cat, columns))
+
+    def _in_parts(self, request: BatchRequest) -> Iterator[BatchRequest]:
+        source = self._reader.source
+        nbytes = 3 * source.heights[request.samples] * source.widths[request.samples]
+        return iter((request,)) if nbytes.sum() <= self._most_bytes else request.in_parts(nbytes, self._most_bytes)
+
+    def _next_part(self) -> tuple[Batch, bool] | None:
+        """The images of the next plan, and whether the next one belongs to the same batch; None after the last one."""
         assert self._pipeline is not None  # until the stream is closed
         while True:
             stream = None if self._device_id is None else torch.cuda.current_stream(self._device_id)
@@ -297,12 +337,13 @@ class BatchStream:
             images = torch.from_dlpack(decoded.as_tensor())  # the same memory, which DALI now leaves alone
             if plan.draw is not None:
                 erase(images, plan.draw)
-            return Batch(
+            batch = Batch(
                 images=images,
                 labels=torch.from_numpy(self._reader.source.labels[plan.samples]).to(self._device, non_blocking=True),
                 positions=torch.from_numpy(plan.positions),
                 samples=torch.from_numpy(plan.samples),
             )
+            return batch, plan.request.goes_on
 
     def recover(self) -> bool:
         """Go on after a batch that failed. False: the caller has to raise the error of that batch.

@@ -506,7 +506,8 @@ def open_images(data: DataConfig, versions: Iterable[StreamVersions] = ()) -> di
             pixels = BY_VERSION[number]
             train, evaluation = open_sources(data, pixels)
             refuse_bad_index((train, evaluation), data.max_bad_images)
-            opened[number] = Reader(train, pixels), Reader(evaluation, pixels)
+            most_bytes = data.decoded_mib << 20
+            opened[number] = Reader(train, pixels, most_bytes), Reader(evaluation, pixels, most_bytes)
         return opened
     except ConfigError:
         raise
