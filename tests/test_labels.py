@@ -70,21 +70,22 @@ def refusal(function, *arguments, **options):
 # --- tar files ---
 
 
-def test_links_inside_a_tar_file_are_followed(tmp_path):
+@pytest.mark.parametrize("here", ["", "./"])
+def test_links_inside_a_tar_file_are_followed(tmp_path, here):
     root = tar_of(
         tmp_path / "set",
-        ("x/a.png", png(1)),
-        ("x/a.cls", b"cat"),
-        ("x/hard.png", tarfile.LNKTYPE, "x/a.png"),
-        ("x/hard.cls", tarfile.LNKTYPE, "x/a.cls"),
-        ("y/soft.png", tarfile.SYMTYPE, "../x/hard.png"),
-        ("y/soft.cls", b"dog"),
+        (f"{here}x/a.png", png(1)),
+        (f"{here}x/a.cls", b"cat"),
+        (f"{here}x/hard.png", tarfile.LNKTYPE, f"{here}x/a.png"),
+        (f"{here}x/hard.cls", tarfile.LNKTYPE, f"{here}x/a.cls"),
+        (f"{here}y/soft.png", tarfile.SYMTYPE, "../x/hard.png"),
+        (f"{here}y/soft.cls", b"dog"),
     )
     source = open_foreign_shards(root, tmp_path / "cache")
-    assert keys(source) == ["x/a.png", "x/hard.png", "y/soft.png"]
+    assert keys(source) == [f"{here}{name}" for name in ("x/a.png", "x/hard.png", "y/soft.png")]
     assert labels(source) == ["cat", "cat", "dog"]
     assert {source.read(index) for index in range(3)} == {png(1)}
-    assert keys(open_foreign_shards(root, tmp_path / "cache", FIRST)) == ["x/a.png"]
+    assert keys(open_foreign_shards(root, tmp_path / "cache", FIRST)) == [f"{here}x/a.png"]
 
 
 def test_a_member_without_bytes_of_its_own_is_a_reject_with_a_reason(tmp_path):

@@ -462,7 +462,7 @@ def _scan_shard(path: Path, pixels: Pixels) -> tuple[list[tuple[bytes, int, int,
         # "r:" refuses compressed files, in which offsets would be useless.
         with path.open("rb") as file, tarfile.open(path, "r:", file) as tar:
             members = list(_members(tar, file.fileno(), pixels))
-            by_name = {member.name: member for member in members}
+            by_name = {os.path.normpath(member.name): member for member in members}
             for member in members:
                 key, suffix = split_key(member.name) if pixels is FIRST else image_key(member.name, pixels)
                 if suffix in pixels.extensions:
@@ -513,13 +513,16 @@ def _members(tar: tarfile.TarFile, descriptor: int, pixels: Pixels) -> Iterator[
 
 
 def _followed(member: tarfile.TarInfo, by_name: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """The plain file that a member is, or links to inside its tar file; None if it leads nowhere."""
+    """The plain file that a member is, or links to inside its tar file; None if it leads nowhere.
+
+    by_name: under their names as ``os.path.normpath`` gives them: tar writes ./a.jpg where a folder was packed as ".".
+    """
     found: tarfile.TarInfo | None = member
     for _ in range(MOST_LINKS):
         if found is None or found.isreg():
             return found
         if found.islnk():
-            found = by_name.get(found.linkname)
+            found = by_name.get(os.path.normpath(found.linkname))
         elif found.issym():
             found = by_name.get(os.path.normpath(os.path.join(os.path.dirname(found.name), found.linkname)))
         else:
