@@ -156,7 +156,7 @@ def test_a_run_without_teachers_is_plain_supervised_training(tiny):
         (["--train.global_batch_size", "100"], 2, "the nearest that do: 96, 104"),
         (["--student.kwargs.num_classes", "7"], 2, "it follows from the data set"),
         (["--augment.policy", "rand-m9-x3"], 2, "rand-m9-x3"),
-        (["--data.cache_dir", "/proc/none"], 3, "cannot be opened"),
+        (["--data.cache_dir", "/proc/none"], 3, "name another folder by --data.cache_dir"),
         (["--runs_dir", "/proc/none"], 6, "another --runs_dir"),
         (["--train.global_batch_size", "2048"], 2, "2048"),
         (["--data.train", "/no/such/folder"], 3, "/no/such/folder"),
