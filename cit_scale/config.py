@@ -140,6 +140,9 @@ class DataConfig:
     holdout: float = setting(0.2, rules=[SHARE])
     """The part of `train` that is held out for evaluation when `eval` is not given."""
 
+    label_key: str | None = None
+    """Of tar shards with a .json beside each image: the key of its label. Without it .cls files have the labels."""
+
     split_names: bool = setting(False, may_change=True)
     """Whether classes may be called train, val, valid or test. As a rule these are a data set's parts."""
 

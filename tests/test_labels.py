@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -131,6 +132,36 @@ def test_what_is_passed_over_in_a_tar_file_is_said(tmp_path):
 def test_a_binary_label_is_refused(tmp_path, content):
     root = tar_of(tmp_path / "set", ("a.png", png(1)), ("a.cls", content))
     assert "has a label that is no text, a.cls: " in refusal(open_foreign_shards, root, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("label", ["cat", 7])
+def test_labels_of_json_files_are_taken_by_the_key_that_is_asked_for(tmp_path, label):
+    said = json.dumps({"caption": "a cat", "label": label, "exif": "x" * 5000}).encode()
+    root = tar_of(tmp_path / "set", ("a.1.png", png(1)), ("a.1.json", said), ("b.png", png(2)), ("b.json", said))
+    message = refusal(open_sources, DataConfig(train=str(root), cache_dir=str(tmp_path / "cache")))
+    assert "its .json files have caption, label, exif: name the label's by --data.label_key" in message
+    train, _ = open_sources(DataConfig(train=str(root), cache_dir=str(tmp_path / "cache"), label_key="label"))
+    assert train.classes == (str(label),)
+    missing = DataConfig(train=str(root), cache_dir=str(tmp_path / "cache"), label_key="class")
+    assert "a.1.json has no text or number called class, by data.label_key; it has caption" in refusal(
+        open_sources, missing
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b'{"label": null}', b'{"label": true}', b'{"label": " "}'])
+def test_a_json_without_a_label_is_refused(tmp_path, content):
+    root = tar_of(tmp_path / "set", ("a.png", png(1)), ("a.json", content))
+    assert "a.json" in refusal(open_foreign_shards, root, tmp_path / "cache", label_key="label")
+
+
+def test_a_file_of_classes_may_name_some_that_have_no_images(tmp_path):
+    samples = ("a.png", png(1)), ("a.cls", b"0"), ("b.png", png(2)), ("b.cls", b"2"), ("c.png", png()), ("c.cls", b"0")
+    root = tar_of(tmp_path / "set", *samples, ("d.png", png(3)), ("d.cls", b"2"))
+    (root / "classes.txt").write_text("cat\ndog\neel\n")
+    train, held_out = open_sources(DataConfig(train=str(root), cache_dir=str(tmp_path / "cache")))
+    assert train.classes == held_out.classes == ("cat", "dog", "eel")
+    assert sorted(labels(train) + labels(held_out)) == ["cat", "cat", "eel", "eel"]
+    assert train.notes == (f"{root / 'classes.txt'} names 1 classes without images: dog",)
 
 
 # --- folders ---

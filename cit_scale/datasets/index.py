@@ -192,7 +192,7 @@ def read_image_headers(
     classes: K names. names, labels: of the N images. read(index, start, size): as ``encoded.measure`` takes it, of an
     image. where, index_path: for messages. pixels: how they are measured. A rejected image keeps its row, with height
     and width 0.
-    Raises ConfigError for a class without a readable image.
+    Raises ConfigError for a class that has images, and none that can be read.
     """
     count = len(names)
     heights, widths = np.zeros((2, count), np.int64)
@@ -215,8 +215,9 @@ def read_image_headers(
             progress.advance(min(CHUNK, count - progress.done))
 
     num_readable = np.bincount(labels[heights > 0], minlength=len(classes))
-    if not num_readable.all():
-        missing = [name for name, number in zip(classes, num_readable, strict=True) if not number]
+    is_lost = (num_readable == 0) & (np.bincount(labels, minlength=len(classes)) > 0)
+    if is_lost.any():
+        missing = [name for name, lost in zip(classes, is_lost, strict=True) if lost]
         unreadable = [
             f"{printable(names[index])} ({reason})"
             for index, reason in rejects.items()

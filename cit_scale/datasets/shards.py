@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import io
+import json
 import os
 import re
 import shutil
@@ -56,7 +57,8 @@ SETTINGS = "pack.json"  # a folder with settings and without an index is still b
 CLASSES = "classes.txt"
 # WebDataset's rule: the key ends at the first dot of the last part of the path.
 KEY = re.compile(r"((?:.*/)?[^./]+)(\.[^/]*)", re.DOTALL)
-LABEL = ".cls"
+LABEL, JSON = ".cls", ".json"
+MOST_LABEL_BYTES = 1 << 20  # a .json of img2dataset holds captions, EXIF and more
 PLACE = ("shards", "offsets", "sizes")  # columns of numbers: number of the shard, first byte in it, number of bytes
 PIXELS = "pixels"  # column of one number: the version of pixels by which images were measured; 1 where it is missing
 MOST_SHARDS = 1_000_000  # that a pattern names
@@ -373,16 +375,20 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 
 def open_foreign_shards(
-    folder: Path, cache_dir: Path, pixels: Pixels = LATEST, paths: Sequence[Path] | None = None
+    folder: Path,
+    cache_dir: Path,
+    pixels: Pixels = LATEST,
+    paths: Sequence[Path] | None = None,
+    label_key: str | None = None,
 ) -> TarShards:
     """Open tar files in WebDataset's layout that have no index: scan them once and cache an index.
 
     folder: with the files. paths: of those that count, at any depth in the folder; None: its *.tar.
 
-    An image is a regular member with an image's extension. Its label is the content of NAME.cls beside it: a number or
-    the name of a class. If the folder has a classes.txt, its lines are the classes, and numbers count them from 0;
-    otherwise the classes are the labels in sorted order. The index is kept in `cache_dir` until the name, size or
-    modification time of a file changes.
+    An image is a member with an image's extension. Its label is the content of NAME.cls beside it, or what NAME.json
+    has under ``label_key``: a number or the name of a class. If the folder has a classes.txt, its lines are the
+    classes, and numbers count them from 0; otherwise the classes are the labels in sorted order. The index is kept in
+    `cache_dir` until the name, size or modification time of a file changes.
 
     Raises ConfigError for a file that is not a complete, uncompressed tar file, for images without a label, and for
     labels that classes.txt does not have.
@@ -391,16 +397,19 @@ def open_foreign_shards(
     names = [os.path.relpath(path, folder) for path in paths]
     classes_file = folder / CLASSES
     files = [*paths, classes_file] if classes_file.exists() else paths
-    stats: list[str | int] = []
+    stats: list[str | int] = [] if label_key is None else [f"labels by {label_key}"]
     for path in files:
         stats += [os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns]
     index_path = cache_path(cache_dir, "shards", folder.resolve(), *stats, pixels=pixels)
 
     def build() -> Columns:
-        images, texts, places, notes = _scan_shards(paths, pixels)
+        images, texts, places, notes = _scan_shards(paths, pixels, label_key)
         if classes_file.exists():
             classes = tuple(filter(None, classes_file.read_text("utf-8-sig", "surrogateescape").split("\n")))
             labels = _labels_by_file(classes_file, classes, texts)
+            unused = [printable(classes[label]) for label in sorted({*range(len(classes))} - {*labels.tolist()})]
+            if unused:
+                notes.append(f"{printable(classes_file)} names {len(unused)} classes without images: {shorten(unused)}")
         else:
             classes, labels = number_classes(texts, pixels)
         shards = {
@@ -419,7 +428,9 @@ def tar_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
-def _scan_shards(paths: Sequence[Path], pixels: Pixels) -> tuple[list[bytes], list[str], np.ndarray, list[str]]:
+def _scan_shards(
+    paths: Sequence[Path], pixels: Pixels, label_key: str | None
+) -> tuple[list[bytes], list[str], np.ndarray, list[str]]:
     """Find the N images in the tar files. Returns their names, their labels as text, the columns of PLACE, (N, 3), and
     what is to be said of members that are passed over.
 
@@ -430,7 +441,7 @@ def _scan_shards(paths: Sequence[Path], pixels: Pixels) -> tuple[list[bytes], li
     texts: list[str] = []
     places: list[tuple[int, int, int]] = []
     title = f"scanning {printable(paths[0].parent)}"
-    scan = partial(_scan_shard, pixels=pixels)
+    scan = partial(_scan_shard, pixels=pixels, label_key=label_key)
     with ProgressBar(title, len(paths), "shards") as progress, ThreadPoolExecutor(THREADS) as threads:
         for shard, (found, others) in enumerate(threads.map(scan, paths)):
             for name, offset, size, text in found:
@@ -448,16 +459,21 @@ def _scan_shards(paths: Sequence[Path], pixels: Pixels) -> tuple[list[bytes], li
     return names, texts, np.array(places, np.int64), notes_of(passed, paths[0].parent)
 
 
-def _scan_shard(path: Path, pixels: Pixels) -> tuple[list[tuple[bytes, int, int, str]], Counter[str]]:
+def _scan_shard(
+    path: Path, pixels: Pixels, label_key: str | None
+) -> tuple[list[tuple[bytes, int, int, str]], Counter[str]]:
     """Find the images in a tar file. Returns (name, offset, size, text of the label) of each, and the number of members
     that are passed over, by extension.
 
-    Links are followed inside the file. The size of an image that cannot be read is one of UNREADABLE.
+    Links are followed inside the file. The size of an image that cannot be read is one of UNREADABLE. label_key: of the
+    label in the .json beside each image; None: it is in its .cls.
     Raises ConfigError for a file that is damaged or compressed, two images of one key, and images without a label.
     """
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}
     passed = Counter[str]()
+    holds_label = LABEL if label_key is None else JSON
+    keys: Sequence[str] = ()  # of a .json that is passed over
     try:
         # "r:" refuses compressed files, in which offsets would be useless.
         with path.open("rb") as file, tarfile.open(path, "r:", file) as tar:
@@ -472,11 +488,15 @@ def _scan_shard(path: Path, pixels: Pixels) -> tuple[list[tuple[bytes, int, int,
                             f"{printable(member.name)}; leave one of them out"
                         )
                     images[key] = member
-                elif suffix == LABEL:
-                    found = _followed(member, by_name)
-                    content = tar.extractfile(found) if found is not None else None
-                    labels[key] = _label(b"" if content is None else content.read(1 << 10), member, path, pixels)
+                elif suffix == holds_label:
+                    data = _start_of(tar, _followed(member, by_name))
+                    if label_key is None:
+                        labels[key] = _label(data, member, path, pixels)
+                    else:
+                        labels[key] = _json_label(data, label_key, member, path)
                 else:
+                    if suffix == JSON and not keys:
+                        keys = _json_keys(_start_of(tar, _followed(member, by_name)))
                     passed[os.path.splitext(member.name)[1].lower()] += 1
     except tarfile.TarError as error:
         raise ConfigError(
@@ -489,9 +509,10 @@ def _scan_shard(path: Path, pixels: Pixels) -> tuple[list[tuple[bytes, int, int,
         unlabelled.remove(key)
     if unlabelled:
         names = [printable(images[key].name) for key in unlabelled]
+        hint = f"; its .json files have {shorten(keys, 8)}: name the label's by --data.label_key" if keys else ""
         raise ConfigError(
             f"{printable(path)} has {len(unlabelled)} of {len(images)} images without a label: {shorten(names)}; "
-            f"write each label, a number or a class's name, beside its image as NAME{LABEL}"
+            f"write each label, a number or a class's name, beside its image as NAME{holds_label}{hint}"
         )
     return [(os.fsencode(each.name), *_place(each, by_name), labels[key]) for key, each in images.items()], passed
 
@@ -552,13 +573,43 @@ def _label(content: bytes, member: tarfile.TarInfo, path: Path, pixels: Pixels) 
     return text
 
 
+def _start_of(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
+    content = None if member is None else tar.extractfile(member)
+    return b"" if content is None else content.read(MOST_LABEL_BYTES)
+
+
+def _json_keys(data: bytes) -> list[str]:
+    """The keys of a .json, for a message."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return []
+    return [printable(key) for key in found] if isinstance(found, dict) else []
+
+
+def _json_label(data: bytes, label_key: str, member: tarfile.TarInfo, path: Path) -> str:
+    """The label in a .json. Raises ConfigError where there is none."""
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"{printable(path)}: {printable(member.name)} is no JSON ({reason_text(error)})") from None
+    label = found.get(label_key) if isinstance(found, dict) else None
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        raise ConfigError(
+            f"{printable(path)}: {printable(member.name)} has no text or number called {printable(label_key)}, by "
+            f"data.label_key; it has {shorten(_json_keys(data), 8)}"
+        )
+    return str(label).strip()
+
+
 def image_key(name: str, pixels: Pixels) -> tuple[str, str]:
     """As ``split_key``, but where this finds no image or label, at the last dot: the key of a.b.jpg is a.b."""
     key, suffix = split_key(name)
     if os.path.basename(name).startswith("."):  # left by another system
         return "", ""
     stem, last = os.path.splitext(name)
-    if suffix in pixels.extensions or suffix == LABEL or not (last.lower() in pixels.extensions or last == LABEL):
+    counts = pixels.extensions | {LABEL, JSON}
+    if suffix in counts or last.lower() not in counts:
         return key, suffix
     return stem, last.lower()
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -190,10 +190,11 @@ def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Sou
     if data.eval is None and not 0 < data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is not between 0 and 1; use 0.2, or set data.eval to a folder")
     cache_dir = cache_folder(data.cache_dir)
-    train = open_source(data.train, cache_dir, "data.train", pixels, split_names=data.split_names)
+    opening = partial(open_source, pixels=pixels, split_names=data.split_names, label_key=data.label_key)
+    train = opening(data.train, cache_dir, "data.train")
     if data.eval is None:
         return _hold_out(train, data.holdout)
-    evaluation = open_source(data.eval, cache_dir, "data.eval", pixels, split_names=data.split_names)
+    evaluation = opening(data.eval, cache_dir, "data.eval")
     if train.classes == evaluation.classes:
         return train, evaluation
     missing, extra = set(train.classes) - set(evaluation.classes), set(evaluation.classes) - set(train.classes)
@@ -210,32 +211,38 @@ def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Sou
 
 
 def open_source(
-    where: str, cache_dir: Path, option: str, pixels: Pixels = LATEST, *, split_names: bool = True
+    where: str,
+    cache_dir: Path,
+    option: str,
+    pixels: Pixels = LATEST,
+    *,
+    split_names: bool = True,
+    label_key: str | None = None,
 ) -> Source:
     """Open a data set by its path or built-in name. A path that exists goes before a name.
 
     option: the setting that `where` comes from, for messages. split_names: whether classes may be called as parts of a
-    data set are.
+    data set are. label_key: as of ``open_foreign_shards``.
 
     Raises ConfigError for a path that is not a data set, and MissingInputError for one that does not exist.
     """
-    source = _open(where, cache_dir, option, pixels, split_names=split_names)
+    source = _open(where, cache_dir, option, pixels, split_names, label_key)
     if where in BUILT_IN and built_in_name(where) is None:
         named = f"{option}={where} is {Path(where).resolve()} here; {BUILT_IN_PREFIX}{where} is the built-in data set"
         source.notes = (*source.notes, named)
     return source
 
 
-def _open(where: str, cache_dir: Path, option: str, pixels: Pixels, *, split_names: bool) -> Source:
+def _open(where: str, cache_dir: Path, option: str, pixels: Pixels, split_names: bool, label_key: str | None) -> Source:
     built_in, path = built_in_name(where), Path(where).expanduser()
     if built_in is not None:
         return BUILT_IN[built_in](cache_dir, pixels)
     if path.is_dir():
         if not split_names and pixels is not FIRST:
             refuse_split_names(path, option)
-        return _open_folder(path, cache_dir, pixels)
+        return _open_folder(path, cache_dir, pixels, label_key)
     if shards := tars_named(where):
-        return open_foreign_shards(common_folder(shards), cache_dir, pixels, shards)
+        return open_foreign_shards(common_folder(shards), cache_dir, pixels, shards, label_key)
     if path.is_file() and path.suffix.lower() in DELIMITERS:
         return Manifest(path, cache_dir, pixels)
     if path.is_file() and (labels := labels_beside(path)):
@@ -276,7 +283,7 @@ def refuse_split_names(folder: Path, option: str) -> None:
     )
 
 
-def _open_folder(folder: Path, cache_dir: Path, pixels: Pixels) -> Source:
+def _open_folder(folder: Path, cache_dir: Path, pixels: Pixels, label_key: str | None) -> Source:
     """Open a folder of packed shards, of tar files without an index, or of class folders."""
     if (folder / INDEX).exists():
         return open_packed(folder, cache_dir, pixels)
@@ -288,7 +295,7 @@ def _open_folder(folder: Path, cache_dir: Path, pixels: Pixels) -> Source:
     # Class folders take precedence over tar files that lie beside them.
     has_folders = any(is_folder(entry) for entry in os.scandir(folder) if is_shown(entry))
     if tar_files(folder) and not has_folders:
-        return open_foreign_shards(folder, cache_dir, pixels)
+        return open_foreign_shards(folder, cache_dir, pixels, label_key=label_key)
     return ImageFolder(folder, cache_dir, pixels)
 
 
@@ -304,6 +311,8 @@ def _hold_out(source: Source, share: float) -> tuple[Source, Source]:
     held_out = []
     for label, name in enumerate(source.classes):
         members = np.flatnonzero(source.labels == label)
+        if not len(members):  # named in classes.txt alone
+            continue
         if len(members) < 2:
             raise ConfigError(
                 f"class {name!r} has fewer than 2 images, so none can be held out; add images or set data.eval"
