@@ -3,7 +3,7 @@
 import json
 import math
 import re
-import tarfile
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,7 @@ def write_images(folder):
 
 @pytest.fixture
 def old_run(tmp_path):
-    with tarfile.open(RUN) as tar:
-        tar.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(RUN, tmp_path)
     write_images(tmp_path / "images")
     return tmp_path
 
