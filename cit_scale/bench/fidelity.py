@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare_each(folder: Path, image_size: int) -> int:
-    """Print what ``distances`` finds of each way, and the images that are too far. Returns the exit code: 1 for any."""
+    """Print the largest distance by each way, and the images that are too far. Returns the exit code: 1 for any."""
     with tempfile.TemporaryDirectory() as temporary:
         source = ImageFolder(folder, Path(temporary))
         pack(source, Path(temporary) / "packed", workers=THREADS)

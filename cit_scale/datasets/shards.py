@@ -328,7 +328,7 @@ def open_packed(folder: Path, cache_dir: Path, pixels: Pixels = LATEST) -> TarSh
     index_path = cache_path(cache_dir, f"packed-{pixels.version}", folder.resolve(), stat.st_size, stat.st_mtime_ns)
 
     def build() -> Columns:
-        names, labels, read = list(written.texts["names"]), written.numbers["labels"], _Places(folder, written).read
+        names, labels, read = list(written.texts["names"]), written.numbers["labels"], shards._places.read
         return written | read_image_headers(shards.classes, names, labels, read, folder, index_path, pixels)
 
     return TarShards(folder, cached(index_path, build, lambda columns: True))

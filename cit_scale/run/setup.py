@@ -152,6 +152,8 @@ class PreparedRun:
     @property
     def repeats_together(self) -> float:
         """Share of the repeats in the first epoch that are in one update with another of the same sample."""
+        if self.config.augment.repeats == 1:
+            return 0.0
         config, batch = self.config, self.config.train.global_batch_size
         spread, places = self.repeat_spread, self.steps_per_epoch * batch
         order = epoch_order(places, config.seed, 0, config.augment.repeats, spread)  # as far apart as balanced ones
