@@ -162,7 +162,10 @@ class DataConfig:
     """Micro-batches that are read ahead, and as many that are decoded ahead; 0 prepares each when it is asked for."""
 
     decoded_mib: int = setting(2048, rules=[POSITIVE], may_change=True)
-    """MiB of decoded images that each rank holds at once, before they are resized; a larger image is decoded alone."""
+    """MiB of decoded images that a stream holds at once, before they are resized; a larger image is decoded alone."""
+
+    max_pixels: int = setting(178_956_970, rules=[POSITIVE], may_change=True)
+    """An image of more pixels, by its header, is not decoded: it counts as one that cannot be used."""
 
     hw_decoder_load: float = setting(0.65, rules=[SHARE], may_change=True)
     """On a GPU: the share of JPEGs that its hardware decoder takes, where it has one; its cores decode the others."""

@@ -63,6 +63,22 @@ def without_adobe(jpeg):
     return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4]) :]
 
 
+def in_chunks(png, size):
+    """The same PNG with its pixels in chunks of so many bytes."""
+    kinds, at = [], 8
+    while at < len(png):
+        count = int.from_bytes(png[at : at + 4], "big")
+        kinds.append((png[at + 4 : at + 8], png[at + 8 : at + 8 + count]))
+        at += 12 + count
+    parts = [
+        chunk(kind, content[first : first + size])
+        for kind, content in kinds
+        for first in (range(0, len(content), size) if kind == b"IDAT" else (0,))
+        for size in (size if kind == b"IDAT" else len(content),)
+    ]
+    return png[:8] + b"".join(parts)
+
+
 def bmp_565(image):
     """A bitmap of 16 bits a pixel: 5 of red, 6 of green, 5 of blue."""
     red, green, blue = (np.asarray(image).astype(np.uint16)[::-1] >> (3, 2, 3)).transpose(2, 0, 1)
@@ -76,6 +92,8 @@ def bmp_565(image):
 def odd_images():
     image = picture()
     jpeg, png = encode(image, "JPEG", quality=92), encode(image, "PNG")
+    bmp = encode(image, "BMP")
+    long_text = b"Comment\0" + b"x" * (1 << 17)
     blue = encode(Image.new("RGB", image.size, (0, 0, 255)), "PNG")
     head = b"Exif\0\0"
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
@@ -112,6 +130,17 @@ def odd_images():
         "animation.webp": encode(image, "WEBP", save_all=True, append_images=[Image.new("RGB", image.size)]),
         "lossless_exif.webp": encode(image, "WEBP", lossless=True, exif=turned),
         "exif.webp": encode(image, "WEBP", exif=turned),
+        "exif_checksum_behind_the_pixels.png": png[:-12] + chunk(b"eXIf", exif())[:-1] + b"?" + end,
+        "exif_then_text_behind_the_pixels.png": png[:-12] + chunk(b"eXIf", exif()) + chunk(b"tEXt", long_text) + end,
+        "long_exif_behind_the_pixels.png": png[:-12] + chunk(b"eXIf", exif() + bytes(1 << 17)) + end,
+        "exif_and_more_behind_the_end.png": png[:-12] + chunk(b"eXIf", exif()) + end + bytes(100),
+        "exif_and_much_behind_the_end.png": png[:-12] + chunk(b"eXIf", exif()) + end + bytes(1 << 17),
+        "exif_behind_the_end.png": png + chunk(b"eXIf", exif()),
+        "exif_behind_an_animation.png": animated(png, blue)[:-12] + chunk(b"eXIf", exif()) + end,
+        "many_chunks_of_pixels.png": in_chunks(png, 50)[:-12] + chunk(b"eXIf", exif()) + end,
+        "xmp.tif": encode(image, "TIFF", tiffinfo={700: xmp}),
+        "xmp_and_exif.tif": encode(image, "TIFF", exif=turned, tiffinfo={700: xmp, 0x0112: 6}),
+        "offset_0.bmp": bmp[:10] + bytes(4) + bmp[14:],
         "exif.tif": encode(image, "TIFF", exif=turned),
         "exif.avif": encode(image, "AVIF", exif=turned),
         "cmyk.jpg": encode(image.convert("CMYK"), "JPEG", quality=95),

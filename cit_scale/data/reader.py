@@ -6,10 +6,12 @@ images.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from PIL import Image
 
 from cit_scale.datasets.encoded import to_ppm
@@ -18,29 +20,46 @@ from cit_scale.datasets.pixels import LATEST, Pixels
 from cit_scale.datasets.sources import Source
 from cit_scale.errors import BadImageError
 
-# What PIL takes for a pixel: decoded with transparency, converted, and written as PPM.
+# What PIL takes for a pixel: decoded with transparency, converted, and written as PPM. What DALI takes for it
+# afterwards, the PPM twice and decoded, is less.
 BYTES_A_PIXEL = 4 + 3 + 3
+# What DALI takes for a pixel of an image that it decodes, and the names of such images as a rule.
+DALI_BYTES_A_PIXEL = 3
+FOR_DALI = (b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".bmp", b".dib", b".webp")
 
 
 class ByteGate:
-    """Lets threads hold so many bytes at once; one that wants more than that holds them alone."""
+    """Limits the bytes that all threads hold together. Who wants more than that waits until nobody else holds any."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._most = float(most)
         self._held = 0
         self._changed = threading.Condition()
 
-    @contextmanager
-    def hold(self, count: int) -> Iterator[None]:
+    def take(self, count: int) -> None:
+        """Wait until there is room, and hold so many bytes until they are given back."""
         with self._changed:
             self._changed.wait_for(lambda: not self._held or self._held + count <= self._most)
             self._held += count
+
+    def give_back(self, count: int) -> None:
+        with self._changed:
+            self._held -= count
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """Let everybody through from now on, those that wait first."""
+        with self._changed:
+            self._most = math.inf
+            self._changed.notify_all()
+
+    @contextmanager
+    def hold(self, count: int) -> Iterator[None]:
+        self.take(count)
         try:
             yield
         finally:
-            with self._changed:
-                self._held -= count
-                self._changed.notify_all()
+            self.give_back(count)
 
 
 class Reader:
@@ -66,10 +85,7 @@ class Reader:
         Raises BadImageError when no image of the source is good, and OSError where reading fails.
         """
         num_samples = len(self.source)
-        for candidate in range(sample, sample + num_samples):
-            candidate %= num_samples
-            if candidate in self._hopeless:
-                continue
+        for candidate in self._candidates(sample):
             try:
                 return candidate, self._read(candidate, candidate in doubtful)
             except BadImageError as error:
@@ -80,6 +96,24 @@ class Reader:
         raise BadImageError(
             f"none of {num_samples} images can be decoded; the last: {self.bad_image_lines([sample])[0]}"
         )
+
+    def _candidates(self, sample: int) -> Iterator[int]:
+        """`sample` itself and those after it, without those that are known to be bad."""
+        num_samples = len(self.source)
+        for candidate in range(sample, sample + num_samples):
+            if candidate % num_samples not in self._hopeless:
+                yield candidate % num_samples
+
+    def decoded_bytes(self, samples: np.ndarray, most: int) -> np.ndarray:
+        """What each image takes at most while it is decoded, (B,) int64. samples: (B,).
+
+        most: bytes that images of one request share. One that is larger is counted as if PIL had to decode it.
+        """
+        read = np.array([next(self._candidates(int(sample)), int(sample)) for sample in samples])
+        pixels = self.source.heights[read] * self.source.widths[read]
+        is_usual = np.array([self.source.key(int(sample)).lower().endswith(FOR_DALI) for sample in read])
+        by_dali = DALI_BYTES_A_PIXEL * pixels
+        return np.where(is_usual & (by_dali <= most), by_dali, BYTES_A_PIXEL * pixels)
 
     def bad_image_lines(self, samples: Iterable[int]) -> list[str]:
         """Return ``name<TAB>reason`` of each bad image in `samples`, the lines of bad_images.tsv."""

@@ -29,7 +29,7 @@ from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
 from cit_scale.data.order import SPREAD, Cursor, balanced_order, epoch_order, rank_slice, steps_per_epoch
-from cit_scale.data.reader import Reader
+from cit_scale.data.reader import ByteGate, Reader
 from cit_scale.distributed.world import World
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -63,18 +63,22 @@ class BatchRequest:
     goes_on: bool = False
     """Whether this is a part of a micro-batch, and the next request has more of it."""
 
+    nbytes: int = 0
+    """What its images take at most while they are decoded."""
+
     def in_parts(self, nbytes: np.ndarray, most: int) -> Iterator[BatchRequest]:
-        """The same images as requests for at most so many bytes, or for one image. nbytes: (B,), of each decoded."""
-        part = np.zeros(len(nbytes), np.int64)  # of each image, the number of its part
-        held = 0
+        """Split the request, so that each part takes at most so many bytes or holds one image. nbytes: (B,), of each."""
+        starts, held = [0], 0
         for place, size in enumerate(nbytes.tolist()):
-            is_next = place > 0 and held + size > most
-            held = size if is_next else held + size
-            part[place:] += is_next
-        for number in range(part[-1] + 1):
-            here = part == number
+            if place and held + size > most:
+                starts.append(place)
+                held = 0
+            held += size
+        for first, end in itertools.pairwise([*starts, len(nbytes)]):
+            here = slice(first, end)
             columns = self.positions[here], self.samples[here], self.repeats[here]
-            yield BatchRequest(self.epoch, *columns, self.doubtful, goes_on=number < part[-1])
+            count = int(nbytes[here].sum())
+            yield BatchRequest(self.epoch, *columns, self.doubtful, goes_on=end < len(nbytes), nbytes=count)
 
 
 @dataclass(frozen=True)
@@ -256,15 +260,21 @@ class BatchStream:
         depth = max(data.prefetch, 1)
         # What is planned, what waits for DALI, what DALI decodes ahead, and what it has handed out.
         self._most_bytes = (data.decoded_mib << 20) // (2 * depth + 2)
-        parts = itertools.chain.from_iterable(map(self._in_parts, requests))
-        self._plans = prefetch(map(self._plan, parts), data.prefetch)
-        self._to_refeed: deque[PlannedBatch] = deque()
-        """Plans to be fed before the next new one."""
+        self._memory = ByteGate(data.decoded_mib << 20)
+        self._handed_out = 0
+        """Bytes of it that are held by what is no longer in flight."""
+
+        self._plans = prefetch(self._plan_all(requests), data.prefetch)
+        self._to_refeed: deque[PlannedBatch | None] = deque()
+        """What is to be fed before the next of ``_plan_all``."""
 
         self._in_flight: deque[PlannedBatch] = deque()
         """Plans that were fed and whose batches ``next_batch`` has not returned yet, in order."""
 
         self._planning_failed = False
+        self._is_full = False
+        """Whether what is in flight has to be handed out before the next plan."""
+
         self._make_pipeline = partial(
             pipeline,
             data=data,
@@ -277,6 +287,7 @@ class BatchStream:
 
     def close(self) -> None:
         """End the threads, DALI's among them."""
+        self._memory.open()
         self._plans.close()
         self._readers.shutdown()
         # The pipeline holds ``feed``, and so this object: without this line DALI's threads would live until the next
@@ -291,6 +302,9 @@ class BatchStream:
         """
         try:
             plan = self._to_refeed.popleft() if self._to_refeed else next(self._plans)
+            if plan is None:
+                self._is_full = True
+                raise StopIteration
         except StopIteration:
             raise
         except Exception:
@@ -314,10 +328,27 @@ class BatchStream:
         columns = ([getattr(part, field.name) for part in parts] for field in fields(Batch))
         return Batch(*map(torch.cat, columns))
 
-    def _in_parts(self, request: BatchRequest) -> Iterator[BatchRequest]:
-        source = self._reader.source
-        nbytes = 3 * source.heights[request.samples] * source.widths[request.samples]
-        return iter((request,)) if nbytes.sum() <= self._most_bytes else request.in_parts(nbytes, self._most_bytes)
+    def _plan_all(self, requests: Iterable[BatchRequest]) -> Iterator[PlannedBatch | None]:
+        """The plans of all requests, of large ones in parts.
+
+        Parts are so small that there is always room for them, but for an image that is larger than a part may be. This
+        one waits until what was planned before is handed out; but DALI asks for more before it hands anything out. Hence
+        None, before and behind it: nothing more until all is handed out and its memory is free.
+        """
+        was_large = False
+        for whole in requests:
+            nbytes = self._reader.decoded_bytes(whole.samples, self._most_bytes)
+            for request in whole.in_parts(nbytes, self._most_bytes):
+                is_large = request.nbytes > self._most_bytes
+                if is_large or was_large:
+                    yield None
+                was_large = is_large
+                self._memory.take(request.nbytes)
+                yield self._plan(request)
+
+    def _give_back(self) -> None:
+        self._memory.give_back(self._handed_out)
+        self._handed_out = 0
 
     def _next_part(self) -> tuple[Batch, bool] | None:
         """The images of the next plan, and whether the next one belongs to the same batch; None after the last one."""
@@ -328,12 +359,21 @@ class BatchStream:
                 # Outputs bound to torch's stream are neither read too early nor handed back to DALI too early.
                 (decoded,) = self._pipeline.run(stream)
             except StopIteration:
-                return None
+                if not self._is_full:
+                    return None
+                # Nothing is in flight any more. A new pipeline, because this one keeps the memory that it has taken.
+                self._is_full, self._pipeline = False, None
+                self._give_back()
+                self._pipeline = self._make_pipeline(self.feed)
+                continue
             except RuntimeError:
                 if not self.recover():
                     raise
                 continue
             plan = self._in_flight.popleft()
+            self._handed_out += plan.request.nbytes
+            if not self._is_full:
+                self._give_back()
             images = torch.from_dlpack(decoded.as_tensor())  # the same memory, which DALI now leaves alone
             if plan.draw is not None:
                 erase(images, plan.draw)
@@ -357,7 +397,8 @@ class BatchStream:
         nothing_changed = all(new is old for new, old in zip(plans, self._in_flight, strict=True))
         if nothing_changed:
             return False
-        self._to_refeed.extendleft(reversed(plans))
+        self._to_refeed.extendleft(reversed([*plans, None] if self._is_full else plans))
+        self._is_full = False
         self._in_flight.clear()
         self._pipeline = self._make_pipeline(self.feed)
         return True

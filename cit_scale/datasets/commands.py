@@ -59,6 +59,15 @@ def pack_parser() -> argparse.ArgumentParser:
     add("out", metavar="OUT", help="folder for the shards: new, or from an earlier run of this command")
     add("--shorter-side", "--shorter_side", type=int, metavar="N", help="scale larger images down to N pixels")
     add("--split-names", action="store_true", help="classes may be called train, val, valid or test")
+    add("--label-key", "--label_key", metavar="KEY", help="of tar shards with .json files: the key of the label")
+    add(
+        "--max-pixels",
+        "--max_pixels",
+        type=int,
+        default=DataConfig().max_pixels,
+        metavar="N",
+        help="reject images of more pixels; %(default)s",
+    )
     add(
         "--quality",
         type=int,

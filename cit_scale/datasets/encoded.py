@@ -11,6 +11,10 @@ DALI gets it in a form that leaves no doubt.
 from __future__ import annotations
 
 import io
+import math
+import re
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +22,7 @@ from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
-from cit_scale.datasets.headers import PNG, turned_jpeg, usual, with_metadata_first
+from cit_scale.datasets.headers import PNG, png_header, turned_jpeg, usual
 from cit_scale.errors import BadImageError, one_line
 
 VERSION = 2  # of pixels, in the stream
@@ -26,9 +30,10 @@ VERSION = 2  # of pixels, in the stream
 # File names with these extensions count as images. PIL decodes the formats that DALI cannot.
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"}
 EXTENSIONS |= {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".avif", ".tga", ".pcx"}
-MAX_PIXELS = 178_956_970  # larger images PIL refuses as decompression bombs: 512 MiB as RGB
+MAX_BYTES = 1 << 30  # of an encoded image; a larger file is not read
 MAX_RATIO = 1000  # longer side / shorter side; resized to a shorter side of 256, a longer strip takes over 200 MB
-HEADER_BYTES = 1 << 16  # first read of an image; one with a longer header is read a second time, completely
+HEADER_BYTES, LONG_HEADER_BYTES = 1 << 16, 1 << 24  # what is read of an image at first, and if that is not enough
+_reading_whole = threading.Lock()  # then all of it, one image at a time: many threads measure
 ORIENTATION = 0x0112  # the EXIF tag
 # EXIF orientation -> the transpose that makes the image upright. 1 means upright already.
 UPRIGHT = {
@@ -43,6 +48,17 @@ UPRIGHT = {
 LYING = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
+def limit_pixels(most: int) -> None:
+    """Set how many pixels an image may have, in this process. As in PIL's own limit, which this sets, too."""
+    Image.MAX_IMAGE_PIXELS = most / 2  # type: ignore[assignment]  # PIL warns above it, and refuses at twice as many
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def most_pixels() -> float:
+    """How many pixels an image may have: as set by ``limit_pixels``, or PIL's default, 178,956,970."""
+    return math.inf if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
 def measure(read: Callable[[int, int], bytes]) -> tuple[int, int]:
     """Return height and width of the upright image in pixels, from its header.
 
@@ -51,13 +67,26 @@ def measure(read: Callable[[int, int], bytes]) -> tuple[int, int]:
     """
     data = read(0, HEADER_BYTES)
     if data.startswith(PNG):  # whose metadata may stand behind the pixels
-        tail = read(-HEADER_BYTES, HEADER_BYTES) if len(data) == HEADER_BYTES else b""
-        data = with_metadata_first(data, tail)
-    try:
-        return read_size(io.BytesIO(data))
-    except BadImageError:  # broken, or its header is longer than HEADER_BYTES
-        data = read(0, -1)
-        return read_size(io.BytesIO(with_metadata_first(data) if data.startswith(PNG) else data))
+        return read_size(io.BytesIO(_png_header(data, read)))
+    for count in (HEADER_BYTES, LONG_HEADER_BYTES):
+        data = data if count == HEADER_BYTES else read(0, count)
+        try:
+            return read_size(io.BytesIO(data))
+        except BadImageError:  # broken, or its header is longer
+            if len(data) < count:
+                raise
+    with _reading_whole:
+        return read_size(io.BytesIO(read(0, -1)))
+
+
+def _png_header(start: bytes, read: Callable[[int, int], bytes]) -> bytes:
+    """As ``headers.png_header``. start: the first bytes, which are not read again."""
+    is_whole = len(start) < HEADER_BYTES
+
+    def read_on(at: int, size: int) -> bytes:
+        return start[at : at + size] if is_whole or at + size <= len(start) else read(at, size)
+
+    return png_header(read_on, start if is_whole else read(-HEADER_BYTES, HEADER_BYTES))
 
 
 def read_size(file: Path | IO[bytes]) -> tuple[int, int]:
@@ -66,10 +95,11 @@ def read_size(file: Path | IO[bytes]) -> tuple[int, int]:
     Raises BadImageError for a broken or too large image, and OSError where the file cannot be read.
     """
     with bad_image_reasons(), Image.open(file) as image:
-        refuse_too_large(image)
-        # PIL turns a TIFF when it is opened, and leaves its orientation there until it is decoded.
-        lies = image.format != "TIFF" and _orientation(image) in LYING
-        return image.size if lies else (image.height, image.width)
+        refuse_too_long(image)
+        # PIL turns a TIFF by its tag when it is opened, and leaves the tag there until it is decoded.
+        is_turned = ORIENTATION in getattr(image, "tag_v2", ())
+        swaps_sides = not is_turned and _orientation(image) in LYING
+        return image.size if swaps_sides else (image.height, image.width)
 
 
 def for_dali(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
@@ -99,20 +129,24 @@ def for_dali(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
 def decode(data: bytes) -> Image.Image:
     """Decode an image with PIL and return it upright and in RGB.
 
-    Raises BadImageError for a broken image, and before decoding for one above MAX_PIXELS or MAX_RATIO.
+    Raises BadImageError for a broken image, and before decoding for one above ``most_pixels`` or MAX_RATIO.
     """
     with bad_image_reasons(), Image.open(io.BytesIO(data)) as image:
-        refuse_too_large(image)  # before the pixels are decoded
+        refuse_too_long(image)  # before the pixels are decoded
         image.load()
         orientation = _orientation(image)
         decoded = image.convert("RGB")
     return decoded.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else decoded
 
 
-def refuse_too_large(image: Image.Image) -> None:
+def refuse_too_many_bytes(count: int) -> None:
+    """Raise BadImageError for an encoded image of so many bytes."""
+    if count > MAX_BYTES:
+        raise BadImageError(f"has {count} bytes, more than {MAX_BYTES}")
+
+
+def refuse_too_long(image: Image.Image) -> None:
     width, height = image.size
-    if height * width > MAX_PIXELS:
-        raise BadImageError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
     if max(height, width) > MAX_RATIO * min(height, width):
         raise BadImageError(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
 
@@ -127,9 +161,15 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _first_number(error: Exception) -> str:
+    return next(iter(re.findall(r"\d+", str(error))), "its")
+
+
 def to_ppm(image: Image.Image) -> bytes:
     """Encode an RGB image as binary PPM: uncompressed, so that DALI decodes it to exactly these pixels."""
-    return b"P6 %d %d 255\n" % image.size + image.tobytes()
+    file = io.BytesIO()
+    image.save(file, "PPM")  # in less memory than from ``image.tobytes()``
+    return file.getvalue()
 
 
 @contextmanager
@@ -141,8 +181,8 @@ def bad_image_reasons() -> Iterator[None]:
         raise
     except UnidentifiedImageError:
         raise BadImageError("not an image of a known format") from None
-    except Image.DecompressionBombError:
-        raise BadImageError(f"more than {MAX_PIXELS} pixels") from None
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"{_first_number(error)} pixels are more than {most_pixels():.0f}") from None
     except Exception as error:  # PIL's readers do not wrap parser errors: anything from struct.error to KeyError
         # PIL raises OSError for broken images, too, but only the operating system sets a number.
         if isinstance(error, OSError) and error.errno is not None:

@@ -17,7 +17,7 @@ from cit_scale.datasets.encoded import (
     ORIENTATION,
     UPRIGHT,
     bad_image_reasons,
-    refuse_too_large,
+    refuse_too_long,
 )
 from cit_scale.errors import BadImageError
 
@@ -38,7 +38,7 @@ def _read_size(data: bytes) -> tuple[int, int]:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    refuse_too_large(image)
+    refuse_too_long(image)
     return image.size if _orientation(image) in LYING else (image.height, image.width)
 
 

@@ -31,6 +31,7 @@ from cit_scale.datasets.index import (
     read_image_headers,
     shorten,
 )
+from cit_scale.datasets.encoded import refuse_too_many_bytes
 from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.errors import BadImageError, ConfigError
 
@@ -117,11 +118,13 @@ def _read_file(folder: Path, name: bytes, start: int = 0, size: int = -1) -> byt
     """
     descriptor = open_without_waiting(os.path.join(folder, os.fsdecode(name)))
     with open(descriptor, "rb", buffering=0) as file:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise BadImageError("a folder" if stat.S_ISDIR(mode) else "not a file")
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise BadImageError("a folder" if stat.S_ISDIR(about.st_mode) else "not a file")
+        if size < 0:
+            refuse_too_many_bytes(about.st_size)
         if start:
-            file.seek(max(start, -os.fstat(descriptor).st_size), os.SEEK_SET if start > 0 else os.SEEK_END)
+            file.seek(max(start, -about.st_size), os.SEEK_SET if start > 0 else os.SEEK_END)
         return file.read(size)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
@@ -97,7 +97,8 @@ def turned_jpeg(plain: bytes, orientation: int) -> bytes:
 
 # Chunks that change nothing about the pixels, or that both decoders leave alone.
 USUAL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"tIME", b"bKGD"}
-USUAL_CHUNKS |= {b"sBIT", b"hIST", b"sPLT", b"tRNS"}
+USUAL_CHUNKS |= {b"sBIT", b"hIST", b"sPLT", b"tRNS", b"iDOT"}
+MOST_CHUNKS, LONGEST_CHUNK = 1 << 16, 1 << 24
 METADATA_CHUNKS = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}
 
 
@@ -109,10 +110,12 @@ class Chunk(NamedTuple):
 
 
 def chunks(data: bytes, at: int = len(PNG)) -> Iterator[Chunk]:
-    """The chunks of a PNG. The last one may end behind the data, where these are cut short."""
+    """The chunks of a PNG up to its end. The last one may end behind the data, where these are cut short."""
     while at + 8 <= len(data):
         chunk = Chunk(data[at + 4 : at + 8], at, at + 12 + int.from_bytes(data[at : at + 4]))
         yield chunk
+        if chunk.kind == b"IEND":
+            return
         at = chunk.end
 
 
@@ -128,46 +131,59 @@ def _png(data: bytes) -> Usual | None:
     if not any(chunk.kind in METADATA_CHUNKS for chunk in found):
         return Usual(height, width, data, b"")
     plain = b"".join([PNG, *(data[each.start : each.end] for each in found if each.kind not in METADATA_CHUNKS)])
-    return Usual(height, width, plain, with_metadata_first(data))
+    return Usual(height, width, plain, png_header(lambda start, size: data[start : start + size], b""))
 
 
-def with_metadata_first(data: bytes, tail: bytes = b"") -> bytes:
-    """A PNG whose metadata stand before the pixels, where PIL reads them without decoding; cut off behind these.
+def png_header(read: Callable[[int, int], bytes], tail: bytes) -> bytes:
+    """A PNG without its pixels, and with all its metadata before these, where PIL reads them without decoding.
 
-    tail: the end of the file, where `data` is its beginning alone.
+    read(start, size): bytes of the file. tail: its end, which saves walking over thousands of chunks; may be empty.
+    PIL checks checksums before the pixels, and not behind them: those of what is moved are written anew.
     """
-    found = list(chunks(data))
-    first = next((chunk.start for chunk in found if chunk.kind == b"IDAT"), None)
-    if first is None:
-        return data
-    behind = [
-        data[each.start : each.end]
-        for each in found
-        if each.start > first and each.kind in METADATA_CHUNKS and each.end <= len(data)
-    ]
-    return b"".join([data[:first], *behind, *_metadata_of_tail(tail), data[first:]])
+    parts, at, is_behind = [PNG], len(PNG), False
+    for _ in range(MOST_CHUNKS):
+        start = read(at, 8)
+        length, kind = int.from_bytes(start[:4]), start[4:]
+        # Behind the first frame of an animation PIL looks for nothing.
+        is_next_frame = is_behind and kind == b"fcTL" and any(part[4:8] == b"acTL" for part in parts)
+        if len(start) < 8 or kind == b"IEND" or is_next_frame:
+            break
+        if kind == b"IDAT" and not is_behind:
+            is_behind = True
+            moved = _metadata_of_tail(tail)
+            if moved is not None:
+                parts += moved
+                break
+        elif length > LONGEST_CHUNK:
+            pass
+        elif not is_behind:
+            parts.append(read(at, 12 + length))
+        elif kind in METADATA_CHUNKS:
+            parts.append(_chunk(kind, read(at + 8, length)))
+        at += 12 + length
+    if is_behind:
+        parts.append(_chunk(b"IDAT", b""))
+    return b"".join(parts)
 
 
-def _metadata_of_tail(tail: bytes) -> list[bytes]:
-    """Metadata in the end of a file that begins in the midst of a chunk: from the first whose chain reaches IEND."""
-    places = sorted(place - 4 for kind in METADATA_CHUNKS for place in _places(tail, kind) if place >= 4)
-    for at in places:
-        found = list(chunks(tail, at))
-        whole = found and found[-1].kind == b"IEND" and found[-1].end == len(tail)
-        if whole and _has_checksum(tail, found[0]):
-            return [tail[each.start : each.end] for each in found if each.kind in METADATA_CHUNKS]
-    return []
+def _metadata_of_tail(tail: bytes) -> list[bytes] | None:
+    """Metadata behind the last chunk of pixels, in the end of a file that begins in the midst of a chunk. None: the last
+    chunk of pixels begins before.
+    """
+    at = len(tail)
+    while (at := tail.rfind(b"IDAT", 0, at)) >= 4:
+        found = list(chunks(tail, at - 4))
+        if found[-1].kind == b"IEND":
+            kinds = [each for each in found if each.kind in METADATA_CHUNKS]
+            if any(each.kind in (b"fcTL", b"fdAT") for each in found):
+                return None
+            return [_chunk(each.kind, tail[each.start + 8 : each.end - 4]) for each in kinds]
+    return None
 
 
-def _places(data: bytes, text: bytes) -> Iterator[int]:
-    at = data.find(text)
-    while at >= 0:
-        yield at
-        at = data.find(text, at + 1)
-
-
-def _has_checksum(data: bytes, chunk: Chunk) -> bool:
-    return zlib.crc32(data[chunk.start + 4 : chunk.end - 4]) == int.from_bytes(data[chunk.end - 4 : chunk.end])
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(content, zlib.crc32(kind))
+    return len(content).to_bytes(4) + kind + content + checksum.to_bytes(4)
 
 
 # --- WebP and BMP ---
@@ -191,6 +207,6 @@ def _bmp(data: bytes) -> Usual | None:
     """24 bits a pixel, not compressed, from the bottom up."""
     size, _, _, offset, header, width, height, _, bits, compression = struct.unpack_from("<IHHIIiiHHI", data, 2)
     is_usual = header >= 40 and bits == 24 and compression == 0 and height > 0 and width > 0
-    if not is_usual or size > len(data) or offset + height * (-(-3 * width // 4) * 4) > len(data):
+    if not is_usual or size > len(data) or offset < 14 + header or offset + height * (-(-3 * width // 4) * 4) > len(data):
         return None
     return Usual(height, width, data, b"")

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cit_scale.config import DataConfig
+from cit_scale.datasets.encoded import most_pixels
 from cit_scale.datasets.pixels import Pixels
 from cit_scale.datasets.progress import ProgressBar
 from cit_scale.errors import BadImageError, ConfigError
@@ -157,9 +159,11 @@ def cache_folder(name: str) -> Path:
 
 
 def cache_path(cache_dir: Path, kind: str, *key: str | bytes | int | Path, pixels: Pixels | None = None) -> Path:
-    """Return a path in `cache_dir` that differs for every `kind` and `key`, and version of pixels."""
+    """Return a path in `cache_dir` that differs for every `kind` and `key`, version of pixels and limit of pixels."""
     if pixels is not None and pixels.version > 1:
         kind = f"{kind}-{pixels.version}"
+    if pixels is not None and most_pixels() != DataConfig.max_pixels:
+        kind = f"{kind}-{most_pixels():.0f}"
     digest = hashlib.sha256(b"\0".join(os.fsencode(str(part)) if not isinstance(part, bytes) else part for part in key))
     return cache_dir / f"{kind}-{digest.hexdigest()[:24]}.npz"
 

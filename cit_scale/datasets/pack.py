@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from cit_scale.datasets.defaults import PACK_QUALITY, SHARD_MIB
-from cit_scale.datasets.encoded import EXTENSIONS, VERSION, decode
+from cit_scale.datasets.encoded import EXTENSIONS, VERSION, decode, limit_pixels
 from cit_scale.datasets.index import Columns, Texts, cache_folder, concatenate, load, printable, save, shorten
 from cit_scale.datasets.progress import ProgressBar
 from cit_scale.datasets.shards import INDEX, PIXELS, SETTINGS, Row, ShardWriter, shard_name, write_index
@@ -344,8 +344,12 @@ def run(arguments: argparse.Namespace) -> int:
             and out.resolve().is_relative_to(folder.resolve())
         ):
             raise ConfigError(f"OUT={printable(out)} is inside SOURCE={printable(folder)}; give a folder elsewhere")
+        if arguments.max_pixels < 1:
+            raise ConfigError(f"max_pixels={arguments.max_pixels} must be 1 or more")
+        limit_pixels(arguments.max_pixels)
         cache_dir = cache_folder(arguments.cache_dir)
-        source = open_source(arguments.source, cache_dir, "SOURCE", split_names=arguments.split_names)
+        naming = {"split_names": arguments.split_names, "label_key": arguments.label_key}
+        source = open_source(arguments.source, cache_dir, "SOURCE", **naming)
         for note in source.notes:
             print(note, file=sys.stderr)
         summary = pack(

@@ -28,7 +28,7 @@ from typing import Self
 
 import numpy as np
 
-from cit_scale.datasets.encoded import VERSION, read_size
+from cit_scale.datasets.encoded import VERSION, most_pixels, read_size, refuse_too_many_bytes
 from cit_scale.datasets.index import (
     NOTES,
     THREADS,
@@ -289,6 +289,7 @@ class _Places:
             raise BadImageError(UNREADABLE[whole])
         first = max(whole + start, 0) if start < 0 else start
         count = whole - first if size < 0 else min(size, whole - first)
+        refuse_too_many_bytes(count)
         return self._open(self.path(index)).read(int(self._offsets[index]) + first, count)
 
 
@@ -317,15 +318,17 @@ class _OpenFile:
 
 
 def open_packed(folder: Path, cache_dir: Path, pixels: Pixels = LATEST) -> TarShards:
-    """Open a folder of shards with an index. If its images were measured by another version of pixels, they are
-    measured again, once: the result is kept in `cache_dir`.
+    """Open a folder of shards with an index. If its images were measured by another version of pixels, or some are
+    too large, they are measured again, once: the result is kept in `cache_dir`.
     """
     written = load(folder / INDEX)
     shards = TarShards(folder, written)
-    if written.numbers.get(PIXELS, [1])[0] == pixels.version:
+    is_measured = written.numbers.get(PIXELS, [1])[0] == pixels.version
+    if is_measured and (shards.heights * shards.widths <= most_pixels()).all():
         return shards
     stat = (folder / INDEX).stat()
-    index_path = cache_path(cache_dir, f"packed-{pixels.version}", folder.resolve(), stat.st_size, stat.st_mtime_ns)
+    key = folder.resolve(), stat.st_size, stat.st_mtime_ns
+    index_path = cache_path(cache_dir, "packed", *key, pixels=pixels)
 
     def build() -> Columns:
         names, labels, read = list(written.texts["names"]), written.numbers["labels"], shards._places.read

@@ -19,6 +19,7 @@ from PIL import Image
 
 from cit_scale.config import NO_DATA, DataConfig
 from cit_scale.data.order import permutation
+from cit_scale.datasets.encoded import limit_pixels
 from cit_scale.datasets.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
 from cit_scale.datasets.idx import labels_beside, read_idx
 from cit_scale.datasets.index import cache_folder, cache_path, hints_for, printable, shorten
@@ -189,6 +190,7 @@ def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Sou
         raise ConfigError(NO_DATA)
     if data.eval is None and not 0 < data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is not between 0 and 1; use 0.2, or set data.eval to a folder")
+    limit_pixels(data.max_pixels)
     cache_dir = cache_folder(data.cache_dir)
     opening = partial(open_source, pixels=pixels, split_names=data.split_names, label_key=data.label_key)
     train = opening(data.train, cache_dir, "data.train")

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cit_scale.config import DataConfig, RunConfig
+from cit_scale.datasets.encoded import limit_pixels
 from cit_scale.datasets.index import cache_folder, printable, shorten
 from cit_scale.datasets.sources import Source, open_source, open_sources
 from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
@@ -201,7 +202,8 @@ def open_images(classifier: Classifier, data: str | None, option: str = "--data"
         )
     config = run_config(classifier.run_dir).data
     if config.eval is not None:  # without the images that it was trained on, which may be gone
-        return open_source(config.eval, cache_folder(config.cache_dir), "data.eval")
+        limit_pixels(config.max_pixels)
+        return open_source(config.eval, cache_folder(config.cache_dir), "data.eval", label_key=config.label_key)
     return open_sources(config)[1]
 
 

@@ -17,13 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from cit_scale.datasets.encoded import EXTENSIONS, MAX_PIXELS
+from cit_scale.datasets.encoded import EXTENSIONS, refuse_too_many_bytes
 from cit_scale.datasets.folders import open_without_waiting
 from cit_scale.datasets.index import UNUSABLE, printable, reason_text
 from cit_scale.errors import BadImageError, ConfigError, MissingInputError
 from cit_scale.inference.defaults import FRAMES_PER_S
-
-MOST_BYTES = 4 * MAX_PIXELS  # of an encoded image; more is read from no file
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,7 @@ def read_item(item: Item) -> bytes:
         if not stat.S_ISREG(about.st_mode):
             raise BadImageError("not a regular file")
         size = about.st_size if item.size is None else item.size
-        if size > MOST_BYTES:
-            raise BadImageError(f"has {size} bytes, more than an image of {MAX_PIXELS} pixels")
+        refuse_too_many_bytes(size)
         file.seek(item.offset)
         data = file.read(size)
     if len(data) < size:
