@@ -5,8 +5,11 @@ The launchers read run folders on login nodes, where importing torch takes secon
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"  # a list: one entry per start
@@ -20,6 +23,8 @@ STUDENT_BEST = "student_best.safetensors"  # of the checkpoint that was best in 
 STUDENT_EMA_BEST = "student_ema_best.safetensors"
 CARD = "README.md"  # the model card
 CHECKPOINTS = "ckpt"
+META = "meta.json"  # of a checkpoint: the run's progress and its inputs
+STREAM = "stream"  # key of the stream's versions, in results and in META
 TEACHERS = "teachers"  # one run folder per teacher that this run trains
 SUBMISSIONS = "job.json"  # a list: one entry per job that launchers/submit.py has queued
 ATTEMPTS = "attempts.jsonl"  # how each Slurm job ended; written by launchers/requeue.py
@@ -41,3 +46,17 @@ def saved_steps(checkpoints: Path) -> list[int]:
     # Other names, such as step_000123.partial, are not complete checkpoints (checkpoint/store.py).
     matches = (re.fullmatch(r"step_(\d{6,})", path.name) for path in checkpoints.iterdir())
     return [int(match[1]) for match in matches if match]
+
+
+def newest_note(run_dir: Path) -> tuple[dict[str, Any], bool]:
+    """What a run has noted of its inputs, and whether in its results: otherwise in META of the newest checkpoint.
+
+    Empty where there is neither. Files that are damaged, or of an earlier version, are passed over.
+    """
+    steps = sorted(saved_steps(run_dir / CHECKPOINTS), reverse=True)
+    for note in (run_dir / RESULTS, *(step_path(run_dir / CHECKPOINTS, step) / META for step in steps)):
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(note.read_text())
+            if isinstance(content, dict) and isinstance(content.get("inputs"), dict):
+                return content, note.name == RESULTS
+    return {}, False

@@ -75,7 +75,6 @@ from cit_scale.run.inputs import (
 )
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.networks import describe_student, evaluate_teachers
-from cit_scale.run.noted import STREAM
 from cit_scale.run.plan import classes_text, counted
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import (
@@ -88,7 +87,7 @@ from cit_scale.run.results import (
     print_table,
 )
 from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
-from cit_scale.run_folder import CARD, CONFIG, DESCRIPTION, ENVIRONMENT, RESULTS, STUDENT
+from cit_scale.run_folder import CARD, CONFIG, DESCRIPTION, ENVIRONMENT, RESULTS, STREAM, STUDENT
 from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, run_teachers
 

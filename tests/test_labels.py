@@ -131,7 +131,7 @@ def test_what_is_passed_over_in_a_tar_file_is_said(tmp_path):
 @pytest.mark.parametrize("content", [b"\x03\0\0\0\0\0\0\0", b"\x1c", b"a\x0bb", b"1\x7f"])
 def test_a_binary_label_is_refused(tmp_path, content):
     root = tar_of(tmp_path / "set", ("a.png", png(1)), ("a.cls", content))
-    assert "has a label that is no text, a.cls: " in refusal(open_foreign_shards, root, tmp_path / "cache")
+    assert "a.cls has a label that is no text: " in refusal(open_foreign_shards, root, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("label", ["cat", 7])
@@ -139,7 +139,7 @@ def test_labels_of_json_files_are_taken_by_the_key_that_is_asked_for(tmp_path, l
     said = json.dumps({"caption": "a cat", "label": label, "exif": "x" * 5000}).encode()
     root = tar_of(tmp_path / "set", ("a.1.png", png(1)), ("a.1.json", said), ("b.png", png(2)), ("b.json", said))
     message = refusal(open_sources, DataConfig(train=str(root), cache_dir=str(tmp_path / "cache")))
-    assert "its .json files have caption, label, exif: name the label's by --data.label_key" in message
+    assert "its .json files have caption, label, exif: name the label's by data.label_key" in message
     train, _ = open_sources(DataConfig(train=str(root), cache_dir=str(tmp_path / "cache"), label_key="label"))
     assert train.classes == (str(label),)
     missing = DataConfig(train=str(root), cache_dir=str(tmp_path / "cache"), label_key="class")
@@ -161,7 +161,7 @@ def test_a_file_of_classes_may_name_some_that_have_no_images(tmp_path):
     train, held_out = open_sources(DataConfig(train=str(root), cache_dir=str(tmp_path / "cache")))
     assert train.classes == held_out.classes == ("cat", "dog", "eel")
     assert sorted(labels(train) + labels(held_out)) == ["cat", "cat", "eel", "eel"]
-    assert train.notes == (f"{root / 'classes.txt'} names 1 classes without images: dog",)
+    assert train.notes == (f"classes.txt in {root} names 1 classes without images: dog",)
 
 
 # --- folders ---
@@ -317,7 +317,7 @@ def test_without_a_cache_that_can_be_written_a_folder_is_read_all_the_same(tmp_p
     source = ImageFolder(root, read_only)
     assert len(source) == 2
     (note,) = source.notes
-    assert note.startswith(f"what is known of the data set cannot be kept in {read_only} (Permission denied)")
+    assert note.startswith(f"the index cannot be kept in {read_only} (Permission denied)")
     assert "--data.cache_dir" in note
 
 

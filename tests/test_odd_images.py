@@ -71,7 +71,7 @@ def test_training_sees_what_pil_shows(folder, tmp_path):
     source = ImageFolder(folder, tmp_path)
     reader = Reader(source)
     crops = replace(PLAIN, flip_prob=0.0)
-    batches = take(train_stream(reader, crops, DATA, 0, Cursor(), len(source), 5, World(), CPU), len(source) // 5)
+    batches = take(train_stream(reader, crops, DATA, 0, Cursor(), len(source), 1, World(), CPU), len(source))
     assert reader.bad == {}
     far = {}
     for batch in batches:

@@ -21,7 +21,6 @@ import pytest
 from PIL import Image, ImageOps
 from rich.console import Console
 
-from cit_scale.datasets import encoded as encoded_module
 from cit_scale.datasets import pack as pack_module
 from cit_scale.datasets import progress, shards
 from cit_scale.datasets.commands import pack as main

@@ -173,7 +173,7 @@ def test_a_damaged_shard_does_not_lose_images_in_silence(folder, tmp_path, harm)
     path.write_bytes(data[: second + (300 if harm == "cut in a header" else 0)] if harm.startswith("cut") else data)
     first, rest = items_of([str(path)], io.BytesIO())
     assert first.reason is None
-    assert "no header and no end" in rest.reason or "truncated" in rest.reason
+    assert any(each in rest.reason for each in ("no header at byte", "no end mark at byte", "truncated"))
 
 
 def test_links_in_a_shard_are_rows_with_a_reason(folder, tmp_path):

@@ -281,7 +281,7 @@ def test_an_index_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", fill_the_disk)
     source = ImageFolder(folder, tmp_path / "cache")
-    assert "(No space left on device), and is read again at each start" in source.notes[0]
+    assert "(No space left on device) and is made again at each start" in source.notes[0]
     assert list((tmp_path / "cache").iterdir()) == []
 
 

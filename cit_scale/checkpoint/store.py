@@ -41,9 +41,8 @@ from cit_scale.errors import (
     os_error,
 )
 from cit_scale.files import file_sha256, rename_to_free, sync, write_text
-from cit_scale.run_folder import CHECKPOINTS, saved_steps, step_path
+from cit_scale.run_folder import CHECKPOINTS, META, saved_steps, step_path
 
-META = "meta.json"
 INDEX = "index.json"
 MANIFEST = "MANIFEST.json"
 SCORES = "scores.json"

@@ -67,7 +67,7 @@ class BatchRequest:
     """What its images take at most while they are decoded."""
 
     def in_parts(self, nbytes: np.ndarray, most: int) -> Iterator[BatchRequest]:
-        """Split the request, so that each part takes at most so many bytes or holds one image. nbytes: (B,), of each."""
+        """Split the request: each part takes at most so many bytes, or holds one image. nbytes: (B,), of each image."""
         starts, held = [0], 0
         for place, size in enumerate(nbytes.tolist()):
             if place and held + size > most:
@@ -331,8 +331,8 @@ class BatchStream:
     def _plan_all(self, requests: Iterable[BatchRequest]) -> Iterator[PlannedBatch | None]:
         """The plans of all requests, of large ones in parts.
 
-        Parts are so small that there is always room for them, but for an image that is larger than a part may be. This
-        one waits until what was planned before is handed out; but DALI asks for more before it hands anything out. Hence
+        Parts are so small that there is always room for them, but for an image that is larger than a part may be. It
+        waits until what was planned before is handed out, and DALI asks for more before it hands anything out. Hence
         None, before and behind it: nothing more until all is handed out and its memory is free.
         """
         was_large = False

@@ -40,6 +40,8 @@ LATEST = StreamVersions()
 
 def read_versions(noted: Mapping[str, Any], where: object) -> StreamVersions:
     """The versions in a note. where: of the note, for messages. Raises RefusedError for ones not known here."""
+    if not isinstance(noted, Mapping):
+        raise RefusedError(f"{where} is damaged: it has {noted!r} for versions; restore it, or start over with --fresh")
     latest, versions = asdict(LATEST), {**asdict(FIRST), **noted}
     unknown = [
         f"{part} {found!r}" for part, found in versions.items() if found not in range(1, latest.get(part, 0) + 1)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import errno
 import functools
+import io
 import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from cit_scale.datasets.encoded import refuse_too_many_bytes
 from cit_scale.datasets.index import (
     NOTES,
     THREADS,
@@ -31,10 +34,11 @@ from cit_scale.datasets.index import (
     read_image_headers,
     shorten,
 )
-from cit_scale.datasets.encoded import refuse_too_many_bytes
+from cit_scale.datasets.labels import label_text, read_text
 from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.errors import BadImageError, ConfigError
 
+MOST_TRIED = 100  # images, or folders, to find out what a table means
 CLOCK_TICK_S = 0.02  # two changes of a folder within this time may leave the same modification time
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -180,7 +184,9 @@ def _index_folder(folder: Path, index_path: Path, pixels: Pixels) -> Columns:
     def enter(inside: str) -> None:
         times.append(_settled_time(folder, inside))
 
-    found = find_files(folder, pixels.extensions, "images", enter, skipped=pixels.skipped, passed=passed)
+    found = find_files(
+        folder, pixels.extensions, "images", enter, skipped=pixels.skipped, passed=passed, once=pixels is not FIRST
+    )
     classes = pixels.sorted_folders(found)
     images = [[os.fsencode(name) for name in found[each]] for each in classes]
     names = [name for found in images for name in found]
@@ -207,32 +213,38 @@ def find_files(
     *,
     skipped: Collection[str] = (),
     passed: Counter[str] | None = None,
+    once: bool = True,
 ) -> dict[str, list[str]]:
     """Find the files with these extensions in a folder of class folders, at any depth below a class folder.
 
     extensions: in lower case, with the dot. what: the word for them in messages, as "images". enter: called with
     the relative path of each folder before the folder is listed. skipped: names of folders that do not count. passed:
-    counts the other files, by extension.
+    counts the other files, by extension. once: a folder that several links of a class lead to counts once.
     Returns class -> paths relative to `folder`, both in sorted order.
     Raises ConfigError where there are no class folders, a class has no such file, or a link leads in a circle.
     """
     passed = Counter() if passed is None else passed
     classes = []
+    batches = ""
     for entry in _entries(folder, "", enter):
         if not is_folder(entry):
             passed[_extension(entry.name)] += 1
+            if entry.name.startswith(("data_batch_", "batches.meta")):
+                batches = (
+                    "; write the images of CIFAR's batches to a folder for each class first: torchvision reads them"
+                )
         elif entry.name not in skipped:
             classes.append(entry.name)
     if not classes:
-        hints = "".join(f"; {hint}" for hint in hints_for(passed))
+        hints = "".join(f"; {hint}" for hint in hints_for(passed)) + batches
         raise ConfigError(f"{printable(folder)} has no sub-folders; it needs one sub-folder of {what} per class{hints}")
-    found = {name: list(_find_inside(folder, name, extensions, enter, skipped, passed)) for name in classes}
+    found = {name: list(_find_inside(folder, name, extensions, enter, skipped, passed, once)) for name in classes}
     empty = [printable(name) for name in classes if not found[name]]
     if empty:
         raise ConfigError(
             f"{printable(folder)} has no {what} for {len(empty)} of {len(classes)} classes: {shorten(empty)}; "
             f"add {what} ({shorten(sorted(extensions), 8)}) or remove these folders"
-            f"{''.join(f'; {note}' for note in notes_of(passed, folder))}"
+            f"{''.join(f'; {note}' for note in (*notes_of(passed, folder), *hints_for(passed)))}"
         )
     return found
 
@@ -244,10 +256,12 @@ def _find_inside(
     enter: Callable[[str], None],
     skipped: Collection[str],
     passed: Counter[str],
+    once: bool,
 ) -> Iterator[str]:
     """Not recursive: folders may lie deeper in each other than functions can."""
     entered = [(inside, *_open(folder, inside, enter))]
     around = {entered[0][2]}
+    seen = set(around)
     while entered:
         inside, entries, identity = entered[-1]
         entry = next(entries, None)
@@ -261,6 +275,9 @@ def _find_inside(
             entries, identity = _open(folder, deeper, enter)
             if identity in around:
                 raise ConfigError(f"{shown_path(entry.path)} is a link to a folder that contains the link; remove it")
+            if once and identity in seen:
+                continue
+            seen.add(identity)
             around.add(identity)
             entered.append((deeper, entries, identity))
         elif _extension(entry.name) in extensions:
@@ -333,72 +350,145 @@ def _read_manifest(path: Path, pixels: Pixels) -> tuple[list[bytes], list[str], 
 
     Raises ConfigError with the numbers of all lines that are wrong.
     """
-    if pixels is FIRST:
-        encoding, delimiter = "utf-8-sig", DELIMITERS[path.suffix.lower()]
-    else:
-        encoding, delimiter = _format_of(path)
-    names: list[bytes] = []
-    texts: list[str] = []
-    mistakes: list[str] = []
-    lines: dict[str, tuple[int, str]] = {}  # with the labels of paths that were met
-    repeated = 0
-    # surrogateescape keeps file names that are not UTF-8.
-    with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
+    table = _Table(path, pixels)
+    rows = list(table.rows() if pixels is FIRST else table.distinct_rows())
+    if table.mistakes:
+        raise ConfigError(f"{printable(path)} cannot be understood: {shorten(table.mistakes)}{table.hint()}")
+    if not rows:
+        raise ConfigError(f"{printable(path)} names no images; write a path and a label on each line")
+    if pixels is not FIRST:
+        _refuse_missing(path, rows[:MOST_TRIED])
+    notes = [f"{printable(path)} names {table.repeated} images again, which count once"] if table.repeated else []
+    return [os.fsencode(row.name) for row in rows], [row.label for row in rows], notes
+
+
+class _Row(NamedTuple):
+    line: int
+    name: str
+    label: str
+
+
+class _Table:
+    """A table as it is read. mistakes: a line for each. repeated: how many lines say again what others have said."""
+
+    def __init__(self, path: Path, pixels: Pixels) -> None:
+        self._path = path
+        self._folder = path.parent
+        self._pixels = pixels
+        self._missing: list[_Row] = []
+        self.mistakes: list[str] = []
+        self.repeated = 0
+
+    def rows(self) -> Iterator[_Row]:
+        """The lines that name an image: all but a header, empty ones, and those with mistakes."""
+        delimiter = DELIMITERS[self._path.suffix.lower()]
+        if self._pixels is FIRST:
+            # surrogateescape keeps file names that are not UTF-8.
+            text = self._path.read_text("utf-8-sig", "surrogateescape")
+        else:
+            text = read_text(self._path).rstrip("\x1a")  # which some programs write as the end of a file
+            delimiter = _delimiter(text, delimiter)
+        lines = csv.reader(
+            io.StringIO(text, newline=""),
+            delimiter=delimiter,
+            strict=True,
+            skipinitialspace=self._pixels is not FIRST and delimiter != "\t",
+        )
         is_first = True
         try:
-            for row in rows:
-                if not row:
+            for cells in lines:
+                if not cells or (self._pixels is not FIRST and not any(map(str.strip, cells))):
                     continue
-                if len(row) != 2:
+                if self._pixels is not FIRST and is_first and text.startswith("sep="):  # of a spreadsheet
+                    text = ""
+                    continue
+                if len(cells) != 2:
                     between = {",": "a comma", "\t": "a tab"}.get(delimiter, repr(delimiter))
-                    mistakes.append(
-                        f"line {rows.line_num} has {len(row)} columns instead of 2, path and label, with {between} "
+                    self.mistakes.append(
+                        f"line {lines.line_num} has {len(cells)} columns instead of 2, path and label, with {between} "
                         "between them"
                     )
-                    is_first = False
-                    continue
-                name, label = row if pixels is FIRST else (_path_here(path.parent, row[0].strip()), row[1].strip())
-                line, met = lines.get(os.path.normpath(name), (0, ""))
-                if not name or not label:
-                    mistakes.append(f"line {rows.line_num} has no {'label' if name else 'path'}")
-                elif is_first and _is_header(path.parent, name, pixels):
-                    pass
-                elif pixels is not FIRST and line and met == label:
-                    repeated += 1
-                elif pixels is not FIRST and line:
-                    mistakes.append(
-                        f"line {rows.line_num} says {printable(label)} of {printable(name)}, and line {line} "
-                        f"{printable(met)}"
-                    )
-                else:
-                    names.append(os.fsencode(name))
-                    texts.append(label)
-                    lines[os.path.normpath(name)] = rows.line_num, label
+                elif row := self._row(lines.line_num, *cells, is_first=is_first):
+                    yield row
                 is_first = False
         except csv.Error as error:
-            mistakes.append(f"line {rows.line_num}: {error}")
-    if mistakes:
-        raise ConfigError(f"{printable(path)} cannot be understood: {shorten(mistakes)}")
-    if not names:
-        raise ConfigError(f"{printable(path)} names no images; write a path and a label on each line")
-    notes = [f"{printable(path)} names {repeated} images again, which count once"] if repeated else []
-    return names, texts, notes
+            self.mistakes.append(f"line {lines.line_num}: {error}")
+
+    def _row(self, line: int, name: str, label: str, *, is_first: bool) -> _Row | None:
+        if self._pixels is not FIRST:
+            name = _path_here(self._folder, name)
+            try:
+                label = label_text(label, f"line {line}")
+            except ConfigError as error:
+                self.mistakes.append(str(error))
+                return None
+        if not name or not label:
+            self.mistakes.append(f"line {line} has no {'label' if name else 'path'}")
+            return None
+        return None if is_first and _is_header(self._folder, name, self._pixels) else _Row(line, name, label)
+
+    def distinct_rows(self) -> Iterator[_Row]:
+        """``rows`` without those that name the same image again, with the same label; others are mistakes."""
+        first: dict[str, _Row] = {}
+        folders: dict[str, str] = {}  # as they are reached, and where they lie
+
+        def place(name: str) -> str:
+            folder, base = os.path.split(os.path.join(self._folder, name))
+            if folder not in folders:
+                folders[folder] = os.path.realpath(folder)
+            return os.path.join(folders[folder], base)
+
+        for row in self.rows():
+            met = first.setdefault(place(row.name), row)
+            if met is row:
+                yield row
+            elif met.label == row.label:
+                self.repeated += 1
+            else:
+                self.mistakes.append(
+                    f"line {row.line} says {printable(row.label)} of {printable(row.name)}, and line {met.line} "
+                    f"{printable(met.label)}"
+                )
+                self._missing.append(row)
+
+    def hint(self) -> str:
+        """Of two labels for one image: whether the columns stand the other way round."""
+        are_swapped = self._missing and all(
+            _extension(row.label) in self._pixels.extensions and not os.path.lexists(self._folder / row.name)
+            for row in self._missing
+        )
+        return "; write the path first, then the label" if are_swapped else ""
 
 
-def _format_of(path: Path) -> tuple[str, str]:
-    """Encoding and delimiter of a table, by its first bytes: those of its suffix, unless others are plainly meant."""
-    with path.open("rb") as file:
-        start = file.read(1 << 12)
-    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    first = start.decode(encoding, "replace").split("\n", 1)[0]
-    usual = DELIMITERS[path.suffix.lower()]
+def _refuse_missing(path: Path, rows: Sequence[_Row]) -> None:
+    """Raise ConfigError if none of these files is there, but one with an extension, or in a folder beside the table."""
+    folder = path.parent
+    if any(os.path.lexists(folder / row.name) for row in rows):
+        return
+    folders = ["", *sorted(entry.name for entry in os.scandir(folder) if is_shown(entry) and is_folder(entry))]
+    for inside in folders[:MOST_TRIED]:
+        for extension in ("", *sorted(LATEST.extensions)):
+            found = os.path.join(inside, rows[0].name + extension)
+            if os.path.isfile(folder / found):
+                raise ConfigError(
+                    f"{printable(path)} names {printable(rows[0].name)}, which is not there, and {printable(found)} "
+                    "is; write paths as they are seen from the table's folder, with their extension"
+                )
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """The delimiter of a table by its first line: that of its suffix, unless another is plainly meant."""
+    first = text.split("\n", 1)[0]
+    if first.startswith("sep=") and len(first.strip()) == 5:
+        return first[4]
     others = [each for each in (",", "\t", ";", "|") if each in first and usual not in first]
-    return encoding, others[0] if others else usual
+    return others[0] if others else usual
 
 
 def _path_here(folder: Path, name: str) -> str:
-    """A path as it was written, or with slashes where it was written on Windows."""
+    """A path as it was written; where it is not there, without blanks around it, or with slashes for Windows's."""
+    if name != name.strip() and not os.path.lexists(folder / name):
+        name = name.strip()
     with_slashes = name.replace("\\", "/")
     return with_slashes if with_slashes != name and not os.path.lexists(folder / name) else name
 

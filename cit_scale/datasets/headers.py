@@ -167,8 +167,9 @@ def png_header(read: Callable[[int, int], bytes], tail: bytes) -> bytes:
 
 
 def _metadata_of_tail(tail: bytes) -> list[bytes] | None:
-    """Metadata behind the last chunk of pixels, in the end of a file that begins in the midst of a chunk. None: the last
-    chunk of pixels begins before.
+    """Metadata behind the last chunk of pixels. tail: the end of a file, from the midst of a chunk on.
+
+    None: the last chunk of pixels begins before the tail.
     """
     at = len(tail)
     while (at := tail.rfind(b"IDAT", 0, at)) >= 4:
@@ -207,6 +208,11 @@ def _bmp(data: bytes) -> Usual | None:
     """24 bits a pixel, not compressed, from the bottom up."""
     size, _, _, offset, header, width, height, _, bits, compression = struct.unpack_from("<IHHIIiiHHI", data, 2)
     is_usual = header >= 40 and bits == 24 and compression == 0 and height > 0 and width > 0
-    if not is_usual or size > len(data) or offset < 14 + header or offset + height * (-(-3 * width // 4) * 4) > len(data):
+    if (
+        not is_usual
+        or size > len(data)
+        or offset < 14 + header
+        or offset + height * (-(-3 * width // 4) * 4) > len(data)
+    ):
         return None
     return Usual(height, width, data, b"")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import uuid
 import zipfile
 import zlib
@@ -131,17 +132,18 @@ def cached(path: Path, build: Callable[[], Columns], is_valid: Callable[[Columns
 
     Where they cannot be saved a note says so, and they are built again next time.
     """
-    if path.exists():
-        columns = load(path)
-        if is_valid(columns):
+    try:
+        if path.exists() and is_valid(columns := load(path)):
             return columns
+    except PermissionError:  # the folder of another user
+        pass
     columns = build()
     try:
         save(path, columns)
     except OSError as error:
         note = (
-            f"what is known of the data set cannot be kept in {printable(path.parent)} ({error.strerror}), and is read "
-            "again at each start; name another folder by --data.cache_dir"
+            f"the index cannot be kept in {printable(path.parent)} ({error.strerror}) and is made again at each start; "
+            "name another folder by --data.cache_dir"
         )
         notes = Texts.of([*columns.texts.get(NOTES, ()), note.encode()])
         return columns | Columns(texts={NOTES: notes})
@@ -221,7 +223,7 @@ def read_image_headers(
     num_readable = np.bincount(labels[heights > 0], minlength=len(classes))
     is_lost = (num_readable == 0) & (np.bincount(labels, minlength=len(classes)) > 0)
     if is_lost.any():
-        missing = [name for name, lost in zip(classes, is_lost, strict=True) if lost]
+        missing = [printable(name) for name, lost in zip(classes, is_lost, strict=True) if lost]
         unreadable = [
             f"{printable(names[index])} ({reason})"
             for index, reason in rejects.items()
@@ -262,30 +264,32 @@ CONVERTERS = {".heic": "heif-convert", ".heif": "heif-convert", ".jxl": "djxl"}
 # Data sets in other forms, and the way out.
 HINTS = {
     ".tar": "tar shards in several folders are named by a pattern, as --data.train 'DIR/*/*.tar'",
-    ".tgz": "compressed tar files cannot be read in any order; unpack them with gunzip",
-    ".gz": "compressed tar files cannot be read in any order; unpack them with gunzip",
-    ".zst": "compressed tar files cannot be read in any order; unpack them with zstd -d",
+    ".tgz": "images cannot be read at random from compressed tar files; unpack them with gunzip",
+    ".gz": "images cannot be read at random from compressed tar files; unpack them with gunzip",
+    ".zst": "images cannot be read at random from compressed tar files; unpack them with zstd -d",
     ".zip": "a zip file has to be unpacked first",
-    ".parquet": "of a Parquet file the images have to be written to a folder for each class first",
-    ".tfrecord": "of a TFRecord file the images have to be written to a folder for each class first",
+    ".parquet": "the images of a Parquet file have to be written to a folder for each class first",
+    ".tfrecord": "the images of a TFRecord file have to be written to a folder for each class first",
 }
 
 
 def hints_for(extensions: Iterable[str]) -> list[str]:
-    """What is to be done with files that are no images, each hint once."""
+    """What a refusal says of files that are no images, each hint once."""
     return list(dict.fromkeys(HINTS[each] for each in sorted(extensions) if each in HINTS))
 
 
-def notes_of(passed: Mapping[str, int], where: Path) -> list[str]:
+def notes_of(passed: Mapping[str, int], where: Path, *, inside_tars: bool = False) -> list[str]:
     """What is to be said of files that are passed over. passed: their number, by extension."""
     if not passed:
         return []
-    named = [f"{number} {extension or 'without extension'}" for extension, number in sorted(passed.items())]
-    notes = [f"{sum(passed.values())} files in {printable(where)} are no images here: {shorten(named, 10)}"]
+    named = [f"{number} {printable(kind)[:40] or 'without extension'}" for kind, number in sorted(passed.items())]
+    notes = [f"{sum(passed.values())} files in {printable(where)} are no images here: {shorten(named, 8)}"]
     for extension in sorted(CONVERTERS.keys() & passed.keys()):
-        command = f"find {printable(where)} -iname '*{extension}' -exec {CONVERTERS[extension]} {{}} {{}}.jpg ';'"
-        notes.append(f"{extension} images have to be converted first: {command}")
-    return notes + hints_for(passed)
+        folder = shlex.quote(printable(where))
+        command = f"find {folder} -iname '*{extension}' -exec {CONVERTERS[extension]} {{}} {{}}.jpg ';'"
+        where_to = "" if where.is_dir() and not inside_tars else "unpack the tar files, then "
+        notes.append(f"{extension} images have to be converted first: {where_to}{command}")
+    return notes
 
 
 class Indexed:

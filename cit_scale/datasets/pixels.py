@@ -57,7 +57,8 @@ FIRST = Pixels(
 LATEST = Pixels(
     encoded.VERSION,
     frozenset(encoded.EXTENSIONS),
-    frozenset({"@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}),
+    frozenset({"@eaDir", "@Recycle", "@tmp", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "lost+found"})
+    | {"System Volume Information"},
     sorted_naturally,
     sorted_naturally,
     encoded.measure,

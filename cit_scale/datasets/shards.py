@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import io
+import itertools
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from cit_scale.datasets.index import (
     cache_path,
     cached,
     concatenate,
+    hints_for,
     load,
     notes_of,
     number_classes,
@@ -47,8 +49,10 @@ from cit_scale.datasets.index import (
     save,
     shorten,
 )
+from cit_scale.datasets.labels import label_text, labels_by_file, read_classes
 from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.datasets.progress import ProgressBar
+from cit_scale.datasets.tars import followed, tar_members
 from cit_scale.errors import BadImageError, ConfigError, MissingInputError
 from cit_scale.files import sync
 
@@ -62,7 +66,6 @@ MOST_LABEL_BYTES = 1 << 20  # a .json of img2dataset holds captions, EXIF and mo
 PLACE = ("shards", "offsets", "sizes")  # columns of numbers: number of the shard, first byte in it, number of bytes
 PIXELS = "pixels"  # column of one number: the version of pixels by which images were measured; 1 where it is missing
 MOST_SHARDS = 1_000_000  # that a pattern names
-MOST_LINKS = 40  # from one to the next, as Linux has it
 
 # In place of an image's size in a tar file, where it has no bytes that lie together, and why.
 IN_PIECES, NOWHERE = -1, -2
@@ -345,31 +348,46 @@ def tars_named(where: str) -> list[Path]:
     if not where.endswith(".tar") and not where.endswith("}"):
         return []
     names = [str(Path(each).expanduser()) for each in _expanded(where)]
-    paths = [Path(name) for each in names for name in ([each] if os.path.exists(each) else sorted(glob.glob(each)))]
-    missing = [printable(each) for each in names if not os.path.exists(each) and not glob.has_magic(each)]
-    if paths and missing:
+    found = {each: _matching(each) for each in names}
+    missing = [printable(each) for each, paths in found.items() if not paths]
+    if len(missing) < len(found) and missing:
         raise MissingInputError(f"{len(missing)} of {len(names)} shards do not exist: {shorten(missing)}")
+    paths = dict.fromkeys(Path(name) for paths in found.values() for name in paths)
     return [path for path in paths if path.is_file() and path.suffix == ".tar"]
 
 
+def _matching(pattern: str) -> list[str]:
+    """What a pattern names: itself where that exists, and folders as they are called where these exist."""
+    if os.path.exists(pattern):
+        return [pattern]
+    folder, name = os.path.split(pattern)
+    return sorted(glob.glob(os.path.join(glob.escape(folder), name) if os.path.isdir(folder) else pattern))
+
+
 def _expanded(pattern: str) -> list[str]:
-    """The names that braces stand for: {000..123} with as many digits, {a,b}. As in a shell, and in WebDataset."""
+    """The names that braces stand for: {000..123} with as many digits, {a,b}. As in bash.
+
+    Raises ConfigError for more than MOST_SHARDS.
+    """
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return [pattern]
+    behind = _expanded(pattern[found.end() :])
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
     if numbers:
         first, last = int(numbers[1]), int(numbers[2])
-        if abs(last - first) >= MOST_SHARDS:
-            raise ConfigError(f"{printable(pattern)} names more than {MOST_SHARDS} shards")
+        is_padded = any(len(each) > 1 and each[0] == "0" for each in numbers.groups())
+        width = max(map(len, numbers.groups())) if is_padded else 1
         step = 1 if last >= first else -1
-        parts = [f"{number:0{len(numbers[1])}d}" for number in range(first, last + step, step)]
+        parts: Sequence[str | int] = range(first, last + step, step)
     elif "," in found[1]:
-        parts = found[1].split(",")
+        parts, width = found[1].split(","), 0
     else:
-        return [pattern]
-    before, behind = pattern[: found.start()], pattern[found.end() :]
-    return [name for part in parts for name in _expanded(f"{before}{part}{behind}")]
+        parts, width = [found[0]], 0
+    if len(parts) * len(behind) > MOST_SHARDS:
+        raise ConfigError(f"{printable(pattern)} names more than {MOST_SHARDS} shards")
+    before = pattern[: found.start()]
+    return [f"{before}{str(part).zfill(width)}{rest}" for part in parts for rest in behind]
 
 
 def common_folder(paths: Sequence[Path]) -> Path:
@@ -397,24 +415,24 @@ def open_foreign_shards(
     labels that classes.txt does not have.
     """
     paths = tar_files(folder) if paths is None else [path.absolute() for path in paths]
+    if pixels is not FIRST:  # links to the same file
+        paths = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
     names = [os.path.relpath(path, folder) for path in paths]
-    classes_file = folder / CLASSES
-    files = [*paths, classes_file] if classes_file.exists() else paths
+    in_folders = {path.parent: path.parent / CLASSES for path in paths if pixels is not FIRST}
+    classes_files = [each for each in {folder / CLASSES: 0, **dict.fromkeys(in_folders.values())} if each.exists()]
+    files = [*paths, *classes_files]
     stats: list[str | int] = [] if label_key is None else [f"labels by {label_key}"]
     for path in files:
         stats += [os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns]
     index_path = cache_path(cache_dir, "shards", folder.resolve(), *stats, pixels=pixels)
 
     def build() -> Columns:
-        images, texts, places, notes = _scan_shards(paths, pixels, label_key)
-        if classes_file.exists():
-            classes = tuple(filter(None, classes_file.read_text("utf-8-sig", "surrogateescape").split("\n")))
-            labels = _labels_by_file(classes_file, classes, texts)
-            unused = [printable(classes[label]) for label in sorted({*range(len(classes))} - {*labels.tolist()})]
-            if unused:
-                notes.append(f"{printable(classes_file)} names {len(unused)} classes without images: {shorten(unused)}")
-        else:
-            classes, labels = number_classes(texts, pixels)
+        images, texts, places, notes = _scan_shards(folder, paths, pixels, label_key)
+        classes, labels, unused = _classes(folder, paths, places[:, 0], texts, pixels)
+        if unused:
+            notes.append(
+                f"{CLASSES} in {printable(folder)} names {len(unused)} classes without images: {shorten(unused)}"
+            )
         shards = {
             "shard_names": Texts.of([os.fsencode(name) for name in names]),
             NOTES: Texts.of([note.encode() for note in notes]),
@@ -426,13 +444,48 @@ def open_foreign_shards(
     return TarShards(folder, cached(index_path, build, lambda columns: True))
 
 
+def _classes(
+    folder: Path, paths: Sequence[Path], shards: np.ndarray, texts: Sequence[str], pixels: Pixels
+) -> tuple[tuple[str, ...], np.ndarray, list[str]]:
+    """Return the classes, the class of each image, (N,) int64, and the classes without images, for a message.
+
+    folder: whose classes.txt counts for all images; without one, that beside an image's shard counts for the image, and
+    without any the labels do. shards: (N,), each image's place in ``paths``. texts: its label.
+    """
+    common = folder / CLASSES
+    if pixels is FIRST:
+        if not common.exists():
+            return *number_classes(texts, pixels), []
+        classes = tuple(filter(None, common.read_text("utf-8-sig", "surrogateescape").split("\n")))
+        return classes, labels_by_file(common, classes, texts), []
+    shards_of: dict[Path, list[int]] = {}
+    for number, path in enumerate(paths):
+        shards_of.setdefault(common if common.exists() else path.parent / CLASSES, []).append(number)
+    named = np.array(texts, object)
+    lists = []
+    for file, numbers in shards_of.items():
+        if file.exists():
+            classes = read_classes(file)
+            here = np.flatnonzero(np.isin(shards, numbers))
+            named[here] = np.array(classes, object)[labels_by_file(file, classes, named[here].tolist())]
+            lists.append(classes)
+    if not lists:
+        return *number_classes(texts, pixels), []
+    # The order of the file, where there is one for all.
+    are_one = len(set(lists)) == 1 and len(lists) == len(shards_of)
+    classes = lists[0] if are_one else number_classes([*itertools.chain(*lists), *named], pixels)[0]
+    number_of = {name: number for number, name in enumerate(classes)}
+    labels = np.array([number_of[name] for name in named], np.int64)
+    return classes, labels, [printable(classes[label]) for label in sorted({*range(len(classes))} - {*labels.tolist()})]
+
+
 def tar_files(folder: Path) -> list[Path]:
     """Return the *.tar files of a folder in sorted order, without hidden ones."""
     return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
 
 
 def _scan_shards(
-    paths: Sequence[Path], pixels: Pixels, label_key: str | None
+    folder: Path, paths: Sequence[Path], pixels: Pixels, label_key: str | None
 ) -> tuple[list[bytes], list[str], np.ndarray, list[str]]:
     """Find the N images in the tar files. Returns their names, their labels as text, the columns of PLACE, (N, 3), and
     what is to be said of members that are passed over.
@@ -443,7 +496,7 @@ def _scan_shards(
     passed = Counter[str]()
     texts: list[str] = []
     places: list[tuple[int, int, int]] = []
-    title = f"scanning {printable(paths[0].parent)}"
+    title = f"scanning {printable(folder)}"
     scan = partial(_scan_shard, pixels=pixels, label_key=label_key)
     with ProgressBar(title, len(paths), "shards") as progress, ThreadPoolExecutor(THREADS) as threads:
         for shard, (found, others) in enumerate(threads.map(scan, paths)):
@@ -455,11 +508,11 @@ def _scan_shards(
             progress.advance()
     if not names:
         raise ConfigError(
-            f"{printable(paths[0].parent)} has {len(paths)} tar files and no images in them; an image is called "
+            f"{printable(folder)} has {len(paths)} tar files and no images in them; an image is called "
             f"NAME.jpg ({shorten(sorted(pixels.extensions), 8)}), its label NAME{LABEL}"
-            f"{''.join(f'; {note}' for note in notes_of(passed, paths[0].parent))}"
+            f"{''.join(f'; {note}' for note in (*notes_of(passed, folder, inside_tars=True), *hints_for(passed)))}"
         )
-    return names, texts, np.array(places, np.int64), notes_of(passed, paths[0].parent)
+    return names, texts, np.array(places, np.int64), notes_of(passed, folder, inside_tars=True)
 
 
 def _scan_shard(
@@ -473,16 +526,20 @@ def _scan_shard(
     Raises ConfigError for a file that is damaged or compressed, two images of one key, and images without a label.
     """
     images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, str] = {}
+    labels: dict[str, tuple[str, str]] = {}  # of each key, and the member that says so
     passed = Counter[str]()
     holds_label = LABEL if label_key is None else JSON
     keys: Sequence[str] = ()  # of a .json that is passed over
     try:
         # "r:" refuses compressed files, in which offsets would be useless.
         with path.open("rb") as file, tarfile.open(path, "r:", file) as tar:
-            members = list(_members(tar, file.fileno(), pixels))
+            members = [*tar_members(tar, demand_end=pixels is not FIRST)]
+            if pixels is FIRST:
+                members = [member for member in members if member.isreg() and not member.issparse()]
             by_name = {os.path.normpath(member.name): member for member in members}
             for member in members:
+                if _is_skipped(member.name, pixels):
+                    continue
                 key, suffix = split_key(member.name) if pixels is FIRST else image_key(member.name, pixels)
                 if suffix in pixels.extensions:
                     if key in images:
@@ -492,88 +549,59 @@ def _scan_shard(
                         )
                     images[key] = member
                 elif suffix == holds_label:
-                    data = _start_of(tar, _followed(member, by_name))
+                    data = _start_of(tar, followed(member, by_name))
                     if label_key is None:
-                        labels[key] = _label(data, member, path, pixels)
+                        text = data.decode("utf-8", "surrogateescape")
                     else:
-                        labels[key] = _json_label(data, label_key, member, path)
+                        text = _json_label(data, label_key, member, path)
+                    where = f"{printable(path)}: {printable(member.name)}"
+                    label = text.strip() if pixels is FIRST else label_text(text, where)
+                    other, name = labels.setdefault(key, (label, member.name))
+                    if label != other and pixels is not FIRST:
+                        raise ConfigError(
+                            f"{where} says {printable(label)}, and {printable(name)} {printable(other)} of the same "
+                            "image; leave one of them out"
+                        )
+                    labels[key] = label, member.name
                 else:
                     if suffix == JSON and not keys:
-                        keys = _json_keys(_start_of(tar, _followed(member, by_name)))
+                        keys = _json_keys(_start_of(tar, followed(member, by_name)))
                     passed[os.path.splitext(member.name)[1].lower()] += 1
     except tarfile.TarError as error:
         raise ConfigError(
             f"{printable(path)} is not a whole, uncompressed tar file ({reason_text(error)}); restore or remove it"
         ) from error
-    unlabelled = [key for key in images if not labels.get(key)]
+    unlabelled = [key for key in images if not labels.get(key, ("", ""))[0]]
     for key in [key for key in unlabelled if "." in os.path.basename(key)]:
         # Of several images of one sample, as in NAME.left.jpg, none has the sample's label to itself.
         passed[split_key(images.pop(key).name)[1]] += 1
         unlabelled.remove(key)
     if unlabelled:
         names = [printable(images[key].name) for key in unlabelled]
-        hint = f"; its .json files have {shorten(keys, 8)}: name the label's by --data.label_key" if keys else ""
+        hint = ""
+        if keys:
+            hint = f"; its .json files have {shorten(keys, 8)}: name the label's by data.label_key (pack: --label-key)"
+        elif not labels and all(os.path.dirname(os.path.normpath(images[key].name)) for key in unlabelled):
+            hint = "; or, if its folders are the classes, unpack it and give the folder"
         raise ConfigError(
             f"{printable(path)} has {len(unlabelled)} of {len(images)} images without a label: {shorten(names)}; "
             f"write each label, a number or a class's name, beside its image as NAME{holds_label}{hint}"
         )
-    return [(os.fsencode(each.name), *_place(each, by_name), labels[key]) for key, each in images.items()], passed
+    return [(os.fsencode(each.name), *_place(each, by_name), labels[key][0]) for key, each in images.items()], passed
 
 
-def _members(tar: tarfile.TarFile, descriptor: int, pixels: Pixels) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file that are no folders; in the first version, that are plain files. Raises TarError."""
-    for member in tar:
-        if member.size < 0:  # damaged: tarfile accepts it and would look for the next header before this one
-            raise tarfile.ReadError(f"a member of {member.size} bytes")
-        if not member.isdir() and (pixels is not FIRST or (member.isreg() and not member.issparse())):
-            yield member
-    # tarfile takes a header that it cannot parse for the end of the file, as it does the end of the bytes. A complete
-    # file has zeros there.
-    end = os.pread(descriptor, tarfile.BLOCKSIZE, tar.offset)
-    if any(end):
-        raise tarfile.ReadError(f"no header at byte {tar.offset}")
-    if pixels is not FIRST and len(end) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"no end mark at byte {tar.offset}: it was cut short")
-
-
-def _followed(member: tarfile.TarInfo, by_name: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """The plain file that a member is, or links to inside its tar file; None if it leads nowhere.
-
-    by_name: under their names as ``os.path.normpath`` gives them: tar writes ./a.jpg where a folder was packed as ".".
-    """
-    found: tarfile.TarInfo | None = member
-    for _ in range(MOST_LINKS):
-        if found is None or found.isreg():
-            return found
-        if found.islnk():
-            found = by_name.get(os.path.normpath(found.linkname))
-        elif found.issym():
-            found = by_name.get(os.path.normpath(os.path.join(os.path.dirname(found.name), found.linkname)))
-        else:
-            return None
-    return None
+def _is_skipped(name: str, pixels: Pixels) -> bool:
+    """Whether a member lies in a folder that does not count, or is hidden, as in class folders."""
+    parts = name.removeprefix("./").split("/")
+    return pixels is not FIRST and any(part.startswith(".") or part in pixels.skipped for part in parts if part != "..")
 
 
 def _place(member: tarfile.TarInfo, by_name: Mapping[str, tarfile.TarInfo]) -> tuple[int, int]:
     """Offset and size of an image, or 0 and why it cannot be read."""
-    found = _followed(member, by_name)
+    found = followed(member, by_name)
     if found is None:
         return 0, NOWHERE
     return (0, IN_PIECES) if found.issparse() else (found.offset_data, found.size)
-
-
-def _label(content: bytes, member: tarfile.TarInfo, path: Path, pixels: Pixels) -> str:
-    """The text of a label. Raises ConfigError for binary content, of which parts would be lost as blanks."""
-    text = content.decode("utf-8", "surrogateescape")
-    if pixels is FIRST:
-        return text.strip()
-    text = text.strip(" \t\r\n")
-    if any(ord(character) < 32 or ord(character) == 127 for character in text):
-        raise ConfigError(
-            f"{printable(path)} has a label that is no text, {printable(member.name)}: {content[:16]!r}; write a "
-            "number in digits, or a class's name"
-        )
-    return text
 
 
 def _start_of(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes:
@@ -585,7 +613,7 @@ def _json_keys(data: bytes) -> list[str]:
     """The keys of a .json, for a message."""
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return [printable(key) for key in found] if isinstance(found, dict) else []
 
@@ -594,47 +622,34 @@ def _json_label(data: bytes, label_key: str, member: tarfile.TarInfo, path: Path
     """The label in a .json. Raises ConfigError where there is none."""
     try:
         found = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{printable(path)}: {printable(member.name)} is no JSON ({reason_text(error)})") from None
     label = found.get(label_key) if isinstance(found, dict) else None
+    if isinstance(label, float) and label.is_integer():  # as pandas writes whole numbers beside missing ones
+        label = int(label)
     if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise ConfigError(
             f"{printable(path)}: {printable(member.name)} has no text or number called {printable(label_key)}, by "
             f"data.label_key; it has {shorten(_json_keys(data), 8)}"
         )
-    return str(label).strip()
+    return str(label)
 
 
 def image_key(name: str, pixels: Pixels) -> tuple[str, str]:
     """As ``split_key``, but where this finds no image or label, at the last dot: the key of a.b.jpg is a.b."""
+    name = os.path.normpath(name)  # ./a.jpg is a.jpg
     key, suffix = split_key(name)
-    if os.path.basename(name).startswith("."):  # left by another system
-        return "", ""
     stem, last = os.path.splitext(name)
-    counts = pixels.extensions | {LABEL, JSON}
-    if suffix in counts or last.lower() not in counts:
+    if _counts(suffix, pixels) or not _counts(last.lower(), pixels):
         return key, suffix
     return stem, last.lower()
+
+
+def _counts(suffix: str, pixels: Pixels) -> bool:
+    return suffix in (LABEL, JSON) or suffix in pixels.extensions
 
 
 def split_key(name: str) -> tuple[str, str]:
     """Split a member's name into key and lower-case suffix by WebDataset's rule. Both are empty if it has no key."""
     found = KEY.fullmatch(name)
     return (found[1], found[2].lower()) if found else ("", "")
-
-
-def _labels_by_file(classes_file: Path, classes: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-    """Return the class of each label, (N,) int64: labels are line numbers if all of them can be, otherwise names.
-
-    Raises ConfigError for labels that are neither.
-    """
-    by_number = {str(number): number for number in range(len(classes))}
-    by_name = {name: number for number, name in enumerate(classes)}
-    known = by_number if set(texts) <= by_number.keys() else by_name
-    unknown = sorted(set(texts) - known.keys())
-    if unknown:
-        raise ConfigError(
-            f"{printable(classes_file)} has {len(classes)} classes and not these labels: "
-            f"{shorten([printable(text) for text in unknown])}; add them, or remove the file to go by the labels alone"
-        )
-    return np.array([known[text] for text in texts], np.int64)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from cit_scale.datasets.encoded import limit_pixels
 from cit_scale.datasets.folders import DELIMITERS, ImageFolder, Manifest, is_folder, is_shown
 from cit_scale.datasets.idx import labels_beside, read_idx
 from cit_scale.datasets.index import cache_folder, cache_path, hints_for, printable, shorten
+from cit_scale.datasets.labels import alike
 from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
 from cit_scale.datasets.shards import (
     INDEX,
@@ -174,7 +177,10 @@ def _pngs(grey: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, int, byte
 BUILT_IN = {"digits": digits}
 BUILT_IN_PREFIX = "builtin:"
 
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}  # of parts of a data set
+# Of parts of a data set: train, val2017, test_set. The first group says which part.
+SPLIT_NAME = re.compile(
+    r"(train|val|dev|eval|test)(ing|id|idation|uation|val)?([-_ .]?(sets?|data|images|splits?|\d+))?", re.I
+)
 
 
 def open_sources(data: DataConfig, pixels: Pixels = LATEST) -> tuple[Source, Source]:
@@ -229,14 +235,15 @@ def open_source(
     Raises ConfigError for a path that is not a data set, and MissingInputError for one that does not exist.
     """
     source = _open(where, cache_dir, option, pixels, split_names, label_key)
-    if where in BUILT_IN and built_in_name(where) is None:
+    source.notes = (*source.notes, *alike(source.classes))
+    if where in BUILT_IN and built_in_name(where, pixels) is None:
         named = f"{option}={where} is {Path(where).resolve()} here; {BUILT_IN_PREFIX}{where} is the built-in data set"
         source.notes = (*source.notes, named)
     return source
 
 
 def _open(where: str, cache_dir: Path, option: str, pixels: Pixels, split_names: bool, label_key: str | None) -> Source:
-    built_in, path = built_in_name(where), Path(where).expanduser()
+    built_in, path = built_in_name(where, pixels), Path(where).expanduser()
     if built_in is not None:
         return BUILT_IN[built_in](cache_dir, pixels)
     if path.is_dir():
@@ -258,31 +265,51 @@ def _open(where: str, cache_dir: Path, option: str, pixels: Pixels, split_names:
     )
 
 
-def built_in_name(where: str) -> str | None:
-    """The name of a built-in data set, as in builtin:digits, or alone where no path is called so; None for a path."""
+def built_in_name(where: str, pixels: Pixels = LATEST) -> str | None:
+    """The name of a built-in data set, as in builtin:digits, or alone where no path is called so; None for a path.
+
+    In the first version of pixels a name was built in, whatever there was.
+    """
     name = where.removeprefix(BUILT_IN_PREFIX)
     if name not in BUILT_IN:
         return None
-    return name if where.startswith(BUILT_IN_PREFIX) or not Path(where).exists() else None
+    is_named = where.startswith(BUILT_IN_PREFIX) or pixels is FIRST
+    return name if is_named or not Path(where).exists() else None
 
 
 def refuse_split_names(folder: Path, option: str) -> None:
     """Raise ConfigError for a folder whose class folders are called as parts of a data set are."""
-    names = sorted(entry.name for entry in os.scandir(folder) if is_shown(entry) and is_folder(entry))
-    parts = [name for name in names if name.lower() in SPLIT_NAMES]
-    if not parts or (folder / INDEX).exists():
+    if (folder / INDEX).exists():
         return
-    is_for_training = [name for name in parts if name.lower().startswith("train")]
-    others = [name for name in parts if name not in is_for_training]
-    way_out, insist = str(folder / (is_for_training or parts)[0]), "--split-names"
+    names, where = _folders_in(folder), folder
+    if len(names) == 1 and not SPLIT_NAME.fullmatch(names[0]):  # one folder further up
+        where = folder / names[0]
+        names = _folders_in(where)
+    parts = [name for name in names if SPLIT_NAME.fullmatch(name)]
+    if not parts or (where != folder and len(parts) < 2):
+        return
+    # For evaluation not the test set, by which nothing may be chosen, where there is another.
+    by_use = sorted(parts, key=lambda name: ("train", "val", "dev", "eval", "test").index(_part(name)))
+    way_out, insist = shlex.quote(str(where / by_use[0])), "--split-names"
     if option.startswith("data."):
         way_out, insist = f"--{option} {way_out}", "--data.split_names true"
-    if option == "data.train" and is_for_training and others:
-        way_out += f" --data.eval {folder / others[0]}"
+    if option == "data.train" and _part(by_use[0]) == "train" and _part(by_use[-1]) != "train":
+        evaluation = next(name for name in by_use if _part(name) != "train")
+        way_out += f" --data.eval {shlex.quote(str(where / evaluation))}"
     raise ConfigError(
-        f"{option}={printable(folder)} has folders called {', '.join(parts)}, which are parts of a data set and no "
+        f"{option}={printable(folder)} has folders called {shorten(parts)}, which look like parts of a data set, not "
         f"classes; give {printable(way_out)}, or say {insist} if they are classes"
     )
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if is_shown(entry) and is_folder(entry))
+
+
+def _part(name: str) -> str:
+    found = SPLIT_NAME.fullmatch(name)
+    assert found is not None
+    return found[1].lower()
 
 
 def _open_folder(folder: Path, cache_dir: Path, pixels: Pixels, label_key: str | None) -> Source:

@@ -38,6 +38,7 @@ from cit_scale.datasets.defaults import FRAME_QUALITY
 from cit_scale.datasets.folders import ImageFolder, find_files
 from cit_scale.datasets.index import printable, reason_text, shorten
 from cit_scale.datasets.pack import REJECTED, pack
+from cit_scale.datasets.pixels import LATEST
 from cit_scale.datasets.progress import ProgressBar
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.errors import ConfigError, Stopped
@@ -216,11 +217,12 @@ def extract(
             .filter("scale", **_scale(shorter_side))
             .filter("setsar", 1)
             .filter("format", "yuv420p")
-            # A frame a second: the encoder's clock is the video's mean rate, too coarse where the rate varies.
             .filter("setpts", "N/TB")
         )
         # passthrough: ffmpeg would otherwise repeat or drop frames for a constant rate.
-        options = {"start_number": 0, "fps_mode": "passthrough", "threads": 1, "q:v": quality}
+        # A frame a second, on a clock of seconds: the encoder's is the video's rate, too coarse where that varies or is
+        # below one frame a second.
+        options = {"start_number": 0, "fps_mode": "passthrough", "enc_time_base": "1/1", "threads": 1, "q:v": quality}
         _run_ffmpeg(frames.output("%06d.jpg", **options), unfinished, stop)
         return len(os.listdir(unfinished))
 
@@ -320,7 +322,7 @@ def _run_ffmpeg(output: Any, folder: Path | None = None, stop: StopRequest | Non
     reason = printable(errors[0][1].strip()) if errors else f"ffmpeg ended with status {process.returncode}"
     frames = int((re.findall(r"frame= *(\d+)", log) or ["0"])[-1])
     raise BadVideoError(
-        f"{reason}; {frames} frames could be read before" if frames else f"{reason}; no frame could be read"
+        f"{reason}; {frames} frames were taken before" if frames else f"{reason}; no frame was taken before"
     )
 
 
@@ -419,7 +421,8 @@ def find_videos(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise ConfigError(f"{printable(folder)} is not a folder; give one with a sub-folder of videos per class")
-    return [name for names in find_files(folder, EXTENSIONS, "videos").values() for name in names]
+    found = find_files(folder, EXTENSIONS, "videos", skipped=LATEST.skipped)
+    return [name for names in found.values() for name in names]
 
 
 def _renew(video: Path, folder: Path, scratch: Path, take: Callable[..., int], hwaccel: str | None) -> Record:

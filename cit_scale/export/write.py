@@ -37,7 +37,7 @@ from cit_scale.inference.classifier import (
 )
 from cit_scale.inference.defaults import SUFFIXES
 from cit_scale.inference.entry import run_command
-from cit_scale.inference.evaluate import known_images, open_images, run_config
+from cit_scale.inference.evaluate import known_images, open_images, run_config, run_pixels
 from cit_scale.inference.exported import HEAD, open_exported
 from cit_scale.inference.interface import Interface
 
@@ -245,7 +245,7 @@ def calibration_source(student: Classifier, form: Form, data: str | None) -> Sou
         return open_images(student, data, "--calibration")
     if student.run_dir is None:
         raise ConfigError("int8 is calibrated on images; say on which with --calibration DIR")
-    return open_sources(run_config(student.run_dir).data)[0]
+    return open_sources(run_config(student.run_dir).data, run_pixels(student.run_dir))[0]
 
 
 def calibration_images(student: Classifier, source: Source | None, count: int) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from rich.text import Text
 from cit_scale.config import DataConfig, RunConfig
 from cit_scale.datasets.encoded import limit_pixels
 from cit_scale.datasets.index import cache_folder, printable, shorten
+from cit_scale.datasets.pixels import BY_VERSION, FIRST, LATEST, Pixels
 from cit_scale.datasets.sources import Source, open_source, open_sources
 from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
 from cit_scale.errors import BadDataError, ConfigError
@@ -32,7 +33,7 @@ from cit_scale.inference.scores import ImageScores, Scores, best_temperature, sc
 from cit_scale.inference.turns import Answers, classify_all, unusable_text
 from cit_scale.models.classes import columns_by_class
 from cit_scale.recipe import build, read_recipe
-from cit_scale.run_folder import CONFIG
+from cit_scale.run_folder import CONFIG, STREAM, newest_note
 
 
 @dataclass(frozen=True)
@@ -200,16 +201,25 @@ def open_images(classifier: Classifier, data: str | None, option: str = "--data"
         raise ConfigError(
             f"{printable(classifier.name)} lies in no run folder, which would say on what; give {option} DIR"
         )
-    config = run_config(classifier.run_dir).data
+    config, pixels = run_config(classifier.run_dir).data, run_pixels(classifier.run_dir)
     if config.eval is not None:  # without the images that it was trained on, which may be gone
         limit_pixels(config.max_pixels)
-        return open_source(config.eval, cache_folder(config.cache_dir), "data.eval", label_key=config.label_key)
-    return open_sources(config)[1]
+        cache_dir = cache_folder(config.cache_dir)
+        return open_source(config.eval, cache_dir, "data.eval", pixels, label_key=config.label_key)
+    return open_sources(config, pixels)[1]
 
 
 def run_config(run_dir: Path) -> RunConfig:
     """The configuration of a run, from its folder. Raises ConfigError."""
     return build(read_recipe(str(run_dir / CONFIG)), RunConfig)
+
+
+def run_pixels(run_dir: Path) -> Pixels:
+    """The version of pixels with which a run was begun: it decides which images were held out."""
+    noted, _ = newest_note(run_dir)
+    versions = noted.get(STREAM, {"pixels": FIRST.version}) if noted else {}
+    number = versions.get("pixels", LATEST.version) if isinstance(versions, dict) else LATEST.version
+    return BY_VERSION.get(number, LATEST)
 
 
 def known_images(source: Source, classifier: Classifier, only_known: bool) -> Judged:

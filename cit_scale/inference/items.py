@@ -15,11 +15,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO
 
 from cit_scale.datasets.encoded import EXTENSIONS, refuse_too_many_bytes
 from cit_scale.datasets.folders import open_without_waiting
 from cit_scale.datasets.index import UNUSABLE, printable, reason_text
+from cit_scale.datasets.pixels import LATEST
+from cit_scale.datasets.tars import tar_members
 from cit_scale.errors import BadImageError, ConfigError, MissingInputError
 from cit_scale.inference.defaults import FRAMES_PER_S
 
@@ -132,19 +134,25 @@ def _named(path: str, frames_per_s: float) -> Iterator[Item]:
 
 
 def _in_folder(folder: str, frames_per_s: float) -> Iterator[Item]:
-    """Images of a folder and its sub-folders, in sorted order. Names that begin with a dot do not count."""
-    try:
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError as error:
-        yield Item(folder, reason=reason_text(error))
-        return
-    for name in names:
-        path = os.path.join(folder, name)
-        if os.path.isdir(path):
-            if not os.path.islink(path):  # a link to a folder above would have no end
-                yield from _in_folder(path, frames_per_s)
-        elif _suffix(path) in EXTENSIONS | {".tar"} | _videos():
-            yield from _in_file(path, frames_per_s)
+    """Images of a folder and its sub-folders, in sorted order. Neither hidden names nor other programs' folders count.
+
+    Not recursive: folders may lie deeper in each other than functions can.
+    """
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if not os.path.isdir(path):
+            if path == folder or _suffix(path) in EXTENSIONS | {".tar"} | _videos():
+                yield from _in_file(path, frames_per_s)
+            continue
+        if path != folder and os.path.islink(path):  # a link to a folder above would have no end
+            continue
+        try:
+            names = [name for name in os.listdir(path) if not name.startswith(".") and name not in LATEST.skipped]
+        except OSError as error:
+            yield Item(path, reason=reason_text(error))
+            continue
+        waiting += [os.path.join(path, name) for name in sorted(names, reverse=True)]
 
 
 def _in_file(path: str, frames_per_s: float) -> Iterator[Item]:
@@ -179,20 +187,14 @@ def _in_shard(path: str) -> Iterator[Item]:
     """Members with an image's extension, in their order in the file."""
     try:
         with open(path, "rb") as file, tarfile.open(path, "r:", file) as tar:
-            for member in tar:
-                if member.size < 0:
-                    raise tarfile.ReadError(f"a member of {member.size} bytes")
+            for member in tar_members(tar, keep=False):
                 name = f"{path}:{member.name}"
-                if _suffix(member.name) in EXTENSIONS and not member.isdir():
+                if _suffix(member.name) in EXTENSIONS and not os.path.basename(member.name).startswith("."):
                     is_whole = member.isreg() and not member.issparse()
                     if is_whole:
                         yield Item(name, path, member.offset_data, member.size)
                     else:
                         yield Item(name, reason="a link, or in pieces, inside the tar file")
-                cast(Any, tar).members = []  # tarfile keeps all that it has seen
-            # tarfile takes a header that it cannot parse for the end of the file. A complete file has zeros there.
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     except (tarfile.TarError, *UNUSABLE) as error:
         yield Item(path, reason=f"not a whole, uncompressed tar file: {reason_text(error)}")
 

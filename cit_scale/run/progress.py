@@ -14,8 +14,8 @@ import torch
 from cit_scale.data.order import Cursor
 from cit_scale.errors import RefusedError
 from cit_scale.optim import learning_rate
-from cit_scale.run.noted import STREAM
 from cit_scale.run.setup import PreparedRun
+from cit_scale.run_folder import STREAM
 from cit_scale.settings import changed_settings, to_dict
 
 
