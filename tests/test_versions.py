@@ -11,8 +11,14 @@ import pytest
 from jobs import Job
 from PIL import Image
 
+from cit_scale.config import DataConfig
 from cit_scale.data.versions import FIRST, LATEST, StreamVersions, read_versions
+from cit_scale.datasets import pixels
+from cit_scale.datasets.sources import open_sources
+from cit_scale.distributed.world import World
 from cit_scale.errors import RefusedError
+from cit_scale.inference.classifier import open_classifier
+from cit_scale.inference.evaluate import open_images
 from cit_scale.run.noted import noted_versions
 
 RUN = Path(__file__).parent / "data" / "run_of_version_1.tar.gz"
@@ -65,6 +71,12 @@ def test_a_run_of_the_first_version_goes_on_with_its_images(old_run):
         "mixing": 1,
     }
     assert noted_versions(run_dir) == FIRST
+    # It is evaluated on what it has not seen, though classes are ordered otherwise today: 1, 10, 2 then.
+    images = DataConfig(train=str(old_run / "images"), cache_dir=str(old_run / "cache"))
+    here = open_images(open_classifier(str(run_dir), World()), None)
+    held_out = open_sources(images, pixels.FIRST)[1]
+    assert {here.key(index) for index in range(len(here))} == {held_out.key(index) for index in range(len(held_out))}
+    assert here.classes == ("1", "10", "2")
     # Begun anew it gets today's images, which are others: repeats stand elsewhere.
     ended = finish(old_run, "--fresh")
     assert ended.code == 0, ended.output

@@ -353,7 +353,7 @@ def _read_manifest(path: Path, pixels: Pixels) -> tuple[list[bytes], list[str], 
     table = _Table(path, pixels)
     rows = list(table.rows() if pixels is FIRST else table.distinct_rows())
     if table.mistakes:
-        raise ConfigError(f"{printable(path)} cannot be understood: {shorten(table.mistakes)}{table.hint()}")
+        raise ConfigError(f"{printable(path)} cannot be understood: {shorten(table.mistakes)}{table.hint}")
     if not rows:
         raise ConfigError(f"{printable(path)} names no images; write a path and a label on each line")
     if pixels is not FIRST:
@@ -375,8 +375,8 @@ class _Table:
         self._path = path
         self._folder = path.parent
         self._pixels = pixels
-        self._missing: list[_Row] = []
         self.mistakes: list[str] = []
+        self.hint = ""
         self.repeated = 0
 
     def rows(self) -> Iterator[_Row]:
@@ -449,15 +449,15 @@ class _Table:
                     f"line {row.line} says {printable(row.label)} of {printable(row.name)}, and line {met.line} "
                     f"{printable(met.label)}"
                 )
-                self._missing.append(row)
+                if _are_swapped(self._folder, row):
+                    self.hint = SWAPPED
 
-    def hint(self) -> str:
-        """Of two labels for one image: whether the columns stand the other way round."""
-        are_swapped = self._missing and all(
-            _extension(row.label) in self._pixels.extensions and not os.path.lexists(self._folder / row.name)
-            for row in self._missing
-        )
-        return "; write the path first, then the label" if are_swapped else ""
+
+SWAPPED = "; write the path first, then the label"
+
+
+def _are_swapped(folder: Path, row: _Row) -> bool:
+    return os.path.isfile(folder / row.label) and not os.path.lexists(folder / row.name)
 
 
 def _refuse_missing(path: Path, rows: Sequence[_Row]) -> None:
@@ -465,6 +465,8 @@ def _refuse_missing(path: Path, rows: Sequence[_Row]) -> None:
     folder = path.parent
     if any(os.path.lexists(folder / row.name) for row in rows):
         return
+    if all(_are_swapped(folder, row) for row in rows):
+        raise ConfigError(f"{printable(path)} names {printable(rows[0].name)}, which is not there{SWAPPED}")
     folders = ["", *sorted(entry.name for entry in os.scandir(folder) if is_shown(entry) and is_folder(entry))]
     for inside in folders[:MOST_TRIED]:
         for extension in ("", *sorted(LATEST.extensions)):

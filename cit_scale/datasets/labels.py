@@ -25,7 +25,7 @@ def label_text(text: str, where: str) -> str:
     label = text.strip(" \t\r\n")
     if NO_TEXT.search(label):
         raise ConfigError(
-            f"{where} has a label that is no text: {printable(label[:16])}; write a number in digits, or a class's name"
+            f"{where} has a label that is no text: {label[:16]!a}; write a number in digits, or a class's name"
         )
     return label.strip().strip("\ufeff\u200b")
 
