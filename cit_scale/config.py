@@ -155,6 +155,9 @@ class DataConfig:
     cache_dir: str = setting("~/.cache/cit_scale", may_change=True)
     """Where built-in data sets and the indices of others are kept."""
 
+    verify: bool = setting(False, may_change=True)
+    """Hash all images at the start, and refuse to go on with a run whose images have other bytes by then."""
+
     decode_threads: int = setting(4, rules=[POSITIVE, UP_TO_1024], may_change=True)
     """Threads of each rank that read files, as many that decode and, without a GPU, as many that resize."""
 

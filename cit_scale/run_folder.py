@@ -15,6 +15,7 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"  # a list: one entry per start
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
+CONTENTS = "contents.npz"  # hashes of all images, of a run with data.verify
 NETWORKS = "networks.json"  # the weights that the run was given, with their hashes, and its teachers' accuracy
 DESCRIPTION = "config.json"  # what timm says of weights beside them: the model, its classes, what images it takes
 STUDENT = "student.safetensors"

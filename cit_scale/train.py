@@ -67,9 +67,10 @@ from cit_scale.run.flops import ModelFlops, model_flops
 from cit_scale.run.folders import numbers
 from cit_scale.run.forecast import forecast_lines
 from cit_scale.run.inputs import (
-    EVALUATION_DATA,
+    OF_EVALUATION,
     changed_inputs,
     fingerprints,
+    keep_hashes,
     refuse_different,
     refuse_other_inputs,
 )
@@ -383,10 +384,10 @@ def finished_results(
     here = run_on_all_ranks(world, lambda: fingerprints(prepared, teachers))
     refuse_different(world, here)
     other = changed_inputs(noted, here)
-    trained_with = " and ".join(name for name in other if name != EVALUATION_DATA)
+    trained_with = " and ".join(name for name in other if name not in OF_EVALUATION)
     if trained_with and world.is_main:
         print(f"{run_dir} is finished, and is not trained again although this changed: {trained_with}", flush=True)
-    if EVALUATION_DATA not in other:
+    if not set(other) & set(OF_EVALUATION):
         return dict(finished)
     if world.is_main:
         print(f"{run_dir} is finished; its evaluation data changed, so it is evaluated again", flush=True)
@@ -404,7 +405,11 @@ def finished_results(
     measured["teachers"] = evaluate_teachers(prepared, teachers, frozen, here, None, eval_batches, say)
     bad_images = BadImages(run_dir, (prepared.eval_images,), prepared.config.data.max_bad_images, world)
     bad_images.collect(say)
-    results = {**finished, **measured, "inputs": {**noted, EVALUATION_DATA: here[EVALUATION_DATA]}}
+    results = {
+        **finished,
+        **measured,
+        "inputs": {**noted, **{name: here[name] for name in OF_EVALUATION if name in here}},
+    }
     results.pop("best", None)  # by the accuracy on other images
 
     def write() -> None:
@@ -453,6 +458,7 @@ def record_start(
     run_dir = prepared.config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / CONFIG, to_yaml(prepared.config))
+    keep_hashes(prepared)
     write_text(run_dir / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     if (run_dir / RESULTS).exists():
         rename_aside(run_dir / RESULTS)  # the run goes on: these are no longer its results

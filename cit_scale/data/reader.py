@@ -75,6 +75,8 @@ class Reader:
         self.bad: dict[int, str] = dict(source.rejects)
         """Index -> reason of every bad image found so far; at first those that the source lists as rejects."""
         self._hopeless = set(source.rejects)  # are not read again
+        self.hashes: np.ndarray | None = None
+        """Of all images, as of ``datasets.contents``; None where data.verify is off."""
 
     def read(self, sample: int, doubtful: Collection[int] = ()) -> tuple[int, bytes]:
         """Return the index and the encoded bytes of a sample that can be decoded.

@@ -33,6 +33,7 @@ from cit_scale.datasets.index import (
     printable,
     read_image_headers,
     shorten,
+    stamps_of,
 )
 from cit_scale.datasets.labels import label_text, read_text
 from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
@@ -55,6 +56,9 @@ class _ImageFiles(Indexed):
 
     def name(self, index: int) -> str:
         return printable(os.path.join(os.fsencode(self.folder), self._names[index]))
+
+    def stamps(self) -> np.ndarray:
+        return stamps_of([os.path.join(os.fsencode(self.folder), name) for name in self._names])
 
 
 class ImageFolder(_ImageFiles):

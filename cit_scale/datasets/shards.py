@@ -48,6 +48,7 @@ from cit_scale.datasets.index import (
     reason_text,
     save,
     shorten,
+    stamps_of,
 )
 from cit_scale.datasets.labels import label_text, labels_by_file, read_classes
 from cit_scale.datasets.pixels import FIRST, LATEST, Pixels
@@ -264,6 +265,9 @@ class TarShards(Indexed):
     def read(self, index: int) -> bytes:
         return self._places.read(index)
 
+    def stamps(self) -> np.ndarray:
+        return stamps_of(self._places.paths)[self._places.shards]
+
     def name(self, index: int) -> str:
         return f"{printable(self._places.path(index))}:{printable(self._names[index])}"
 
@@ -272,17 +276,17 @@ class _Places:
     """Where images lie in the shards of a folder. columns: those of PLACE, and the names of the shards."""
 
     def __init__(self, folder: Path, columns: Columns) -> None:
-        self._shards, self._offsets, self._sizes = (columns.numbers[name] for name in PLACE)
+        self.shards, self._offsets, self._sizes = (columns.numbers[name] for name in PLACE)
         self.paths = [folder / os.fsdecode(name) for name in columns.texts["shard_names"]]
         self._open = lru_cache(OPEN_SHARDS)(_OpenFile)
 
     def path(self, index: int) -> Path:
-        return self.paths[self._shards[index]]
+        return self.paths[self.shards[index]]
 
     def ends(self) -> np.ndarray:
         """Of each shard, the end of its last image."""
         ends = np.zeros(len(self.paths), np.int64)
-        np.maximum.at(ends, self._shards, self._offsets + self._sizes)
+        np.maximum.at(ends, self.shards, self._offsets + self._sizes)
         return ends
 
     def read(self, index: int, start: int = 0, size: int = -1) -> bytes:

@@ -68,6 +68,9 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Return the image's path, for messages."""
 
+    def stamps(self) -> np.ndarray:
+        """What changes when an image's file is written, (N, 3) int64: its size, and two times in nanoseconds."""
+
     @property
     def fingerprint(self) -> str:
         """A digest, equal for two sources with the same classes, keys, labels and sizes in the same order."""
@@ -99,6 +102,9 @@ class Subset:
 
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
+
+    def stamps(self) -> np.ndarray:
+        return self.source.stamps()[self.indices]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,15 +8,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from cit_scale.config import TeacherConfig
+from cit_scale.datasets import contents
+from cit_scale.datasets.index import shorten
 from cit_scale.distributed.world import World, gather
 from cit_scale.errors import MissingInputError, RefusedError
 from cit_scale.models.classes import class_columns
 from cit_scale.models.pretrained import FOLDER, HUB, description_of, find_pretrained
 from cit_scale.run.noted import noted_inputs
 from cit_scale.run.setup import PreparedRun
+from cit_scale.run_folder import CONTENTS
 
 EVALUATION_DATA = "evaluation data"
 """Name of the input that changes the results of a run, but not its weights."""
+
+DATA_CONTENTS, EVALUATION_CONTENTS = "data, contents", f"{EVALUATION_DATA}, contents"
+"""With data.verify. Without, these are as they were noted, and not compared."""
+
+OF_EVALUATION = (EVALUATION_DATA, EVALUATION_CONTENTS)
 
 FIRST_WEIGHTS = "the student's first weights"
 
@@ -38,12 +46,18 @@ def fingerprints(prepared: PreparedRun, teachers: Mapping[str, TeacherConfig]) -
         "data": versions.fingerprint(prepared.train_set.fingerprint),
         EVALUATION_DATA: versions.fingerprint(prepared.eval_set.fingerprint),
     }
+    noted, _ = noted_inputs(config.run_dir)
+    readers = {DATA_CONTENTS: prepared.train_images, EVALUATION_CONTENTS: prepared.eval_images}
+    for name, reader in readers.items():
+        if reader.hashes is not None:
+            found[name] = contents.digest_of(reader.hashes)
+        elif name in noted:
+            found[name] = noted[name]
     start = config.student.start
     try:
         found[FIRST_WEIGHTS] = NONE if start is None else find_pretrained(start).sha256
         found[f"{FIRST_WEIGHTS}, description"] = _description_hash(description_of(start))
     except (MissingInputError, OSError):
-        noted, _ = noted_inputs(config.run_dir)
         if FIRST_WEIGHTS not in noted:
             raise
         found |= {name: value for name, value in noted.items() if name.startswith(FIRST_WEIGHTS)}
@@ -93,10 +107,29 @@ def refuse_other_inputs(prepared: PreparedRun, teachers: Mapping[str, TeacherCon
     if not noted:  # nothing to compare with: hashing gigabytes of weights can wait until they are loaded
         return
     here = fingerprints(prepared, teachers)
-    other = [name for name in changed_inputs(noted, here) if not (is_finished and name == EVALUATION_DATA)]
+    other = [name for name in changed_inputs(noted, here) if not (is_finished and name in OF_EVALUATION)]
     if other:
         shown = "; ".join(f"{name}: {noted[name]:.12} -> {here[name]:.12}" for name in other)
+        if images := changed_images(prepared):
+            shown += f"; {len(images)} images have other bytes: {shorten(images, 3)}"
         raise RefusedError(
             f"{config.run_dir} holds a run of other files ({shown}); bring those back, give this run another --name, "
             "set that one aside with --fresh, or go on with it all the same with --override-resume"
         )
+
+
+def keep_hashes(prepared: PreparedRun) -> None:
+    """Write the hashes of all images into the run folder, for ``changed_images``; nothing without data.verify."""
+    path = prepared.config.run_dir / CONTENTS
+    train, evaluation = prepared.train_images.hashes, prepared.eval_images.hashes
+    if train is not None and evaluation is not None:
+        contents.save_hashes(path, (train, evaluation))
+
+
+def changed_images(prepared: PreparedRun) -> list[str]:
+    """Names of the images whose bytes differ from those that the run began with, where both are known."""
+    train, evaluation = prepared.train_images.hashes, prepared.eval_images.hashes
+    if train is None or evaluation is None:
+        return []
+    path = prepared.config.run_dir / CONTENTS
+    return contents.changed_images(path, (prepared.train_set, prepared.eval_set), (train, evaluation))

@@ -35,7 +35,8 @@ from cit_scale.data.order import (
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import eval_stream, train_stream
 from cit_scale.data.versions import LATEST, StreamVersions
-from cit_scale.datasets.index import shorten
+from cit_scale.datasets.contents import image_hashes
+from cit_scale.datasets.index import cache_folder, shorten
 from cit_scale.datasets.pixels import BY_VERSION
 from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World, broadcast, first_on_each_node, run_on_all_ranks
@@ -510,6 +511,9 @@ def open_images(data: DataConfig, versions: Iterable[StreamVersions] = ()) -> di
             refuse_bad_index((train, evaluation), data.max_bad_images)
             most_bytes = data.decoded_mib << 20
             opened[number] = Reader(train, pixels, most_bytes), Reader(evaluation, pixels, most_bytes)
+            if data.verify:
+                for reader in opened[number]:
+                    reader.hashes = image_hashes(reader.source, cache_folder(data.cache_dir))
         return opened
     except ConfigError:
         raise
