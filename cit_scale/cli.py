@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from cit_scale.config import NO_DATA, RunConfig, check_config, check_names, split_batch
 from cit_scale.distributed.ranks import Ranks
-from cit_scale.errors import ConfigError, RunError, exit_code_of
+from cit_scale.errors import ConfigError, RunError, error_line, exit_code_of
 from cit_scale.recipe import (
     DEFAULT_RECIPE,
     OPTIONS,
@@ -113,7 +113,7 @@ def answer_early(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
         raise SystemExit(0) from None
     except (RunError, OSError) as error:
         if is_first_rank(env) or not isinstance(error, RunError):  # what one rank's disk says no other rank knows
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(exit_code_of(error)) from error
 
 

@@ -123,6 +123,24 @@ def one_line(error: object, most: int | None = None) -> str:
     return text if most is None or len(text) <= most else f"{text[:most]} ..."
 
 
+MOST_CHARACTERS, MOST_OF_A_WORD = 490, 120  # of a line that refuses something
+
+
+def error_line(error: object) -> str:
+    """An error's message in one line of at most MOST_CHARACTERS: long words, such as paths, and then the whole lose
+    their middle. The way out stands at the end.
+    """
+    text = " ".join(_without_middle(word, MOST_OF_A_WORD) for word in one_line(error).split(" "))
+    return _without_middle(text, MOST_CHARACTERS)
+
+
+def _without_middle(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    half = (most - len(" ... ")) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
 def exit_code_of(error: RunError | BadImageError | OSError) -> int:
     """Returns the exit code of a process that ends with ``error``.
 

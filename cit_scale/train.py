@@ -54,6 +54,7 @@ from cit_scale.errors import (
     MissingInputError,
     RunError,
     Stopped,
+    error_line,
     exit_code_of,
 )
 from cit_scale.evaluate import HEADS_MEAN, evaluate
@@ -124,10 +125,10 @@ def main(
     except RunError as error:  # raised on all ranks, printed by one
         if is_main:
             fresh = arguments is not None and arguments.fresh and "the same command" in str(error)
-            print(f"error: {error}{' (without --fresh)' if fresh else ''}", file=sys.stderr, flush=True)
+            print(f"error: {error_line(error)}{' (without --fresh)' if fresh else ''}", file=sys.stderr, flush=True)
         return error.exit_code
     except (BadImageError, OSError) as error:  # maybe of this rank alone, so each rank that meets one prints it
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error_line(error)}", file=sys.stderr, flush=True)
         return exit_code_of(error)
     if is_main:
         print_table(arguments.config.run_dir, results)

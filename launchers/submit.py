@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import launchers.environment  # first: it records the environment before other imports add to it  # noqa: F401
 from cit_scale import cli, text
 from cit_scale.config import RunConfig, check_config, split_batch
-from cit_scale.errors import BadImageError, ConfigError, RefusedError, RunError, exit_code_of
+from cit_scale.errors import BadImageError, ConfigError, RefusedError, RunError, error_line, exit_code_of
 from cit_scale.files import read_notes, write_text
 from cit_scale.run.folders import RunFolder
 from cit_scale.run_folder import SUBMISSIONS
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given, train_argv = parse(sys.argv[1:] if argv is None else argv)
         return submit(Options(**given), given, train_argv)
     except (RunError, BadImageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error_line(error)}", file=sys.stderr, flush=True)
         return exit_code_of(error)
 
 

@@ -70,13 +70,10 @@ def in_chunks(png, size):
         count = int.from_bytes(png[at : at + 4], "big")
         kinds.append((png[at + 4 : at + 8], png[at + 8 : at + 8 + count]))
         at += 12 + count
-    parts = [
-        chunk(kind, content[first : first + size])
-        for kind, content in kinds
-        for first in (range(0, len(content), size) if kind == b"IDAT" else (0,))
-        for size in (size if kind == b"IDAT" else len(content),)
-    ]
-    return png[:8] + b"".join(parts)
+    pixels = b"".join(content for kind, content in kinds if kind == b"IDAT")
+    parts = [chunk(b"IDAT", pixels[first : first + size]) for first in range(0, len(pixels), size)]
+    before = [chunk(kind, content) for kind, content in kinds if kind not in (b"IDAT", b"IEND")]
+    return png[:8] + b"".join([*before, *parts, chunk(b"IEND", b"")])
 
 
 def bmp_565(image):

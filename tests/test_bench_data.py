@@ -237,13 +237,36 @@ def test_errors_count_in_bytes():
 def test_every_image_of_a_folder_is_compared_with_pil(tmp_path, capsys):
     folder = tmp_path / "set" / "a"
     folder.mkdir(parents=True)
-    for name, data in {**odd_images(), "broken.jpg": b"no image"}.items():
+    images = odd_images()
+    for name, data in {**images, "broken.jpg": b"no image"}.items():
         (folder / name).write_bytes(data)
     assert fidelity.main(["--images", str(folder.parent), "--image_sizes", "64"]) == 0
     printed = capsys.readouterr().out
-    for way, images in (("evaluation", 35), ("training", 35), ("packed, evaluation", 35)):
-        assert re.search(rf"^\| {way} \| +{images} \| +0 \| +0 \|$", printed, re.MULTILINE), way
+    for way in ("evaluation", "training", "packed, evaluation"):
+        assert re.search(rf"^\| {way} \| +{len(images)} \| +0 \| +[012] \| +0 \|$", printed, re.MULTILINE), way
     assert f"cannot be used: {folder / 'broken.jpg'}\tnot an image of a known format" in printed
+
+
+@pytest.mark.slow
+def test_images_of_every_format_mode_and_orientation_are_those_that_pil_shows(capsys):
+    assert fidelity.main(["--images", "--image_sizes", "64"]) == 0
+    counts = re.findall(r"^\| [a-z, ]+ \| +(\d+) \| +0 \| +[012] \| +0 \|$", capsys.readouterr().out, re.MULTILINE)
+    assert len(counts) == 3
+    assert min(map(int, counts)) > 300
+
+
+def test_an_image_that_pil_opens_and_we_do_not_use_is_an_error(tmp_path, capsys):
+    folder = tmp_path / "set" / "a"
+    folder.mkdir(parents=True)
+    Image.new("L", (2, 2)).save(folder / "0.png")
+    Image.new("L", (3000, 1)).save(folder / "strip.png")
+    assert fidelity.main(["--images", str(folder.parent), "--image_sizes", "8"]) == 1
+    assert f"PIL opens {folder / 'strip.png'}, and it cannot be used here: 3000 x 1 pixels" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_one_line(capsys):
+    assert fidelity.main(["--images", "/nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_an_image_that_is_off_is_listed_and_an_error(tmp_path, monkeypatch, capsys):

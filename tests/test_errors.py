@@ -13,7 +13,15 @@ from cit_scale.config import DataConfig
 from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
-from cit_scale.errors import CannotWriteError, MissingInputError, RunError, TransientError, exit_code_of, os_error
+from cit_scale.errors import (
+    CannotWriteError,
+    MissingInputError,
+    RunError,
+    TransientError,
+    error_line,
+    exit_code_of,
+    os_error,
+)
 from cit_scale.models.weights import read_weights
 from cit_scale.run import setup
 from launchers import requeue
@@ -101,3 +109,20 @@ def test_a_fault_that_passes_has_the_exit_code_of_one_wherever_it_is_met(place, 
     monkeypatch.undo()
     expected = 1 if code != errno.EACCES else {"the settings of the run": 7, "the lock": 6}.get(place, 3)
     assert exit_code_of(caught.value) == expected, caught.value
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 4000, "a b " * 900, f"{'/deep' * 800} has no images; give another folder", "a\nb"]
+)
+def test_an_error_is_one_line_of_at_most_500_characters_with_the_way_out(text):
+    line = f"error: {error_line(ValueError(text))}"
+    assert "\n" not in line
+    assert len(line) <= 500
+    assert line.endswith(text.split()[-1][-20:])
+
+
+def test_a_long_path_loses_its_middle_alone():
+    line = error_line(f"data.train={'/deep' * 800} is no data set; give a folder")
+    assert line.startswith("data.train=/deep/deep")
+    assert line.endswith("/deep is no data set; give a folder")
+    assert len(line) < 200

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image, ImageOps
 from rich.console import Console
 
@@ -400,7 +401,7 @@ def test_a_finished_folder_is_left_as_it_is(source, tmp_path, small_mib):
     )  # fmt: skip
     assert again.images_per_s == 0
     tars = {f"{i:06d}.tar" for i in range(first.shards)}
-    assert set(times) == tars | {"classes.txt", "index.npz", "pack.json", "rejected.tsv"}
+    assert set(times) == tars | {"README.md", "classes.txt", "index.npz", "pack.json", "rejected.tsv"}
 
 
 # --- What is refused ---
@@ -558,6 +559,15 @@ def test_the_help_shows_a_command_that_works(folder, tmp_path, monkeypatch, caps
     folder.rename("photos")
     assert main([*example.split(), "--cache-dir", "cache"]) == 0
     assert (tmp_path / "packed" / "index.npz").exists()
+
+
+def test_other_libraries_are_told_which_files_are_the_data(source, tmp_path):
+    """datasets 5.2, which reads this header, opened a packed folder as its images, and without it as pack.json."""
+    pack(source, tmp_path / "packed", workers=1)
+    _, header, text = (tmp_path / "packed" / "README.md").read_text().split("---\n")
+    (config,) = yaml.safe_load(header)["configs"]
+    assert sorted(tmp_path.glob(f"packed/{config['data_files']}")) == [tmp_path / "packed" / "000000.tar"]
+    assert "classes.txt" in text
 
 
 # --- The header alone ---

@@ -1,10 +1,12 @@
 """Compares our augmented images with those of PIL, torchvision and timm for the same random draws.
 
 python -m cit_scale.bench.fidelity
+python -m cit_scale.bench.fidelity --images
 python -m cit_scale.bench.fidelity --images photos
 
-The second puts every image of a folder of class folders through the streams of evaluation and training, and through
-`pack` and back, and lists those that are further than 1 of 255 from what PIL shows, and those that cannot be used.
+The second writes an image in every format, mode and orientation that PIL writes, the third takes those of a folder of
+class folders. Each goes through the streams of evaluation and training, and through `pack` and back; listed are those
+that are further than 1 of 255 from what PIL shows, and those that cannot be used.
 
 The error of an image is the mean absolute difference of bytes, 0 to 255, over its pixels and channels. The table shows
 the mean, the median and the largest error over all images. The exit code is 1 if a mean exceeds its limit at the first
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +36,7 @@ from torchvision import transforms
 
 from cit_scale.bench.decode import CPU, HEIGHT, WIDTH, library_versions_text, make_photos, posterize
 from cit_scale.bench.measure import table
+from cit_scale.bench.pil_images import write_images
 from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
@@ -45,6 +49,7 @@ from cit_scale.datasets.pack import pack
 from cit_scale.datasets.shards import open_packed
 from cit_scale.datasets.sources import Source
 from cit_scale.distributed.world import World
+from cit_scale.errors import ConfigError, error_line
 
 EPOCHS = 4  # passes over the photographs, each with new draws
 THREADS = 2
@@ -254,10 +259,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=16, help="synthetic photographs to compare (default: 16)")
     parser.add_argument("--image_sizes", type=int, nargs="+", default=[224, 32], help="pixels (default: 224 32)")
-    parser.add_argument("--images", metavar="FOLDER", help="compare each of these instead, at the first of the sizes")
+    parser.add_argument(
+        "--images",
+        metavar="FOLDER",
+        nargs="?",
+        const="",
+        help="compare each of these instead, at the first of the sizes",
+    )
     arguments = parser.parse_args(argv)
     if arguments.images is not None:
-        return compare_each(Path(arguments.images), arguments.image_sizes[0])
+        folder = Path(arguments.images) if arguments.images else None
+        try:
+            return compare_each(folder, arguments.image_sizes[0])
+        except (ConfigError, OSError) as error:
+            print(f"error: {error_line(error)}", file=sys.stderr)
+            return 2
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "photos"
         make_photos(folder, arguments.photos, (HEIGHT, WIDTH), THREADS)
@@ -271,30 +287,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(broken))
 
 
-def compare_each(folder: Path, image_size: int) -> int:
-    """Print the largest distance by each way, and the images that are too far. Returns the exit code: 1 for any."""
+class Distance(NamedTuple):
+    """The largest difference of a byte, 0 to 255, from what PIL shows: resized by our filter, and by PIL's."""
+
+    ours: float
+    pil: float
+
+
+def compare_each(folder: Path | None, image_size: int) -> int:
+    """Print the largest distances by each way, the images that are too far, and those that cannot be used.
+
+    folder: None: images in every format, mode and orientation that PIL writes. Returns the exit code: 1 for an image
+    that is too far, or that PIL opens and we do not use, or the other way round.
+    """
     with tempfile.TemporaryDirectory() as temporary:
+        if folder is None:
+            folder = Path(temporary) / "images"
+            write_images(folder)
         source = ImageFolder(folder, Path(temporary))
         pack(source, Path(temporary) / "packed", workers=THREADS)
         packed = open_packed(Path(temporary) / "packed", Path(temporary))
         readers = {"evaluation": Reader(source), "training": Reader(source), "packed, evaluation": Reader(packed)}
-        rows, too_far = [], 0
+        rows, faults = [], list[str]()
         for way, reader in readers.items():
             found = (train_distances if way == "training" else eval_distances)(reader, image_size)
-            far = {name: error for name, error in found.items() if error > FURTHEST}
-            too_far += len(far)
-            rows.append([way, str(len(found)), f"{max(found.values(), default=0):.0f}", str(len(far))])
-            for name, error in sorted(far.items()):
-                print(f"{way}: {name} is off by {error:.0f}")
-        for line in readers["evaluation"].bad_image_lines(sorted(readers["evaluation"].bad)):
-            print(f"cannot be used: {line}")
+            far = {name: each.ours for name, each in found.items() if each.ours > FURTHEST}
+            faults += [f"{way}: {name} is off by {error:.0f}" for name, error in sorted(far.items())]
+            largest = (f"{max((each[place] for each in found.values()), default=0):.0f}" for place in range(2))
+            rows.append([way, str(len(found)), *largest, str(len(far))])
+        bad = dict[int, str]()
+        for reader in (readers["training"], readers["evaluation"]):
+            bad |= reader.bad
+        for index, reason in sorted(bad.items()):
+            print(f"cannot be used: {source.name(index)}\t{reason}")
+            if upright(source, index) is not None:
+                faults.append(f"PIL opens {source.name(index)}, and it cannot be used here: {reason}")
+        faults += [
+            f"packed: {source.name(index)} is missing"
+            for index in range(len(source))
+            if index not in bad and source.key(index) not in {packed.key(place) for place in range(len(packed))}
+        ]
+    print(*faults, sep="\n")
     print(f"\n{library_versions_text()}; {len(source)} images at {image_size} pixels\n")
-    print(table(["seen in", "images", "largest distance of 255", f"above {FURTHEST}"], rows))
-    return int(too_far > 0)
+    header = ["seen in", "images", "largest distance of 255", "with PIL's filter", f"above {FURTHEST}"]
+    print(table(header, rows))
+    return int(bool(faults))
 
 
-def eval_distances(reader: Reader, image_size: int) -> dict[str, float]:
-    """The largest difference of a byte from PIL's, of each image that can be used."""
+def eval_distances(reader: Reader, image_size: int) -> dict[str, Distance]:
+    """The distance of each image that can be used, seen whole."""
     data = DataConfig(image_size=image_size, crop_ratio=1.0, decode_threads=THREADS)
     found = {}
     with closing(eval_stream(reader, data, BATCH, World(), CPU)) as stream:
@@ -302,21 +343,18 @@ def eval_distances(reader: Reader, image_size: int) -> dict[str, float]:
             for image, position, sample in zip(batch.images, batch.positions, batch.samples.tolist(), strict=True):
                 if position >= 0:
                     whole = upright(reader.source, sample)
-                    scale = image_size / min(whole.size)
-                    width, height = (max(int(side * scale), image_size) for side in whole.size)
-                    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-                    box = left, top, left + image_size, top + image_size
-                    found[reader.source.name(sample)] = _largest(
-                        image, np.asarray(resized(whole, width, height).crop(box))
-                    )
+                    found[reader.source.name(sample)] = ABSENT
+                    if whole is not None:
+                        scale = image_size / min(whole.size)
+                        width, height = (max(int(side * scale), image_size) for side in whole.size)
+                        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+                        box = left, top, left + image_size, top + image_size
+                        found[reader.source.name(sample)] = _distance(image, whole, width, height, box)
     return found
 
 
-def train_distances(reader: Reader, image_size: int) -> dict[str, float]:
-    """The same for the crop of each image in the first epoch of training, neither flipped nor otherwise changed.
-
-    Beside PIL's crop, resized by the trainer's own filter: the table of ``measure`` compares that with PIL's.
-    """
+def train_distances(reader: Reader, image_size: int) -> dict[str, Distance]:
+    """The same for the crop of each image in the first epoch of training, neither flipped nor otherwise changed."""
     source, data = reader.source, DataConfig(image_size=image_size, decode_threads=THREADS)
     augment = AugmentConfig(flip_prob=0.0, policy=None, erase_prob=0.0)
     found = {}
@@ -327,30 +365,42 @@ def train_distances(reader: Reader, image_size: int) -> dict[str, float]:
             sides = source.heights[samples], source.widths[samples]
             drawn = draws.draw(0, 0, samples, np.zeros_like(samples), *sides, augment, image_size)
             (y, x, height, width), sample = drawn.crop[0].tolist(), int(samples[0])
-            part = upright(source, sample).crop((x, y, x + width, y + height))
-            theirs = dali.resize(torch.from_numpy(np.array(part)), torch.tensor([image_size, image_size]))
-            found[source.name(sample)] = _largest(batch.images[0], theirs.numpy())
+            whole = upright(source, sample)
+            found[source.name(sample)] = ABSENT
+            if whole is not None:
+                part = whole.crop((x, y, x + width, y + height))
+                box = 0, 0, image_size, image_size
+                found[source.name(sample)] = _distance(batch.images[0], part, image_size, image_size, box)
     return found
 
 
-def upright(source: Source, sample: int) -> Image.Image:
-    """The image as PIL shows it."""
-    with Image.open(io.BytesIO(source.read(sample))) as image:
-        image.load()
-        try:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        except Exception:  # of metadata that cannot be read
-            return image.convert("RGB")
+ABSENT = Distance(255, 255)  # of an image that PIL does not open
+
+
+def _distance(image: Tensor, theirs: Image.Image, width: int, height: int, box: tuple[int, int, int, int]) -> Distance:
+    """image: (3, H, W) in [0, 1]. theirs: what is resized to width and height, and then cropped to the box."""
+    ours = (image * 255).round().permute(1, 2, 0).numpy()
+    by_us = Image.fromarray(dali.resize(torch.from_numpy(np.array(theirs)), torch.tensor([height, width])).numpy())
+    expected = (np.asarray(each.crop(box)).astype(float) for each in (by_us, resized(theirs, width, height)))
+    return Distance(*(float(np.abs(ours - each).max()) for each in expected))
+
+
+def upright(source: Source, sample: int) -> Image.Image | None:
+    """The image as PIL shows it; None where PIL cannot open it."""
+    try:
+        with Image.open(io.BytesIO(source.read(sample))) as image:
+            image.load()
+            try:
+                return ImageOps.exif_transpose(image).convert("RGB")
+            except Exception:  # of metadata that cannot be read
+                return image.convert("RGB")
+    except Exception:  # PIL's readers raise anything
+        return None
 
 
 def resized(image: Image.Image, width: int, height: int) -> Image.Image:
     """The width first, as before Pillow 13, which begins with the height where that is less work."""
     return image.resize((width, image.height), Resampling.BICUBIC).resize((width, height), Resampling.BICUBIC)
-
-
-def _largest(image: Tensor, theirs: np.ndarray) -> float:
-    ours = (image * 255).round().permute(1, 2, 0).numpy()
-    return float(np.abs(ours - theirs.astype(float)).max())
 
 
 def report(by_size: Mapping[int, Mapping[str, Errors]]) -> str:

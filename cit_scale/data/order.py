@@ -146,8 +146,8 @@ def _occurrences(samples: np.ndarray) -> np.ndarray:
 def repeat_spread(version: int, group_size: int | None) -> int:
     """Positions between two repeats of a sample: two mixing groups. version: of the order; 1 had SPREAD always.
 
-    As few as keep repeats from being mixed with each other: the batch decides how many meet in it, and a small one
-    would have none. group_size: None: each micro-batch is a group.
+    The smallest distance at which mixing cannot blend two repeats of an image, so that even small batches have some.
+    group_size: None: each micro-batch is a group, and only large batches have repeats.
     """
     return SPREAD if version == 1 or group_size is None else 2 * group_size
 

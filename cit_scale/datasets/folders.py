@@ -247,7 +247,7 @@ def find_files(
     if empty:
         raise ConfigError(
             f"{printable(folder)} has no {what} for {len(empty)} of {len(classes)} classes: {shorten(empty)}; "
-            f"add {what} ({shorten(sorted(extensions), 8)}) or remove these folders"
+            f"add {what} ({shorten(sorted(extensions), 4)}) or remove these folders"
             f"{''.join(f'; {note}' for note in (*notes_of(passed, folder), *hints_for(passed)))}"
         )
     return found

@@ -128,6 +128,9 @@ def _png(data: bytes) -> Usual | None:
     width, height, depth = struct.unpack_from(">IIB", data, 16)
     if depth == 16:  # PIL has its own reduction to 8
         return None
+    pixels = [place for place, chunk in enumerate(found) if chunk.kind == b"IDAT"]
+    if not pixels or pixels[-1] - pixels[0] != len(pixels) - 1:  # interrupted: PIL does not read on
+        return None
     if not any(chunk.kind in METADATA_CHUNKS for chunk in found):
         return Usual(height, width, data, b"")
     plain = b"".join([PNG, *(data[each.start : each.end] for each in found if each.kind not in METADATA_CHUNKS)])

@@ -31,11 +31,20 @@ from cit_scale.datasets.index import Columns, Texts, cache_folder, concatenate, 
 from cit_scale.datasets.progress import ProgressBar
 from cit_scale.datasets.shards import INDEX, PIXELS, SETTINGS, Row, ShardWriter, shard_name, write_index
 from cit_scale.datasets.sources import Source, built_in_name, open_source
-from cit_scale.errors import BadImageError, ConfigError
+from cit_scale.errors import BadImageError, ConfigError, error_line
 from cit_scale.files import changed, sync, write_text
 from cit_scale.text import escape_unencodable
 
 REJECTED = "rejected.tsv"
+README = "README.md"
+# The Hugging Face library `datasets` would take pack.json for the data, as files of JSON go before tar files.
+README_TEXT = """---
+configs:
+- config_name: default
+  data_files: "*.tar"
+---
+{count} images in {classes} classes, in the WebDataset layout; classes.txt has the classes' names. Packed by CiT-Scale.
+"""
 MIB = 1 << 20
 PREFETCH = 8  # images per worker prepared ahead of the writer, so that one slow image does not stall the others
 LONGEST_JPEG = 65_500  # pixels a side; libjpeg's limit
@@ -290,7 +299,9 @@ def _to_jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def _finish(out: Path, source: Source, parts: Sequence[Columns], pixels: int) -> None:
-    """Write rejected.tsv, then the index, which makes the folder a data set. pixels: as of ``write_index``.
+    """Write rejected.tsv and README.md, then the index, which makes the folder a data set.
+
+    pixels: as of ``write_index``.
 
     Raises ConfigError when no image is left.
     """
@@ -301,6 +312,8 @@ def _finish(out: Path, source: Source, parts: Sequence[Columns], pixels: int) ->
     )
     if not len(whole.numbers["labels"]):
         raise ConfigError(f"none of {len(source)} images can be decoded; {printable(out / REJECTED)} says why")
+    count, classes = len(whole.numbers["labels"]), len(source.classes)
+    write_text(out / README, README_TEXT.format(count=count, classes=classes))
     # A part without images has no shard. It can only be the last: a shard ends behind an image that fills it.
     write_index(out, source.classes, [part for part in parts if len(part.numbers["labels"])], pixels)
 
@@ -361,10 +374,10 @@ def run(arguments: argparse.Namespace) -> int:
             quality=arguments.quality,
         )
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}; {goes_on}", file=sys.stderr)
+        print(f"error: {error_line(error)}; {goes_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"stopped; {goes_on}", file=sys.stderr)

@@ -41,7 +41,7 @@ from cit_scale.datasets.pack import REJECTED, pack
 from cit_scale.datasets.pixels import LATEST
 from cit_scale.datasets.progress import ProgressBar
 from cit_scale.distributed.stop import StopRequest
-from cit_scale.errors import ConfigError, Stopped
+from cit_scale.errors import ConfigError, Stopped, error_line
 from cit_scale.files import changed, write_text
 from cit_scale.text import escape_unencodable
 
@@ -204,7 +204,8 @@ def extract(
     threads: of ffmpeg. stop: when a stop is requested, the work ends with Stopped.
 
     Raises BadVideoError for a video that is broken anywhere, and OSError where frames cannot be written. Not detected:
-    a file cut off between two frames in a format that does not state its length, such as MPEG-TS, FLV and WMV.
+    a file cut off between two frames in a format that does not state its length, such as MPEG-TS, FLV and WMV;
+    and an Ogg file cut off anywhere.
     """
     unfinished = folder.with_name(f".{uuid.uuid4().hex}.partial")
 
@@ -600,10 +601,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return _run(arguments)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_line(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}; {goes_on}", file=sys.stderr)
+        print(f"error: {error_line(error)}; {goes_on}", file=sys.stderr)
         return 1
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"stopped; {goes_on}", file=sys.stderr)

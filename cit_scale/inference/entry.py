@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from cit_scale.cli import read_ranks
 from cit_scale.distributed.world import World, start
-from cit_scale.errors import BadImageError, RunError, exit_code_of, one_line
+from cit_scale.errors import BadImageError, RunError, error_line, exit_code_of, one_line
 
 
 def run_command(work: Callable[[World], None]) -> int:
@@ -26,7 +26,7 @@ def run_command(work: Callable[[World], None]) -> int:
             work(world)
     except (RunError, BadImageError, OSError, ValueError) as error:
         if world is None or world.is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error_line(error)}", file=sys.stderr, flush=True)
         return exit_code_of(error) if isinstance(error, RunError | BadImageError | OSError) else 2
     except RuntimeError as error:
         if world is None or world.world_size == 1:

@@ -296,7 +296,7 @@ def plan_lines(plan: RunPlan, device: str) -> list[str]:
 def repeats_text(plan: RunPlan) -> str:
     return (
         f"{plan.config.augment.repeats} of each image, by augment.repeats; {100 * plan.repeats_together:.0f} % of them "
-        "stand in one update with another"
+        "share an update with another of their image"
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cit_scale.config import RunConfig
-from cit_scale.errors import RunError, Stopped, exit_code_of
+from cit_scale.errors import RunError, Stopped, error_line, exit_code_of
 from cit_scale.run.folders import RunFolder, as_dict, dig, find_run, find_runs, is_number, number
 from cit_scale.settings import listed_settings
 from cit_scale.text import ExampleParser
@@ -230,7 +230,7 @@ def reporting(command: Callable[[], int]) -> int:
         # Flush here: on a full disk the output is lost, and the command must not return 0.
         sys.stdout.flush()
     except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error_line(error)}", file=sys.stderr, flush=True)
         return exit_code_of(error)
     return exit_code
 
