@@ -165,10 +165,8 @@ def test_a_plan_says_how_many_repeats_meet(plan, tiny_digits):
     (line,) = (
         line for line in plan_lines(plan_of(tiny_digits, "--augment.repeats", "3"), "GPU") if line.startswith("repeats")
     )
-    assert (
-        line
-        == "repeats          3 of each image, by augment.repeats; 84 % of them share an update with another of their image"
-    )
+    said = "3 of each image, by augment.repeats; 84 % of them share an update with another of their image"
+    assert line == f"repeats          {said}"
 
 
 def test_checkpoints_kept_for_good_are_counted(plan):
