@@ -74,7 +74,7 @@ def test_an_image_that_is_gone_has_a_hash_of_its_own(images, tmp_path):
     (images / "class2" / "05.bmp").unlink()
     after = image_hashes(source, tmp_path / "cache")
     changed = changed_images(tmp_path / "noted.npz", (source, source), (after, before[:0]))
-    assert changed == [str(images / "class2" / "05.bmp")]
+    assert changed == ["class2/05.bmp"]
     assert changed_images(tmp_path / "nothing.npz", (source, source), (after, before[:0])) == []
 
 
@@ -91,8 +91,7 @@ def test_a_run_does_not_go_on_with_images_of_other_bytes(images, tiny_inputs, tm
     before = verified.checkpoints()
     ended = verified.run()
     assert set(ended.codes) == {7}, ended.output
-    assert "holds a run of other files (data, contents: " in ended.outputs[0]
-    assert f"2 images have other bytes: {images}/class1/04.bmp" in ended.outputs[0]  # of both sets
+    assert "holds a run of other files (images with other bytes: class1/04.bmp; data, contents: " in ended.outputs[0]
     assert verified.checkpoints() == before
     # Without it nothing is noticed, and with it again what was noted then is.
     replace(left, more=data).run(sabotage=(sabotage.at, 0, "forward", 9, sabotage.send, 15))

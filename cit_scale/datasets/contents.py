@@ -76,7 +76,7 @@ def save_hashes(path: Path, hashes: Sequence[np.ndarray]) -> None:
 
 
 def changed_images(path: Path, sources: Sequence[Source], hashes: Sequence[np.ndarray]) -> list[str]:
-    """Names of the images whose hashes differ from those that ``save_hashes`` wrote; none where these are not there."""
+    """Keys of the images whose hashes differ from those that ``save_hashes`` wrote; none where these are not there."""
     try:
         noted = load(path).numbers
     except (OSError, ConfigError):
@@ -84,5 +84,6 @@ def changed_images(path: Path, sources: Sequence[Source], hashes: Sequence[np.nd
     changed = []
     for name, source, here in zip(("train", "eval"), sources, hashes, strict=True):
         if noted[name].shape == here.shape:
-            changed += [source.name(index) for index in np.flatnonzero((noted[name] != here).any(axis=1)).tolist()]
-    return changed
+            places = np.flatnonzero((noted[name] != here).any(axis=1)).tolist()
+            changed += [printable(source.key(place)) for place in places]
+    return list(dict.fromkeys(changed))

@@ -111,7 +111,7 @@ def refuse_other_inputs(prepared: PreparedRun, teachers: Mapping[str, TeacherCon
     if other:
         shown = "; ".join(f"{name}: {noted[name]:.12} -> {here[name]:.12}" for name in other)
         if images := changed_images(prepared):
-            shown += f"; {len(images)} images have other bytes: {shorten(images, 3)}"
+            shown = f"images with other bytes: {shorten(images, 3)}; {shown}"
         raise RefusedError(
             f"{config.run_dir} holds a run of other files ({shown}); bring those back, give this run another --name, "
             "set that one aside with --fresh, or go on with it all the same with --override-resume"
@@ -127,7 +127,7 @@ def keep_hashes(prepared: PreparedRun) -> None:
 
 
 def changed_images(prepared: PreparedRun) -> list[str]:
-    """Names of the images whose bytes differ from those that the run began with, where both are known."""
+    """Keys of the images whose bytes differ from those that the run began with, where both are known."""
     train, evaluation = prepared.train_images.hashes, prepared.eval_images.hashes
     if train is None or evaluation is None:
         return []
