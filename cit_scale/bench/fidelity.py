@@ -322,10 +322,11 @@ def compare_each(folder: Path | None, image_size: int) -> int:
             print(f"cannot be used: {source.name(index)}\t{reason}")
             if upright(source, index) is not None:
                 faults.append(f"PIL opens {source.name(index)}, and it cannot be used here: {reason}")
+        there = {packed.key(place) for place in range(len(packed))}
         faults += [
             f"packed: {source.name(index)} is missing"
             for index in range(len(source))
-            if index not in bad and source.key(index) not in {packed.key(place) for place in range(len(packed))}
+            if index not in bad and source.key(index) not in there
         ]
     print(*faults, sep="\n")
     print(f"\n{library_versions_text()}; {len(source)} images at {image_size} pixels\n")

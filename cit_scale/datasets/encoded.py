@@ -65,11 +65,10 @@ def measure(read: Callable[[int, int], bytes]) -> tuple[int, int]:
     read(start, size): bytes of the image; of its end for a negative start, all of them for size -1.
     Raises BadImageError for a broken or too large image, and what ``read`` does.
     """
-    data = read(0, HEADER_BYTES)
-    if data.startswith(PNG):  # whose metadata may stand behind the pixels
-        return read_size(io.BytesIO(_png_header(data, read)))
     for count in (HEADER_BYTES, LONG_HEADER_BYTES):
-        data = data if count == HEADER_BYTES else read(0, count)
+        data = read(0, count)
+        if data.startswith(PNG):  # whose metadata may stand behind the pixels
+            return read_size(io.BytesIO(_png_header(data, read)))
         try:
             return read_size(io.BytesIO(data))
         except BadImageError:  # broken, or its header is longer

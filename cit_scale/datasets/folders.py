@@ -388,7 +388,7 @@ class _Table:
         delimiter = DELIMITERS[self._path.suffix.lower()]
         if self._pixels is FIRST:
             # surrogateescape keeps file names that are not UTF-8.
-            text = self._path.read_text("utf-8-sig", "surrogateescape")
+            text = self._path.read_bytes().decode("utf-8-sig", "surrogateescape")
         else:
             text = read_text(self._path).rstrip("\x1a")  # which some programs write as the end of a file
             delimiter = _delimiter(text, delimiter)

@@ -304,7 +304,7 @@ def notes_of(passed: Mapping[str, int], where: Path, *, inside_tars: bool = Fals
     for extension in sorted(CONVERTERS.keys() & passed.keys()):
         folder = shlex.quote(printable(where))
         command = f"find {folder} -iname '*{extension}' -exec {CONVERTERS[extension]} {{}} {{}}.jpg ';'"
-        where_to = "" if where.is_dir() and not inside_tars else "unpack the tar files, then "
+        where_to = "unpack the tar files, then " if inside_tars else ""
         notes.append(f"{extension} images have to be converted first: {where_to}{command}")
     return notes
 

@@ -422,9 +422,8 @@ def open_foreign_shards(
     if pixels is not FIRST:  # links to the same file
         paths = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
     names = [os.path.relpath(path, folder) for path in paths]
-    in_folders = {path.parent: path.parent / CLASSES for path in paths if pixels is not FIRST}
-    classes_files = [each for each in {folder / CLASSES: 0, **dict.fromkeys(in_folders.values())} if each.exists()]
-    files = [*paths, *classes_files]
+    parents = [folder] if pixels is FIRST else dict.fromkeys([folder, *(path.parent for path in paths)])
+    files = [*paths, *(parent / CLASSES for parent in parents if (parent / CLASSES).exists())]
     stats: list[str | int] = [] if label_key is None else [f"labels by {label_key}"]
     for path in files:
         stats += [os.path.relpath(path, folder), path.stat().st_size, path.stat().st_mtime_ns]
@@ -457,14 +456,15 @@ def _classes(
     without any the labels do. shards: (N,), each image's place in ``paths``. texts: its label.
     """
     common = folder / CLASSES
+    is_common = common.exists()
     if pixels is FIRST:
-        if not common.exists():
+        if not is_common:
             return *number_classes(texts, pixels), []
         classes = tuple(filter(None, common.read_text("utf-8-sig", "surrogateescape").split("\n")))
         return classes, labels_by_file(common, classes, texts), []
     shards_of: dict[Path, list[int]] = {}
     for number, path in enumerate(paths):
-        shards_of.setdefault(common if common.exists() else path.parent / CLASSES, []).append(number)
+        shards_of.setdefault(common if is_common else path.parent / CLASSES, []).append(number)
     named = np.array(texts, object)
     lists = []
     for file, numbers in shards_of.items():
