@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from counting import counting
 from scipy.stats import ks_2samp
 from timm.data import mixup as timm_mixup
 
@@ -90,6 +91,39 @@ def test_every_layout_mixes_alike_bit_for_bit(micro_batch_size):
         part = mix(make_batch(micro_batch_size, start), RECIPE, num_classes=5, seed=1, step=3)
         assert torch.equal(part.images, whole.images[start : start + micro_batch_size])
         assert torch.equal(part.targets, whole.targets[start : start + micro_batch_size])
+
+
+@pytest.mark.parametrize("mixing", [RECIPE, replace(RECIPE, group_size=None), replace(RECIPE, group_size=3, prob=0.5)])
+@pytest.mark.parametrize("size", [5, 12, 33])
+def test_groups_mixed_together_are_those_mixed_one_after_the_other(mixing, size):
+    batch = make_batch(24, 24, size=size)
+    group_size = mixing.group_size or 24
+    for step in range(4):
+        mixed = mix(batch, mixing, num_classes=5, seed=2, step=step)
+        smooth = smooth_one_hot(batch.labels, 5, 0.1)
+        for start in range(0, 24, group_size):
+            group = slice(start, start + group_size)
+            how = draw_group(mixing, 2, step, (24 + start) // group_size, size, size)
+            images, mirrored = batch.images[group].clone(), batch.images[group].flip(0)
+            if how.box is None:
+                images = torch.lerp(mirrored, images, how.lam)
+            else:
+                images[:, :, *how.box] = mirrored[:, :, *how.box]
+            assert mixed.images[group].numpy().tobytes() == images.numpy().tobytes()
+            targets = torch.lerp(smooth[group].flip(0), smooth[group], how.lam)
+            assert mixed.targets[group].numpy().tobytes() == targets.numpy().tobytes()
+
+
+@pytest.mark.parametrize("num_images", [8, 64])
+def test_mixing_takes_as_many_launches_for_any_number_of_groups_and_reads_nothing(num_images):
+    batch = make_batch(num_images)
+    with counting() as operators:
+        mix(batch, RECIPE, num_classes=5, seed=0, step=0)
+    views = {"unsqueeze", "slice", "select", "view", "split_with_sizes", "lift_fresh", "detach"}  # from_numpy makes two
+    launches = {name: count for name, count in operators.counts.items() if name not in views}
+    # Of the images three: the partners, the weights, the mix. Of the targets four: two to smooth the labels.
+    assert launches == {"flip": 2, "addcmul": 1, "lerp": 2, "full": 1, "scatter_": 1}
+    assert not operators.reads
 
 
 def test_without_a_group_size_a_micro_batch_mixes_as_one_batch_of_timms():

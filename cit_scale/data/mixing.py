@@ -8,6 +8,7 @@ each micro-batch is one group, as in timm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cit_scale.batch import Batch, MixedBatch
 from cit_scale.config import MixingConfig
+from cit_scale.data.transfer import to_device
 
 MIXING_TAG = 0x313C  # keeps the seed of mixing apart from all other seeds made from (seed, step)
 
@@ -63,28 +65,38 @@ def smooth_one_hot(labels: Tensor, num_classes: int, smoothing: float) -> Tensor
 def mix(batch: Batch, mixing: MixingConfig, num_classes: int, seed: int, step: int) -> MixedBatch:
     """Return the mixed images (B, 3, H, W) in [0, 1] and targets (B, K) of a micro-batch of global step `step`.
 
-    `batch` itself is not changed. Raises ValueError unless the micro-batch consists of complete groups.
+    `batch` itself is not changed. Raises ValueError unless the micro-batch consists of complete groups. The host waits
+    for nothing: it sends what it has drawn to the device, where all groups are mixed at once.
     """
     size = mixing.group_size or len(batch.positions)
-    first = int(batch.positions[0])
+    first = int(batch.positions.numpy()[0])
     if first % size or len(batch.positions) % size:
         raise ValueError(
             f"a micro-batch of {len(batch.positions)} images from position {first} does not hold whole groups; "
             f"make micro_batch_size a multiple of mixing.group_size={size}"
         )
     height, width = batch.images.shape[-2:]
-    targets = smooth_one_hot(batch.labels, num_classes, mixing.smoothing)
-    mixed = MixedBatch(torch.empty_like(batch.images), torch.empty_like(targets))
-    # One group at a time: a kernel over several groups may round differently, and the images must not depend on how
-    # many groups a rank holds.
-    for start in range(0, len(targets), size):
-        group = slice(start, start + size)
-        how = draw_group(mixing, seed, step, (first + start) // size, height, width)
-        images, mirrored = batch.images[group], batch.images[group].flip(0)
-        if how.box is None:
-            torch.lerp(mirrored, images, how.lam, out=mixed.images[group])
-        else:
-            mixed.images[group] = images
-            mixed.images[group][:, :, *how.box] = mirrored[:, :, *how.box]
-        torch.lerp(targets[group].flip(0), targets[group], how.lam, out=mixed.targets[group])
-    return mixed
+    groups = range(first // size, (first + len(batch.positions)) // size)
+    drawn = [draw_group(mixing, seed, step, group, height, width) for group in groups]
+    lam, weights = _weights(drawn, height, width, batch.images.device)
+    images = batch.images.unflatten(0, (len(groups), size))  # (G, n, 3, H, W)
+    targets = smooth_one_hot(batch.labels, num_classes, mixing.smoothing).unflatten(0, (len(groups), size))
+    return MixedBatch(
+        torch.lerp(images.flip(1), images, weights[:, None, None]).flatten(0, 1),
+        torch.lerp(targets.flip(1), targets, lam[:, None, None]).flatten(0, 1),
+    )
+
+
+def _weights(drawn: Sequence[GroupMix], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weights that each image has in its group's mix; the partner has the rest. Of the target (G,), and of each pixel
+    (G, H, W): lambda, or 0 in the box and 1 outside of it.
+    """
+    table = np.zeros((len(drawn), 2 + height + width), np.float32)  # one table, for one copy to the device
+    for row, how in zip(table, drawn, strict=True):
+        row[0], row[1] = how.lam, how.lam if how.box is None else 1.0
+        if how.box is not None:
+            rows, columns = how.box
+            row[2:][:height][rows] = 1
+            row[2 + height :][columns] = 1
+    lam, outside, rows, columns = to_device(torch.from_numpy(table), device).split([1, 1, height, width], dim=1)
+    return lam[:, 0], torch.addcmul(outside[:, :, None], rows[:, :, None], columns[:, None], value=-1)
