@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from counting import counting
 from PIL import Image
 from stream_cases import (
     CPU,
@@ -31,10 +32,11 @@ from torchvision import transforms
 
 from cit_scale.config import AugmentConfig, MixingConfig
 from cit_scale.data import dali, draws, stream
+from cit_scale.data.erasing import IMAGENET_MEAN, IMAGENET_STD, draw_noise, erase_on_device, write_noise
 from cit_scale.data.mixing import mix
 from cit_scale.data.order import Cursor
 from cit_scale.data.reader import ByteGate, Reader
-from cit_scale.data.stream import erase, eval_stream
+from cit_scale.data.stream import eval_stream
 from cit_scale.datasets.pack import pack
 from cit_scale.datasets.shards import TarShards
 from cit_scale.datasets.sources import ImageFolder
@@ -134,13 +136,13 @@ def test_a_batch_stays_as_it_is_while_the_stream_goes_on(tiny_digits):
 def test_erasing_fills_the_box_with_normal_noise_and_nothing_else():
     images = torch.full((64, 3, 32, 32), 0.25)
     draw = redraw_erasing(64)
-    erase(images, draw)
+    write_noise(images, draw_noise(draw, 32, pinned=False))
     noise = []
     for image, (y, x, height, width) in zip(images, draw.erasing, strict=True):
         box = torch.zeros(32, 32, dtype=torch.bool)
         box[y : y + height, x : x + width] = True
         assert torch.equal(image[:, ~box], torch.full_like(image[:, ~box], 0.25))
-        mean, std = (torch.tensor(values)[:, None] for values in (stream.IMAGENET_MEAN, stream.IMAGENET_STD))
+        mean, std = (torch.tensor(values)[:, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         noise.append(((image[:, box] - mean) / std).flatten())
     noise = torch.cat(noise)
     assert noise.mean() == pytest.approx(0, abs=5 / np.sqrt(len(noise)))
@@ -151,16 +153,45 @@ def test_erasing_fills_the_box_with_normal_noise_and_nothing_else():
 def test_erasing_depends_on_the_key_and_not_on_the_neighbours():
     draw = redraw_erasing(8)
     together = torch.zeros(8, 3, 32, 32)
-    erase(together, draw)
+    write_noise(together, draw_noise(draw, 32, pinned=False))
     for i in range(8):
         alone = torch.zeros(1, 3, 32, 32)
         row = slice(i, i + 1)
-        erase(alone, replace(draw, erasing=draw.erasing[row], erasing_key=draw.erasing_key[row]))
+        drawn = replace(draw, erasing=draw.erasing[row], erasing_key=draw.erasing_key[row])
+        write_noise(alone, draw_noise(drawn, 32, pinned=False))
         assert torch.equal(alone[0], together[i])
 
 
-def redraw_erasing(count):
-    sizes = np.full(count, 32)
+@pytest.mark.parametrize("size", [7, 32, 97, 224])
+def test_on_a_cpu_both_versions_of_erasing_are_the_same_bit_for_bit(size):
+    draw = redraw_erasing(24, size)
+    one, other = (torch.rand(24, 3, size, size, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    erase_on_device(one, draw)
+    write_noise(other, draw_noise(draw, size, pinned=False))
+    assert one.numpy().tobytes() == other.numpy().tobytes()
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_erasing_is_one_launch_for_any_number_of_images(count):
+    noise, images = draw_noise(redraw_erasing(count), 32, pinned=False), torch.zeros(count, 3, 32, 32)
+    with counting() as operators:
+        write_noise(images, noise)
+    assert operators.counts == {"view": 1, "scatter_": 1}
+    assert not operators.reads
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_the_noise_of_the_cpu():
+    draw = redraw_erasing(64)
+    on_cpu, on_gpu = torch.zeros(64, 3, 32, 32), torch.zeros(64, 3, 32, 32, device="cuda")
+    write_noise(on_cpu, draw_noise(draw, 32, pinned=False))
+    write_noise(on_gpu, draw_noise(draw, 32, pinned=True))
+    assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+def redraw_erasing(count, size=32):
+    sizes = np.full(count, size)
     return draws.draw(
         0,
         0,
@@ -169,7 +200,7 @@ def redraw_erasing(count):
         sizes,
         sizes,
         AugmentConfig(policy=None, erase_prob=1.0),
-        32,
+        size,
     )
 
 

@@ -22,18 +22,16 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cit_scale.batch import Batch
 from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data import dali, draws
 from cit_scale.data.draws import Draw
+from cit_scale.data.erasing import Noise, draw_noise, erase_on_device, write_noise
 from cit_scale.data.order import SPREAD, Cursor, balanced_order, epoch_order, rank_slice, steps_per_epoch
 from cit_scale.data.reader import ByteGate, Reader
+from cit_scale.data.versions import LATEST
 from cit_scale.distributed.world import World
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 T = TypeVar("T")
 
@@ -105,6 +103,9 @@ class PlannedBatch:
     draw: Draw | None = None
     """None in evaluation."""
 
+    noise: Noise | None = None
+    """Of random erasing, where the CPU draws it."""
+
 
 ReadImages = Callable[[BatchRequest], tuple[np.ndarray, list[np.ndarray]]]
 """Reads a request's images. Returns the sample that stands at each place, a good one, (B,), and its encoded bytes."""
@@ -123,14 +124,21 @@ class Pipeline(Protocol):
 
 
 def plan_training(
-    request: BatchRequest, read: ReadImages, reader: Reader, augment: AugmentConfig, seed: int, size: int
+    request: BatchRequest,
+    read: ReadImages,
+    reader: Reader,
+    augment: AugmentConfig,
+    seed: int,
+    size: int,
+    draw_erasing: Callable[[Draw], Noise | None],
 ) -> PlannedBatch:
-    """size: height and width of the finished images."""
+    """size: height and width of the finished images. draw_erasing: None leaves erasing to the images' device."""
     source = reader.source
     samples, encoded = read(request)
     heights, widths = source.heights[samples], source.widths[samples]
     draw = draws.draw(seed, request.epoch, samples, request.repeats, heights, widths, augment, size)
-    return PlannedBatch(request, request.positions, samples, encoded, draw.crop, dali.train_arguments(draw, size), draw)
+    arguments = dali.train_arguments(draw, size)
+    return PlannedBatch(request, request.positions, samples, encoded, draw.crop, arguments, draw, draw_erasing(draw))
 
 
 def plan_evaluation(request: BatchRequest, read: ReadImages, reader: Reader, data: DataConfig) -> PlannedBatch:
@@ -158,10 +166,12 @@ def train_stream(
     world: World,
     device: torch.device,
     spread: int = SPREAD,
+    draws_version: int = LATEST.draws,
 ) -> Generator[Batch, None, None]:
     """This rank's micro-batches from `cursor` on, without end and across epochs. Close it, or drop it, to stop DALI.
 
-    Images are (micro_batch_size, 3, image_size, image_size) float32 in [0, 1], but for the noise of random erasing.
+    Images are (micro_batch_size, 3, image_size, image_size) float32 in [0, 1], but for the noise of random erasing,
+    which the device itself draws in the first version of the draws.
     A bad image's place is taken by the one that stands in for it, with its label. Raises ValueError for batch sizes
     that do not fit each other, or do not fit the cursor, and ConfigError for a policy that cannot be read. The first
     batch raises BadImageError if no image is good.
@@ -188,7 +198,13 @@ def train_stream(
     requests = endless_requests()
     # The first request is made here, so that sizes that do not fit raise now and not at the first batch.
     requests = itertools.chain([next(requests)], requests)
-    plan = partial(plan_training, reader=reader, augment=augment, seed=seed, size=data.image_size)
+
+    def draw_erasing(draw: Draw) -> Noise | None:
+        return draw_noise(draw, data.image_size, pinned=device.type == "cuda") if draws_version > 1 else None
+
+    plan = partial(
+        plan_training, reader=reader, augment=augment, seed=seed, size=data.image_size, draw_erasing=draw_erasing
+    )
     pipeline = partial(dali.train_pipeline, num_layers=policy.num_layers if policy else 0)
     return _batches(partial(BatchStream, reader, requests, plan, pipeline, data, micro_batch_size, device))
 
@@ -375,8 +391,10 @@ class BatchStream:
             if not self._is_full:
                 self._give_back()
             images = torch.from_dlpack(decoded.as_tensor())  # the same memory, which DALI now leaves alone
-            if plan.draw is not None:
-                erase(images, plan.draw)
+            if plan.noise is not None:
+                write_noise(images, plan.noise)
+            elif plan.draw is not None:
+                erase_on_device(images, plan.draw)
             batch = Batch(
                 images=images,
                 labels=torch.from_numpy(self._reader.source.labels[plan.samples]).to(self._device, non_blocking=True),
@@ -476,20 +494,3 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     finally:
         closed.set()
         thread.join()
-
-
-def erase(images: Tensor, draw: Draw) -> None:
-    """Fill each image's erasing box, in place, with noise that is a function of its key.
-
-    images: (B, 3, H, W). The noise is N(0, 1) per pixel and channel in ImageNet-normalised space, as timm draws it:
-    here mean + std * N(0, 1), which leaves [0, 1] at times. A CPU and a GPU make different noise of the same key.
-    """
-    generator = torch.Generator(images.device)
-    for i in np.flatnonzero(draw.erasing[:, 2]):
-        y, x, height, width = draw.erasing[i]
-        generator.manual_seed(int(draw.erasing_key[i]))
-        noise = torch.randn((3, height, width), generator=generator, device=images.device)
-        box = images[i, :, y : y + height, x : x + width]
-        # A channel at a time: so small that PyTorch does not spread it over threads, whose waiting costs more.
-        for channel, mean, std in zip(range(3), IMAGENET_MEAN, IMAGENET_STD, strict=True):
-            torch.add(mean, noise[channel], alpha=std, out=box[channel])

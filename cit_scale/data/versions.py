@@ -18,8 +18,9 @@ class StreamVersions:
     order: int = 2
     """Which samples stand where in an epoch. 2: repeats of a sample are two mixing groups apart. 1: 64 places apart."""
 
-    draws: int = 1
-    """The random numbers of augmentation."""
+    draws: int = 2
+    """The random numbers of augmentation. 2: the noise of random erasing is the same on every device. 1: a GPU drew its
+    own."""
 
     pixels: int = pixels.LATEST.version
     """Which files are images, the order of classes, an image's pixels. 2: those of PIL. 1: DALI turned some images."""

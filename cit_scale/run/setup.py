@@ -143,6 +143,7 @@ class PreparedRun:
             world=world,
             device=world.device,
             spread=self.repeat_spread,
+            draws_version=self.versions.draws,
         )
 
     @property
