@@ -86,23 +86,32 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def clip_gradients(parameters: Iterable[Tensor], clip_norm: float, loss_scale: float = 1.0) -> float:
-    """Divide the gradients by ``loss_scale`` and scale them down to a global L2 norm of ``clip_norm``.
+def clip_gradients(parameters: Iterable[Tensor], clip_norm: float) -> Tensor:
+    """Scale the gradients down to a global L2 norm of ``clip_norm``; 0 clips nothing.
 
-    Collective where parameters are DTensors. Returns the gradient norm before clipping. Nothing is clipped if clip_norm
-    is 0 or the norm is not finite.
+    Collective where parameters are DTensors. Returns the gradient norm before clipping, a scalar on the device, which
+    the host does not wait for. Where it is not finite, the gradients are not either.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if loss_scale != 1:
-        torch._foreach_mul_(gradients, 1 / loss_scale)
-    total_norm = torch.nn.utils.get_total_norm(gradients)
+    total_norm = torch.nn.utils.get_total_norm(gradients_of(parameters))
     if isinstance(total_norm, DTensor):
         total_norm = total_norm.full_tensor()
-    grad_norm = total_norm.item()
-    if clip_norm > 0 and math.isfinite(grad_norm):
+    if clip_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, total_norm)
-    return grad_norm
+    return total_norm
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def update_if_finite(optimizer: torch.optim.AdamW, found_inf: Tensor) -> None:
+    """Update, or leave weights, moments and step counts as they are where ``found_inf`` is 1.
+
+    found_inf: float32 scalar on the device. Fused AdamW reads it there, as torch's GradScaler would have it.
+    """
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def learning_rate(step: int, optim: OptimConfig, peak_lr: float, steps_per_epoch: int, epochs: int) -> float:

@@ -27,6 +27,7 @@ import json
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +47,7 @@ from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.slurm_job import restart_count
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Watchdog
-from cit_scale.distributed.world import World, agree_any, broadcast, run_on_all_ranks, start
+from cit_scale.distributed.world import Votes, World, broadcast, run_on_all_ranks, start
 from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import (
@@ -227,7 +228,8 @@ class LoadedRun:
 class Session:
     """Everything that one process needs to train a network, from its first step to its last.
 
-    flops: for the log, so on rank 0 only; None where the device's peak is not known.
+    votes: as ``flags_of`` this rank. outstanding: steps whose results have not been read yet, at most the newest one
+    between two turns. flops: for the log, so on rank 0 only; None where the device's peak is not known.
     """
 
     prepared: PreparedRun
@@ -238,6 +240,8 @@ class Session:
     checkpointer: AsyncCheckpointer
     bad_images: BadImages
     bad_steps: BadSteps
+    votes: Votes
+    outstanding: deque[OutstandingStep]
     means: RunningMeans
     clock: StepClock
     flops: ModelFlops | None
@@ -297,6 +301,7 @@ def train(
             loaded.engine, run_dir, config.train, world, step=step, say=log.say, report=log.note
         )
         readers = (prepared.train_images, prepared.eval_images)
+        bad_images = BadImages(run_dir, readers, config.data.max_bad_images, world)
         session = Session(
             prepared=prepared,
             loaded=loaded,
@@ -304,8 +309,10 @@ def train(
             stop=stop,
             watchdog=watchdog,
             checkpointer=checkpointer,
-            bad_images=BadImages(run_dir, readers, config.data.max_bad_images, world),
+            bad_images=bad_images,
             bad_steps=BadSteps(loaded.progress, run_dir, config.train.max_bad_steps, world),
+            votes=Votes(world, partial(flags_of, world, stop, bad_images, checkpointer)),
+            outstanding=deque(),
             means=RunningMeans(),
             clock=StepClock(config.train.global_batch_size),
             flops=model_flops(prepared, device_name(world.device), log.say) if world.is_main else None,
@@ -491,6 +498,7 @@ def training_loop(session: Session) -> None:
     batches = session.clock.waiting_for(prepared.train_batches(progress.step))
     session.engine.module.train()
     # A run that was stopped may owe the evaluation after its last step, have no step left, or be asked to stop again.
+    session.votes.cast()
     between_steps(session, None)
     while progress.step < prepared.total_steps:
         lr = learning_rate(progress.step, config.optim, config.peak_lr, prepared.steps_per_epoch, config.train.epochs)
@@ -498,7 +506,7 @@ def training_loop(session: Session) -> None:
         seed_step(config.seed, progress.step, prepared.world.rank)
         trained = train_step(session.engine, session.teachers, batches, prepared, progress.step, lr)
         progress.advance()
-        count_step(session, trained)
+        session.log.advance(progress.step)
         between_steps(session, trained)
 
 
@@ -509,6 +517,15 @@ class TrainedStep:
     result: StepResult
     terms: list[LossTerms]
     samples: list[Tensor]
+
+
+@dataclass(frozen=True)
+class OutstandingStep:
+    """An update that the device may still be at. turn_s: what it cost, with everything around it, in seconds."""
+
+    step: int
+    trained: TrainedStep
+    turn_s: float
 
 
 def train_step(
@@ -537,16 +554,27 @@ def train_step(
     return TrainedStep(engine.step(lr), terms, samples)
 
 
-def count_step(session: Session, trained: TrainedStep) -> None:
+def count_steps(session: Session, *, newest: bool) -> None:
+    """Collective. Read the results of the steps that were not read yet, and count them.
+
+    newest: the newest step's, too. It is left to the next turn otherwise, so that the device has work while the host
+    waits for the step before; unless the run would end with one more bad step, and the newest may be that one.
+    """
+    outstanding = session.outstanding
+    while len(outstanding) > 1 or (outstanding and (newest or session.bad_steps.at_limit)):
+        count_step(session, outstanding.popleft())
+
+
+def count_step(session: Session, done: OutstandingStep) -> None:
     """Collective where the step was skipped. Count it as good or bad, and add up its losses."""
-    step = session.progress.step
-    session.log.advance(step)
+    trained = done.trained
     if trained.result.skipped:
         world = session.prepared.world
-        found = find_culprits(step, trained.result, trained.terms, trained.samples, world)
+        found = find_culprits(done.step, trained.result, trained.terms, trained.samples, world)
         session.bad_steps.count(found, session.log)
         return
     session.bad_steps.count_good()
+    session.progress.useful_s += done.turn_s
     for term in trained.terms:
         session.means.add({"loss": term.total, "loss_label": term.label, **_named("loss_", term.distillation)})
 
@@ -558,17 +586,19 @@ def between_steps(session: Session, trained: TrainedStep | None) -> None:
     or DivergedError when too many images or steps are bad; the state is saved before. Raises what
     ``AsyncCheckpointer.save`` and ``settle`` raise where it could not be saved.
 
-    The order matters. The ranks agree first, and a step ends with that: waiting for the slowest rank is part of it.
-    Logging comes before evaluation, so that its throughput has no pause in it. Saving comes after evaluation, so that
-    a run that goes on from the checkpoint does not evaluate again, and ``keep_best`` knows the score. Leaving is last:
-    an exception that ends the loop comes after the save.
+    The order matters. What the ranks voted a turn ago comes first, and a step ends with that: waiting for the slowest
+    rank is part of it. Logging comes before evaluation, so that its throughput has no pause in it. Saving comes after
+    evaluation, so that a run that goes on from the checkpoint does not evaluate again, and ``keep_best`` knows the
+    score. Leaving is last: an exception that ends the loop comes after the save. If the run goes on, the ranks vote on
+    what is to be done after the next step.
     """
     progress, clock, checkpointer = session.progress, session.clock, session.checkpointer
     due = what_is_due(session)
     session.watchdog.progress()
     turn_s = clock.turn()
-    if trained is not None and not trained.result.skipped:
-        progress.useful_s += turn_s
+    if trained is not None:
+        session.outstanding.append(OutstandingStep(progress.step, trained, turn_s))
+    count_steps(session, newest=due.log)
     if due.bad_images:
         session.bad_images.collect(session.log.say)
     if due.failed_save:
@@ -584,6 +614,7 @@ def between_steps(session: Session, trained: TrainedStep | None) -> None:
 
     is_leaving = due.is_last or stopping or session.bad_images.too_many or session.bad_steps.too_many
     if is_leaving or due.save or (progress.evaluated and session.prepared.config.train.keep_best):
+        count_steps(session, newest=True)
         with clock.excluded():
             checkpointer.save(progress.step, checkpoint_meta(progress, session.prepared, session.loaded.inputs))
         session.watchdog.progress()
@@ -592,9 +623,11 @@ def between_steps(session: Session, trained: TrainedStep | None) -> None:
         session.watchdog.progress()
     session.bad_images.refuse_too_many()
     if session.bad_steps.too_many:
-        session.bad_steps.give_up(mixed_batches(session.prepared, progress.step - 1))
+        session.bad_steps.give_up(mixed_batches(session.prepared, session.bad_steps.last_step - 1))
     if stopping:
         raise Stopped(progress.step, session.stop.signum)
+    if not due.is_last:
+        session.votes.cast()
 
 
 @dataclass(frozen=True)
@@ -623,23 +656,25 @@ class Due:
     """The student is to be evaluated, and was not yet after this step."""
 
 
+def flags_of(
+    world: World, stop: StopRequest, bad_images: BadImages, checkpointer: AsyncCheckpointer
+) -> tuple[bool, bool, bool, bool]:
+    """What only some ranks know: asked to stop, met bad images, a checkpoint is overdue, one could not be written."""
+    overdue = world.is_main and checkpointer.is_overdue
+    return stop.requested, bad_images.has_news, overdue, checkpointer.has_failed
+
+
 def what_is_due(session: Session) -> Due:
-    """Collective. Ranks agree, in one small message a step, on what only some of them know."""
+    """Collective. From the number of steps, and from what the ranks voted a turn ago."""
     prepared, step = session.prepared, session.progress.step
-    config, world = prepared.config.train, prepared.world
-    stop, bad_images, save, failed_save = agree_any(
-        world,
-        session.stop.requested,
-        session.bad_images.has_news,
-        world.is_main and session.checkpointer.is_due(step),
-        session.checkpointer.has_failed,
-    )
+    config = prepared.config.train
+    stop, bad_images, overdue, failed_save = session.votes.read()
     is_last = step >= prepared.total_steps
     ends_interval = step > 0 and step % (config.eval_every_epochs * prepared.steps_per_epoch) == 0
     return Due(
         stop=stop,
         bad_images=bad_images,
-        save=save,
+        save=overdue or session.checkpointer.is_due(step),
         failed_save=failed_save,
         is_last=is_last,
         log=is_last or stop or step % config.log_every_steps == 0,
@@ -739,11 +774,14 @@ def interruptible_eval_batches(
     prepared: PreparedRun, step: int, stop: StopRequest, watchdog: Watchdog
 ) -> Iterator[Batch]:
     """Collective. This rank's share of the evaluation set, once. Raises Stopped on all ranks if one must stop."""
+    votes = Votes(prepared.world, lambda: (stop.requested,))
     for batch in prepared.eval_batches():
         watchdog.progress()
-        if any(agree_any(prepared.world, stop.requested)):
+        if any(votes.read()):
             raise Stopped(step, stop.signum)
+        votes.cast()
         yield batch
+    votes.read()
 
 
 def _whole(by_head: Mapping[str, float]) -> float:

@@ -76,15 +76,15 @@ def test_steps_that_are_kept_for_good_are_due_whatever_the_others_are(tmp_path):
 
 def test_a_checkpoint_is_due_when_the_last_one_is_older_than_so_many_minutes(tmp_path, clock):
     made, *_ = make_saver(tmp_path, save_every_steps=1000, save_every_minutes=2)
-    assert not made.is_due(5)
+    assert not made.is_overdue
     clock[0] += 119
-    assert not made.is_due(5)
+    assert not made.is_overdue
     clock[0] += 1
-    assert made.is_due(5)
+    assert made.is_overdue
     made.save(5, meta(5))
-    assert not made.is_due(6)
+    assert not made.is_overdue
     clock[0] += 120
-    assert made.is_due(6)
+    assert made.is_overdue
     made.settle()
 
 
@@ -147,19 +147,20 @@ def test_a_disk_that_is_full_is_announced_and_tried_again(tmp_path, monkeypatch,
 
     monkeypatch.setattr(checkpoint, "save", full)
     made, _, told = make_saver(tmp_path, save_every_steps=1000, save_every_minutes=60)
-    made.save(5, meta(5))
+    made.save(1000, meta(1000))
     while not made.has_failed:
         time.sleep(0.01)
     made.settle()
     assert told.lines == ["no space left; training goes on, and tries again in 60 s at the latest"]
     assert not made.has_failed
-    assert not made.is_due(6)
+    assert not made.is_overdue
+    assert made.is_due(1000), "the very step may be saved again"
     clock[0] += async_save.RETRY_S
-    assert made.is_due(5), "the very step may be saved again"
+    assert made.is_overdue
     monkeypatch.setattr(checkpoint, "save", real)
-    made.save(6, meta(6))
+    made.save(1001, meta(1001))
     made.settle(insist=True)
-    assert load_newest(tmp_path, World()).step == 6
+    assert load_newest(tmp_path, World()).step == 1001
 
 
 def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from cit_scale.run.metrics import RunLog
 from cit_scale.run.progress import TrainingProgress
 
 ALONE = World()
-SKIPPED = StepResult(grad_norm=math.inf, lr=0.1, skipped=True)
+SKIPPED = StepResult(0.1, torch.tensor(math.inf))
 
 
 def loss(label: float = 1.0, conv: float = 2.0) -> LossTerms:
@@ -61,7 +61,7 @@ def find_bad_gradient(world: World) -> BadStep:
 
 
 def test_fp16_looking_for_its_scale_is_not_a_bad_step(tmp_path, capsys):
-    result = StepResult(math.inf, 0.1, skipped=True, loss_scale=65536.0)
+    result = StepResult(0.1, torch.tensor(math.inf), torch.tensor(65536.0))
     bad_steps, log = BadSteps(TrainingProgress(), tmp_path, 1, ALONE), open_log(tmp_path)
     bad_steps.count(find_culprits(3, result, [loss()], [samples(1)], ALONE), log)
     assert not bad_steps.too_many

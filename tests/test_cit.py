@@ -91,7 +91,7 @@ def test_four_training_steps_are_those_of_the_authors_implementation(released_st
         terms = torch.stack([loss.label, loss.distillation["conv"], loss.distillation["inv"]])
         assert relative_error(loss.total, expected["loss"][step]) <= 1e-6, step
         assert relative_error(terms, expected["terms"][step]) <= 1e-6, step
-        assert grad_norm == pytest.approx(expected["grad_norm"][step].item(), rel=1e-6), step
+        assert grad_norm.item() == pytest.approx(expected["grad_norm"][step].item(), rel=1e-6), step
     with torch.no_grad():
         assert relative_error(network.eval()(torch.from_numpy(images)), expected["final_eval"]) <= 1e-6
 

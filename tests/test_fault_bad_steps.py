@@ -48,7 +48,7 @@ def leave_out(world, *steps):
             return inner(engine, teachers, batches, prepared, done, lr)
         samples = [next(batches).samples for _ in range(engine.micro_steps)]
         terms = [LossTerms(total=torch.tensor(0.0), label=torch.tensor(0.0), distillation={})] * engine.micro_steps
-        return train.TrainedStep(StepResult(math.nan, lr, skipped=True), terms, samples)
+        return train.TrainedStep(StepResult(lr, torch.tensor(math.nan)), terms, samples)
 
     train.train_step = train_step
 

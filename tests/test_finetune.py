@@ -162,13 +162,14 @@ def test_a_network_without_layers_is_refused():
 def test_the_average_follows_faster_at_first():
     module = nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.AdamW(module.parameters())
-    loss_scale = LossScale(is_dynamic=False)
+    loss_scale = LossScale(is_dynamic=False, device=torch.device("cpu"))
     state = TrainingState(module, optimizer, WholeParameters(module), 0.9, loss_scale, ema_warmup=True)
     expected = module.weight.item()
     for update in range(120):
         with torch.no_grad():
             module.weight.fill_(update + 1.0)
-        state.accept()
+        optimizer.state[module.weight]["step"] += 1  # as an update does
+        state.follow(lambda device: torch.zeros((), device=device))
         decay = min(0.9, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * (update + 1.0)
         saved = state.copies({"ema/weight", "optimizer_step", "loss_scale", "weight/weight"} | state.shapes().keys())

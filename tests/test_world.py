@@ -4,8 +4,8 @@ from ranks import run_on_ranks
 
 from cit_scale.cli import read_ranks
 from cit_scale.distributed.world import (
+    Votes,
     World,
-    agree_any,
     broadcast,
     first_on_each_node,
     sum_over_ranks,
@@ -89,7 +89,18 @@ def test_a_rank_beyond_the_world_is_refused():
 
 def collectives(world):
     summed = sum_over_ranks(world, torch.tensor([1.0, 10.0 * world.rank])).tolist()
-    return broadcast(world, f"from {world.rank}"), agree_any(world, world.rank == 1, False), summed
+    return broadcast(world, f"from {world.rank}"), voted(world), summed
+
+
+def voted(world):
+    """What is read at three turns, of which rank 1 has a flag at the second."""
+    turn = 0
+    votes = Votes(world, lambda: (world.rank == 1 and turn == 1, False))
+    read = []
+    for turn in range(3):  # noqa: B007  the lambda reads it
+        read.append(votes.read())
+        votes.cast()
+    return [*read, votes.read()]
 
 
 def test_collectives_answer_alike_on_every_rank():

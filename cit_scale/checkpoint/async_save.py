@@ -77,12 +77,16 @@ class AsyncCheckpointer:
         self._pending: Pending | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after update ``step``, by steps or by this rank's clock.
+        """Whether a checkpoint is due after update ``step`` by the number of steps; the same on every rank."""
+        return step != self._saved_step and any(step % steps == 0 for steps in self._every_steps)
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether a checkpoint is due by this rank's clock.
 
         The clocks of two ranks differ, so the caller must agree on one rank's answer before calling ``save``.
         """
-        by_step = any(step % steps == 0 for steps in self._every_steps)
-        return step != self._saved_step and (by_step or time.monotonic() >= self._due_s)
+        return time.monotonic() >= self._due_s
 
     @property
     def has_failed(self) -> bool:

@@ -60,7 +60,7 @@ class World:
     @property
     def backend(self) -> str:
         """gloo for CPU tensors and NCCL for GPU tensors; gloo alone without a GPU."""
-        # gloo stays beside NCCL for collectives on CPU tensors, such as those of agree_any.
+        # gloo stays beside NCCL for collectives on CPU tensors, such as those of Votes.
         return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
 
     @property
@@ -115,13 +115,36 @@ def broadcast(world: World, value: Any) -> Any:
     return box[0]
 
 
-def agree_any(world: World, *flags: bool) -> tuple[bool, ...]:
-    """Collective. Combine flags by logical or over ranks. Returns them in the order given, equal on every rank."""
-    if world.world_size == 1:
-        return flags
-    votes = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=world.group)
-    return tuple(bool(vote) for vote in votes)
+class Votes:
+    """What the ranks agree on, again and again, without waiting for one another: flags, combined by logical or.
+
+    ``cast`` begins an agreement and ``read`` ends it, a turn later, when its message has long arrived. Where there is
+    one rank alone, ``read`` gives what holds now.
+    """
+
+    def __init__(self, world: World, flags: Callable[[], Sequence[bool]]) -> None:
+        """flags: this rank's, as they are when it is called; as many at every call and on every rank."""
+        self._world = world
+        self._flags = flags
+        self._votes: torch.Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def cast(self) -> None:
+        """Collective. Begin to agree on the flags as they are now. To be read before the next one."""
+        if self._world.world_size > 1:
+            assert self._work is None
+            self._votes = torch.tensor(self._flags(), dtype=torch.int32)
+            self._work = dist.all_reduce(self._votes, dist.ReduceOp.MAX, group=self._world.group, async_op=True)
+
+    def read(self) -> tuple[bool, ...]:
+        """Collective. The flags that any rank had at the last ``cast``, equal on every rank; all false before it."""
+        if self._world.world_size == 1:
+            return tuple(self._flags())
+        if self._work is None or self._votes is None:
+            return (False,) * len(self._flags())
+        self._work.wait()
+        self._work = None
+        return tuple(bool(vote) for vote in self._votes.numpy())
 
 
 def gather(world: World, value: T) -> list[T]:

@@ -17,6 +17,7 @@ from cit_scale.config import BatchSplit, EngineConfig, OptimConfig
 from cit_scale.distributed.world import World
 from cit_scale.engines.activation_checkpointing import checkpoint_activations
 from cit_scale.engines.batch_norm import RunningStatistics, prepare_batch_norm
+from cit_scale.engines.late import LateNumber
 from cit_scale.engines.loss_scale import LossScale
 from cit_scale.engines.state import ParameterPlacement, TrainingState
 from cit_scale.models.network import Network
@@ -37,19 +38,49 @@ class EngineSetup:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one update did.
+class Update:
+    """What is known of an update when it is queued.
 
-    grad_norm: L2 norm over all parameters, before clipping, of the whole job's mean gradient; inf or nan if skipped.
-    skipped: the gradient was not finite, and nothing was changed: weights, moments, buffers, moving average.
-    loss_scale: what fp16 multiplied the loss by in this step, 1 at other precisions. A step that is skipped while it is
-    above 1 is how fp16 finds its scale, which is halved then; it is no sign of trouble.
+    grad_norm: scalar on the device, the L2 norm over all parameters, before clipping, of the whole job's mean gradient;
+    inf or nan if the update is skipped. is_skipped: None as long as only the device knows it.
     """
 
-    grad_norm: float
-    lr: float
-    skipped: bool
-    loss_scale: float = 1.0
+    grad_norm: Tensor
+    is_skipped: bool | None = None
+
+    def found_inf(self, device: torch.device) -> Tensor:
+        """Float32 scalar on ``device``: 1 if the update is skipped, otherwise 0. No waiting: another device than the
+        norm's can have it only where ``is_skipped`` is known."""
+        if self.is_skipped is not None:
+            return torch.full((), float(self.is_skipped), device=device)
+        assert device == self.grad_norm.device
+        return (~self.grad_norm.isfinite()).float()
+
+
+class StepResult:
+    """What one update did. The device may still be at it: asking for a number of it waits until it is there."""
+
+    def __init__(self, lr: float, grad_norm: Tensor, loss_scale: Tensor | None = None) -> None:
+        """grad_norm, loss_scale: scalars on any device."""
+        self.lr = lr
+        self._grad_norm = LateNumber(grad_norm)
+        self._loss_scale = None if loss_scale is None else LateNumber(loss_scale)
+
+    @property
+    def grad_norm(self) -> float:
+        """L2 norm over all parameters, before clipping, of the whole job's mean gradient; inf or nan if skipped."""
+        return self._grad_norm.read()
+
+    @property
+    def skipped(self) -> bool:
+        """The gradient was not finite, and nothing was changed: weights, moments, buffers, moving average."""
+        return not math.isfinite(self.grad_norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplied the loss by in this step, 1 at other precisions. A step that is skipped while it is
+        above 1 is how fp16 finds its scale, which is halved then; it is no sign of trouble."""
+        return 1.0 if self._loss_scale is None else self._loss_scale.read()
 
 
 class Engine(ABC):
@@ -64,15 +95,21 @@ class Engine(ABC):
     with the same number of calls on every rank: a sharded module cannot be called by itself.
     """
 
-    def __init__(self, module: Network, setup: EngineSetup) -> None:
-        """Collective. module: the same on every rank, on any device; moved to this rank's own."""
+    def __init__(self, module: Network, setup: EngineSetup, *, host_knows: bool = False) -> None:
+        """Collective. module: the same on every rank, on any device; moved to this rank's own.
+
+        host_knows: whether an update is over, and known to be skipped or not, when ``_update`` returns.
+        """
         self.module = module
         self.micro_steps = setup.batch_split.micro_steps
         self._backwards = 0
         self._clip_norm = setup.optim.clip_norm
         self._ema_decay = setup.optim.ema_decay
         self._ema_warmup = setup.optim.ema_warmup
-        self._loss_scale = LossScale(is_dynamic=setup.engine.precision == "fp16")
+        self._loss_scale = LossScale(
+            is_dynamic=setup.engine.precision == "fp16",
+            device=torch.device("cpu") if host_knows else setup.world.device,
+        )
         # BatchNorm and activation checkpointing change the module's code, so they come before compiling and sharding.
         # The module moves to its device before the optimizer is built, which keeps references to the parameters.
         prepare_network(module, setup.engine, setup.world)
@@ -95,10 +132,10 @@ class Engine(ABC):
         """Collective. Add the gradient of ``loss`` / ``micro_steps``. DeepSpeed divides by itself."""
 
     @abstractmethod
-    def _update(self, lr: float, loss_scale: float) -> float:
-        """Collective. Divide the gradient by ``loss_scale``, check it, clip it, update, clear it.
+    def _update(self, lr: float) -> Update:
+        """Collective. Divide the gradient by the loss scale, check it, clip it, update, clear it.
 
-        Updates nothing where the gradient is not finite. Returns the gradient norm before clipping.
+        Updates nothing where the gradient is not finite, which the device decides where it can.
         """
 
     @property
@@ -112,28 +149,25 @@ class Engine(ABC):
         loss: a mean over this rank's micro-batch. The engine divides by ``micro_steps`` and averages over ranks, so
         that the update is the one of the whole global batch.
         """
-        self._backward(loss * self._loss_scale.value)
+        self._backward(self._loss_scale.scaled(loss))
         self._backwards += 1
 
     def step(self, lr: float) -> StepResult:
         """Collective. Check, clip, update with learning rate ``lr``, clear the gradients.
 
-        Reads one number from the device: whether the gradient is finite has to be known before the update.
+        The host queues all of it and reads nothing: what does not follow a gradient that is not finite is decided on
+        the device. Where DeepSpeed has to know it, from ZeRO stage 1 on, that one number is read by DeepSpeed.
         """
         if self._backwards != self.micro_steps:
             raise RuntimeError(f"step after {self._backwards} backward calls, an update takes {self.micro_steps}")
         self._backwards = 0
-        loss_scale = self._loss_scale.value
-        grad_norm = self._update(lr, loss_scale)
-        skipped = not math.isfinite(grad_norm)
-        if skipped:
-            self._state.reject()
-        else:
-            # In this order: ``accept`` copies the buffers into the moving average and for a later ``reject``.
-            self._batch_norm_statistics.average()
-            self._state.accept()
-        self._loss_scale.update(skipped)
-        return StepResult(grad_norm, lr, skipped, loss_scale)
+        update = self._update(lr)
+        # In this order: the moving average follows the mean of the ranks' buffers, or none if the step is skipped.
+        self._batch_norm_statistics.average()
+        self._state.follow(update.found_inf)
+        result = StepResult(lr, update.grad_norm, self._loss_scale.value)
+        self._loss_scale.update(update.found_inf(self._loss_scale.value.device))
+        return result
 
     # --- The training state, in one form for every engine, stage and world size ---
 

@@ -213,6 +213,8 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
         },
         # An offloaded update is that of torch's AdamW, fused on the CPU too. DeepSpeed's own would have to be compiled.
         "zero_force_ds_cpu_optimizer": False,
+        # It would wait for the device before every forward pass and after every update; images/s are in the log.
+        "timers": {"throughput": {"enabled": False}},
         **{key: recipe[key][0] for key in BATCH_KEYS},
         # At stage 0 the engine clips, in the pass in which it checks.
         "gradient_clipping": recipe["gradient_clipping"][0] if zero.stage > 0 else 0.0,

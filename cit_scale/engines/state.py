@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cit_scale.engines.loss_scale import LossScale
 from cit_scale.errors import ConfigError, Stopped
@@ -56,6 +57,48 @@ class WholeParameters:
         pass
 
 
+class MovingBuffers:
+    """Buffers of one dtype that move in training, what they were after the last update, and their moving averages.
+
+    The latter two lie in a row in one tensor each: a step takes a few launches, and not a few for each BatchNorm.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+        """buffers: by name. They are refilled in place."""
+        self._buffers = list(buffers.values())
+        self._kept = self._in_a_row()
+        self._average = self._kept.clone()
+        shapes = [buffer.shape for buffer in self._buffers]
+        sizes = [shape.numel() for shape in shapes]
+        self._parts = [part.view(shape) for part, shape in zip(self._kept.split(sizes), shapes, strict=True)]
+        parts = zip(buffers, self._average.split(sizes), shapes, strict=True)
+        self.averages = {name: part.view(shape) for name, part, shape in parts}
+        """By name, each in its buffer's shape. Written from outside they are written here."""
+
+    @property
+    def device(self) -> torch.device:
+        return self._kept.device
+
+    def _in_a_row(self) -> Tensor:
+        return torch.cat([buffer.flatten() for buffer in self._buffers])
+
+    def keep(self) -> None:
+        """The buffers were written from outside, and stand."""
+        torch._foreach_copy_(self._parts, self._buffers)
+
+    def settle(self, found_inf: Tensor) -> None:
+        """Keep what the buffers are now, or set them back to what was kept where ``found_inf`` is 1."""
+        torch.where(found_inf.bool(), self._kept, self._in_a_row(), out=self._kept)
+        torch._foreach_copy_(self._buffers, self._parts)
+
+    def average_follows(self, weight: Tensor) -> None:
+        """Move the averages towards the buffers; counters are taken as they are. weight: a float32 scalar."""
+        if self._average.is_floating_point():
+            self._average.lerp_(self._kept, weight.to(self._average.dtype))
+        else:
+            self._average.copy_(self._kept)
+
+
 class TrainingState:
     """Weights, AdamW's moments and step count, the moving average of the weights, buffers, the loss scale.
 
@@ -76,19 +119,24 @@ class TrainingState:
         self._placement = placement
         self._ema_decay = ema_decay
         self._ema_warmup = ema_warmup
-        self._updates = 0  # that were applied, as AdamW counts them on the device
         self._loss_scale = loss_scale
         self._average = [piece.detach().clone() for piece in placement.pieces if ema_decay is not None]
         persistent = module.state_dict().keys()
         self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-        # What may have to go back: frozen weights, which are buffers too, never move.
+        # Frozen weights, which are buffers too, never move.
         frozen: Container[str] = getattr(module, "frozen", ())
-        self._moving = [buffer for name, buffer in self._buffers.items() if name not in frozen]
-        self._buffers_before = [buffer.clone() for buffer in self._moving]
-        # Averaged weights want averaged BatchNorm statistics; counters are taken as they are.
-        self._averaged_buffers = {
-            name: buffer.clone() for name, buffer in self._buffers.items() if ema_decay is not None
-        }
+        by_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
+        for name, buffer in self._buffers.items():
+            if name not in frozen:
+                by_dtype.setdefault(buffer.dtype, {})[name] = buffer
+        self._moving = [MovingBuffers(buffers) for buffers in by_dtype.values()]
+        # Averaged weights want averaged BatchNorm statistics.
+        self._averaged_buffers: dict[str, Tensor] = {}
+        if ema_decay is not None:
+            averages = {name: average for moving in self._moving for name, average in moving.averages.items()}
+            self._averaged_buffers = {
+                name: averages[name] if name in averages else buffer.clone() for name, buffer in self._buffers.items()
+            }
         self._create_moments()
 
     def _create_moments(self) -> None:
@@ -99,29 +147,41 @@ class TrainingState:
             self._optimizer.state[piece] = {"step": step, **moments}
 
     @torch.no_grad()
-    def accept(self) -> None:
-        """An update was applied: the moving average follows, the buffers stand."""
-        if self._ema_decay is not None:
-            # At update n of a warm-up at most (1 + n) / (10 + n), as TensorFlow's ExponentialMovingAverage has it.
-            warm = (1 + self._updates) / (10 + self._updates) if self._ema_warmup else 1.0
-            self._follow(1 - min(self._ema_decay, warm))
-        self._updates += 1
-        self._keep_buffers()
+    def follow(self, found_inf: Callable[[torch.device], Tensor]) -> None:
+        """After an update. Applied: the moving average follows, and the buffers stand. Skipped: the average stands, and
+        the buffers, BatchNorm's statistics, go back to before the forward passes.
 
-    def _follow(self, weight: float) -> None:
-        """Move the averages: average = (1 - weight) * average + weight * value."""
-        torch._foreach_lerp_(self._average, self._placement.pieces, weight)
-        for name, average in self._averaged_buffers.items():
-            if average.is_floating_point():
-                average.lerp_(self._buffers[name], weight)
-            else:
-                average.copy_(self._buffers[name])
+        found_inf: gives 1 for an update that is skipped, otherwise 0, as a scalar on a device. The host does not learn
+        which it was.
+        """
+        for moving in self._moving:
+            moving.settle(found_inf(moving.device))
+        if self._ema_decay is None:
+            return
+        pieces = [_local(piece) for piece in self._placement.pieces]
+        # Two devices where the pieces are offloaded and the buffers are not.
+        weights = {
+            device: self._average_weight(found_inf(device))
+            for device in {pieces[0].device, *(moving.device for moving in self._moving)}
+        }
+        _lerp([_local(average) for average in self._average], pieces, weights[pieces[0].device])
+        for moving in self._moving:
+            moving.average_follows(weights[moving.device])
 
-    @torch.no_grad()
-    def reject(self) -> None:
-        """An update was skipped: the buffers, BatchNorm's statistics, go back to before its forward passes."""
-        if self._moving:
-            torch._foreach_copy_(self._moving, self._buffers_before)
+    def _average_weight(self, found_inf: Tensor) -> Tensor:
+        """The newest value's weight in the moving average, a float32 scalar beside ``found_inf``; 0 after a skipped
+        update."""
+        assert self._ema_decay is not None
+        weight = torch.full_like(found_inf, 1 - self._ema_decay)
+        if self._ema_warmup:
+            # At update n of a warm-up at least 1 - (1 + n) / (10 + n), as TensorFlow's ExponentialMovingAverage has it.
+            before = self._optimizer_step().to(weight.device, torch.float64, non_blocking=True) - 1
+            weight = weight.double().fmax(1 - (1 + before) / (10 + before)).float()
+        return weight * (1 - found_inf)
+
+    def _optimizer_step(self) -> Tensor:
+        """The number of updates applied, as AdamW counts them beside its pieces: the same for every piece."""
+        return self._optimizer.state[self._placement.pieces[0]]["step"]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -173,16 +233,12 @@ class TrainingState:
                 piece.copy_(part)
         for piece in self._placement.pieces:
             self._optimizer.state[piece]["step"].copy_(state["optimizer_step"])
-        self._updates = int(state["optimizer_step"])
         self._loss_scale.load(state["loss_scale"])
         for key, buffer in self._whole_buffers().items():
             buffer.copy_(state[key])
-        self._keep_buffers()
+        for moving in self._moving:
+            moving.keep()
         self._placement.publish()
-
-    def _keep_buffers(self) -> None:
-        if self._moving:
-            torch._foreach_copy_(self._buffers_before, self._moving)
 
     def _whole_buffers(self) -> dict[str, Tensor]:
         """By key, what no engine cuts: the buffers, and their moving averages."""
@@ -191,10 +247,9 @@ class TrainingState:
 
     def _whole_tensors(self) -> dict[str, Tensor]:
         """By key, what every rank has whole: the buffers, and what is counted."""
-        step = self._optimizer.state[self._placement.pieces[0]]["step"]  # the same for every piece
         return {
             **self._whole_buffers(),
-            "optimizer_step": step.to("cpu", torch.int64),
+            "optimizer_step": self._optimizer_step().to("cpu", torch.int64),
             "loss_scale": self._loss_scale.to_tensor(),
         }
 
@@ -221,6 +276,23 @@ class TrainingState:
                 f"the saved state does not fit this network and optimizer: {', '.join(problems[:3])}{more}; "
                 "continue with the student, teachers, train.freeze and optim.ema_decay that it was saved with"
             )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's own part of a DTensor, in the same memory; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _lerp(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
+    """average = (1 - weight) * average + weight * value, in place. weight: a scalar on their device."""
+    if weight.is_cuda:
+        # torch._foreach_lerp_ takes a weight from the host only; a launch for each tensor would take milliseconds.
+        steps = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(steps, weight)
+        torch._foreach_add_(averages, steps)
+    else:
+        for average, value in zip(averages, values, strict=True):
+            average.lerp_(value, weight)
 
 
 def _saved(state: Mapping[str, Tensor], kind: str, name: str) -> Tensor:

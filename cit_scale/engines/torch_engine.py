@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 
 from torch import Tensor
 
 from cit_scale.batch import StudentLogits
-from cit_scale.engines.base import Engine, EngineSetup
+from cit_scale.engines.base import Engine, EngineSetup, Update
 from cit_scale.engines.state import ParameterPlacement
 from cit_scale.models.network import Network
-from cit_scale.optim import adamw, clip_gradients, set_learning_rate
+from cit_scale.optim import adamw, clip_gradients, gradients_of, set_learning_rate, update_if_finite
 
 
 class TorchEngine(Engine):
@@ -37,10 +36,10 @@ class TorchEngine(Engine):
     def _backward(self, loss: Tensor) -> None:
         (loss / self.micro_steps).backward()
 
-    def _update(self, lr: float, loss_scale: float) -> float:
-        grad_norm = clip_gradients(self._placement.pieces, self._clip_norm, loss_scale)
-        if math.isfinite(grad_norm):
-            set_learning_rate(self._optimizer, lr)
-            self._optimizer.step()
+    def _update(self, lr: float) -> Update:
+        self._loss_scale.unscale(gradients_of(self._placement.pieces))
+        update = Update(clip_gradients(self._placement.pieces, self._clip_norm))
+        set_learning_rate(self._optimizer, lr)
+        update_if_finite(self._optimizer, update.found_inf(update.grad_norm.device))
         self._optimizer.zero_grad()
-        return grad_norm
+        return update

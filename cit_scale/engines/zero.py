@@ -7,7 +7,6 @@ DeepSpeed shards, reduces and updates. What it leaves undone, or does at some st
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from cit_scale.batch import StudentLogits
 from cit_scale.distributed.world import ENDLESS_S, World
-from cit_scale.engines.base import Engine, EngineSetup
+from cit_scale.engines.base import Engine, EngineSetup, Update
 from cit_scale.engines.state import ParameterPlacement, WholeParameters
 from cit_scale.models.network import Network
-from cit_scale.optim import adamw, clip_gradients, set_learning_rate
+from cit_scale.optim import adamw, clip_gradients, gradients_of, set_learning_rate
 
 if not torch.cuda.is_available():
     # As in ds_config.py: DeepSpeed looks for an accelerator while it is imported, and warns on each rank without one.
@@ -36,9 +35,9 @@ class ZeroEngine(Engine):
     """The ``Engine`` over ``deepspeed.initialize``. Collective to build."""
 
     def __init__(self, module: Network, setup: EngineSetup) -> None:
-        super().__init__(module, setup)
         assert setup.ds_config is not None
         self._stage = setup.ds_config["zero_optimization"]["stage"]
+        super().__init__(module, setup, host_knows=self._stage > 0)
         # The order matters. The module is compiled in place, so its parameters keep their names. AdamW is built next:
         # from stage 1 on DeepSpeed puts this rank's part of the parameters into AdamW's groups. The placement is built
         # last: it reads where DeepSpeed has put each parameter.
@@ -56,27 +55,32 @@ class ZeroEngine(Engine):
     def _backward(self, loss: Tensor) -> None:
         self._deepspeed.backward(loss)  # divides by the micro-steps itself
 
-    def _update(self, lr: float, loss_scale: float) -> float:
+    def _update(self, lr: float) -> Update:
         set_learning_rate(self._optimizer, lr)
-        return self._update_whole(loss_scale) if self._stage == 0 else self._update_partitions(loss_scale)
+        return self._update_whole() if self._stage == 0 else self._update_partitions()
 
-    def _update_whole(self, loss_scale: float) -> float:
+    def _update_whole(self) -> Update:
         """Stage 0. DeepSpeed would apply a step that is not finite, so the check and the clipping are ours."""
-        grad_norm = clip_gradients(self.module.parameters(), self._clip_norm, loss_scale)
-        if math.isfinite(grad_norm):
-            self._deepspeed.step()
-        else:
-            self._deepspeed.zero_grad()
-        return grad_norm
+        parameters = list(self.module.parameters())
+        self._loss_scale.unscale(gradients_of(parameters))
+        update = Update(clip_gradients(parameters, self._clip_norm))
+        self._optimizer.found_inf = update.found_inf(update.grad_norm.device)  # type: ignore[attr-defined]
+        self._deepspeed.step()
+        return update
 
-    def _update_partitions(self, loss_scale: float) -> float:
-        """Stages 1 to 3. DeepSpeed's optimizer divides by its scale, checks and clips where it has the gradients."""
+    def _update_partitions(self) -> Update:
+        """Stages 1 to 3. DeepSpeed's optimizer divides by its scale, checks and clips where it has the gradients.
+
+        It reads from the device whether they are finite, before it updates.
+        """
         partitioned = self._deepspeed.optimizer
         # Only for the step: in a backward pass it would scale the loss, which has been done.
-        partitioned.loss_scale = loss_scale
+        partitioned.loss_scale = float(self._loss_scale.value.numpy())  # on the host at these stages
         self._deepspeed.step()
         partitioned.loss_scale = 1.0
-        return math.inf if partitioned.overflow else float(self._deepspeed.get_global_grad_norm())
+        # A tensor on the device, or a number where the step was skipped. At stage 3 in float64.
+        grad_norm = torch.as_tensor(self._deepspeed.get_global_grad_norm())
+        return Update(grad_norm, is_skipped=bool(partitioned.overflow))
 
 
 def _initialize(

@@ -124,6 +124,17 @@ class BadSteps:
         """Whether the last ``most`` steps were bad; equal on every rank."""
         return self._last is not None and self._progress.bad_in_a_row >= self._most
 
+    @property
+    def at_limit(self) -> bool:
+        """Whether one more bad step ends the run."""
+        return self._progress.bad_in_a_row + 1 >= self._most
+
+    @property
+    def last_step(self) -> int:
+        """The last bad step. There has to be one."""
+        assert self._last is not None
+        return self._last.step
+
     def count_good(self) -> None:
         """Record a step with finite loss and gradient."""
         self._progress.bad_in_a_row = 0
