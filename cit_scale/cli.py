@@ -8,9 +8,10 @@ import dataclasses
 import difflib
 import functools
 import io
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -20,8 +21,10 @@ from cit_scale.errors import ConfigError, RunError, error_line, exit_code_of
 from cit_scale.recipe import (
     DEFAULT_RECIPE,
     OPTIONS,
+    Given,
     Tree,
     build,
+    is_shipped,
     lay_options,
     lay_over,
     parse_option,
@@ -29,8 +32,9 @@ from cit_scale.recipe import (
     recipe_names,
     recipe_path,
 )
+from cit_scale.run.begun import as_begun
 from cit_scale.run_folder import INSIDE
-from cit_scale.settings import check_rules, inherit_from_student, to_yaml
+from cit_scale.settings import check_rules, flatten, inherit_from_student, inherited_settings, to_yaml
 from cit_scale.usage import short_help, whole_help
 
 ASKS_ONLY = {"-h", "--help", "--help-all", "--print_config"}
@@ -38,18 +42,41 @@ ASKS_ONLY = {"-h", "--help", "--help-all", "--print_config"}
 
 @dataclass(frozen=True)
 class Arguments:
-    """fresh: set aside what stands in the run folder, and start over. override_resume: go on although what the run
-    learns from changed. local_rank: the deepspeed launcher's, if given."""
+    """given: what of the settings the user gave. fresh: set aside what stands in the run folder, and start over.
+    override_resume: go on although what the run learns from changed. local_rank: the deepspeed launcher's, if given."""
 
     config: RunConfig
+    given: Given
     fresh: bool
     override_resume: bool
     local_rank: int | None
+    goes_on: bool = False
+    """Whether the settings that are not given are those that the runs began with."""
 
     @functools.cached_property
-    def teacher_run_configs(self) -> dict[str, RunConfig]:
+    def teacher_runs(self) -> dict[str, TeacherRun]:
         """As ``resolve_teacher_runs``. Not resolved by who needs only the student's settings, as it reads recipes."""
-        return resolve_teacher_runs(self.config)
+        runs = resolve_teacher_runs(self.config)
+        return {name: run.as_begun() for name, run in runs.items()} if self.goes_on else runs
+
+    @property
+    def teacher_run_configs(self) -> dict[str, RunConfig]:
+        return {name: run.config for name, run in self.teacher_runs.items()}
+
+    def as_begun(self) -> Arguments:
+        """The same for runs that may have begun: what the user does not give is as they began (``run.begun``)."""
+        return dataclasses.replace(self, config=as_begun(self.config, self.given), goes_on=True)
+
+
+@dataclass(frozen=True)
+class TeacherRun:
+    """The run that trains a teacher. given: what does not come from a shipped recipe."""
+
+    config: RunConfig
+    given: Given
+
+    def as_begun(self) -> TeacherRun:
+        return dataclasses.replace(self, config=as_begun(self.config, self.given))
 
 
 def read_command_line(argv: Sequence[str], env: Mapping[str, str]) -> Arguments:
@@ -133,7 +160,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     given = list(_settings(rest))
     if options.deepspeed_config is not None:
         given.append(("engine.ds_config", options.deepspeed_config))
-    config = _compose(options.config or [DEFAULT_RECIPE], given)
+    recipes = options.config or [DEFAULT_RECIPE]
+    config = _compose(recipes, given)
     check_names(config)
     taken = INSIDE & set(config.name.split("/")[1:])
     if taken:
@@ -143,7 +171,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if options.print_config:
         check_rules(config)
         _print_and_leave(to_yaml(config))
-    return Arguments(config, options.fresh, options.override_resume, options.local_rank)
+    given_of_all = _given(recipes, [name for name, _ in given])
+    return Arguments(config, given_of_all, options.fresh, options.override_resume, options.local_rank)
 
 
 def _print_and_leave(text: str) -> NoReturn:
@@ -190,12 +219,20 @@ def _compose(recipes: Sequence[str], settings: Sequence[tuple[str, str]]) -> Run
     return build(lay_options(tree, [parse_option(name, text) for name, text in settings]), RunConfig)
 
 
+def _given(recipes: Sequence[str], settings: Iterable[str]) -> Given:
+    own = [flatten(read_recipe(name)) for name in recipes if not is_shipped(name)]
+    return Given(
+        tuple(recipe_path(name).stem for name in recipes if is_shipped(name)),
+        frozenset(itertools.chain(settings, *own)),
+    )
+
+
 def load_recipe(name: str) -> RunConfig:
     """A recipe alone, by name or path. Raises ConfigError, and OSError where it cannot be opened."""
     return _compose([name], [])
 
 
-def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
+def resolve_teacher_runs(config: RunConfig) -> dict[str, TeacherRun]:
     """By teacher, for each that comes without weights: the run that trains it on the student's data.
 
     It is the teacher's recipe, inside the student's run folder, with what the facts of the settings say comes from the
@@ -215,7 +252,7 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
         recipe = load_recipe(teacher.recipe)
         if recipe.teachers:
             raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
-        runs[name] = dataclasses.replace(
+        run = dataclasses.replace(
             inherit_from_student(recipe, config),
             name=f"{config.name}/teachers/{name}",
             student=dataclasses.replace(
@@ -227,4 +264,7 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, RunConfig]:
                 image_size=None if teacher.start is None and teacher.image_size == "own" else teacher.image_size,
             ),
         )
+        # What comes from the student's run is the student's: it was kept, or given, there.
+        of_student = {"name", "student", *inherited_settings(run)}
+        runs[name] = TeacherRun(run, _given([teacher.recipe], of_student))
     return runs

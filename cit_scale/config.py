@@ -234,11 +234,15 @@ class DistillConfig:
     temperature: float = setting(1.0, rules=[POSITIVE])
     """T of the divergence, which is multiplied by its square."""
 
-    teacher_precision: Literal["float32", "bf16"] = "float32"
-    """bf16 runs the frozen teachers under autocast."""
+    teacher_precision: Literal["auto", "float32", "bf16"] = "float32"
+    """bf16 runs the frozen teachers under autocast; auto: on a GPU that has it."""
 
-    compile: bool = True
-    """Compile the teachers with torch.compile."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the teachers with torch.compile; auto: on a GPU, and on a CPU where the whole run gains more than that
+    takes. As any auto, it is decided at a run's first start and then kept."""
+
+    cuda_graphs: bool = setting(False, may_change=True)
+    """On a GPU: replay each compiled teacher as one CUDA graph, which takes the host one launch. Needs `compile`."""
 
     class_weights: Literal["none", "sqrt", "full"] = setting("none", for_teachers=True)
     """Weight of a class in the label loss, the other way to data.balance: all alike, or in inverse proportion to the
@@ -299,8 +303,13 @@ class EngineConfig:
     ds_config: str = setting("zero1", may_change=True, in_listing=True)
     """How ZeRO shards: a file in ds_configs/ by name, or a path."""
 
-    precision: Literal["float32", "bf16", "fp16"] = setting("float32", in_listing=True)
-    """bf16 and fp16 are autocast over float32 weights; fp16, for cards without bf16, scales the loss."""
+    precision: Literal["auto", "float32", "bf16", "fp16"] = setting("float32", in_listing=True)
+    """bf16 and fp16 are autocast over float32 weights; fp16, for cards without bf16, scales the loss. auto: bf16 on a
+    GPU that has it, otherwise float32."""
+
+    tf32: bool = False
+    """On a GPU: let float32 matrix products and convolutions round their inputs to TF32, which has 10 bits of fraction
+    instead of 23. Faster; without it float32 is float32."""
 
     batch_norm: Literal["local", "synchronized"] = "local"
     """Whose images BatchNorm in the student's stems normalises with: each rank's own, or those of all ranks."""
@@ -308,8 +317,8 @@ class EngineConfig:
     activation_checkpointing: bool = setting(False, may_change=True, for_teachers=False)
     """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more time."""
 
-    compile: bool = False
-    """Compile the student with torch.compile."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the student with torch.compile; auto: on a GPU, but not at ZeRO stage 3. Not on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,23 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits"
 """The recipe of a command line without --config."""
 
+
+@dataclass(frozen=True)
+class Given:
+    """What a user has given of a configuration. All else is shipped: the defaults, and what stands in shipped recipes.
+
+    recipes: the shipped recipes, by name, in their order. settings: dotted names of what stands in the user's own
+    recipes and on the command line.
+    """
+
+    recipes: tuple[str, ...]
+    settings: frozenset[str]
+
+    def has(self, name: str) -> bool:
+        """Whether a setting was given, in whole or in part, or the section that it stands in."""
+        return any(each == name or each.startswith(f"{name}.") or name.startswith(f"{each}.") for each in self.settings)
+
+
 _SWITCH = {"action": "store_true"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"action": "append"},
@@ -66,6 +83,11 @@ def recipe_path(name: str) -> Path:
     near = difflib.get_close_matches(name, [*recipe_names(), *map(str, Path().glob("*.y*ml"))], n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(recipe_names())}"
     raise MissingInputError(f"no recipe is called {name!r} and no such file exists; {hint}")
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a recipe, given by name or by path, is one of the package's own."""
+    return recipe_path(name).parent == RECIPES
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import yaml
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 C = TypeVar("C", bound="DataclassInstance")
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Facts
@@ -70,6 +71,16 @@ class Facts:
     drops: Sequence[str] = ()
     """The settings beside it that belong to its value: where a later recipe gives another value, the earlier recipe's
     are dropped."""
+
+
+AUTO: Literal["auto"] = "auto"
+"""Value of a setting that is decided at a run's first start, and then kept (``run.auto``)."""
+
+
+def decided(value: T | Literal["auto"]) -> T:
+    """The value of a setting that may be AUTO, of a configuration in which it no longer is."""
+    assert value != AUTO
+    return value
 
 
 NO_FACTS = Facts()
@@ -193,6 +204,17 @@ def inherit_from_student(recipe: C, student: C, by_default: bool = False) -> C:
     return dataclasses.replace(recipe, **inherited)
 
 
+def inherited_settings(config: Any, by_default: bool = False, prefix: str = "") -> Iterator[str]:
+    """The dotted names of the settings that ``inherit_from_student`` takes from the student's run."""
+    for each in fields(config):
+        own, declared = getattr(config, each.name), facts_of(each).for_teachers
+        inherits = by_default if declared is None else declared
+        if is_dataclass(own):
+            yield from inherited_settings(own, inherits, f"{prefix}{each.name}.")
+        elif inherits:
+            yield f"{prefix}{each.name}"
+
+
 def changed_settings(started_with: Mapping[str, Any], config: Any) -> list[str]:
     """``key: old -> new`` for what differs and may not change when a run goes on.
 
@@ -205,7 +227,7 @@ def changed_settings(started_with: Mapping[str, Any], config: Any) -> list[str]:
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in keys
-        if before.get(key) != after.get(key) and not f"{key}.".startswith(free)
+        if before.get(key) not in (after.get(key), AUTO) and not f"{key}.".startswith(free)
     ]
 
 

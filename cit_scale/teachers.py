@@ -16,6 +16,7 @@ from cit_scale.models.fold import fold_batch_norm
 from cit_scale.models.network import Network, Precision, build_network
 from cit_scale.models.pretrained import description_of, find_pretrained
 from cit_scale.models.weights import load_weights
+from cit_scale.settings import decided
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,30 @@ def load_teacher(
         raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
     network = build_teacher_without_weights(config, classes=classes, image_size=image_size)
     load_weights(network, weights)
-    forward = freeze(network, image_size, device, precision=distill.teacher_precision, compile=distill.compile)
+    forward = freeze(
+        network,
+        image_size,
+        device,
+        precision=decided(distill.teacher_precision),
+        compile=decided(distill.compile),
+        cuda_graphs=distill.cuda_graphs,
+    )
     return Teacher(name, network, forward, find_pretrained(weights).sha256)
 
 
 def freeze(
-    network: Network, image_size: int, device: torch.device, *, precision: Precision, compile: bool
+    network: Network,
+    image_size: int,
+    device: torch.device,
+    *,
+    precision: Precision,
+    compile: bool,
+    cuda_graphs: bool = False,
 ) -> Callable[[Tensor], Tensor]:
     """Turn a network into a fixed function: on the device, without gradients, BatchNorm folded, compiled.
 
-    network: changed in place. precision: float32, or bf16 under autocast. Returns ``Teacher.forward``.
+    network: changed in place. precision: float32, or bf16 under autocast. cuda_graphs: of what is compiled, on a GPU.
+    Returns ``Teacher.forward``.
     """
     network.requires_grad_(False).eval()
     network.precision = precision
@@ -86,11 +101,14 @@ def freeze(
     network.to(device).to(memory_format=torch.channels_last)
 
     # Fixed batch shapes: each rank sees micro-batches of one size, and evaluation pads its last one.
-    run = torch.compile(network, dynamic=False) if compile else network
+    replays = compile and cuda_graphs and device.type == "cuda"
+    run = torch.compile(network, dynamic=False, mode="reduce-overhead" if replays else None) if compile else network
 
     @torch.no_grad()
     def forward(images: Tensor) -> Tensor:
-        return run(images).cls
+        logits = run(images).cls
+        # A graph's output lies where its next replay writes: the loss may read it later, in another micro-step.
+        return logits.clone() if replays else logits
 
     return forward
 

@@ -61,9 +61,12 @@ from cit_scale.errors import (
 from cit_scale.evaluate import HEADS_MEAN, evaluate
 from cit_scale.files import free_name, read_note, read_notes, rename_aside, write_text
 from cit_scale.losses import co_advise_loss
+from cit_scale.models.network import set_float32_arithmetic
 from cit_scale.optim import learning_rate
+from cit_scale.run.auto import has_bf16, with_compile, with_precision
 from cit_scale.run.bad_images import BadImages
 from cit_scale.run.bad_steps import BadSteps, find_culprits
+from cit_scale.run.begun import given_note
 from cit_scale.run.card import card_text
 from cit_scale.run.flops import ModelFlops, model_flops
 from cit_scale.run.folders import numbers
@@ -78,7 +81,7 @@ from cit_scale.run.inputs import (
 )
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.networks import describe_student, evaluate_teachers
-from cit_scale.run.plan import classes_text, counted
+from cit_scale.run.plan import arithmetic_text, classes_text, counted
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore, seed_step
 from cit_scale.run.results import (
     EXPORTS,
@@ -149,21 +152,26 @@ def join(config: RunConfig, world: World, stop: StopRequest) -> None:
 
 def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, Any]:
     """Collective. Train the teachers that have no weights, then the student. Returns the student's results."""
-    config, override = arguments.config, arguments.override_resume
+    override = arguments.override_resume
     # --fresh sets a run aside once: a job that Slurm has requeued continues the run that it began.
     fresh = arguments.fresh and not restart_count(os.environ)
     same_run = not fresh and not override
+    if not fresh:
+        arguments = run_on_all_ranks(world, arguments.as_begun)
+    config, teacher_configs = broadcast(world, run_on_all_ranks(world, lambda: with_precisions(arguments, world)))
     with contextlib.ExitStack() as held:
         with watch_preparation(config, world) as watchdog:
-            prepared = prepare(config, arguments.teacher_run_configs, world, same_run=same_run, fresh=fresh)
+            prepared = prepare(config, teacher_configs, world, same_run=same_run, fresh=fresh)
+            prepared = with_compile(with_given(prepared, arguments))
             watchdog.progress()
             held.enter_context(exclusive(config.run_dir, world, stop))
             if fresh:
                 set_aside(config.run_dir, world)
             elif same_run:
+                runs = (*prepared.teacher_runs.values(), prepared)
                 # Checked again under the lock: before, another job could still write to the folder.
-                run_on_all_ranks(world, lambda: check_same_runs((config, *arguments.teacher_run_configs.values())))
-                for each in (*prepared.teacher_runs.values(), prepared):
+                run_on_all_ranks(world, lambda: check_same_runs(each.config for each in runs))
+                for each in runs:
                     run_on_all_ranks(world, partial(refuse_other_inputs, each, each.config.teachers))
             if config.train.forecast and not any(
                 each.has_begun for each in (prepared, *prepared.teacher_runs.values())
@@ -178,6 +186,21 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
                 weights = str(teacher_run.config.run_dir / STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
             return train(prepared, teachers, stop, override=override)
+
+
+def with_precisions(arguments: cli.Arguments, world: World) -> tuple[RunConfig, dict[str, RunConfig]]:
+    """The configuration of the run and of its teachers' runs, with the precisions that ``auto`` stands for."""
+    decide = partial(with_precision, bf16=has_bf16(world.device))
+    return decide(arguments.config), {name: decide(config) for name, config in arguments.teacher_run_configs.items()}
+
+
+def with_given(prepared: PreparedRun, arguments: cli.Arguments) -> PreparedRun:
+    """The run, and its teachers' runs, with what the user gave of their configurations."""
+    teacher_runs = {
+        name: dataclasses.replace(run, given=arguments.teacher_runs[name].given)
+        for name, run in prepared.teacher_runs.items()
+    }
+    return dataclasses.replace(prepared, given=arguments.given, teacher_runs=teacher_runs)
 
 
 def say_forecast(prepared: PreparedRun) -> None:
@@ -325,8 +348,9 @@ def train(
             f"trains {config.student.name} on {counted(len(prepared.train_set), 'image')} of {config.data.train} "
             f"in {prepared.num_classes} classes, advised by {' and '.join(config.teachers) or 'no teacher'}"
         )
-        if teachers and config.distill.compile:
-            log.say("its first step compiles the teachers, which takes a minute where it was not done before")
+        log.say(arithmetic_text(prepared, device_name(world.device)))
+        if config.engine.compile or (teachers and config.distill.compile):
+            log.say("its first step compiles, which takes minutes where it was not done before")
         if config.data.balance != "none" or config.distill.class_weights != "none":
             log.say(classes_text(prepared))
         for change in loaded.overridden:
@@ -344,6 +368,7 @@ def load(
     """Collective. Build the networks, and load the run folder's newest checkpoint into the engine, if there is one."""
     world, run_dir = prepared.world, prepared.config.run_dir
     began_at = time.time()  # before the networks are loaded, which takes time that trains nothing: goodput counts it
+    set_float32_arithmetic(world.device, tf32=prepared.config.engine.tf32)
     frozen = run_on_all_ranks(
         world, lambda: [prepared.load_teacher(name, teacher) for name, teacher in teachers.items()]
     )
@@ -473,7 +498,7 @@ def record_start(
     path = run_dir / ENVIRONMENT
     starts = read_notes(path)
     place = {"step": progress.step, "total_steps": prepared.total_steps, "time": now, "overridden": overridden}
-    about = {**place, **environment_record(prepared.world)}
+    about = {**place, **given_note(prepared.given), **environment_record(prepared.world)}
     write_text(path, json.dumps([*starts, about], indent=2) + "\n")
     return min(numbers(start.get("time") for start in [*starts, about]))
 

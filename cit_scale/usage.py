@@ -42,7 +42,7 @@ how
   --train.micro_batch_size N
                            images that fit one GPU at once
   --engine.name NAME       zero (DeepSpeed), fsdp2 or plain
-  --engine.precision P     float32, bf16 or fp16
+  --engine.precision P     float32, bf16, fp16 or auto
   --deepspeed_config FILE  how ZeRO shards: zero0 to zero3, or a file
 what stands in the run folder
   --fresh                  set it aside, and start over

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 from cit_scale.config import DataConfig
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
 from cit_scale.engines.build import prepare_engine
+from cit_scale.run.auto import with_precision
 from cit_scale.run.folders import RunFolder
 from cit_scale.run.plan import counted, estimate_memory, memory_text, plan_lines, plan_run, row
 from cit_scale.run.setup import PreparedRun, check_all_settings, check_networks, open_images, versions_of, with_images
@@ -18,19 +20,25 @@ from launchers.slurm import Partition, format_minutes
 from launchers.state import state_now
 
 
-def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool) -> PreparedRun:
-    """Raise what ``setup.prepare`` would raise when the runs start. Returns the first run, prepared, for the plan."""
+def check_runs(runs: Sequence[RunRequest], world: World, *, same_run: bool, on_gpus: bool) -> PreparedRun:
+    """Raise what ``setup.prepare`` would raise when the runs start. Returns the first run, prepared, for the plan.
+
+    on_gpus: whether they will run on GPUs, which this machine may lack.
+    """
     opened: dict[tuple[DataConfig, frozenset[int]], dict[int, tuple[Reader, Reader]]] = {}
     tried: set[str] = set()
     prepared_runs = []
     for run in runs:
-        config = run.config
-        setups = check_all_settings(config, run.teacher_run_configs, world, same_run=same_run)
-        versions = versions_of(config, run.teacher_run_configs) if same_run else {}
+        # What auto will stand for on the nodes is a guess here: a GPU of today has bf16.
+        decide = partial(with_precision, bf16=on_gpus)
+        config = decide(run.config)
+        teacher_run_configs = {name: decide(each) for name, each in run.teacher_run_configs.items()}
+        setups = check_all_settings(config, teacher_run_configs, world, same_run=same_run)
+        versions = versions_of(config, teacher_run_configs) if same_run else {}
         wanted = config.data, frozenset(each.pixels for each in versions.values())
         if wanted not in opened:
             opened[wanted] = open_images(config.data, versions.values())
-        prepared = with_images(config, run.teacher_run_configs, setups, opened[wanted], versions=versions)
+        prepared = with_images(config, teacher_run_configs, setups, opened[wanted], versions=versions)
         # The runs of a sweep over learning rates or seeds have the same networks: they are tried once.
         train, optim = config.train, config.optim
         parts = (train.global_batch_size, train.freeze, optim.layer_decay, optim.head_lr_scale)

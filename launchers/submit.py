@@ -57,7 +57,8 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
     from launchers.checks import check_runs, submission_lines
     from launchers.executors import batch_script, slurm_executor, submit_local, submit_slurm
 
-    prepared = check_runs(runs, resources.world_on(resources.nodes), same_run=same_run)
+    world, on_gpus = resources.world_on(resources.nodes), resources.gpus_per_node > 0
+    prepared = check_runs(runs, world, same_run=same_run, on_gpus=on_gpus)
     if options.dependency is None:  # a job that waits for the other job may use the same folder
         for run in runs:
             refuse_running(run)
@@ -104,6 +105,7 @@ def plan_runs(arguments: cli.Arguments, train_argv: Sequence[str], axes: Sequenc
     runs = []
     for more in sweep(arguments.config, axes) if axes else [[]]:
         parsed = cli.parse_arguments([*argv, *more]) if axes else arguments
+        parsed = parsed if arguments.fresh else parsed.as_begun()
         runs.append(RunRequest((*argv, *more), parsed.config, parsed.teacher_run_configs))
     for run in runs:
         check_config(run.config)

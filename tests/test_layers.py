@@ -30,14 +30,13 @@ WALLS = {
     "data": "batch config datasets distributed errors",
     "engines": "batch config distributed errors models optim settings",
     "checkpoint": "config distributed engines errors files run_folder",
-    "teachers": "batch config errors files models",
+    "teachers": "batch config errors files models settings",
     "evaluate": "batch distributed",
     "recipe": "config errors settings",
     "usage": "config recipe settings",
-    "cli": "config distributed.ranks errors recipe run_folder settings usage",
+    "cli": "config distributed.ranks errors recipe run.begun run_folder settings usage",
     "run": "batch checkpoint config data datasets distributed engines errors evaluate files losses models optim "
-    "run_folder "
-    "settings teachers text",
+    "recipe run_folder settings teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
     "run run_folder settings teachers text",
     "inference": "cli config datasets distributed errors evaluate files models recipe run_folder text",

@@ -21,6 +21,7 @@ from cit_scale.engines.late import LateNumber
 from cit_scale.engines.loss_scale import LossScale
 from cit_scale.engines.state import ParameterPlacement, TrainingState
 from cit_scale.models.network import Network
+from cit_scale.settings import decided
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def prepare_network(module: Network, engine: EngineConfig, world: World) -> None
 
     Works on the meta device, too, to find out what an engine would refuse.
     """
-    module.precision = engine.precision
+    module.precision = decided(engine.precision)
     if engine.activation_checkpointing:
         checkpoint_activations(module)
     prepare_batch_norm(module, engine.batch_norm, world)

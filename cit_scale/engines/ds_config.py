@@ -194,7 +194,7 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
     )
     zero, more = _read_sharding(sharding, [*recipe_sections, *NOT_PASSED_ON])
     complaints += more
-    if zero.stage == 3 and config.engine.compile:
+    if zero.stage == 3 and config.engine.compile is True:
         # It gives the right numbers, after compiling DeepSpeed's hooks around every layer for minutes.
         complaints.append("engine.compile is of no use at ZeRO stage 3; turn it off, or take stage 0, 1 or 2")
     if complaints:

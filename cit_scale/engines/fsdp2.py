@@ -27,7 +27,7 @@ class Fsdp2Engine(TorchEngine):
 
     def _place(self, module: Network, setup: EngineSetup) -> ShardedTensors:
         blocks = blocks_of(module)
-        if setup.engine.compile:
+        if setup.engine.compile is True:
             # Before sharding and by block, so that gathering weights stays outside of what is compiled.
             for block in blocks or [module]:
                 block.compile()

@@ -12,6 +12,6 @@ class PlainEngine(TorchEngine):
     """The ``Engine`` of a process alone."""
 
     def _place(self, module: Network, setup: EngineSetup) -> WholeParameters:
-        if setup.engine.compile:
+        if setup.engine.compile is True:
             module.compile()
         return WholeParameters(module)

@@ -41,7 +41,7 @@ class ZeroEngine(Engine):
         # The order matters. The module is compiled in place, so its parameters keep their names. AdamW is built next:
         # from stage 1 on DeepSpeed puts this rank's part of the parameters into AdamW's groups. The placement is built
         # last: it reads where DeepSpeed has put each parameter.
-        if setup.engine.compile:
+        if setup.engine.compile is True:
             module.compile()
         self._optimizer = adamw(module, setup.optim)
         self._deepspeed = _initialize(module, self._optimizer, setup.ds_config, setup.world)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cit_scale.errors import one_line
 from cit_scale.models.network import MOST, Network, Precision, fake_state
 from cit_scale.run.setup import PreparedRun
+from cit_scale.settings import decided
 
 # Dense peak in FLOP/s by what stands in torch.cuda.get_device_name: with tensor cores (bf16, fp16), and without them
 # (float32, as PyTorch computes matrix products unless TF32 is allowed). From NVIDIA's data sheets, whose figures with
@@ -52,7 +53,7 @@ def model_flops(prepared: PreparedRun, device_name: str, say: Callable[[str], No
     is small beside the convolutions around it, is not.
     """
     config = prepared.config
-    peak = peak_flops(device_name, config.engine.precision)
+    peak = peak_flops(device_name, decided(config.engine.precision))
     if peak is None:
         return None
     size = config.data.image_size

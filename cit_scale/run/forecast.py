@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cit_scale.models.network import Network
+from cit_scale.models.network import Network, Precision
 from cit_scale.run.setup import PreparedRun
+from cit_scale.settings import decided
 from cit_scale.teachers import freeze
 
 TRIALS = 3  # of each kind, after one that warms up; their median counts
@@ -37,9 +38,9 @@ def forecast(prepared: PreparedRun) -> Forecast:
         images = next(batches).images
         data_s = _median_s(lambda: next(batches), device)
     network = prepared.build_student().to(device).train()
-    network.precision = config.engine.precision
+    network.precision = decided(config.engine.precision)
     teachers = [prepared.build_teacher_without_weights(teacher) for teacher in config.teachers.values()]
-    precision = config.distill.teacher_precision
+    precision: Precision = decided(config.distill.teacher_precision)
     frozen = [freeze(each, images.shape[-1], device, precision=precision, compile=False) for each in teachers]
 
     forward_s = _median_s(lambda: _forward(network, images), device)

@@ -15,6 +15,7 @@ from cit_scale.engines.activation_checkpointing import blocks_of, checkpoint_act
 from cit_scale.engines.base import EngineSetup
 from cit_scale.models.network import UNTRIED, Network, fake_state, tensors_of
 from cit_scale.run.setup import PreparedRun
+from cit_scale.settings import decided
 
 FLOAT32_BYTES = 4
 MOST_CLASSES = 6  # of the rarest, and of the most frequent, that the plan lists
@@ -188,7 +189,7 @@ def activation_bytes(network: Network, engine: EngineConfig, images_shape: tuple
     Autocast's copies of the weights in bf16 or fp16 are kept, too, and count.
     """
     network.train()
-    network.precision = engine.precision
+    network.precision = decided(engine.precision)
     kept = _fake_forward_bytes(network, images_shape)
     if engine.activation_checkpointing:
         checkpoint_activations(network)
@@ -320,6 +321,20 @@ def classes_text(prepared: PreparedRun) -> str:
     ]
     both = balance != "none" and weights != "none"
     return "; ".join(filter(None, said)) + (", so that a rare class counts by both" if both else "")
+
+
+def arithmetic_text(prepared: PreparedRun, device: str) -> str:
+    """Device, precision, compiled or not, sharding. device: its name."""
+    engine, distill = prepared.config.engine, prepared.config.distill
+    has_teachers = bool(prepared.config.teachers)
+    precisions = engine.precision + (f" (teachers {distill.teacher_precision})" if has_teachers else "")
+    compiled = ["student"] * bool(engine.compile) + ["teachers"] * (has_teachers and bool(distill.compile))
+    ds_config = prepared.engine_setup.ds_config
+    sharding = engine.name if ds_config is None else f"ZeRO stage {ds_config['zero_optimization']['stage']}"
+    return (
+        f"computes on {device} in {precisions}{', TF32 where float32' if engine.tf32 else ''}, "
+        f"{' and '.join(compiled) or 'nothing'} compiled, under {sharding}"
+    )
 
 
 def row(what: str, text: str) -> str:

@@ -60,6 +60,10 @@ def environment_record(world: World) -> dict[str, Any]:
         "device": device_name(world.device),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "tf32": {
+            "matmul": torch.backends.cuda.matmul.allow_tf32,
+            "convolution": torch.backends.cudnn.allow_tf32,
+        },
         "world_size": world.world_size,
         "slurm": job_record(os.environ),
     }

@@ -50,6 +50,7 @@ from cit_scale.models.network import Network, build_network, described_model, tr
 from cit_scale.models.pretrained import FOLDER, HUB, Pretrained, description_of, find_pretrained, read_description
 from cit_scale.models.weights import Start, load_weights, start_from
 from cit_scale.optim import parameter_groups
+from cit_scale.recipe import Given
 from cit_scale.run.folders import runs_inside
 from cit_scale.run.noted import noted_versions
 from cit_scale.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, NETWORKS, RESULTS, saved_steps
@@ -68,6 +69,7 @@ class PreparedRun:
 
     teacher_runs: by teacher, the prepared run of each teacher that has no weights. It reads the same images.
     has_begun: when this process came, the run folder had a checkpoint or results of it. versions: of its batches.
+    given: what the user gave of the configuration; None where that is not known.
     """
 
     config: RunConfig
@@ -77,6 +79,7 @@ class PreparedRun:
     teacher_runs: Mapping[str, PreparedRun]
     has_begun: bool = False
     versions: StreamVersions = LATEST
+    given: Given | None = None
 
     @property
     def world(self) -> World:
@@ -356,8 +359,8 @@ def check_settings(config: RunConfig, world: World, *, same_run: bool) -> Engine
     setup = prepare_engine(config, world)
     read_policy(config.augment.policy)
     compiled = {
-        "distill.compile": bool(config.teachers) and config.distill.compile,
-        "engine.compile": config.engine.compile,
+        "distill.compile": bool(config.teachers) and config.distill.compile is True,
+        "engine.compile": config.engine.compile is True,
     }
     compiler = os.environ.get("CXX", "g++")
     if any(compiled.values()) and world.device.type == "cpu" and shutil.which(compiler) is None:
