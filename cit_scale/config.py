@@ -370,7 +370,8 @@ class TrainConfig:
     """How long the ranks wait for one another at the start; then the nodes that did not arrive are named."""
 
     step_timeout_s: float = setting(1800, rules=[NOT_NEGATIVE], may_change=True, for_teachers=True)
-    """A step, evaluation batch or checkpoint that takes longer hangs: all ranks leave, with their stacks. 0: never."""
+    """A step, evaluation batch or checkpoint that takes longer hangs: all ranks leave, with their stacks. After the
+    first steps half of it, but no less than 15 minutes, is enough for a step, if 20 times the slowest is. 0: never."""
 
 
 @dataclass(frozen=True)

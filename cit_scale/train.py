@@ -44,6 +44,7 @@ from cit_scale.config import RunConfig, TeacherConfig
 from cit_scale.data.mixing import mix
 from cit_scale.distributed import preflight
 from cit_scale.distributed.lock import exclusive
+from cit_scale.distributed.overseer import SECONDS
 from cit_scale.distributed.slurm_job import restart_count
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Watchdog
@@ -505,8 +506,8 @@ def record_start(
 
 def hang_message(config: RunConfig) -> str:
     return (
-        f"nothing was achieved for train.step_timeout_s={config.train.step_timeout_s:g} seconds, the run hangs; "
-        f"where each rank stands is in {config.run_dir}/stacks_rank_*.txt; the same command, without --fresh, "
+        f"nothing was achieved for {SECONDS} seconds (train.step_timeout_s={config.train.step_timeout_s:g}), the run "
+        f"hangs; where each rank stands is in {config.run_dir}/stacks_rank_*.txt; the same command, without --fresh, "
         "continues from the last checkpoint"
     )
 
@@ -526,6 +527,7 @@ def training_loop(session: Session) -> None:
     session.votes.cast()
     between_steps(session, None)
     while progress.step < prepared.total_steps:
+        session.watchdog.begin_step()
         lr = learning_rate(progress.step, config.optim, config.peak_lr, prepared.steps_per_epoch, config.train.epochs)
         # Drop path and the like follow from the step, so that a checkpoint holds no generator's state.
         seed_step(config.seed, progress.step, prepared.world.rank)

@@ -32,7 +32,7 @@ def test_a_hung_rank_ends_the_run_with_the_stacks_of_all_ranks(rank, place, step
     assert f"in {how}" not in stacks[1 - rank]
     for text in stacks:
         assert "in training_loop" in text or "in evaluate" in text, text
-    said = f"error: nothing was achieved for train.step_timeout_s={TIMEOUT_S} seconds"
+    said = f"error: nothing was achieved for {TIMEOUT_S} seconds (train.step_timeout_s={TIMEOUT_S})"
     assert ended.outputs[0].count(said) == 1, ended.output
     assert f"{tiny_run.run_dir}/stacks_rank_*.txt" in ended.outputs[0]
     tiny_run.finish(*impatient)

@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from cit_scale.distributed.watchdog import Patience
+from cit_scale.distributed import watchdog
+from cit_scale.distributed.watchdog import Patience, Watchdog, step_limit
 from cit_scale.errors import HUNG
 
 HANGS = {
@@ -20,13 +21,13 @@ HANGS = {
 }
 
 
-def run(body: str, tmp_path) -> tuple[int, str, str, float]:
-    """Exit code, stderr, stacks and seconds of a process with a watchdog of one second."""
+def run(body: str, tmp_path, *, timeout_s=1.0, message="it hangs") -> tuple[int, str, str, float]:
+    """Exit code, stderr, stacks and seconds of a process with a watchdog, of one second if nothing else is said."""
     program = f"""
 import sys
 from pathlib import Path
 from cit_scale.distributed.watchdog import Watchdog
-watchdog = Watchdog(1.0, Path(sys.argv[1]), "it hangs")
+watchdog = Watchdog({timeout_s}, Path(sys.argv[1]), {message!r})
 {body}
 """
     stacks = tmp_path / "folder" / "stacks.txt"
@@ -172,10 +173,9 @@ def test_patience_counts_only_the_time_in_which_somebody_waits(monkeypatch):
 
 
 def test_without_a_timeout_nothing_is_armed(tmp_path):
-    from cit_scale.distributed.watchdog import Watchdog
-
     before = psutil.Process().children()
     watchdog = Watchdog(0, tmp_path / "stacks.txt", "it hangs")
+    watchdog.begin_step()
     watchdog.progress()
     assert psutil.Process().children() == before
     watchdog.close()
@@ -183,8 +183,6 @@ def test_without_a_timeout_nothing_is_armed(tmp_path):
 
 
 def test_handlers_of_others_are_given_back(tmp_path):
-    from cit_scale.distributed.watchdog import Watchdog
-
     seen = []
     before = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
     try:
@@ -196,12 +194,78 @@ def test_handlers_of_others_are_given_back(tmp_path):
 
 
 def test_progress_is_cheap(tmp_path):
-    from cit_scale.distributed.watchdog import Watchdog
-
     watchdog = Watchdog(30, tmp_path / "stacks.txt", "it hangs")
     started = time.perf_counter()
     for _ in range(200):
+        watchdog.begin_step()
         watchdog.progress()
     spent = (time.perf_counter() - started) / 200
     watchdog.close()
     assert spent < 2e-3, f"{spent * 1e6:.0f} microseconds"
+
+
+def test_a_steps_limit_is_at_most_the_setting_and_far_from_what_steps_take():
+    assert step_limit(1800, None) == 1800  # the first steps, which compile
+    assert step_limit(1800, 0.04) == 900  # a GPU's step: fifteen minutes, of a disk that is away
+    assert step_limit(1800, 60) == 1200  # twenty times the slowest
+    assert step_limit(1800, 300) == 1800  # a stall of five minutes that passed
+    assert step_limit(14400, 0.04) == 7200  # who sets more waits longer
+    assert step_limit(600, 0.04) == 600
+    assert step_limit(4, 100) == 4
+
+
+def test_the_limit_is_that_of_a_step_in_steps_only_and_follows_the_slowest(tmp_path, monkeypatch):
+    now, told = [0.0], []
+    dog = Watchdog(1800, tmp_path / "stacks.txt", None)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(dog, "_report", told.append)
+
+    def turn(step_s, between_s=0.0):
+        told.clear()
+        dog.begin_step()
+        now[0] += step_s
+        dog.progress()
+        now[0] += between_s
+        dog.progress()
+        return told[:]
+
+    for _ in range(watchdog.WARMUP_STEPS):
+        assert turn(200.0) == [1800, 1800, 1800]  # compiling is not what a step takes
+    assert turn(0.05) == [1800, 1800, 1800]
+    assert turn(60, between_s=3600) == [900, 1800, 1800]  # neither is an evaluation or a checkpoint
+    assert turn(0.05) == [1200, 1800, 1800]
+    assert turn(0.05) == [1200, 1800, 1800]
+    dog.close()
+
+
+STEPS = """
+import time
+from cit_scale.distributed import watchdog as limits
+limits.WARMUP_STEPS, limits.SHORTEST_LIMIT_S, limits.SHORTEST_SHARE = 2, 1.5, 0.0
+for _ in range(3):
+    watchdog.begin_step()
+    watchdog.progress()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hang", "what", "expected"),
+    [
+        ("watchdog.begin_step()", "a step", HUNG),
+        ("watchdog.begin_step(); time.sleep(0.7); watchdog.progress()", "between two steps", 0),
+    ],
+)
+def test_a_step_that_hangs_ends_by_what_steps_take_and_what_is_between_them_does_not(hang, what, expected, tmp_path):
+    body = f"{STEPS}{hang}\ntime.sleep(8)\nwatchdog.close()"
+    code, errors, _, _ = run(body, tmp_path, timeout_s=60.0, message="nothing for {seconds} seconds")
+    assert code == expected, (what, errors)
+    assert errors == ("error: nothing for 1.5 seconds\n" if expected else "")
+
+
+@pytest.mark.slow
+def test_the_end_of_a_slow_step_while_its_stacks_are_written_gives_the_next_part_the_whole_time(tmp_path):
+    body = f"{STEPS}watchdog.begin_step()\ntime.sleep(2.2)\nwatchdog.progress()\ntime.sleep(8)\nwatchdog.close()"
+    code, _, stacks, _ = run(body, tmp_path, timeout_s=60.0)
+    assert code == 0
+    assert "most recent call first" in stacks

@@ -16,11 +16,35 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Self
 
 from cit_scale.distributed import overseer
 from cit_scale.errors import HUNG
+
+# A step that hangs costs all GPUs of a run until it is noticed. One that is ended too early costs what was trained
+# since the last checkpoint, and maybe the run: where a disk is away, the next starts fail, too. So the limit of a step
+# is far from what steps take, and lies between half of the time-out and all of it.
+
+# The first steps of a process compile, tune kernels, record CUDA graphs and fill caches: they have the whole time-out,
+# and do not count as slow.
+WARMUP_STEPS = 20
+# A later step may still compile for another shape, which takes minutes, or wait for a disk: a file system whose server
+# fails over holds all its readers for up to fifteen minutes (Lustre's recovery window), and recovers.
+SHORTEST_LIMIT_S = 900.0
+# Whoever gives a longer time-out expects longer waits.
+SHORTEST_SHARE = 0.5
+# Where a step takes a minute, another may take several: other work on the machine, images of other sizes. A stall that
+# passed raises the limit, too.
+SLOWEST_TIMES = 20
+
+
+def step_limit(timeout_s: float, slowest_s: float | None) -> float:
+    """Seconds that a step may take. slowest_s: the slowest step so far; None while the first ones do not count."""
+    if slowest_s is None:
+        return timeout_s
+    return min(timeout_s, max(SHORTEST_LIMIT_S, SHORTEST_SHARE * timeout_s, SLOWEST_TIMES * slowest_s))
 
 
 class Watchdog:
@@ -28,7 +52,10 @@ class Watchdog:
 
     timeout_s: seconds; time in which the process is paused does not count. 0 switches the watchdog off.
     stacks: file for the stacks of all threads; ``close`` removes it if it is empty. None writes to stderr.
-    message: the line to print on stderr before the end; None, on all ranks but one, prints nothing.
+    message: the line to print on stderr before the end, with the seconds in the place of ``overseer.SECONDS``; None, on
+    all ranks but one, prints nothing.
+
+    From ``begin_step`` to the next ``progress`` the limit is that of ``step_limit``, by what the steps so far took.
 
     A process has one watchdog at a time and creates it in the main thread. A context manager: an error that leaves the
     context while the process is being ended for a hang ends it with exit code 14, too.
@@ -40,6 +67,9 @@ class Watchdog:
         self._path = stacks
         self._overseer: subprocess.Popen[bytes] | None = None
         self._pipe: IO[bytes]  # to the overseer, where there is one
+        self._step_began: float | None = None  # by the monotonic clock; None between two steps
+        self._steps = 0
+        self._slowest_s: float | None = None
         if not timeout_s:
             return
         # None for a stream that was closed when the process started; outlive_readers replaces sys.stderr then.
@@ -48,14 +78,7 @@ class Watchdog:
             stacks.parent.mkdir(parents=True, exist_ok=True)
             self._stacks = stacks.open("a")
         faulthandler.register(overseer.WRITE_STACKS, file=self._stacks)
-        # The handler is the C library's _exit, called with the signal's number: END's number must be the exit code
-        # HUNG. A handler written in Python would not run while the interpreter is blocked.
-        assert overseer.END == HUNG
-        libc = ctypes.CDLL(None)
-        libc.signal.restype = ctypes.c_void_p
-        libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        previous = libc.signal(overseer.END, ctypes.cast(libc._exit, ctypes.c_void_p))
-        self._restore = lambda: libc.signal(overseer.END, previous)
+        self._restore = _exit_on_end()
         self._closed = threading.Event()
         self._taker = threading.Thread(target=self._take_signals, daemon=True, name="watchdog")
         # Blocked in the main thread, and with it in all threads that start later; _take_signals unblocks it for itself.
@@ -79,12 +102,25 @@ class Watchdog:
         # A full pipe must not stop training, for instance while the overseer is paused.
         os.set_blocking(self._pipe.fileno(), False)
 
+    def begin_step(self) -> None:
+        """Restart the count for one training step, which the next ``progress`` ends."""
+        self._step_began = time.monotonic()
+        self._report(step_limit(self._timeout_s, self._slowest_s))
+
     def progress(self) -> None:
         """Restart the count of ``timeout_s``. Called after every step or part of the preparation."""
+        if self._step_began is not None:
+            step_s, self._step_began = time.monotonic() - self._step_began, None
+            self._steps += 1
+            if self._steps > WARMUP_STEPS:
+                self._slowest_s = max(step_s, self._slowest_s or 0.0)
+        self._report(self._timeout_s)
+
+    def _report(self, timeout_s: float) -> None:
         if self._overseer is None:
             return
         try:
-            os.write(self._pipe.fileno(), b".")
+            os.write(self._pipe.fileno(), overseer.REPORT.pack(timeout_s))
         except BlockingIOError:
             pass  # the overseer is paused and the pipe is full: it reads progress enough when it runs again
         except BrokenPipeError:  # the overseer was killed: start another one
@@ -123,6 +159,28 @@ class Watchdog:
             with contextlib.suppress(OSError):  # the folder is gone; the code that writes to it reports that
                 if not self._path.stat().st_size:
                     self._path.unlink()
+
+
+def _exit_on_end() -> Callable[[], object]:
+    """Make the signal END end this process at once, with exit code HUNG. Returns what undoes that."""
+    # The handler is the C library's _exit, called with the signal's number: END's number must be the exit code HUNG. A
+    # handler written in Python would not run while the interpreter is blocked.
+    assert overseer.END == HUNG
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    previous = libc.signal(overseer.END, ctypes.cast(libc._exit, ctypes.c_void_p))
+    return lambda: libc.signal(overseer.END, previous)
+
+
+def end_within(seconds: int) -> None:
+    """End this process in ``seconds``, with exit code 14, if it has not ended by itself until then.
+
+    For a process whose end may hang: in the interpreter's, or in that of a library, where no Python code runs.
+    """
+    assert overseer.END == signal.SIGALRM
+    _exit_on_end()
+    signal.alarm(seconds)
 
 
 class Patience:
