@@ -1,12 +1,17 @@
 """The check at the start, with one thread for each rank: the store does not mind."""
 
+import ctypes
 import functools
 import json
+import mmap
+import os
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import start_process
 
@@ -14,7 +19,7 @@ from cit_scale.distributed import preflight
 from cit_scale.distributed.preflight import MAX_SKEW_S, Report, find_problem, judge, meet
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World, start
-from cit_scale.errors import ConfigError, Stopped, UnfitNodeError
+from cit_scale.errors import HUNG, ConfigError, RunError, Stopped, UnfitNodeError, error_line
 
 
 def free_port():
@@ -175,8 +180,10 @@ def test_gloos_own_choice_of_interface_is_left_alone_where_it_works(monkeypatch)
     assert preflight.find_interface(["10.1.2.4"]) is None
 
 
-def reduce_on(world, port, path, result, wrong=None):
-    """wrong: the rank that gets another sum than the others."""
+def reduce_on(world, port, path, result, wrong=None, before=None):
+    """wrong: the rank that gets another sum than the others. before: called first, with the rank."""
+    if before is not None:
+        before(world.rank)
     stop, env = StopRequest(), env_of(port, SLURMD_NODENAME=f"n{world.rank}")
     store = meet(world, env, path, stop, 30.0)
     if world.rank == wrong:
@@ -186,8 +193,8 @@ def reduce_on(world, port, path, result, wrong=None):
         preflight.try_to_reduce(world, env, path, stop, store)
         start(world, store=store)
         outcome = "joined"
-    except UnfitNodeError as error:
-        outcome = str(error)
+    except RunError as error:
+        outcome = error_line(error)
     (result / str(world.rank)).write_text(outcome)
     deadline = time.monotonic() + 30
     while len(list(result.iterdir())) < world.world_size and time.monotonic() < deadline:
@@ -220,3 +227,137 @@ def test_one_of_two_whose_sum_is_wrong_is_named_and_not_held_against_it(tmp_path
     found = outcomes(tmp_path, [World(rank, 0, 2, 1) for rank in (0, 1)], wrong=1)
     assert found == ["n1 cannot take part: a sum of ones over 2 ranks on cpu came out as 4"] * 2
     assert not (tmp_path / "runs" / "mine").exists()
+
+
+TRIAL_S = 2.0
+
+
+def hang_in_a_sum(rank, *, hanging=1, library=ctypes.CDLL):
+    """Let the rank block in C for good where it joins the trial's process group, and give every rank little time."""
+    preflight.TRIAL_S, preflight.EXIT_S = TRIAL_S, 10
+    if rank == hanging:
+        dist.init_process_group = lambda *_, **__: library(None).sleep(600)
+
+
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_rank_that_hangs_in_the_trial_ends_all_ranks_in_time_with_the_nodes_named(hanging, tmp_path):
+    began = time.monotonic()
+    found = outcomes(tmp_path, [World(rank, 0, 2, 1) for rank in (0, 1)], before=functools.partial(hang, hanging))
+    assert found[0] == found[1]
+    assert f"n{hanging} cannot take part: a sum over the ranks did not end within 2.5 s" in found[0]
+    assert f"n{1 - hanging} cannot take part: a sum over the ranks failed: " in found[0]
+    assert time.monotonic() - began < 20
+    assert not (tmp_path / "runs" / "mine").exists()  # half of the nodes: maybe the network
+
+
+def hang(hanging, rank):
+    hang_in_a_sum(rank, hanging=hanging)
+
+
+def hang_with_the_interpreters_lock(rank):
+    hang_in_a_sum(rank, library=ctypes.PyDLL)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_with_the_interpreters_lock_is_ended_and_named_by_the_others(tmp_path):
+    """No thread of it can report. Its watchdog ends it, and does not wait for the lock either."""
+    result, port = tmp_path / "result", free_port()
+    result.mkdir()
+    processes = [
+        start_process(
+            functools.partial(reduce_on, before=hang_with_the_interpreters_lock),
+            World(rank, 0, 2, 1),
+            port,
+            tmp_path / "runs" / "mine",
+            result,
+        )
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        process.join(60)
+    assert "the node of rank 1 cannot take part: rank 1 did not arrive within 4 s" in (result / "0").read_text()
+    assert processes[1].exitcode == HUNG
+
+
+def fail_after_all(rank):
+    """A rank that refuses at once, while the others wait for it."""
+    preflight.TRIAL_S, preflight.EXIT_S = TRIAL_S, 10
+    if rank == 2:
+        dist.init_process_group = fail
+
+
+def fail(*_, **__):
+    raise dist.DistBackendError("ncclUnhandledCudaError: no such link")
+
+
+def test_the_node_that_failed_is_named_before_those_that_waited_for_it(tmp_path):
+    found = outcomes(tmp_path, [World(rank, 0, 3, 1) for rank in (0, 1, 2)], before=fail_after_all)
+    assert found[0].startswith(
+        "n2 cannot take part: a sum over the ranks failed: ncclUnhandledCudaError: no such link; n0"
+    )
+    assert found == [found[0]] * 3
+
+
+def end_blocked():
+    from cit_scale.distributed.watchdog import end_within
+
+    end_within(1)
+    ctypes.PyDLL(None).sleep(60)
+
+
+def test_a_process_whose_end_hangs_is_ended():
+    process = start_process(end_blocked)
+    process.join(20)
+    assert process.exitcode == HUNG
+
+
+def test_variables_are_set_for_a_while_and_then_as_they_were(monkeypatch):
+    monkeypatch.setenv("CIT_TEST_SET", "before")
+    monkeypatch.delenv("CIT_TEST_UNSET", raising=False)
+    with preflight.environment({"CIT_TEST_SET": "1", "CIT_TEST_UNSET": "2"}):
+        assert (os.environ["CIT_TEST_SET"], os.environ["CIT_TEST_UNSET"]) == ("1", "2")
+    assert os.environ["CIT_TEST_SET"] == "before"
+    assert "CIT_TEST_UNSET" not in os.environ
+
+
+def test_a_problem_comes_back_from_the_thread_whatever_it_is():
+    assert preflight.within(60, "it", lambda: None) is None
+    assert preflight.within(60, "it", lambda: "wrong") == "wrong"
+    assert preflight.within(60, "it", lambda: {}["no key"]) == "it failed: 'no key'"
+    assert "it did not end within 0.1 s" in preflight.within(0.1, "it", lambda: time.sleep(3))
+
+
+def test_on_gpus_the_trial_connects_its_own_device_at_once_without_blocking(monkeypatch):
+    calls = []
+
+    def join(backend, **given):
+        calls.append((backend, given["device_id"], {name: os.environ.get(name) for name in settings}))
+        raise dist.DistBackendError("no GPU here")
+
+    settings = (preflight.BLOCKING_WAIT, preflight.NONBLOCKING, preflight.NONBLOCKING_TIMEOUT)
+    for name in settings:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(dist, "init_process_group", join)
+    gpu = torch.device("cuda", 1)
+    with preflight.environment(preflight.nccl_settings()), pytest.raises(dist.DistBackendError):
+        preflight.sum_ones(World(3, 1, 4, 2), dist.HashStore())
+    assert calls == [gpu, ("cpu:gloo,cuda:nccl", gpu, dict(zip(settings, ("1", "1", "120"), strict=True)))]
+    assert not set(settings) & set(os.environ)
+
+
+def test_a_users_own_choice_of_communicators_stays(monkeypatch):
+    monkeypatch.setenv(preflight.NONBLOCKING, "0")
+    assert preflight.nccl_settings() == {preflight.BLOCKING_WAIT: "1"}
+
+
+def test_the_installed_pytorch_reads_the_variables_of_the_trial():
+    """One that was renamed would be ignored without a word."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
+    if not library.exists():
+        pytest.skip("PyTorch without CUDA")
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for name in (preflight.BLOCKING_WAIT, preflight.NONBLOCKING, preflight.NONBLOCKING_TIMEOUT):
+            assert content.find(name.encode() + b"\0") >= 0, name

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_on_ranks
 
 from cit_scale.cli import read_ranks
@@ -8,6 +9,7 @@ from cit_scale.distributed.world import (
     World,
     broadcast,
     first_on_each_node,
+    start,
     sum_over_ranks,
     warn_once_per_job,
 )
@@ -47,6 +49,18 @@ def test_a_rank_computes_on_its_own_gpu_whether_it_is_shown_all_or_one(visible, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     assert World(3, 3, 8, 8).device == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize(("world", "bound"), [(World(5, 1, 8, 4), torch.device("cuda", 1)), (World(), None)])
+def test_training_binds_nccl_to_the_device_that_it_computes_on(world, bound, monkeypatch):
+    """PyTorch's guess, the rank modulo the GPUs, is cuda:5 here."""
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: given.update(current=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: given.update(more))
+    start(world)
+    assert (given["device_id"], given["current"]) == (bound, world.device)
 
 
 def test_torchrun_inside_a_slurm_step_wins_over_slurm():

@@ -11,9 +11,10 @@ import os
 import secrets
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,17 +25,30 @@ import torch.distributed as dist
 
 from cit_scale.distributed.slurm_job import job_id
 from cit_scale.distributed.stop import StopRequest
-from cit_scale.distributed.watchdog import Patience
+from cit_scale.distributed.watchdog import Patience, Watchdog, end_within
 from cit_scale.distributed.world import World
-from cit_scale.errors import ConfigError, Stopped, UnfitNodeError, one_line
+from cit_scale.errors import ConfigError, RunError, Stopped, UnfitNodeError, one_line
 from cit_scale.run_folder import UNFIT_NODES
 
 MAX_SKEW_S = 60.0  # between a node's clock and rank 0's
 SHARED_S = 10.0  # how long a new file of another node may take to appear on a network file system
-TRIAL_S = 120.0  # time limit for connecting all ranks and for the trial all-reduce
+TRIAL_S = 120.0  # time limit that PyTorch and NCCL get for connecting all ranks, and for the trial all-reduce
+TRIAL_TIMES = 1.25  # after so many TRIAL_S the trial is given up, wherever it stands
+EXIT_S = 60  # for the end of a process whose trial failed
 FAREWELL_S = 10.0  # how long rank 0 keeps its store open for ranks that have not read the verdict
 ANNOUNCE_S = 30.0  # rank 0 prints which ranks are missing after this time
 POLL_S = 0.05
+
+# The trial's NCCL, of both of PyTorch's backends for it. They read these variables when a group is made.
+# - BLOCKING_WAIT: a time-out raises in the rank that waits. By default NCCL's watchdog ends the process, and the rank
+#   could not report which node failed.
+# - USE_COMM_NONBLOCKING: making the communicator (ncclCommInitRank) would block for as long as any rank is missing, and
+#   neither of the other two would help. The default backend bounds it by the group's time-out.
+# - NONBLOCKING_TIMEOUT, in whole seconds: bounds it in the older backend (TORCH_DIST_USE_NCCL2=0), which goes by the
+#   value that it has read first for the rest of the process.
+BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
+NONBLOCKING = "TORCH_NCCL_USE_COMM_NONBLOCKING"
+NONBLOCKING_TIMEOUT = "TORCH_NCCL_NONBLOCKING_TIMEOUT"
 
 Verdict = dict[str, str]
 """Node name to the reason why the node cannot take part. Empty: all nodes are fit."""
@@ -68,7 +82,8 @@ def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest,
     shared = _shared_file(world, store, run_dir, timeout_s)
     try:
         problem = find_problem(world, env, shared)
-        _post(store, f"report/{world.rank}", asdict(Report(node_name(env), time.time(), world.device.type, problem)))
+        report = Report(node_name(env), time.time(), world.device.type, problem)
+        _post(store, f"report/{world.rank}", asdict(report))
         verdict = _agree(
             world, store, "report", stop, timeout_s, lambda posts: judge(posts, world, env, timeout_s, opened)
         )
@@ -82,10 +97,10 @@ def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest,
 def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest, store: dist.Store) -> None:
     """Collective. Join a process group, all-reduce a tensor of ones, and leave the group again.
 
-    The time-out is TRIAL_S, far below that of training's collectives. Raises UnfitNodeError on all ranks if the
+    Takes TRIAL_TIMES * TRIAL_S at most on this rank, wherever it hangs. Raises UnfitNodeError on all ranks if the
     all-reduce failed on any. The failed nodes are written to unfit_nodes.jsonl, and so excluded from the next start,
     only if fewer than half of the nodes failed: otherwise the cause is the network, or a single node whose fault all
-    others see.
+    others see. After an exception the process is to end; if it does not by itself, it is ended after EXIT_S.
     """
     if world.world_size == 1:
         return
@@ -93,34 +108,102 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
         interface = find_interface([*env.get("CIT_HOSTS", "").split(), env["MASTER_ADDR"]])
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-    # Blocking wait turns an NCCL time-out into an exception. By default NCCL's watchdog ends the process, and the rank
-    # could not report which node failed.
-    before, os.environ["TORCH_NCCL_BLOCKING_WAIT"] = os.environ.get("TORCH_NCCL_BLOCKING_WAIT"), "1"
-    devices = dict.fromkeys([torch.device("cpu"), world.device])  # gloo first; then NCCL if the rank has a GPU
-    problem = None
+    limit_s = TRIAL_TIMES * TRIAL_S
     try:
-        # Keys of their own: training's process group meets at the same store later.
-        trial, patience = dist.PrefixStore("trial", store), timedelta(seconds=TRIAL_S)
-        dist.init_process_group(
-            world.backend, store=trial, rank=world.rank, world_size=world.world_size, timeout=patience
-        )
-        for device in devices:
-            ones = torch.ones(1, device=device)
-            dist.all_reduce(ones)
-            if ones.item() != world.world_size:
-                problem = f"a sum of ones over {world.world_size} ranks on {device} came out as {ones.item():g}"
-    except RuntimeError as error:
-        problem = f"a sum over the ranks failed: {one_line(error, 200)}"
+        with environment(nccl_settings()), _watch_trial(node_name(env), 2 * limit_s):
+            problem = within(limit_s, "a sum over the ranks", lambda: sum_ones(world, store))
+        report = Report(node_name(env), time.time(), world.device.type, problem)
+        _post(store, f"trial/{world.rank}", asdict(report))
+        patience_s = 2 * TRIAL_S
+        verdict = _agree(world, store, "trial", stop, patience_s, lambda posts: judge(posts, world, env, patience_s, 0))
+        _refuse(verdict, world, env, run_dir if 2 * len(verdict) < world.num_nodes else None)
+        # Only now: leaving, too, waits for the other ranks. After a failure the group is not left at all, because that
+        # would wait for a communicator that never came up.
+        problem = within(limit_s, "leaving the trial's process group", dist.destroy_process_group)
+        if problem is not None:
+            raise UnfitNodeError(f"{node_name(env)} cannot take part: {problem}")
+    except RunError:
+        # A thread may be blocked in NCCL for good, and what runs at the end of a process may wait for it.
+        end_within(EXIT_S)
+        raise
+
+
+def nccl_settings() -> dict[str, str]:
+    """The environment variables for the trial. A user's own choice of communicators stays."""
+    settings = {BLOCKING_WAIT: "1"}
+    if NONBLOCKING not in os.environ:
+        settings |= {NONBLOCKING: "1", NONBLOCKING_TIMEOUT: os.environ.get(NONBLOCKING_TIMEOUT, f"{TRIAL_S:.0f}")}
+    return settings
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables. Afterwards they are what they were: training's process group finds the user's."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
     finally:
-        # Training's process group must find the user's NCCL settings.
-        del os.environ["TORCH_NCCL_BLOCKING_WAIT"]
-        if before is not None:
-            os.environ["TORCH_NCCL_BLOCKING_WAIT"] = before
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    _post(store, f"trial/{world.rank}", asdict(Report(node_name(env), time.time(), world.device.type, problem)))
-    verdict = _agree(world, store, "trial", stop, 2 * TRIAL_S, lambda posts: judge(posts, world, env, 2 * TRIAL_S, 0.0))
-    _refuse(verdict, world, env, run_dir if 2 * len(verdict) < world.num_nodes else None)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def within(limit_s: float, what: str, function: Callable[[], str | None]) -> str | None:
+    """Call ``function`` in a thread of its own, for ``limit_s`` seconds at most. Returns what it returns, a problem.
+
+    An exception is a problem, too, and so is the end of the time: the thread is then left where it is, and never ends
+    if it is blocked in C. what: the name of it in these two.
+    """
+    problems: list[str | None] = []
+
+    def call() -> None:
+        try:
+            problems.append(function())
+        except Exception as error:  # time-outs and broken connections are RuntimeErrors; the others wait for any
+            problems.append(f"{what} failed: {one_line(error, 200)}")
+
+    # A daemon: the process must be able to end while the thread is blocked.
+    thread = threading.Thread(target=call, name=what, daemon=True)
+    thread.start()
+    patience = Patience(limit_s)
+    while thread.is_alive() and not patience.is_over():
+        thread.join(min(limit_s, Patience.LONGEST_LOOK_S / 2))
+    if problems:
+        return problems[0]
+    return f"{what} did not end within {limit_s:g} s; see the network between the nodes, with NCCL_DEBUG=INFO for GPUs"
+
+
+def sum_ones(world: World, store: dist.Store) -> str | None:
+    """Collective. Join a process group, and all-reduce a tensor of ones on the CPU and on the GPU. Returns the problem.
+
+    Stays in the group.
+    """
+    gpu = world.device if world.device.type == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # each thread has a current device of its own
+    dist.init_process_group(
+        world.backend,
+        # Keys of their own: training's process group meets at the same store later. And a connection of its own: the
+        # store serves one caller at a time, and this one may wait in it while the other thread has to report.
+        store=dist.PrefixStore("trial", store.clone()),
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(seconds=TRIAL_S),
+        device_id=gpu,  # connects at once
+    )
+    for device in dict.fromkeys([torch.device("cpu"), world.device]):  # gloo first; then NCCL if the rank has a GPU
+        ones = torch.ones(1, device=device)
+        dist.all_reduce(ones)
+        if ones.item() != world.world_size:
+            return f"a sum of ones over {world.world_size} ranks on {device} came out as {ones.item():g}"
+    return None
+
+
+def _watch_trial(node: str, limit_s: float) -> Watchdog:
+    """A watchdog for a trial that holds the interpreter's lock, so that no other thread can give it up."""
+    return Watchdog(limit_s, None, f"{node} cannot take part: a sum over the ranks hangs; where it stands is above")
 
 
 def node_name(env: Mapping[str, str]) -> str:
@@ -362,4 +445,9 @@ def _refuse(verdict: Verdict, world: World, env: Mapping[str, str], run_dir: Pat
             run_dir.mkdir(parents=True, exist_ok=True)
             with (run_dir / UNFIT_NODES).open("a") as file:
                 file.write("".join(lines))
-    raise UnfitNodeError("; ".join(f"{node} cannot take part: {reason}" for node, reason in verdict.items()))
+    nodes: dict[str, list[str]] = {}
+    for node, reason in verdict.items():
+        nodes.setdefault(reason, []).append(node)
+    # The rarest reason first: where one node fails, all others wait for it, and fail for that.
+    by_count = sorted(nodes.items(), key=lambda item: len(item[1]))
+    raise UnfitNodeError("; ".join(f"{', '.join(names)} cannot take part: {reason}" for reason, names in by_count))

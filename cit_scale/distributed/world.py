@@ -96,7 +96,16 @@ def start(world: World, timeout_s: float = ENDLESS_S, store: dist.Store | None =
         # DeepSpeed insists on a process group even for a single process; with a HashStore it needs no port.
         store = dist.HashStore()
     dist.init_process_group(
-        world.backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timedelta(seconds=timeout_s)
+        world.backend,
+        store=store,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timedelta(seconds=timeout_s),
+        # Without it PyTorch binds NCCL to GPU LOCAL_RANK or, where that is not set (srun, submitit), to the rank modulo
+        # the number of GPUs: another than world.device if a node has more GPUs than ranks. It also connects at once,
+        # in communicators that block: the trial has shown that they come up, and a watchdog watches. Alone, a process
+        # connects to nobody, and needs no communicator until it asks for one.
+        device_id=world.device if world.device.type == "cuda" and world.world_size > 1 else None,
     )
 
 
