@@ -9,6 +9,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,8 +131,8 @@ def posts(*reports, seen=1000.0):
     return {rank: (report, seen) for rank, report in enumerate(reports) if report is not None}
 
 
-def report(host, *, clock=1000.0, device="cpu", problem=None):
-    return Report(host, clock, device, problem)
+def report(host, *, clock=1000.0, device="cpu", problem=None, gpu=None):
+    return Report(host, clock, device, problem, gpu)
 
 
 SIX = World(0, 0, 6, 2)
@@ -162,6 +163,39 @@ def test_a_node_of_another_kind_is_named():
     gpu, cpu = report("a", device="cuda"), report("c", device="cpu")
     found = judge(posts(*[gpu] * 4, cpu, cpu), SIX, {}, 60, 990.0)
     assert found == {"c": "rank 4 has a cpu and rank 0 a cuda"}
+
+
+def test_two_ranks_on_one_gpu_are_named_with_the_way_out_and_no_node_is_blamed():
+    gpus = [report("a", device="cuda", gpu=gpu) for gpu in ("5e1f", "77aa")]
+    same = report("b", device="cuda", gpu="5e1f")  # another node's, whatever it is called there
+    two = World(0, 0, 4, 2)
+    assert judge(posts(*gpus, same, report("b", device="cuda", gpu="77aa")), two, {}, 60, 990.0) == {}
+    (key, reason), *others = judge(posts(*gpus, same, same), two, {}, 60, 990.0).items()
+    assert (key, others) == (preflight.COMMAND, [])
+    assert "ranks 2 and 3 are on the same GPU of b (5e1f)" in reason
+    assert "no more ranks on a node than it has GPUs" in reason
+    assert judge(posts(*[report("a")] * 4), two, {}, 60, 990.0) == {}  # a CPU is shared
+
+
+def test_two_ranks_on_one_gpu_end_all_ranks_with_bad_usage_and_exclude_no_node(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "gpu_identity", lambda device, env: "5e1f")
+    for failure in meet_all(tmp_path / "mine"):
+        assert type(failure) is ConfigError
+        assert "ranks 0 and 1 are on the same GPU" in str(failure)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_parts_of_a_divided_gpu_are_told_apart_even_where_they_bear_its_uuid(monkeypatch):
+    def identity(name, visible):
+        properties = SimpleNamespace(name=name, uuid="5e1f")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return preflight.gpu_identity(torch.device("cuda", 0), {"CUDA_VISIBLE_DEVICES": visible})
+
+    part = "NVIDIA H100 80GB HBM3 MIG 1g.10gb"
+    assert identity(part, "MIG-1") != identity(part, "MIG-2")
+    assert identity(part, "MIG-1") == identity(part, "MIG-1")
+    assert identity("NVIDIA H100", "0") == identity("NVIDIA H100", "0,1") == "5e1f"
+    assert preflight.gpu_identity(torch.device("cpu"), {}) is None
 
 
 def test_where_nobody_else_arrives_rank_0s_own_node_is_suspected():

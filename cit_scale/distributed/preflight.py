@@ -53,19 +53,23 @@ NONBLOCKING_TIMEOUT = "TORCH_NCCL_NONBLOCKING_TIMEOUT"
 Verdict = dict[str, str]
 """Node name to the reason why the node cannot take part. Empty: all nodes are fit."""
 
+COMMAND = ""
+"""In a verdict, in the place of a node's name: what is wrong with the way in which the run was started."""
+
 
 @dataclass(frozen=True)
 class Report:
     """A rank's report on its node.
 
     time: the node's clock, in seconds since 1970. device: "cuda" or "cpu". problem: why the node cannot take part; None
-    for a fit node.
+    for a fit node. gpu: ``gpu_identity`` of the device.
     """
 
     host: str
     time: float
     device: str
     problem: str | None
+    gpu: str | None = None
 
 
 def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest, timeout_s: float) -> dist.Store:
@@ -74,15 +78,17 @@ def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest,
     timeout_s: how long rank 0 waits for the slowest rank.
 
     Raises UnfitNodeError on all ranks if a node is missing or unfit; the message names the nodes, and rank 0 appends
-    them to unfit_nodes.jsonl in the run folder, from which the next start excludes them. Raises ConfigError if the port
-    is in use (UnfitNodeError under Slurm, where the next start uses another port), and Stopped if a stop is requested.
+    them to unfit_nodes.jsonl in the run folder, from which the next start excludes them. Raises ConfigError if two
+    ranks have the same GPU, or the port is in use (UnfitNodeError under Slurm, where the next start uses another port),
+    and Stopped if a stop is requested.
     """
     # ``opened`` is read after the store is open: no report can have been written before.
     store, opened = _open_store(world, env, timeout_s), time.time()
     shared = _shared_file(world, store, run_dir, timeout_s)
     try:
         problem = find_problem(world, env, shared)
-        report = Report(node_name(env), time.time(), world.device.type, problem)
+        gpu = gpu_identity(world.device, env) if problem is None else None
+        report = Report(node_name(env), time.time(), world.device.type, problem, gpu)
         _post(store, f"report/{world.rank}", asdict(report))
         verdict = _agree(
             world, store, "report", stop, timeout_s, lambda posts: judge(posts, world, env, timeout_s, opened)
@@ -211,6 +217,19 @@ def node_name(env: Mapping[str, str]) -> str:
     return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def gpu_identity(device: torch.device, env: Mapping[str, str]) -> str | None:
+    """What tells this GPU from the others of its node; None on a CPU.
+
+    CUDA 12 may give the parts of a divided GPU (MIG) the GPU's own UUID, and a process sees only the first part that
+    CUDA_VISIBLE_DEVICES names; so that variable tells them apart.
+    """
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    part = f" {env.get('CUDA_VISIBLE_DEVICES', '')}" if " MIG " in properties.name else ""
+    return f"{properties.uuid}{part}"
+
+
 def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> str | None:
     """Check this node by itself: GPUs, device, temporary files, shared disk. Returns the first problem, or None.
 
@@ -255,6 +274,7 @@ def judge(
     """
     verdict: Verdict = {}
     mine = posts[0][0]
+    first_on: dict[tuple[str, str], int] = {}  # by node and GPU
     for rank in range(world.world_size):
         if rank not in posts:
             verdict.setdefault(_host(rank, world, env), f"rank {rank} did not arrive within {timeout_s:g} s")
@@ -269,6 +289,13 @@ def judge(
             verdict.setdefault(report.host, f"rank {rank} has a {report.device} and rank 0 a {mine.device}")
         elif abs(skew_s) > MAX_SKEW_S:
             verdict.setdefault(report.host, f"its clock is {skew_s:+.0f} s off that of {mine.host}")
+        if report.gpu is not None and (first := first_on.setdefault((report.host, report.gpu), rank)) != rank:
+            # Not a fault of the node: the next start would meet the same on the nodes that are left.
+            verdict.setdefault(
+                COMMAND,
+                f"ranks {first} and {rank} are on the same GPU of {report.host} ({report.gpu}), and NCCL needs one for "
+                "each; start no more ranks on a node than it has GPUs, or show each its own by CUDA_VISIBLE_DEVICES",
+            )
     # If only ranks of rank 0's own node arrived, that node is the likely cause, not all the others.
     if world.num_nodes > 2 and len(posts) <= world.local_world_size:
         return {mine.host: f"none of the other {world.num_nodes - 1} nodes reached it within {timeout_s:g} s"}
@@ -432,10 +459,12 @@ def _get(store: dist.Store, key: str, timeout_s: float) -> str:
 
 
 def _refuse(verdict: Verdict, world: World, env: Mapping[str, str], run_dir: Path | None) -> None:
-    """Collective. Raise UnfitNodeError if the verdict names a node.
+    """Collective. Raise UnfitNodeError if the verdict names a node, ConfigError if the command is at fault.
 
     run_dir: where rank 0 appends the nodes to unfit_nodes.jsonl; None writes nothing.
     """
+    if COMMAND in verdict:
+        raise ConfigError(verdict[COMMAND])
     if not verdict:
         return
     if world.is_main and run_dir is not None:
