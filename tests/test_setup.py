@@ -15,10 +15,20 @@ from cit_scale.config import EngineConfig, RunConfig, StudentConfig, TrainConfig
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
 from cit_scale.engines.build import prepare_engine
-from cit_scale.errors import RefusedError
+from cit_scale.errors import ConfigError, RefusedError
+from cit_scale.models.involution import Involution2d
 from cit_scale.run import setup
 from cit_scale.run.progress import TrainingProgress, checkpoint_meta, restore
-from cit_scale.run.setup import CONFIG, PreparedRun, check_same_run, slow_precisions
+from cit_scale.run.setup import (
+    CONFIG,
+    PreparedRun,
+    check_compiler,
+    check_involution,
+    check_same_run,
+    python_headers,
+    slow_precisions,
+    triton_lacks,
+)
 
 
 def parse(*argv):
@@ -122,3 +132,96 @@ def test_the_instructions_of_this_cpu_are_asked_for():
     flags = Path("/proc/cpuinfo").read_text().split()
     assert setup._has_bf16() == bool({"avx512_bf16", "amx_bf16"} & set(flags))
     assert setup._has_fp16() == bool({"avx512_fp16", "amx_fp16"} & set(flags))
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """``machine(*programs)``: the environment of one with these programs, and a folder that has Python's headers."""
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+
+    def with_programs(*programs, **more):
+        folder = tmp_path / "_".join(["bin", *programs])
+        folder.mkdir(exist_ok=True)
+        for program in programs:
+            (folder / program).write_text("#!/bin/sh\n")
+            (folder / program).chmod(0o755)
+        return {"PATH": str(folder), **more}, tmp_path / "include"
+
+    return with_programs
+
+
+BOTH = {"distill.compile": True, "engine.compile": True}
+TEACHERS = {"distill.compile": True, "engine.compile": False}
+
+
+def test_a_gpu_machine_with_what_triton_builds_with_is_content(machine):
+    check_compiler(BOTH, "cuda", *machine("gcc"))
+    check_compiler(BOTH, "cuda", *machine("clang"))
+    check_compiler(BOTH, "cuda", *machine("mine", CC="mine"))
+    check_compiler(dict.fromkeys(BOTH, False), "cuda", *machine())
+
+
+@pytest.mark.parametrize(
+    ("programs", "named", "missing"),
+    [((), {}, "no gcc or clang; "), (("g++",), {}, "no gcc or clang; "), (("gcc",), {"CC": "icx"}, "no CC=icx; ")],
+)
+def test_a_gpu_machine_without_a_c_compiler_is_told_at_the_start(programs, named, missing, machine):
+    with pytest.raises(ConfigError) as refused:
+        check_compiler(TEACHERS, "cuda", *machine(*programs, **named))
+    said = str(refused.value)
+    assert missing in said
+    assert said.endswith("or name one in CC, or set distill.compile=false")
+    assert len(said) <= 490
+
+
+def test_a_gpu_machine_without_pythons_headers_is_told_which(machine, tmp_path):
+    env, _ = machine("gcc")
+    with pytest.raises(ConfigError, match=r"no /.*/none/Python.h; install .* engine.compile=false"):
+        check_compiler(BOTH, "cuda", env, tmp_path / "none")
+
+
+def test_the_headers_are_looked_for_where_the_installed_triton_does(tmp_path, monkeypatch):
+    build = pytest.importorskip("triton.runtime.build")
+    commands = []
+    monkeypatch.setattr(build, "_find_compiler", lambda language: "cc")
+    monkeypatch.setattr(build.subprocess, "check_call", lambda command, **_: commands.append(command))
+    build._build("name", "name.c", str(tmp_path), [], [], [], [])
+    assert f"-I{python_headers()}" in commands[0]
+
+
+def test_the_compilers_are_those_of_the_installed_triton(machine, monkeypatch):
+    build = pytest.importorskip("triton.runtime.build")
+    for programs, more in ((("gcc", "clang"), {}), (("clang",), {}), (("mine",), {"CC": "mine"}), (("g++",), {})):
+        env, headers = machine(*programs, **more)
+        monkeypatch.setenv("PATH", env["PATH"])
+        monkeypatch.delenv("CC", raising=False)
+        for name, value in more.items():
+            monkeypatch.setenv(name, value)
+        build._find_compiler.cache_clear()
+        try:
+            build._find_compiler("c")
+            finds = True
+        except RuntimeError:
+            finds = False
+        assert (triton_lacks(env, headers) is None) == finds, (programs, more)
+    build._find_compiler.cache_clear()
+
+
+def test_a_cpu_needs_the_cpp_compiler_and_no_other(machine):
+    check_compiler(BOTH, "cpu", *machine("g++"))
+    with pytest.raises(ConfigError, match=r"compiler g\+\+; install it, or set distill.compile=false and engine"):
+        check_compiler(BOTH, "cpu", *machine("gcc"))
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler icpx; "):
+        check_compiler(BOTH, "cpu", *machine("g++", CXX="icpx"))
+
+
+def test_involutions_on_a_gpu_need_the_c_compiler_without_torch_compile_too(machine, monkeypatch):
+    with_one, without = torch.nn.Sequential(Involution2d(16, 3)), torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1))
+    for network, device_type in ((without, "cuda"), (with_one, "cpu")):
+        check_involution(network, device_type, *machine())
+    check_involution(with_one, "cuda", *machine("gcc"))
+    with pytest.raises(ConfigError, match=r"its involutions run in Triton .* no gcc or clang; install gcc"):
+        check_involution(with_one, "cuda", *machine())
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    check_involution(with_one, "cuda", *machine())  # the loop in PyTorch

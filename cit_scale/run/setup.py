@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import platform
 import shutil
+import sysconfig
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +48,7 @@ from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, Refuse
 from cit_scale.files import rename_aside
 from cit_scale.losses import balancing_weights
 from cit_scale.models.freeze import freeze
+from cit_scale.models.involution import Involution2d
 from cit_scale.models.network import Network, build_network, described_model, try_forward
 from cit_scale.models.pretrained import FOLDER, HUB, Pretrained, description_of, find_pretrained, read_description
 from cit_scale.models.weights import Start, load_weights, start_from
@@ -362,13 +365,61 @@ def check_settings(config: RunConfig, world: World, *, same_run: bool) -> Engine
         "distill.compile": bool(config.teachers) and config.distill.compile is True,
         "engine.compile": config.engine.compile is True,
     }
-    compiler = os.environ.get("CXX", "g++")
-    if any(compiled.values()) and world.device.type == "cpu" and shutil.which(compiler) is None:
-        way_out = " and ".join(f"{setting}=false" for setting, is_compiled in compiled.items() if is_compiled)
-        raise ConfigError(f"torch.compile needs the C++ compiler {compiler}; install it, or set {way_out}")
+    check_compiler(compiled, world.device.type, os.environ, python_headers())
     if same_run:
         check_same_run(config)
     return setup
+
+
+def check_compiler(compiled: Mapping[str, bool], device_type: str, env: Mapping[str, str], headers: Path) -> None:
+    """Raise ConfigError if torch.compile is used, and a compiler that it needs is missing.
+
+    compiled: by setting, whether it is used there. headers: see ``triton_lacks``.
+    """
+    settings = [setting for setting, is_compiled in compiled.items() if is_compiled]
+    if not settings:
+        return
+    way_out = " and ".join(f"{setting}=false" for setting in settings)
+    if device_type == "cuda":
+        if (lacking := triton_lacks(env, headers)) is not None:
+            raise ConfigError(f"torch.compile needs Triton on a GPU, and Triton {lacking}, or set {way_out}")
+        return
+    compiler = env.get("CXX", "g++")
+    if shutil.which(compiler, path=env.get("PATH")) is None:
+        raise ConfigError(f"torch.compile needs the C++ compiler {compiler}; install it, or set {way_out}")
+
+
+def check_involution(network: Network, device_type: str, env: Mapping[str, str], headers: Path) -> None:
+    """Raise ConfigError if the network has involutions, they run in Triton, and that lacks something to start.
+
+    Without Triton they run as a loop, which says so. headers: see ``triton_lacks``.
+    """
+    if device_type != "cuda" or not any(isinstance(module, Involution2d) for module in network.modules()):
+        return
+    if importlib.util.find_spec("triton") is not None and (lacking := triton_lacks(env, headers)) is not None:
+        raise ConfigError(f"its involutions run in Triton on a GPU, and Triton {lacking}")
+
+
+def triton_lacks(env: Mapping[str, str], headers: Path) -> str | None:
+    """What Triton lacks to build its access to the driver, in C, and the way out; None: nothing.
+
+    It builds at the first launch of a process, unless it finds the result in its cache, and looks as
+    triton/runtime/build.py does. headers: the folder of Python.h.
+    """
+    named = env.get("CC")
+    candidates = ("gcc", "clang") if named is None else (named,)
+    if not any(shutil.which(candidate, path=env.get("PATH")) for candidate in candidates):
+        missing = "gcc or clang" if named is None else f"CC={named}"
+        return f"needs a C compiler, and there is no {missing}; install gcc (or `module load gcc`), or name one in CC"
+    if not (headers / "Python.h").is_file():
+        return f"needs Python's headers, and there is no {headers / 'Python.h'}; install them (python3-dev)"
+    return None
+
+
+def python_headers() -> Path:
+    """The folder in which Triton looks for Python.h."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme))
 
 
 def slow_precisions(config: RunConfig, device: torch.device) -> list[str]:
@@ -429,6 +480,7 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name", *, valu
         with naming(f"{setting}={config.student.name}"):
             student = prepared.build_student_without_weights().train()
             try_forward(student, **sizes)
+            check_involution(student, prepared.world.device.type, os.environ, python_headers())
         # A teacher's default, which goes for weights that say nothing, too.
         if setting == "student.name" and config.student.image_size == "own" and student.image_size is None:
             raise ConfigError(
@@ -448,6 +500,7 @@ def check_networks(prepared: PreparedRun, setting: str = "student.name", *, valu
                 with naming(f"teachers.{name}.model={teacher.model}"):
                     network = prepared.build_teacher_without_weights(teacher).eval()
                     try_forward(network, **sizes)
+                    check_involution(network, prepared.world.device.type, os.environ, python_headers())
                 which = "pretrained" if teacher.weights is None else "weights"
                 with naming(f"teachers.{name}.{which}={teacher.advises_with}"):
                     notes = load_weights(network, teacher.advises_with, values=values)
