@@ -154,6 +154,15 @@ def test_evaluation_enlarges_small_images(tiny_digits):
         assert np.abs(ours - np.asarray(expected)).mean() < 0.1
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_only_the_images_that_dali_refuses_are_named(photos, order):
+    """Whatever the order of the crops in memory: draws have theirs by columns."""
+    encoded = [np.frombuffer(photos.read(sample), np.uint8) for sample in (4, 5, 6)]
+    encoded[1] = encoded[1][:300]
+    crops = np.array([[1, 2, 30, 20]] * 3, np.int32, order=order)
+    assert dali.undecodable(encoded, crops) == [1]
+
+
 # --- GPU ---
 
 

@@ -105,6 +105,7 @@ def undecodable(encoded: Sequence[np.ndarray], crops: np.ndarray) -> list[int]:
     encoded: B images. crops: (B, 4), the crop of each: y, x, height, width. Slow, as it decodes one image at a time:
     DALI's error for a batch need not say which image has failed.
     """
+    crops = np.ascontiguousarray(crops)  # DALI refuses rows with steps, with the same error as an image
 
     @pipeline_def(
         batch_size=1, num_threads=1, device_id=None, exec_dynamic=False, exec_async=False, exec_pipelined=False
