@@ -1,12 +1,14 @@
 """The pictures are PIL's and timm's."""
 
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from nvidia.dali import fn, pipeline_def
-from PIL import Image
+from PIL import Image, ImageOps
 from stream_cases import (
     CPU,
     DATA,
@@ -22,6 +24,8 @@ from stream_cases import (
     to_bytes,
     upright,
 )
+from torch.utils import dlpack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 from cit_scale.data import dali, draws
@@ -108,6 +112,28 @@ def test_a_channel_of_one_value_is_left_alone_by_auto_contrast():
     assert np.array_equal(np.asarray(apply().run()[0].as_tensor()), flat)
 
 
+def pictures_to_equalize(size):
+    """Of one value, of two, dark, of all values, and with the channels swapped: (5, size, size, 3) uint8."""
+    flat = np.full((size, size, 3), 77, np.uint8)
+    halves = flat.copy()
+    halves[: size // 2] = (0, 255, 78)
+    some = photo(size, size, 1)
+    noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return torch.from_numpy(np.stack([flat, halves, some // 4, noise, some[..., ::-1]]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 33, 224])
+def test_images_are_equalized_as_pil_does_bit_for_bit_alone_and_together(size):
+    images = pictures_to_equalize(size)
+    together = dali.equalize_together(images)
+    for image, ours in zip(images, together, strict=True):
+        theirs = np.asarray(ImageOps.equalize(Image.fromarray(image.numpy())))
+        assert np.array_equal(dali.equalize(image), theirs)
+        assert np.array_equal(ours, theirs)
+    assert together.dtype == torch.uint8
+    assert together.is_contiguous()
+
+
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m5-n3-p0.9-inc0", "3a"])
 def test_the_stream_applies_the_drawn_operations_in_their_order(photos, policy):
     """Against PIL and timm from the encoded bytes on, without noise to erase."""
@@ -174,6 +200,123 @@ def test_the_gpu_pipelines_come_from_the_same_definition():
         dali.eval_pipeline(lambda: None, DATA, **options),
     ):
         assert pipeline.device_id == 0
+
+
+class Operators(TorchDispatchMode):
+    """Counts torch's operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counts[operator.overloadpacket.__name__] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+# What waits for a GPU, because it reads a number or a size from it.
+READS = {"_local_scalar_dense", "item", "bincount", "nonzero", "unique", "masked_select", "is_nonzero", "equal"}
+
+
+@pytest.fixture
+def dalis_stream(monkeypatch):
+    """Stands in for DALI's stream on a CPU. Returns what happens: names of streams that are entered and left."""
+    happened = []
+
+    @contextmanager
+    def on(stream):
+        happened.append(f"onto {stream}")
+        yield
+        happened.append(f"off {stream}")
+
+    def refuse(*args):
+        raise AssertionError("waits for the GPU")
+
+    monkeypatch.setattr(dali.python_function_plugin, "current_dali_stream", lambda: 1234)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: f"{pointer} of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    monkeypatch.setattr(torch.cuda, "current_stream", refuse)
+    return happened
+
+
+def test_the_images_of_a_gpus_sub_batch_are_equalized_at_once_on_dalis_stream(dalis_stream):
+    images = pictures_to_equalize(32)
+    counts = {}
+    for number in (1, 3, 5):
+        capsules = [dlpack.to_dlpack(image) for image in images[:number]]
+
+        def equalize(batch):
+            dalis_stream.append(f"equalizes {len(batch)}")
+            return dali.equalize_together(batch)
+
+        with Operators() as operators:
+            results = dali._Together(equalize, device_id=3)(capsules)
+        assert dalis_stream == ["onto 1234 of cuda:3", f"equalizes {number}", "off 1234 of cuda:3"]
+        dalis_stream.clear()
+        for image, result in zip(images[:number], results, strict=True):
+            assert torch.equal(dlpack.from_dlpack(result), dali.equalize(image))
+        counts[number] = operators.counts
+    assert counts[1] == counts[3] == counts[5]  # independent of the number of images
+    assert counts[1]["scatter_add_"] == counts[1]["stack"] == 1
+    assert sum(counts[1].values()) < 40
+    assert not READS & counts[1].keys()
+    assert dali._Together(dali.equalize_together, device_id=0)([]) == []
+
+
+def test_equalizing_together_reads_nothing_from_the_device():
+    """On the meta device there is nothing to read."""
+    images = torch.empty(3, 8, 8, 3, dtype=torch.uint8, device="meta")
+    assert dali.equalize_together(images).shape == images.shape
+    with pytest.raises(RuntimeError):
+        dali.equalize(images[0])
+
+
+def test_images_of_several_sizes_are_a_mistake_of_ours(dalis_stream):
+    images = torch.zeros(4, 4, 3, dtype=torch.uint8), torch.zeros(4, 5, 3, dtype=torch.uint8)
+    with pytest.raises(AssertionError):
+        dali._Together(dali.equalize_together, 0)([dlpack.to_dlpack(image) for image in images])
+
+
+def test_only_a_gpu_pipeline_equalizes_on_dalis_stream(monkeypatch):
+    called = []
+    function = fn.dl_tensor_python_function
+    monkeypatch.setattr(
+        fn, "dl_tensor_python_function", lambda *args, **options: called.append(options) or function(*args, **options)
+    )
+    for device_id in (0, None):
+        dali.train_pipeline(lambda: None, DATA, num_layers=1, batch_size=4, num_threads=1, device_id=device_id)
+    on_gpu, *on_cpu = called
+    assert isinstance(on_gpu["function"], dali._Together)
+    assert on_gpu["synchronize_stream"] is False
+    assert on_gpu["device"] == "gpu"
+    assert [options["function"]._function for options in on_cpu] == [dali.resize, dali.equalize]
+    assert all("synchronize_stream" not in options and options["device"] == "cpu" for options in on_cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_equalizes_as_pil_does_while_torchs_own_stream_is_busy():
+    """On DALI's stream: what is queued on torch's default stream, here half a second of waiting, is not waited for."""
+    images = pictures_to_equalize(64).numpy()
+
+    @pipeline_def(batch_size=5, num_threads=1, device_id=0)
+    def apply():
+        read = fn.external_source(source=lambda: images, layout="HWC")
+        return dali.COMPUTED_BY["equalize"](read.gpu(), None, None)
+
+    pipeline = apply()
+    expected = np.stack([ImageOps.equalize(Image.fromarray(image)) for image in images])
+    for _ in range(3):  # the first one initialises
+        waited_for = torch.cuda.Event()
+        torch.cuda._sleep(1_000_000_000)
+        waited_for.record()
+        (ours,) = pipeline.run()  # returns when the images are there
+        is_still_waiting = not waited_for.query()
+        result = np.asarray(ours.as_cpu().as_tensor())
+        torch.cuda.synchronize()
+        assert np.array_equal(result, expected)
+    assert is_still_waiting
 
 
 @pytest.mark.gpu
