@@ -170,8 +170,10 @@ class DataConfig:
     max_pixels: int = setting(178_956_970, rules=[POSITIVE], may_change=True)
     """An image of more pixels, by its header, is not decoded: it counts as one that cannot be used."""
 
-    hw_decoder_load: float = setting(0.65, rules=[SHARE], may_change=True)
-    """On a GPU: the share of JPEGs that its hardware decoder takes, where it has one; its cores decode the others."""
+    hw_decoder_load: float = setting(0.0, rules=[SHARE], may_change=True)
+    """On a GPU: the share of JPEGs that its hardware decoder takes, where it has one; its cores decode the others. None
+    by default: the hardware decoder of nvJPEG 12.3.5 to 13.2.1 wrote pixels before its stream's turn on an H100, and
+    later versions are untried."""
 
     pinned_memory_mib: int = setting(0, rules=[NOT_NEGATIVE], may_change=True)
     """On a GPU: page-locked host memory, MiB, that each rank takes at its start rather than piece by piece."""

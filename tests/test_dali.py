@@ -278,11 +278,14 @@ def test_images_of_several_sizes_are_a_mistake_of_ours(dalis_stream):
         dali._Together(dali.equalize_together, 0)([dlpack.to_dlpack(image) for image in images])
 
 
-def test_only_a_gpu_pipeline_equalizes_on_dalis_stream(monkeypatch):
-    called = []
-    function = fn.dl_tensor_python_function
+def test_only_a_gpu_pipeline_equalizes_on_dalis_stream_and_interpolates_chroma(monkeypatch):
+    called, decoded = [], []
+    function, decode = fn.dl_tensor_python_function, fn.decoders.image_slice
     monkeypatch.setattr(
         fn, "dl_tensor_python_function", lambda *args, **options: called.append(options) or function(*args, **options)
+    )
+    monkeypatch.setattr(
+        fn.decoders, "image_slice", lambda *args, **options: decoded.append(options) or decode(*args, **options)
     )
     for device_id in (0, None):
         dali.train_pipeline(lambda: None, DATA, num_layers=1, batch_size=4, num_threads=1, device_id=device_id)
@@ -292,6 +295,10 @@ def test_only_a_gpu_pipeline_equalizes_on_dalis_stream(monkeypatch):
     assert on_gpu["device"] == "gpu"
     assert [options["function"]._function for options in on_cpu] == [dali.resize, dali.equalize]
     assert all("synchronize_stream" not in options and options["device"] == "cpu" for options in on_cpu)
+    assert decoded[0]["device"] == "mixed"
+    assert decoded[0]["jpeg_fancy_upsampling"] is True
+    assert decoded[0]["hw_decoder_load"] == 0
+    assert not {"jpeg_fancy_upsampling", "hw_decoder_load"} & decoded[1].keys()
 
 
 @pytest.mark.gpu

@@ -141,7 +141,12 @@ def _decoder(data: DataConfig) -> dict[str, object]:
     """Return the options of a decoder. "mixed": it takes encoded images from the CPU and leaves pixels on the GPU."""
     if not _on_gpu():
         return {"device": "cpu", "output_type": types.RGB}
-    return {"device": "mixed", "output_type": types.RGB, "hw_decoder_load": data.hw_decoder_load}
+    return {
+        "device": "mixed",
+        "output_type": types.RGB,
+        "hw_decoder_load": data.hw_decoder_load,
+        "jpeg_fancy_upsampling": True,  # interpolates chroma, as PIL and DALI's CPU decoder do
+    }
 
 
 def _resize(images: DataNode, size: DataNode) -> DataNode:
