@@ -301,6 +301,16 @@ def test_only_a_gpu_pipeline_equalizes_on_dalis_stream_and_interpolates_chroma(m
     assert not {"jpeg_fancy_upsampling", "hw_decoder_load"} & decoded[1].keys()
 
 
+def test_pinned_memory_is_reserved_once_a_process(monkeypatch):
+    reserved = []
+    monkeypatch.setattr(dali, "PreallocatePinnedMemory", reserved.append)
+    dali.reserve_pinned_memory.cache_clear()
+    for _ in range(3):
+        dali.reserve_pinned_memory(5)
+    dali.reserve_pinned_memory.cache_clear()
+    assert reserved == [5 << 20]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_equalizes_as_pil_does_while_torchs_own_stream_is_busy():

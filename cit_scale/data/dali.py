@@ -94,8 +94,9 @@ def eval_pipeline(feed: Callable, data: DataConfig) -> DataNode:
     return _to_unit_range(images, mirror=0)
 
 
+@cache  # all streams of a process share DALI's pool: reserving for each of them would lock their number times as much
 def reserve_pinned_memory(mib: int) -> None:
-    """Allocate page-locked host memory for all pipelines of this process. Call it before a pipeline is built."""
+    """Allocate page-locked host memory for all pipelines of this process, once. Call it before a pipeline is built."""
     PreallocatePinnedMemory(mib << 20)
 
 
