@@ -7,9 +7,11 @@ import os
 import shutil
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +383,105 @@ def test_a_mistake_in_planning_ends_the_stream_with_itself(some_photos, monkeypa
     monkeypatch.setattr(draws, "draw", fail_later)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         take(start(some_photos, PLAIN, sizes=(8, 8)), 8)
+
+
+def refusing(is_refused, message="nvJPEG refuses"):
+    """A GPU's pipeline on a CPU: the real one, but for a decoder that refuses some encoded images.
+
+    is_refused: tells of an image's bytes. Returns the pipeline's constructor and a list with an item for each.
+    """
+    started = []
+
+    def pipeline(feed, device_id, **options):
+        fed = deque()
+
+        def watched():
+            inputs = feed()
+            fed.append(inputs[0])
+            return inputs
+
+        real = dali.train_pipeline(watched, num_layers=0, device_id=None, **options)
+
+        class Refusing:
+            def run(self, cuda_stream=None):
+                outputs = real.run()
+                if any(is_refused(image.tobytes()) for image in fed.popleft()):
+                    raise RuntimeError(message)
+                return outputs
+
+        started.append(device_id)
+        return Refusing()
+
+    return pipeline, started
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """``as_on_a_gpu(reader, pipeline)``: batches of 4 of ``some_photos`` as on a GPU, all of whose work a CPU does."""
+
+    def batches(reader, pipeline, device_id=0):
+        every_sample = itertools.cycle([np.arange(4), np.arange(4, 8)])
+        requests = (stream.BatchRequest(0, np.arange(4), samples, 0 * samples) for samples in every_sample)
+        plan = partial(stream.plan_training, reader=reader, augment=PLAIN, seed=0, size=DATA.image_size)
+        made = stream.BatchStream(reader, requests, plan, pipeline, DATA, 4, CPU)
+        made._device_id = device_id
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device_id: "torch's stream")
+        return made
+
+    return batches
+
+
+def is_jpeg_of(source, sample):
+    data = source.read(sample)
+    return lambda encoded: encoded == data
+
+
+def test_a_batch_with_an_image_that_only_a_gpu_refuses_goes_to_pil(some_photos, as_on_a_gpu, capfd):
+    accepting, _ = refusing(lambda encoded: False)
+    pipeline, started = refusing(is_jpeg_of(some_photos, 5))
+    reader = Reader(some_photos)
+    expected, ours = as_on_a_gpu(reader, accepting), as_on_a_gpu(reader, pipeline)
+    with closing(expected), closing(ours):
+        for _ in range(8):
+            one, other = expected.next_batch(), ours.next_batch()
+            assert torch.equal(one.images, other.images)  # libjpeg's pixels, in PIL as in DALI
+            assert torch.equal(one.samples, other.samples)
+    assert 2 <= len(started) <= 1 + 4  # the image is in every second batch, and several are in flight
+    assert reader.bad == {}
+    assert capfd.readouterr().err.count("PIL decodes them: nvJPEG refuses") == 1
+
+
+def test_on_a_cpu_an_error_that_is_no_image_ends_the_stream_at_once(some_photos, as_on_a_gpu):
+    pipeline, started = refusing(is_jpeg_of(some_photos, 5))
+    ours = as_on_a_gpu(Reader(some_photos), pipeline, device_id=None)
+    with closing(ours):
+        assert ours.next_batch() is not None
+        with pytest.raises(RuntimeError, match="nvJPEG refuses"):
+            ours.next_batch()
+    assert len(started) == 1
+
+
+def test_an_error_that_is_no_image_ends_the_stream_with_itself_after_one_attempt_with_pil(some_photos, as_on_a_gpu):
+    pipeline, started = refusing(lambda encoded: True, "CUDA runtime API error (2): out of memory")
+    reader = Reader(some_photos)
+    ours = as_on_a_gpu(reader, pipeline)
+    with closing(ours), pytest.raises(RuntimeError, match="out of memory"):
+        ours.next_batch()
+    assert len(started) <= 3
+    assert reader.bad == {}
+
+
+def test_images_that_a_gpu_refuses_and_pil_too_are_replaced(some_photos, as_on_a_gpu):
+    """The image that stands in is read anew: the GPU refuses that one as well, and PIL decodes it."""
+    spoil(some_photos, 5, "a broken table")
+    refused = [is_jpeg_of(some_photos, 5), is_jpeg_of(some_photos, 6)]
+    pipeline, _ = refusing(lambda encoded: any(test(encoded) for test in refused))
+    reader = Reader(some_photos)
+    ours = as_on_a_gpu(reader, pipeline)
+    with closing(ours):
+        samples = [ours.next_batch().samples.tolist() for _ in range(4)]
+    assert samples == [[0, 1, 2, 3], [4, 6, 6, 7]] * 2
+    assert list(reader.bad) == [5]
 
 
 def test_a_disk_that_fails_is_no_bad_image(some_photos, monkeypatch):

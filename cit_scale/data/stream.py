@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -32,6 +33,7 @@ from cit_scale.data.order import SPREAD, Cursor, balanced_order, epoch_order, ra
 from cit_scale.data.reader import ByteGate, Reader
 from cit_scale.data.versions import LATEST
 from cit_scale.distributed.world import World
+from cit_scale.errors import one_line
 
 T = TypeVar("T")
 
@@ -56,7 +58,8 @@ class BatchRequest:
     """(B,) int64, which of its repetitions in this epoch each one is; zeros in evaluation."""
 
     doubtful: frozenset[int] = frozenset()
-    """Samples that DALI could not decode when this request was planned before: PIL decodes them, in this batch only."""
+    """Samples that DALI could not decode, or is not trusted with, since this request was planned before: PIL decodes
+    them, in this batch only."""
 
     goes_on: bool = False
     """Whether this is a part of a micro-batch, and the next request has more of it."""
@@ -288,6 +291,9 @@ class BatchStream:
         """Plans that were fed and whose batches ``next_batch`` has not returned yet, in order."""
 
         self._planning_failed = False
+        self._has_told = False
+        """Whether it was said that PIL decodes what a GPU could not."""
+
         self._is_full = False
         """Whether what is in flight has to be handed out before the next plan."""
 
@@ -382,8 +388,8 @@ class BatchStream:
                 self._give_back()
                 self._pipeline = self._make_pipeline(self.feed)
                 continue
-            except RuntimeError:
-                if not self.recover():
+            except RuntimeError as error:
+                if not self.recover(error):
                     raise
                 continue
             plan = self._in_flight.popleft()
@@ -403,17 +409,34 @@ class BatchStream:
             )
             return batch, plan.request.goes_on
 
-    def recover(self) -> bool:
-        """Go on after a batch that failed. False: the caller has to raise the error of that batch.
+    def recover(self, error: RuntimeError) -> bool:
+        """Go on after a batch that failed with `error`. False: the caller has to raise it.
 
-        Going on makes no sense if the failure came from planning, which DALI only passed on. Neither does it if every
-        image in flight can be decoded by itself: the same plans would fail again, for a reason that is not an image.
+        Going on makes no sense if the failure came from planning, which DALI only passed on. If the CPU's decoder can
+        decode every image in flight by itself, a GPU's may still refuse one: PIL decodes all of them, once. Where it
+        does already, the same plans would fail again, for a reason that is not an image.
         """
         if self._planning_failed:
             return False
-        plans = [self._without_undecodable(plan) for plan in self._in_flight]
-        nothing_changed = all(new is old for new, old in zip(plans, self._in_flight, strict=True))
-        if nothing_changed:
+        if self._plan_anew(self._without_undecodable):
+            return True
+        if self._device_id is None or not self._plan_anew(self._decoded_by_pil):
+            return False
+        if not self._has_told:
+            # On whichever rank it happens: the others do not know of it.
+            reason = one_line(error, 300)
+            told = f"DALI failed on a GPU with images that it can decode on a CPU; PIL decodes them: {reason}"
+            print(told, file=sys.stderr, flush=True)
+        self._has_told = True
+        return True
+
+    def _plan_anew(self, change: Callable[[PlannedBatch], PlannedBatch]) -> bool:
+        """Change what is in flight, and feed it again to a new pipeline. False: nothing changed, and nothing was done.
+
+        change: returns the same plan, or a new one.
+        """
+        plans = [change(plan) for plan in self._in_flight]
+        if all(new is old for new, old in zip(plans, self._in_flight, strict=True)):
             return False
         self._to_refeed.extendleft(reversed([*plans, None] if self._is_full else plans))
         self._is_full = False
@@ -426,11 +449,17 @@ class BatchStream:
 
         In the new one PIL decodes the images that DALI refuses, or others stand in for them.
         """
-        refused = {int(plan.samples[place]) for place in dali.undecodable(plan.encoded, plan.crops)}
+        return self._doubting(plan, {int(plan.samples[place]) for place in dali.undecodable(plan.encoded, plan.crops)})
+
+    def _decoded_by_pil(self, plan: PlannedBatch) -> PlannedBatch:
+        """The same plan where PIL decodes all its images; otherwise a new one, in which it does."""
+        return self._doubting(plan, set(plan.samples.tolist()))
+
+    def _doubting(self, plan: PlannedBatch, samples: set[int]) -> PlannedBatch:
         request = plan.request
-        if refused <= request.doubtful:
+        if samples <= request.doubtful:
             return plan
-        return self._plan(replace(request, doubtful=request.doubtful | refused))
+        return self._plan(replace(request, doubtful=request.doubtful | samples))
 
     def _plan(self, request: BatchRequest) -> PlannedBatch:
         return self._planner(request, self._read)
