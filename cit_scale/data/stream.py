@@ -31,6 +31,7 @@ from cit_scale.data.draws import Draw
 from cit_scale.data.erasing import Noise, draw_noise, erase_on_device, write_noise
 from cit_scale.data.order import SPREAD, Cursor, balanced_order, epoch_order, rank_slice, steps_per_epoch
 from cit_scale.data.reader import ByteGate, Reader
+from cit_scale.data.transfer import to_device
 from cit_scale.data.versions import LATEST
 from cit_scale.distributed.world import World
 from cit_scale.errors import one_line
@@ -403,7 +404,7 @@ class BatchStream:
                 erase_on_device(images, plan.draw)
             batch = Batch(
                 images=images,
-                labels=torch.from_numpy(self._reader.source.labels[plan.samples]).to(self._device, non_blocking=True),
+                labels=to_device(torch.from_numpy(self._reader.source.labels[plan.samples]), self._device),
                 positions=torch.from_numpy(plan.positions),
                 samples=torch.from_numpy(plan.samples),
             )
