@@ -81,14 +81,39 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(architecture, stride):
                 constexprs={{(names.index(name),): value for name, value in constants.items()}},
                 attrs={{(names.index(name),): [["tt.divisibility", 16]] for name in aligned}},
             )
-            compiled = triton.compile(source, target=GPUTarget("cuda", {architecture}, 32), options={{"num_warps": 4}})
+            options = {{"num_warps": 4, **involution_triton.OPTIONS}}
+            compiled = triton.compile(source, target=GPUTarget("cuda", {architecture}, 32), options=options)
             assert compiled.asm["cubin"]
             assert re.search(r"ld\\.global\\.v4\\.b32", compiled.asm["ptx"])
+            assert re.search(r"fma\\.rn\\.f32", compiled.asm["ptx"])
     """
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = run_uninterpreted(program)
     assert done.returncode == 0, done.stderr
+    assert "FP_FUSION" not in done.stderr  # Triton's warning where nothing is said
+
+
+def run_uninterpreted(program, **env):
+    env = {name: value for name, value in (os.environ | env).items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_the_output_is_written_where_it_lies_and_never_copied(monkeypatch):
+    x, kernel, grad_out = draw(*CASES["3x3, one group"])
+    expected = torch.empty_like(grad_out)
+    involution_triton.forward(x, kernel, 1, expected)
+    out = torch.zeros_like(grad_out).repeat_interleave(2, dim=3)[..., ::2]
+    assert not out.is_contiguous()
+    involution_triton.forward(x, kernel, 1, out)
+    assert torch.equal(out, expected)
+
+    # Tensors of 2**31 elements are not at hand.
+    monkeypatch.setattr(involution_triton, "_has_short_steps", lambda tensor: tensor is not x)
+    involution_triton.forward(x, kernel, 1, out.zero_())
+    assert torch.equal(out, expected)
+    monkeypatch.setattr(involution_triton, "_has_short_steps", lambda tensor: tensor is not out)
+    with pytest.raises(AssertionError, match=r"output \(2, 16, 6, 6\) is too large for 32-bit offsets"):
+        involution_triton.forward(x, kernel, 1, out)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """Involution on a GPU, in Triton. forward, grad_x and grad_kernel write their result to ``out``.
 
-Tensors may have any strides; only those beyond 32 bits are copied. No other memory is allocated.
+Inputs may have any strides; only those beyond 32 bits are copied. No other memory is allocated.
 
 A program computes BLOCK positions times the channels of one group, in float32 or float64. The kernels are designed for
 a channels-last x, in which the 16 channels of a group fill one 32-byte sector of a cache line in bf16, and for an
@@ -26,6 +26,11 @@ _CONFIGS = [
     triton.Config({"BLOCK": block}, num_warps=warps)
     for block, warps in (_BLOCKS[-1:] if triton.knobs.runtime.interpret else _BLOCKS)
 ]
+
+
+# How the kernels are compiled. A product and its sum in one instruction, rounded once: what Triton chooses up to
+# version 3.9, which warns that 3.10 will not. The sums of all three kernels are made of such pairs.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 class _TritonFunction(Protocol):
@@ -85,9 +90,11 @@ def _launch(
     positions, classes = work
     batch, channels, height, width = x.shape
     groups, size, _, out_height, out_width = kernel.shape[1:]
-    # Copies inputs only: the operator has allocated the output densely, so its steps are short, unless one image of it
-    # had 2**31 elements.
-    tensors = tuple(tensor if _has_short_steps(tensor) else tensor.contiguous() for tensor in tensors)
+    *inputs, out = tensors
+    # The operator has allocated it densely: this fails where one image of it has 2**31 elements. A copy would be filled
+    # instead of the tensor that the caller reads.
+    assert _has_short_steps(out), f"the involution's output {tuple(out.shape)} is too large for 32-bit offsets"
+    tensors = (*(tensor if _has_short_steps(tensor) else tensor.contiguous() for tensor in inputs), out)
     with torch.cuda.device_of(x):  # Triton launches on the current device; no-op for the interpreter's CPU tensors
         function[lambda meta: (triton.cdiv(positions, meta["BLOCK"]) * groups, classes)](
             *tensors,
@@ -103,6 +110,7 @@ def _launch(
             KERNEL_SIZE=size,
             STRIDE=stride,
             SUM_DTYPE=tl.float64 if x.dtype == torch.float64 else tl.float32,
+            **OPTIONS,
         )
 
 
