@@ -188,7 +188,7 @@ def test_it_is_built_once_and_says_so(tmp_path):
 def test_a_library_in_a_cache_that_cannot_be_written_is_used(tmp_path):
     (tmp_path / "cit_scale").mkdir()
     name = f"involution-{involution_cpu._fingerprint()}.so"
-    (tmp_path / "cit_scale" / name).symlink_to(involution_cpu._cache_dir() / name)
+    (tmp_path / "cit_scale" / name).symlink_to(involution_cpu.cache_dir() / name)
     done = run_python(SUM_OF_ONES, XDG_CACHE_HOME=str(tmp_path), CXX="/no/compiler/is/needed/now")
     assert done.stdout == "1600.0\n1600.0\n"
     assert [path.name for path in tmp_path.glob("cit_scale/*")] == [name]  # not even a lock was made

@@ -1,9 +1,12 @@
 """The GPU kernels: in Triton's interpreter where there is no GPU, for real where there is one."""
 
+import fcntl
+import json
 import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -114,6 +117,138 @@ def test_the_output_is_written_where_it_lies_and_never_copied(monkeypatch):
     monkeypatch.setattr(involution_triton, "_has_short_steps", lambda tensor: tensor is not out)
     with pytest.raises(AssertionError, match=r"output \(2, 16, 6, 6\) is too large for 32-bit offsets"):
         involution_triton.forward(x, kernel, 1, out)
+
+
+# --- What is kept on disk ---
+
+TUNED_ON_A_GPU = """
+    import json, os, sys, time
+    from pathlib import Path
+    import torch, triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    class Gpu:
+        "An H100 that compiles for itself and launches nothing. The third configuration is the fastest."
+        measured = 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_benchmarker(self):
+            return self.measure
+
+        def measure(self, call, quantiles):
+            call()
+            time.sleep(0.3)
+            self.measured += 1
+            return [1.0 + abs(self.measured - 3)] * 3
+
+    gpu, launched, was_there = Gpu(), [], []
+    run = JITFunction.run
+
+    def compile_only(function, *args, grid, warmup, **options):
+        kernel = run(function, *args, grid=grid, warmup=True, **options)
+        launched.append([options["BLOCK"], kernel.metadata.enable_fp_fusion])
+
+    driver.set_active(gpu)
+    JITFunction.run = compile_only
+    torch.cuda.get_device_name = lambda device: os.environ.get("TEST_GPU", "NVIDIA H100 80GB")
+    triton.knobs.compilation.listener = lambda **about: was_there.append(about["cache_hit"])
+
+    from cit_scale.models import involution_triton
+
+    number, name = int(os.environ.get("TEST_PROCESSES", 1)), Path(os.environ["XDG_CACHE_HOME"])
+    (name / f"ready {os.getpid()}").touch()
+    while len(list(name.glob("ready *"))) < number:
+        time.sleep(0.01)
+    x, kernel, out = torch.ones(2, 16, 4, 4), torch.ones(2, 1, 3, 3, 4, 4), torch.empty(2, 16, 4, 4)
+    before = dict(triton.knobs.cache.__dict__), os.environ.get("TRITON_CACHE_DIR")
+    for _ in range(3):
+        involution_triton.forward(x, kernel, 1, out)
+    assert before == (triton.knobs.cache.__dict__, os.environ.get("TRITON_CACHE_DIR"))
+    print(json.dumps([gpu.measured, was_there.count(False), launched[-2:]]))
+"""
+
+
+@pytest.mark.slow
+def test_one_process_of_a_machine_measures_and_the_choice_is_kept_for_all(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "TEST_PROCESSES": "2", "TRITON_CACHE_DIR": str(tmp_path / "inductors")}
+    command = [sys.executable, "-c", textwrap.dedent(TUNED_ON_A_GPU)]
+    together = [subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=250) for process in together]
+    results = [json.loads(out) if out else error for out, error in outputs]
+    assert sorted(result[:2] for result in results) == [[0, 0], [4, 4]]  # measured, compiled
+    assert all(result[2] == [[64, True]] * 2 for result in results)
+    assert all(error.count("its fastest form measured") == 1 for _, error in outputs)  # who waits says so, too
+    assert not any("FP_FUSION" in error for _, error in outputs)
+    (folder,) = (tmp_path / "cit_scale" / "triton").iterdir()
+    assert folder.name == "NVIDIA-H100-80GB"
+    assert len(list(folder.glob("*/*.autotune.json"))) == 1
+    assert not (tmp_path / "inductors").exists()
+
+    later = run_uninterpreted(TUNED_ON_A_GPU, XDG_CACHE_HOME=str(tmp_path))
+    assert json.loads(later.stdout) == [0, 0, [[64, True]] * 2], later.stderr
+    assert later.stderr == ""
+    elsewhere = run_uninterpreted(TUNED_ON_A_GPU, XDG_CACHE_HOME=str(tmp_path), TEST_GPU="NVIDIA H200")
+    assert json.loads(elsewhere.stdout)[0] == 4, elsewhere.stderr
+
+
+def test_who_waits_too_long_for_another_process_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(involution_triton, "TURN_S", 0.2)
+    monkeypatch.setattr(involution_triton, "_say_what_is_waited_for", lambda: None)
+    with (tmp_path / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began = time.monotonic()
+        with involution_triton._turn(tmp_path / "lock"):
+            assert 0.2 <= time.monotonic() - began < 2
+    with (
+        involution_triton._turn(tmp_path / "lock"),
+        (tmp_path / "lock").open() as other,
+        pytest.raises(BlockingIOError),
+    ):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with involution_triton._turn(tmp_path / "no such folder" / "lock"):
+        pass
+
+
+def test_a_cache_that_cannot_be_written_leaves_tritons_own(monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert involution_triton._cache_folder("a GPU without a folder") is None
+    assert "cannot be kept for all ranks: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "says"), [(None, 1), (0, 1), (1, 0)])
+def test_what_is_waited_for_is_said_once_and_by_rank_0(rank, says, monkeypatch, capsys):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    involution_triton._say_what_is_waited_for.cache_clear()
+    for _ in range(3):
+        involution_triton._say_what_is_waited_for()
+    involution_triton._say_what_is_waited_for.cache_clear()
+    assert capsys.readouterr().err.count("the involution is compiled") == says
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_a_second_process_measures_nothing(tmp_path):
+    program = """
+        import torch
+        from cit_scale.models.involution import involution
+        x = torch.ones(2, 16, 8, 8, device="cuda")
+        assert involution(x, torch.ones(2, 1, 3, 3, 8, 8, device="cuda"))[:, :, 1:-1, 1:-1].eq(9).all()
+    """
+    first, second = (run_uninterpreted(program, XDG_CACHE_HOME=str(tmp_path)) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stderr.count("its fastest form measured") == 1
+    assert "its fastest form measured" not in second.stderr
 
 
 @pytest.mark.gpu

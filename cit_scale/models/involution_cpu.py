@@ -139,7 +139,7 @@ def _find_or_build() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
     except (OSError, AttributeError) as error:
         raise BuildError(f"this PyTorch does not export its parallel loop: {one_line(error)}") from error
     try:
-        return _load_from(_cache_dir()), parallel_for
+        return _load_from(cache_dir()), parallel_for
     except (OSError, RuntimeError) as error:  # no home folder, or no permission or room to write to it
         print(f"the involution cannot be kept for the next process: {one_line(error)}", file=sys.stderr, flush=True)
     try:
@@ -174,7 +174,7 @@ def _open(library: Path) -> ctypes.CDLL:
     return opened
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     """Return ``$XDG_CACHE_HOME/cit_scale`` or ``~/.cache/cit_scale``. Raises RuntimeError without a home folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cit_scale"
 

@@ -10,13 +10,27 @@ value serves all channels of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import contextlib
+import fcntl
+import functools
+import hashlib
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from cit_scale.errors import one_line
+from cit_scale.models.involution_cpu import cache_dir
 
 # (BLOCK, warps): few positions per program for small feature maps, many for large ones. In bf16 a thread computes 8
 # channels of one position; with more, the compiler goes through shared memory. The interpreter cannot measure times, so
@@ -36,6 +50,8 @@ OPTIONS = {"enable_fp_fusion": True}
 class _TritonFunction(Protocol):
     """A compiled and tuned Triton function, which is launched as function[grid](arguments)."""
 
+    base_fn: Callable[..., None]
+
     def __getitem__(self, grid: Callable[[Mapping[str, int]], tuple[int, int]]) -> Callable[..., None]: ...
 
 
@@ -45,7 +61,13 @@ def _autotune(*layout: str) -> Callable[[Any], _TritonFunction]:
     layout: names of the strides that tell memory formats apart.
     """
     shape = ("batch", "groups", "out_height", "out_width", "GROUP_CHANNELS", "KERNEL_SIZE", "STRIDE")
-    return triton.autotune(_CONFIGS, key=[*shape, *layout], cache_results=True)
+    return triton.autotune(_CONFIGS, key=[*shape, *layout], do_bench=_measure, cache_results=True)
+
+
+def _measure(call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+    """Measure one configuration as Triton does by default, in milliseconds."""
+    _say_what_is_waited_for()
+    return triton.runtime.driver.active.get_benchmarker()(call, quantiles=quantiles)
 
 
 def forward(x: Tensor, kernel: Tensor, stride: int, out: Tensor) -> None:
@@ -95,7 +117,8 @@ def _launch(
     # instead of the tensor that the caller reads.
     assert _has_short_steps(out), f"the involution's output {tuple(out.shape)} is too large for 32-bit offsets"
     tensors = (*(tensor if _has_short_steps(tensor) else tensor.contiguous() for tensor in inputs), out)
-    with torch.cuda.device_of(x):  # Triton launches on the current device; no-op for the interpreter's CPU tensors
+    with torch.cuda.device_of(x), _first_of_its_kind(function, stride, tensors):
+        # Triton launches on the current device; device_of is no-op for the interpreter's CPU tensors.
         function[lambda meta: (triton.cdiv(positions, meta["BLOCK"]) * groups, classes)](
             *tensors,
             *(step for tensor in tensors for step in tensor.stride()),
@@ -118,6 +141,94 @@ def _has_short_steps(tensor: Tensor) -> bool:
     """Whether 32-bit offsets reach all elements of an image from its first. Offsets between images have 64 bits."""
     sizes_and_steps = list(zip(tensor.shape, tensor.stride(), strict=True))
     return sum((size - 1) * step for size, step in sizes_and_steps[1:]) < 2**31
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What Triton compiles and measures at the first launch of each kind: kept on disk, and done by one process of a machine
+
+TURN_S = 60.0
+"""How long a process waits for another one to compile and measure a kernel, which takes some seconds."""
+
+_launched: set[tuple] = set()  # what this process has compiled, or found on disk
+_first_launches = threading.Lock()  # where Triton keeps things is a setting of the whole process
+
+
+def _first_of_its_kind(
+    function: _TritonFunction, stride: int, tensors: tuple[Tensor, ...]
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context of a launch. Only the first one with such tensors has something to do in it."""
+    kind = (function.base_fn.__name__, stride, *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors))
+    device = tensors[0].device
+    if (device, kind) in _launched or triton.knobs.runtime.interpret:
+        return contextlib.nullcontext()
+    _launched.add((device, kind))
+    folder = _cache_folder(torch.cuda.get_device_name(device))
+    return contextlib.nullcontext() if folder is None else _kept_in(folder, repr(kind))
+
+
+@contextlib.contextmanager
+def _kept_in(folder: Path, kind: str) -> Iterator[None]:
+    """Meanwhile Triton keeps in `folder` what it compiles and measures, and one process of a machine does `kind`.
+
+    Elsewhere it would be Triton's folder of this rank: Inductor gives each device one of its own, in /tmp as a rule.
+    """
+    lock = folder / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.lock"
+    with _first_launches, triton.knobs.cache.scope(), _turn(lock):
+        triton.knobs.cache.dir = str(folder)
+        yield
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, or go on without it after TURN_S.
+
+    Measuring waits for all that the GPU has to do, collectives included, and those wait for other ranks. With a lock
+    for each kind of launch, and ranks that come to the kinds in the same order, that is no circle: what a holder has
+    begun, those who wait for it have begun too. Where ranks differ in their order, the time limit ends it.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # no room for the file, or a file system without locks
+            _wait_for(stack.enter_context(path.open("w")))
+        yield
+
+
+def _wait_for(lock: IO[str]) -> None:
+    last = time.monotonic() + TURN_S
+    while time.monotonic() < last:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say_what_is_waited_for()
+            time.sleep(0.05)
+
+
+@functools.cache
+def _cache_folder(gpu: str) -> Path | None:
+    """Return the folder of a kind of GPU beside the CPU's library; None, for Triton's own, if it cannot be written.
+
+    The rest of the key is Triton's: its version and sources, the kernel's, the GPU's architecture, shapes and dtypes.
+    GPUs of one architecture differ in memory and cores, and so in which configuration is the fastest.
+    """
+    try:
+        folder = cache_dir() / "triton" / re.sub(r"\W+", "-", gpu)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError) as error:  # no home folder, or no permission or room to write to it
+        print(f"the involution's choices cannot be kept for all ranks: {one_line(error)}", file=sys.stderr, flush=True)
+        return None
+
+
+@functools.cache
+def _say_what_is_waited_for() -> None:
+    """Once, on rank 0, or before the ranks have joined a process group."""
+    if not (dist.is_initialized() and dist.get_rank() > 0):
+        what = "the involution is compiled and its fastest form measured for each shape"
+        print(f"{what} (some seconds each, once for a kind of GPU)", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels
 
 
 @_autotune("x_c", "k_w")
