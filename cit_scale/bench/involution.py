@@ -5,7 +5,8 @@
 
 NAME@SIZExBATCH stands for every involution of the RedNet NAME on BATCH images of SIZE pixels; without xBATCH the batch
 is 8. Measured for each: time of the forward pass and of forward and backward, peak memory, error against float64. The
-row "copy" is the time to copy all inputs and outputs once.
+row "copy" is the time to copy all inputs and outputs once. What is built, and on a GPU measured to choose the fastest
+form for each shape, is kept in $XDG_CACHE_HOME/cit_scale: only with an empty one do the first calls include it.
 """
 
 from __future__ import annotations
@@ -345,7 +346,8 @@ def main() -> None:
     print(
         f"{machine_text(device)}; {arguments.dtype}; median (minimum to maximum) of {arguments.rounds} rounds in turns"
     )
-    # Called before the cases: the first call builds the C++ library or the kernels, which is no cost of the first case.
+    # Called before the cases: the first call builds the C++ library, which is no cost of the first case. Kernels of a
+    # GPU are built for each case.
     x, kernel, _ = (torch.ones(shape, device=device) for shape in TINY.shapes)
     first_s = seconds(partial(involution, x, kernel), device)
     print(f"the operator's very first call, which builds what is not cached: {first_s:.2f} s")
