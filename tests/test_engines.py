@@ -6,6 +6,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -476,6 +477,34 @@ def skips(world: World, shardings: list[str], settings: dict, poison: str, ds_co
             next_results[0].loss_scale,
         )
     return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "fp16"}])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_trying_an_update_out_changes_nothing(world_size, settings, ds_configs):
+    for found in run_on_ranks(world_size, trials, shardings_on(world_size), settings, ds_configs):
+        for sharding, changed in found.items():
+            assert changed == ([], []), sharding
+
+
+def trials(world: World, shardings: list[str], settings: dict, ds_configs: str) -> dict[str, tuple[list, list]]:
+    """By sharding: what differs after the trial, and after two updates more from a run without one."""
+    found = {}
+    for sharding in shardings:
+        untried, engine = (make_engine(world, sharding, 2, ds_configs, settings=settings) for _ in range(2))
+        before = {**numpy_state(engine), **local_buffers(engine)}
+        images, labels = micro_batch(9, world.rank, 2 * world.world_size)
+        engine.try_out(partial(tried_loss, engine, images, labels))
+        at_once = differences({**numpy_state(engine), **local_buffers(engine)}, before)
+        for each in (engine, untried):
+            for step in range(2):
+                update(each, world, step)
+        found[sharding] = at_once, differences(numpy_state(engine), numpy_state(untried))
+    return found
+
+
+def tried_loss(engine: Engine, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return loss_of(engine.forward(images), labels)
 
 
 def test_fp16_finds_a_scale_at_which_its_gradients_are_finite(ds_configs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -169,6 +169,20 @@ class Engine(ABC):
         result = StepResult(lr, update.grad_norm, self._loss_scale.value)
         self._loss_scale.update(update.found_inf(self._loss_scale.value.device))
         return result
+
+    def try_out(self, loss_of_micro_step: Callable[[], Tensor]) -> None:
+        """Collective. A whole update that changes nothing, before the first one: to compile, and to see whether it fits
+        into memory.
+
+        loss_of_micro_step: goes through ``forward``. The update is skipped for its loss, which is made infinite; what
+        an update takes for itself when it is applied is not tried.
+        """
+        scale = self._loss_scale.to_tensor()
+        for _ in range(self.micro_steps):
+            self.backward(loss_of_micro_step() * math.inf)
+        skipped = self.step(lr=0.0).skipped
+        assert skipped
+        self._loss_scale.load(scale)  # which the skipped step has lowered
 
     # --- The training state, in one form for every engine, stage and world size ---
 
