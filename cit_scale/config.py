@@ -158,8 +158,9 @@ class DataConfig:
     verify: bool = setting(False, may_change=True)
     """Hash all images at the start, and refuse to go on with a run whose images have other bytes by then."""
 
-    decode_threads: int = setting(4, rules=[POSITIVE, UP_TO_1024], may_change=True)
-    """Threads of each rank that read files, as many that decode and, without a GPU, as many that resize."""
+    decode_threads: int | None = setting(None, rules=[POSITIVE, UP_TO_1024], may_change=True)
+    """Threads of each rank that read files, as many that decode and, without a GPU, as many that resize. null: 4; on a
+    GPU the rank's share of the node's cores, from 4 to 12."""
 
     prefetch: int = setting(2, rules=[NOT_NEGATIVE, UP_TO_1024], may_change=True)
     """Micro-batches that are read ahead, and as many that are decoded ahead; 0 prepares each when it is asked for."""

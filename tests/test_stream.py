@@ -32,13 +32,13 @@ from stream_cases import (
 )
 from torchvision import transforms
 
-from cit_scale.config import AugmentConfig, MixingConfig
+from cit_scale.config import AugmentConfig, DataConfig, MixingConfig
 from cit_scale.data import dali, draws, stream
 from cit_scale.data.erasing import IMAGENET_MEAN, IMAGENET_STD, draw_noise, erase_on_device, write_noise
 from cit_scale.data.mixing import mix
 from cit_scale.data.order import Cursor
 from cit_scale.data.reader import ByteGate, Reader
-from cit_scale.data.stream import eval_stream
+from cit_scale.data.stream import eval_stream, with_threads
 from cit_scale.datasets.pack import pack
 from cit_scale.datasets.shards import TarShards
 from cit_scale.datasets.sources import ImageFolder
@@ -130,6 +130,15 @@ def test_a_batch_stays_as_it_is_while_the_stream_goes_on(tiny_digits):
     images = batch.images.clone()
     take(stream, 8)
     assert torch.equal(batch.images, images)
+
+
+def test_a_gpus_rank_takes_its_share_of_the_cores(monkeypatch):
+    for cores, local_ranks, expected in ((2, 1, 4), (8, 1, 8), (16, 2, 8), (128, 8, 12), (64, 8, 8)):
+        monkeypatch.setattr(stream.os, "sched_getaffinity", lambda pid, cores=cores: range(cores))
+        world = World(0, 0, local_ranks, local_ranks)
+        assert with_threads(DataConfig(), world, torch.device("cuda")).decode_threads == expected
+        assert with_threads(DataConfig(), world, CPU).decode_threads == 4
+        assert with_threads(DataConfig(decode_threads=3), world, torch.device("cuda")).decode_threads == 3
 
 
 # --- Random erasing ---
