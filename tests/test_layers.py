@@ -44,8 +44,8 @@ WALLS = {
     "where": "config text",
     "__main__": "cli config text",
     "job": "distributed errors text train",
-    "bench": "checkpoint config data datasets distributed engines errors evaluate export files inference models run "
-    "teachers",
+    "bench": "batch checkpoint config data datasets distributed engines errors evaluate export files inference models "
+    "run teachers train",
 }
 
 # They only bear a name that people call, and lead to the command.
