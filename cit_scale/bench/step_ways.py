@@ -33,6 +33,7 @@ from cit_scale.errors import ConfigError
 from cit_scale.models.network import Network, Precision
 from cit_scale.run.progress import seed_step
 from cit_scale.run.setup import PreparedRun, check_settings, slow_precisions
+from cit_scale.settings import decided
 from cit_scale.teachers import Teacher, freeze
 from cit_scale.train import train_step
 
@@ -169,8 +170,8 @@ def freeze_teachers(prepared: PreparedRun) -> list[Teacher]:
                 network,
                 config.data.image_size,
                 prepared.world.device,
-                precision=config.distill.teacher_precision,
-                compile=config.distill.compile,
+                precision=decided(config.distill.teacher_precision),
+                compile=decided(config.distill.compile),
             ),
             sha256="",
         )
