@@ -206,7 +206,7 @@ def read_ds_config(config: RunConfig, batch_split: BatchSplit) -> dict[str, Any]
     return {
         **sharding,
         # overlap_comm stays False below stage 3, which is DeepSpeed's default: gradients are reduced after the backward
-        # pass. Of CiT-S they are 89 MB in float32, under a millisecond between the GPUs of a node and some between
+        # pass. Of CiT-S they are 103 MB in float32, under a millisecond between the GPUs of a node and some between
         # nodes, where a step takes 35 or more (docs/scaling.md). True reduces meanwhile, in a stream of its own, for
         # which DeepSpeed waits at each update; a ds_config may set it.
         # memory_efficient_linear would replace torch.nn.functional.linear in the whole process, for the teachers too.
