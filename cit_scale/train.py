@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -350,8 +351,8 @@ def train(
             f"in {prepared.num_classes} classes, advised by {' and '.join(config.teachers) or 'no teacher'}"
         )
         log.say(arithmetic_text(prepared, device_name(world.device)))
-        if config.engine.compile or (teachers and config.distill.compile):
-            log.say("its first step compiles, which takes minutes where it was not done before")
+        if world.device.type == "cpu" and (config.engine.compile or (teachers and config.distill.compile)):
+            log.say("its first step compiles, which takes a minute or two where that was not done before")
         if config.data.balance != "none" or config.distill.class_weights != "none":
             log.say(classes_text(prepared))
         for change in loaded.overridden:
@@ -378,6 +379,13 @@ def load(
     description, new = describe_student(prepared, network), network.new
     engine = build_engine(network, prepared.engine_setup)
     preparation.progress()
+    if world.device.type == "cuda":  # on a CPU memory is the machine's, and the time better spent
+        if world.is_main:
+            compiles = prepared.config.engine.compile or (teachers and prepared.config.distill.compile)
+            cost = "; it compiles, which takes minutes where that was not done before" if compiles else ""
+            print(f"{prepared.config.name}  tries an update at full size{cost}", flush=True)
+        try_update(engine, frozen, prepared)
+        preparation.progress()
 
     inputs = run_on_all_ranks(world, lambda: fingerprints(prepared, teachers))
     refuse_different(world, inputs)
@@ -559,26 +567,44 @@ def train_step(
     engine: Engine, teachers: Sequence[Teacher], batches: Iterator[Batch], prepared: PreparedRun, step: int, lr: float
 ) -> TrainedStep:
     """Collective. One update from the next global batch."""
-    config = prepared.config
-    loss_weights = {name: teacher.weight for name, teacher in config.teachers.items()}
     terms, samples = [], []
     for _ in range(engine.micro_steps):
         batch = next(batches)
-        mixed = mix(batch, config.mixing, prepared.num_classes, seed=config.seed, step=step)
-        teacher_logits = run_teachers(teachers, mixed.images)
-        student_logits = engine.forward(mixed.images)
-        loss = co_advise_loss(
-            student_logits,
-            teacher_logits,
-            mixed.targets,
-            temperature=config.distill.temperature,
-            weights=loss_weights,
-            class_weights=prepared.class_weights,
-        )
+        loss = advised_loss(engine, teachers, batch, prepared, step)
         engine.backward(loss.total)
         terms.append(loss)
         samples.append(batch.samples)
     return TrainedStep(engine.step(lr), terms, samples)
+
+
+def advised_loss(
+    engine: Engine, teachers: Sequence[Teacher], batch: Batch, prepared: PreparedRun, step: int
+) -> LossTerms:
+    """Collective. The loss of one micro-batch of update ``step``, counted from 0: mix it, ask teachers and student."""
+    config = prepared.config
+    mixed = mix(batch, config.mixing, prepared.num_classes, seed=config.seed, step=step)
+    teacher_logits = run_teachers(teachers, mixed.images)
+    student_logits = engine.forward(mixed.images)
+    return co_advise_loss(
+        student_logits,
+        teacher_logits,
+        mixed.targets,
+        temperature=config.distill.temperature,
+        weights={name: teacher.weight for name, teacher in config.teachers.items()},
+        class_weights=prepared.class_weights,
+    )
+
+
+def try_update(engine: Engine, teachers: Sequence[Teacher], prepared: PreparedRun) -> None:
+    """Collective. An update on noise in the run's shapes, which changes nothing: whether the device's memory suffices
+    shows, and what is compiled is compiled, before any image is read.
+    """
+    size, count, device = prepared.config.data.image_size, prepared.batch_split.micro_batch_size, prepared.world.device
+    places = torch.arange(count)
+    labels = torch.zeros(count, dtype=torch.int64, device=device)
+    noise = Batch(torch.rand(count, 3, size, size, device=device), labels, positions=places, samples=places)
+    engine.module.train()
+    engine.try_out(lambda: advised_loss(engine, teachers, noise, prepared, 0).total)
 
 
 def count_steps(session: Session, *, newest: bool) -> None:

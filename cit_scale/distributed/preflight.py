@@ -39,6 +39,9 @@ FAREWELL_S = 10.0  # how long rank 0 keeps its store open for ranks that have no
 ANNOUNCE_S = 30.0  # rank 0 prints which ranks are missing after this time
 POLL_S = 0.05
 
+# What is tried, each in a thread of this name.
+SUM, LEAVING = "a sum over the ranks", "leaving the trial's process group"
+
 # The trial's NCCL, of both of PyTorch's backends for it. They read these variables when a group is made.
 # - BLOCKING_WAIT: a time-out raises in the rank that waits. By default NCCL's watchdog ends the process, and the rank
 #   could not report which node failed.
@@ -106,7 +109,8 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
     Takes TRIAL_TIMES * TRIAL_S at most on this rank, wherever it hangs. Raises UnfitNodeError on all ranks if the
     all-reduce failed on any. The failed nodes are written to unfit_nodes.jsonl, and so excluded from the next start,
     only if fewer than half of the nodes failed: otherwise the cause is the network, or a single node whose fault all
-    others see. After an exception the process is to end; if it does not by itself, it is ended after EXIT_S.
+    others see. After an exception on a GPU, or one for a thread that is blocked, the process is to end; if it does not
+    by itself, it is ended after EXIT_S.
     """
     if world.world_size == 1:
         return
@@ -117,20 +121,23 @@ def try_to_reduce(world: World, env: Mapping[str, str], run_dir: Path, stop: Sto
     limit_s = TRIAL_TIMES * TRIAL_S
     try:
         with environment(nccl_settings()), _watch_trial(node_name(env), 2 * limit_s):
-            problem = within(limit_s, "a sum over the ranks", lambda: sum_ones(world, store))
+            problem = within(limit_s, SUM, lambda: sum_ones(world, store))
         report = Report(node_name(env), time.time(), world.device.type, problem)
         _post(store, f"trial/{world.rank}", asdict(report))
         patience_s = 2 * TRIAL_S
         verdict = _agree(world, store, "trial", stop, patience_s, lambda posts: judge(posts, world, env, patience_s, 0))
         _refuse(verdict, world, env, run_dir if 2 * len(verdict) < world.num_nodes else None)
-        # Only now: leaving, too, waits for the other ranks. After a failure the group is not left at all, because that
-        # would wait for a communicator that never came up.
-        problem = within(limit_s, "leaving the trial's process group", dist.destroy_process_group)
+        # Only now: leaving, too, waits for the other ranks. After a failure NCCL's group is not left at all, because
+        # that would wait for a communicator that never came up.
+        problem = within(limit_s, LEAVING, dist.destroy_process_group)
         if problem is not None:
             raise UnfitNodeError(f"{node_name(env)} cannot take part: {problem}")
     except RunError:
-        # A thread may be blocked in NCCL for good, and what runs at the end of a process may wait for it.
-        end_within(EXIT_S)
+        if world.device.type == "cuda" or {SUM, LEAVING} & {thread.name for thread in threading.enumerate()}:
+            # A thread may be blocked in NCCL for good, and what runs at the end of a process may wait for it.
+            end_within(EXIT_S)
+        elif dist.is_initialized():  # gloo alone, which waits for nobody
+            dist.destroy_process_group()
         raise
 
 
