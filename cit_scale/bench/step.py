@@ -11,7 +11,7 @@ and the port trains on each rank alone. Columns:
 - of mm: the floating-point operations of a step, as run/flops.py counts them, in a second, over those of a large square
   torch.mm in the same precision.
 - host: on a GPU, the time until an idle device has been given a step, over the time of a step.
-- peak: of the memory of state, teachers and step; the plan's estimate is that of ``cit-scale train --plan``.
+- peak: of the memory of state, teachers and step; the plan is that of ``python launchers/submit.py --dry-run``.
 "compiled" are student and teachers, and at ZeRO-3 the teachers alone. Ways that compile alike share what is compiled:
 the first step of the first of them takes all the time for it.
 "none" for teachers is the same student and loss, with logits of the teachers that are there already.
