@@ -52,7 +52,7 @@ from cit_scale.bench.watch import PARTS, PartClock, Watch, allocated_bytes, enqu
 from cit_scale.config import StudentConfig, TeacherConfig
 from cit_scale.distributed.world import World, start
 from cit_scale.errors import ConfigError, one_line
-from cit_scale.models.network import AUTOCAST, tensors_of
+from cit_scale.models.network import AUTOCAST, set_float32_arithmetic, tensors_of
 from cit_scale.run.flops import forward_flops
 from cit_scale.run.plan import estimate_memory
 from cit_scale.run.setup import PreparedRun
@@ -337,6 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch._dynamo.config.recompile_limit = 4 * len(ways)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     start(world)
+    set_float32_arithmetic(world.device)
     try:
         torch.set_num_threads(asked.threads)
         bench = Bench(task, world)

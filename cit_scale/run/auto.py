@@ -21,12 +21,11 @@ from cit_scale.run.flops import forward_flops
 from cit_scale.run.setup import PreparedRun, python_headers, triton_lacks
 from cit_scale.settings import AUTO
 
-# Of a teacher's forward pass on a CPU, by docs/measurements/first_light.md: seconds that compiling it takes, and the
-# share of its time that it gains with AVX-512; with AVX2 alone a whole step gained nothing. The rate is a thread's, in
-# FLOP/s, of convolutions in float32 at small images.
-COMPILE_S = 30.0
-GAIN = 0.25
-FLOPS_PER_S = 30e9
+# Of a teacher's forward pass on a CPU, by docs/measurements/step.md: seconds that compiling it takes on one core, the
+# share of its time that it gains with AVX-512 (with AVX2 alone nothing), and a thread's rate in FLOP/s.
+COMPILE_S = 60.0
+GAIN = 0.05
+FLOPS_PER_S = 50e9
 
 
 def has_bf16(device: torch.device) -> bool:
