@@ -61,14 +61,15 @@ def submission_lines(
     lines = []
     if options.cluster == "slurm":
         lines.append(row("job", resources_text(options, resources, partitions)))
-    lines += plan_lines(plan_run(prepared), device="GPU" if resources.gpus_per_node else "rank")
+    device = "GPU" if resources.gpus_per_node else "rank"
+    lines += plan_lines(plan_run(prepared), device)
     so_far = [(RunFolder(run.config.name, run.config.run_dir), run) for run in runs]
     lines += [row("so far", f"{run.config.run_dir} is {state_now(folder)}") for folder, run in so_far if folder.starts]
     if resources.min_nodes < resources.nodes:
         setup = prepare_engine(prepared.config, resources.world_on(resources.min_nodes))
         fewest = dataclasses.replace(prepared, engine_setup=setup)
         lines.append(
-            row(f"on {counted(resources.min_nodes, 'node')}", f"memory {memory_text(estimate_memory(fewest))}")
+            row(f"on {counted(resources.min_nodes, 'node')}", f"memory {memory_text(estimate_memory(fewest), device)}")
         )
     if len(runs) > 1:
         at_once = f", at most {options.array} at once" if options.array else ""

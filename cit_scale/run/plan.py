@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from cit_scale.batch import teacher_logits_type
 from cit_scale.config import EngineConfig, RunConfig
 from cit_scale.engines.activation_checkpointing import blocks_of, checkpoint_activations
 from cit_scale.engines.base import EngineSetup
-from cit_scale.models.network import UNTRIED, Network, fake_state, tensors_of
+from cit_scale.losses import co_advise_loss
+from cit_scale.models.network import AUTOCAST, UNTRIED, Network, fake_state, tensors_of
+from cit_scale.run.live_bytes import LiveBytes
 from cit_scale.run.setup import PreparedRun
 from cit_scale.settings import decided
 
@@ -21,41 +26,87 @@ FLOAT32_BYTES = 4
 MOST_CLASSES = 6  # of the rarest, and of the most frequent, that the plan lists
 GIB = 2**30
 
+WORKSPACE = GIB
+"""What a GPU holds beside tensors. An assumption, not measured: a CUDA context with its kernels (about half of it),
+workspaces of cuBLAS and cuBLASLt (32 MiB each on a Hopper, by PyTorch's CUDA notes), buffers of NCCL's channels."""
+
+ZERO0_BUCKET = 500_000_000
+"""Elements that DeepSpeed's engine.py reduces at once at stage 0 (MEMORY_OPT_ALLREDUCE_SIZE)."""
+
+ZERO_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "contiguous_gradients": True,
+    "max_live_parameters": 1_000_000_000,
+    "prefetch_bucket_size": 50_000_000,
+}
+"""What decides on the size of ZeRO's buffers, in elements: DeepSpeed 0.19.8's defaults (runtime/zero/config.py)."""
+
+CERTAINTY = "tensors within 20 % of steps on a CPU, not yet compared with a GPU's"
+"""What tests/test_plan.py and docs/measurements/memory.md hold the estimate to."""
+
 
 @dataclass(frozen=True)
 class Sharding:
     """Which parts of the training state the ranks hold in shares, and which lie in the CPU's memory.
 
     copies_weights: ZeRO updates a copy of its share of the weights and leaves the module's own to the forward pass.
+    keeps_gradients: there is room for them all the time, not only from the backward pass to the update.
     """
 
     weights: bool = False
     gradients: bool = False
     optimizer: bool = False
     copies_weights: bool = False
+    keeps_gradients: bool = False
     offloads_weights: bool = False
     offloads_optimizer: bool = False
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, in float32: the first six on its device, ``host`` in the CPU's memory.
+    """Bytes of one rank: ``host`` in the CPU's memory, the others on its device. checkpoint: bytes on the disk.
 
-    activations: what the forward pass of one micro-batch keeps for the backward pass. checkpoint: bytes on the disk.
+    activations: what a micro-batch takes at the peak of its step, beside whole gradients: of the student's forward
+    and backward pass, or of a teacher's forward pass, which comes before. buffers: what the engine gathers, reduces
+    and copies at that peak. batches: images that are decoded, ready, in use and mixed. workspace: what is no tensor.
     """
 
     weights: int
     gradients: int
     moments: int
     average: int
-    teachers: int
-    activations: int
     host: int
     checkpoint: int
+    teachers: int = 0
+    activations: int = 0
+    buffers: int = 0
+    batches: int = 0
+    workspace: int = 0
 
     @property
     def device(self) -> int:
-        return self.weights + self.gradients + self.moments + self.average + self.teachers + self.activations
+        return sum(getattr(self, part) for part in ON_DEVICE)
+
+
+ON_DEVICE = (
+    "weights",
+    "gradients",
+    "moments",
+    "average",
+    "teachers",
+    "activations",
+    "buffers",
+    "batches",
+    "workspace",
+)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Bytes that an engine takes beside the training state: during a backward pass, and during the update."""
+
+    backward: int = 0
+    update: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,18 +161,79 @@ def plan_run(prepared: PreparedRun) -> RunPlan:
 
 def estimate_memory(prepared: PreparedRun) -> Memory:
     """Memory of one rank. Needs neither a GPU nor that memory: the networks are built on the meta device."""
-    config, world_size, split = prepared.config, prepared.world.world_size, prepared.batch_split
-    images_shape = (split.micro_batch_size, 3, config.data.image_size, config.data.image_size)
+    config = prepared.config
     network, teachers = prepared.build_on_meta()
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    frozen = sum(tensor.numel() for name, tensor in network.named_buffers() if name in network.frozen)
-    sharding = read_sharding(prepared.engine_setup)
+    for teacher in teachers:
+        teacher.precision = decided(config.distill.teacher_precision)
     return dataclasses.replace(
-        state_memory(parameters, sharding, world_size, has_average=config.optim.ema_decay is not None, frozen=frozen),
-        teachers=sum(tensor.nbytes for teacher in teachers for tensor in tensors_of(teacher).values())
-        + max((passing_bytes(teacher, images_shape) for teacher in teachers), default=0),
-        activations=activation_bytes(network, config.engine, images_shape),
+        network_memory(network, teachers, prepared.engine_setup, config.data.image_size, prepared.num_classes),
+        batches=batch_bytes(prepared),
+        workspace=WORKSPACE,
     )
+
+
+def network_memory(
+    network: Network, teachers: Sequence[Network], setup: EngineSetup, image_size: int, num_classes: int
+) -> Memory:
+    """Memory of the networks and of the engine, without batches. Changes the networks in place.
+
+    Steps are those of an eager network: what torch.compile fuses takes less. Teachers are counted with the BatchNorms
+    that are folded later, and networks without their BatchNorms' statistics, both below 1 % of them.
+    """
+    split, sharding, buffers = setup.batch_split, read_sharding(setup), engine_buffers(setup, network)
+    images_shape = (split.micro_batch_size, 3, image_size, image_size)
+    state = state_memory(
+        sum(parameter.numel() for parameter in network.parameters()),
+        sharding,
+        setup.world.world_size,
+        has_average=setup.optim.ema_decay is not None,
+        frozen=sum(tensor.numel() for name, tensor in network.named_buffers() if name in network.frozen),
+    )
+    has_gradients = sharding.gradients or split.micro_steps > 1
+    student = student_bytes(network, setup.engine, images_shape, num_classes, has_gradients=has_gradients)
+    passing = max((passing_bytes(teacher, images_shape) for teacher in teachers), default=0)
+    # With a single micro-step gradients come while activations go: at the peak they are not there yet, or whole ones
+    # are counted in ``student`` as far as they are.
+    late = 0 if sharding.keeps_gradients or split.micro_steps > 1 else state.gradients
+    held = max(student, passing) - late
+    peak = max(held + buffers.backward, buffers.update, 0)
+    activations = min(max(held, 0), peak)
+    return dataclasses.replace(
+        state,
+        teachers=sum(tensor.nbytes for teacher in teachers for tensor in tensors_of(teacher).values()),
+        activations=activations,
+        buffers=peak - activations,
+    )
+
+
+def batch_bytes(prepared: PreparedRun) -> int:
+    """Bytes of one rank's micro-batches on the device, when the pipeline is as far ahead as it may be.
+
+    Images in float32: DALI's queue, the micro-batch in use, the mixed one; and one micro-batch as decoded, which is an
+    assumption: all images at their mean size, as far as data.decoded_mib allows.
+    """
+    data, size, source = prepared.config.data, prepared.batch_split.micro_batch_size, prepared.train_set
+    images = size * 3 * data.image_size**2 * FLOAT32_BYTES
+    logits = size * prepared.num_classes * FLOAT32_BYTES
+    decoded = round(size * 3 * float((source.heights.astype(float) * source.widths).mean()))
+    return (
+        (max(data.prefetch, 1) + 2) * images
+        + (1 + len(prepared.config.teachers)) * logits
+        + min(decoded, data.decoded_mib << 20)
+    )
+
+
+def engine_buffers(setup: EngineSetup, network: Network) -> Buffers:
+    """What the engine gathers and reduces, by DeepSpeed 0.19.8's and PyTorch 2.15's sources."""
+    whole = sum(parameter.numel() for parameter in network.parameters())
+    match setup.engine.name:
+        case "plain":
+            return Buffers()
+        case "fsdp2":
+            return _fsdp2_buffers(setup, network)
+        case "zero":
+            assert setup.ds_config is not None
+            return _zero_buffers(setup.ds_config["zero_optimization"], whole)
 
 
 def read_sharding(setup: EngineSetup) -> Sharding:
@@ -139,8 +251,10 @@ def read_sharding(setup: EngineSetup) -> Sharding:
                 weights=stage == 3,
                 gradients=stage >= 2,
                 optimizer=stage >= 1,
-                # At stage 3 the shares are what is updated, unless that happens elsewhere.
-                copies_weights=stage in (1, 2) or (stage == 3 and offloads_optimizer),
+                # Of float32 shares stage 3 means to make no copy, but it compares a torch.device with a text (stage3.py
+                # of 0.19.8, _create_fp32_partitions), and these are never equal: it does, on a GPU as on a CPU.
+                copies_weights=stage >= 1,
+                keeps_gradients=stage == 3,
                 offloads_weights=_is_offloaded(zero, "offload_param"),
                 offloads_optimizer=offloads_optimizer,
             )
@@ -148,7 +262,7 @@ def read_sharding(setup: EngineSetup) -> Sharding:
             return Sharding()
 
 
-def _is_offloaded(zero: dict, section: str) -> bool:
+def _is_offloaded(zero: Mapping[str, Any], section: str) -> bool:
     return (zero.get(section) or {}).get("device") == "cpu"
 
 
@@ -176,76 +290,102 @@ def state_memory(parameters: int, sharding: Sharding, world_size: int, *, has_av
         gradients=gradients,
         moments=moments,
         average=average,
-        teachers=0,
-        activations=0,
         host=host,
         checkpoint=whole * (4 if has_average else 3) + kept,  # weights, two moments, the average
     )
 
 
-def activation_bytes(network: Network, engine: EngineConfig, images_shape: tuple[int, ...]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, without the weights. Changes ``network`` in place.
+def _zero_buffers(zero: Mapping[str, Any], whole: int) -> Buffers:
+    """whole: parameters of the network. Buckets are float32, whatever the precision."""
+    if zero["stage"] == 0:
+        return Buffers(update=FLOAT32_BYTES * min(whole, ZERO0_BUCKET))  # all gradients in a row
+    # A key of stage 3 may stand in a file with its prefix or without.
+    given = {key: zero.get(f"stage3_{key}", zero.get(key, default)) for key, default in ZERO_DEFAULTS.items()}
+    double = 2 if zero.get("overlap_comm") and zero["stage"] < 3 else 1
+    bucket = double * given["reduce_bucket_size"] if given["contiguous_gradients"] else 0
+    # What is in the bucket is copied to be reduced: behind the backward pass, unless the bucket is full before.
+    reduced = min(whole, given["reduce_bucket_size"])
+    backward = bucket + (reduced if whole > given["reduce_bucket_size"] else 0)
+    if zero["stage"] == 3:
+        # What is gathered stays until its last use in the step, as far as that lies within stage3_max_reuse_distance
+        # parameters, 1e9: of a network that is smaller all stays. What is prefetched comes in a row and is copied out.
+        backward += min(whole, given["max_live_parameters"]) + min(whole, given["prefetch_bucket_size"])
+    return Buffers(FLOAT32_BYTES * backward, FLOAT32_BYTES * (bucket + reduced))
 
-    Autocast's copies of the weights in bf16 or fp16 are kept, too, and count.
+
+def _fsdp2_buffers(setup: EngineSetup, network: Network) -> Buffers:
+    """The root's weights stay gathered through a step. A block's are gathered while those of the one before are in use,
+    and copied out; they come in autocast's precision, which then makes no copies of them.
+    """
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks_of(network)]
+    root = sum(parameter.numel() for parameter in network.parameters()) - sum(blocks)
+    dtype = AUTOCAST.get(setup.engine.precision)
+    gathered = 3 * max(blocks, default=0) * (dtype or torch.float32).itemsize
+    not_cast = 0 if dtype is None else sum(blocks) * dtype.itemsize  # counted in ``student_bytes``
+    return Buffers(root * FLOAT32_BYTES + gathered - not_cast)
+
+
+class _Step(nn.Module):
+    """Forward pass, loss and backward pass of a student as one call, whose parameters ``functional_call`` replaces: a
+    block that is computed again needs them in the backward pass, too."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, targets: Tensor, teacher_logits: tuple[Tensor, ...]) -> None:
+        names = self.network.heads[1:]
+        teachers = teacher_logits_type(names)(*teacher_logits)
+        weights = dict.fromkeys(names, 1.0)
+        loss = co_advise_loss(self.network(images), teachers, targets, temperature=1.0, weights=weights)
+        loss.total.backward()
+
+
+def student_bytes(
+    network: Network, engine: EngineConfig, images_shape: tuple[int, ...], num_classes: int, *, has_gradients: bool
+) -> int:
+    """Bytes at the peak of a micro-step on fake tensors, without weights and batch. Changes ``network`` in place.
+
+    Autocast's copies of the weights, the loss and its logits count. has_gradients: they are there before, and do not
+    count; otherwise those that are there at the peak do.
     """
     network.train()
     network.precision = decided(engine.precision)
-    kept = _fake_forward_bytes(network, images_shape)
     if engine.activation_checkpointing:
         checkpoint_activations(network)
-        without, kept = kept, _fake_forward_bytes(network, images_shape)
-        kept += (without - kept) // max(1, len(blocks_of(network)))  # one block at a time is computed again
-    return kept
-
-
-def _fake_forward_bytes(network: Network, images_shape: tuple[int, ...]) -> int:
+    step = _Step(network)
     with FakeTensorMode():
-        state = fake_state(network)
-        return kept_for_backward(
-            lambda images: torch.func.functional_call(network, state, (images,)),
-            torch.empty(images_shape),
-            state.values(),
+        state = fake_state(step)
+        images, targets, *advice = (
+            torch.empty(shape) for shape in (images_shape, *[(images_shape[0], num_classes)] * len(network.heads))
         )
+        known = [*state.values(), images, targets, *advice]
+        for parameter in state.values():
+            if has_gradients and parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                known.append(parameter.grad)
+        with _peak(known) as live:
+            torch.func.functional_call(step, state, (images, targets, tuple(advice)))
+    return live.peak
 
 
 def passing_bytes(network: Network, images_shape: tuple[int, ...]) -> int:
-    """Bytes that a forward pass without gradients takes at once, without the weights: the largest input and output of
-    one layer. Images of another size are resized to the network's own first, which counts, too.
+    """Bytes at the peak of a forward pass without gradients, without the weights. Images of another size are resized to
+    the network's own first, which counts, too, and so do autocast's copies of one layer's weights at a time.
     """
-    most = 0
-
-    def count(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        nonlocal most
-        tensors = [each for each in (*inputs, output) if isinstance(each, Tensor)]
-        most = max(most, sum(tensor.numel() * FLOAT32_BYTES for tensor in tensors))
-
-    layers = [layer for layer in network.modules() if not list(layer.children())]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    try:
-        with FakeTensorMode(), torch.no_grad():
-            torch.func.functional_call(network.eval(), fake_state(network), (torch.empty(images_shape),))
-    except UNTRIED:  # what follows from the values in the images is not counted
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return most
+    network.eval().requires_grad_(False)
+    with FakeTensorMode(), torch.no_grad():
+        state, images = fake_state(network), torch.empty(images_shape)
+        with _peak([*state.values(), images]) as live:
+            torch.func.functional_call(network, state, (images,))
+    return live.peak
 
 
-def kept_for_backward(forward: Callable[[Tensor], object], images: Tensor, state: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd holds after ``forward``, without the storages of ``state``."""
-    known = {tensor.untyped_storage()._cdata for tensor in state}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage  # kept alive, so that no other storage gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward(images)
-    return sum(storage.nbytes() for storage in kept.values())
+@contextlib.contextmanager
+def _peak(known: list[Tensor]) -> Iterator[LiveBytes]:
+    live = LiveBytes(known)
+    with contextlib.suppress(*UNTRIED), live:  # what follows from the values in the images is not counted
+        yield live
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,9 +415,9 @@ def plan_lines(plan: RunPlan, device: str) -> list[str]:
         (
             "checkpoints",
             f"every {counted(train.save_every_steps, 'step')}{minutes}, about {plan.checkpoints_kept} kept, "
-            f"{_size(plan.memory.checkpoint)} each",
+            f"{size_text(plan.memory.checkpoint)} each",
         ),
-        (f"memory per {device}", memory_text(plan.memory)),
+        (f"memory per {device}", memory_text(plan.memory, device)),
     ]
     for name, teacher in config.teachers.items():
         if name in plan.teachers:
@@ -286,7 +426,7 @@ def plan_lines(plan: RunPlan, device: str) -> list[str]:
                 (
                     f"teacher {name}",
                     f"{teacher.model} is trained first: {counted(run.total_steps, 'step')}, memory "
-                    f"{memory_text(run.memory)}",
+                    f"{memory_text(run.memory, device)}",
                 )
             )
         else:
@@ -341,14 +481,18 @@ def row(what: str, text: str) -> str:
     return f"{what:<16} {text}"
 
 
-def memory_text(memory: Memory) -> str:
-    parts = ("weights", "gradients", "moments", "average", "teachers", "activations")
-    listed = ", ".join(f"{part} {_size(getattr(memory, part))}" for part in parts if getattr(memory, part))
-    host = f", and {_size(memory.host)} of the CPU's" if memory.host else ""
-    return f"{_size(memory.device)}{host}, without workspace and fragmentation: {listed}"
+def memory_text(memory: Memory, device: str) -> str:
+    """device: as ``plan_lines`` has it. A rank without a GPU has no workspace of one."""
+    if device != "GPU":
+        memory = dataclasses.replace(memory, workspace=0)
+    listed = ", ".join(f"{part} {size_text(getattr(memory, part))}" for part in ON_DEVICE if getattr(memory, part))
+    host = f", and {size_text(memory.host)} of the CPU's" if memory.host else ""
+    assumed = " (assumed)" if memory.workspace else ""
+    return f"{size_text(memory.device)}{host}, without fragmentation; {CERTAINTY}: {listed}{assumed}"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes in words."""
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
