@@ -1,7 +1,7 @@
 """Exceptions and exit codes of a run: one of each for every kind of action that the user has to take next.
 
     0   done
-    2   bad usage: a setting, an argument or a file of settings is wrong
+    2   bad usage: a setting, an argument or a file of settings is wrong, or the device's memory is too small for them
     3   an input is missing or cannot be read: a data set, weights, a recipe, a checkpoint
     4   bad data: more images are unusable than data.max_bad_images allows
     5   diverged: train.max_bad_steps steps in a row were not finite, or the weights are no longer finite
@@ -55,6 +55,10 @@ class MissingInputError(ConfigError):
     """An input of the run is missing or cannot be read."""
 
     exit_code = 3
+
+
+class DeviceMemoryError(ConfigError):
+    """The device's memory is too small for the run. Maybe of this rank alone, so each rank that meets it prints it."""
 
 
 class BadDataError(RunError):
@@ -139,6 +143,28 @@ def _without_middle(text: str, most: int) -> str:
         return text
     half = (most - len(" ... ")) // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+OUT_OF_MEMORY = re.compile(
+    # torch's allocator and the driver: "CUDA out of memory. Tried to allocate", "CUDA error: out of memory"; Triton's
+    # "Triton Error [CUDA]: out of memory" and NCCL's "Cuda failure 2 'out of memory'". Triton's "out of resource" is
+    # a kernel that is too large for the card, which no smaller batch mends.
+    r"out of memory"
+    # cuBLAS, cuFFT and cuSOLVER: CUBLAS_STATUS_ALLOC_FAILED; cuDNN 9: ..._DEVICE_ALLOCATION_FAILED.
+    r"|[A-Z]_ALLOC(ATION)?_FAILED"
+    r"|CUDA allocation failed"  # DALI's CUDABadAlloc, which pybind11 makes a MemoryError
+    r"|DefaultCPUAllocator: (can't allocate|not enough) memory",  # torch on a CPU
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of a library says that a device's memory, or torch's on a CPU, is used up.
+
+    By name and text: torch's OutOfMemoryError is not imported here, and other libraries raise a plain RuntimeError.
+    """
+    is_torchs = type(error).__name__ == "OutOfMemoryError"
+    return is_torchs or (isinstance(error, RuntimeError | MemoryError) and bool(OUT_OF_MEMORY.search(str(error))))
 
 
 def exit_code_of(error: RunError | BadImageError | OSError) -> int:

@@ -54,11 +54,14 @@ from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import (
     BadImageError,
+    ConfigError,
+    DeviceMemoryError,
     MissingInputError,
     RunError,
     Stopped,
     error_line,
     exit_code_of,
+    is_out_of_memory,
 )
 from cit_scale.evaluate import HEADS_MEAN, evaluate
 from cit_scale.files import free_name, read_note, read_notes, rename_aside, write_text
@@ -81,6 +84,7 @@ from cit_scale.run.inputs import (
     refuse_different,
     refuse_other_inputs,
 )
+from cit_scale.run.memory import explaining_out_of_memory
 from cit_scale.run.metrics import RunLog, RunningMeans, StepClock
 from cit_scale.run.networks import describe_student, evaluate_teachers
 from cit_scale.run.plan import arithmetic_text, classes_text, counted
@@ -128,14 +132,19 @@ def main(
         if is_main:
             print("interrupted before training began; the same command starts or continues it", flush=True)
         return Stopped.exit_code
-    except RunError as error:  # raised on all ranks, printed by one
-        if is_main:
+    except RunError as error:  # raised on all ranks, printed by one, but for memory that may be short on one alone
+        if is_main or isinstance(error, DeviceMemoryError):
             fresh = arguments is not None and arguments.fresh and "the same command" in str(error)
             print(f"error: {error_line(error)}{' (without --fresh)' if fresh else ''}", file=sys.stderr, flush=True)
         return error.exit_code
     except (BadImageError, OSError) as error:  # maybe of this rank alone, so each rank that meets one prints it
         print(f"error: {error_line(error)}", file=sys.stderr, flush=True)
         return exit_code_of(error)
+    except (RuntimeError, MemoryError) as error:  # of memory before there is a prepared run, with which to explain it
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: rank {os.environ.get('RANK', 0)}: {error_line(error)}", file=sys.stderr, flush=True)
+        return ConfigError.exit_code
     if is_main:
         print_table(arguments.config.run_dir, results)
     return 0
@@ -296,6 +305,7 @@ class Session:
         return interruptible_eval_batches(self.prepared, self.progress.step, self.stop, self.watchdog)
 
 
+@explaining_out_of_memory
 def train(
     prepared: PreparedRun, teachers: Mapping[str, TeacherConfig], stop: StopRequest, *, override: bool = False
 ) -> dict[str, Any]:

@@ -73,6 +73,11 @@ def fail(code: int, path: str = "") -> None:
     raise OSError(code, os.strerror(code), path)
 
 
+def exhaust() -> None:
+    """As torch's allocator does where a device's memory is used up."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+
 def call(action: Action) -> None:
     function, *args = action
     function(*args)

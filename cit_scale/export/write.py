@@ -36,7 +36,7 @@ from cit_scale.inference.classifier import (
     open_network,
 )
 from cit_scale.inference.defaults import SUFFIXES
-from cit_scale.inference.entry import run_command
+from cit_scale.inference.entry import ON_THE_CPU, run_command
 from cit_scale.inference.evaluate import known_images, open_images, run_config, run_pixels
 from cit_scale.inference.exported import HEAD, open_exported
 from cit_scale.inference.interface import Interface
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         print_proof(out, proof, form)
 
-    return run_command(work)
+    return run_command(work, needs_less_memory=ON_THE_CPU)
 
 
 def export(

@@ -26,7 +26,7 @@ from cit_scale.errors import BadDataError, ConfigError
 from cit_scale.evaluate import HEADS_MEAN
 from cit_scale.files import write_text
 from cit_scale.inference.classifier import Classifier, open_classifier
-from cit_scale.inference.entry import run_command
+from cit_scale.inference.entry import SMALLER_BATCHES, run_command
 from cit_scale.inference.judges import Judged, judge
 from cit_scale.inference.outputs import check_output, is_replaceable
 from cit_scale.inference.scores import ImageScores, Scores, best_temperature, score_images, summarize
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             write_text(out, text) if is_replaceable(out) else out.write_text(text)
         print_evaluation(found)
 
-    return run_command(work)
+    return run_command(work, needs_less_memory=SMALLER_BATCHES)
 
 
 def evaluate_classifier(

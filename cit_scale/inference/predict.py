@@ -18,7 +18,7 @@ from cit_scale.distributed.world import World, run_on_all_ranks
 from cit_scale.errors import BadImageError, ConfigError, MissingInputError
 from cit_scale.inference.classifier import Classifier, open_classifier
 from cit_scale.inference.defaults import FRAMES_PER_S
-from cit_scale.inference.entry import run_command
+from cit_scale.inference.entry import SMALLER_BATCHES, run_command
 from cit_scale.inference.items import Item, items_of, read_item
 from cit_scale.inference.outputs import check_output
 from cit_scale.inference.tables import Row, Sheet, kind_of
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
             some = f"{count.unusable} of {count.rows} images cannot be used"
             print(f"{some}: {unusable_text(count.reasons)}", file=sys.stderr)
 
-    return run_command(work)
+    return run_command(work, needs_less_memory=SMALLER_BATCHES)
 
 
 def predict(

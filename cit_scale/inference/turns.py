@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cit_scale.datasets.index import UNUSABLE, reason_text
 from cit_scale.distributed.world import World, deal, gather_on_main
-from cit_scale.errors import BadImageError, RunError, one_line
+from cit_scale.errors import BadImageError, RunError, is_out_of_memory, one_line
 from cit_scale.inference.classifier import Classifier
 
 T = TypeVar("T")
@@ -215,8 +215,8 @@ def _in_halves(classifier: Classifier, images: Tensor) -> list[dict[str, Tensor]
     """Classify a batch, in parts where the device has not enough memory for it."""
     try:
         return [classifier.classify(images)]
-    except torch.OutOfMemoryError:
-        if len(images) == 1:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(images) == 1:
             raise
     halves = images.tensor_split(2)
     return [part for half in halves for part in _in_halves(classifier, half)]
