@@ -107,7 +107,7 @@ def test_going_on_with_the_same_settings_is_the_default():
 
 def test_a_teachers_run_takes_the_students_data_seed_and_folder():
     config = parse("--data.image_size", "48", "--seed", "7")
-    run = cli.resolve_teacher_runs(config)["inv"]
+    run = cli.resolve_teacher_runs(config)["inv"].config
     assert run.data == config.data
     assert run.augment == config.augment
     assert run.seed == 7

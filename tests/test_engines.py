@@ -643,7 +643,7 @@ def test_a_step_before_the_last_micro_step_is_an_error(ds_configs):
 
 def test_the_setting_and_the_table_name_the_same_engines():
     assert get_args(get_type_hints(EngineConfig)["name"]) == tuple(ENGINES)
-    assert get_args(get_type_hints(EngineConfig)["precision"]) == get_args(Precision)
+    assert get_args(get_type_hints(EngineConfig)["precision"]) == ("auto", *get_args(Precision))
 
 
 def test_plain_is_refused_on_two_ranks():
@@ -715,7 +715,7 @@ def test_checkpointing_is_of_the_student_and_not_of_its_teachers():
         teachers={"conv": TeacherConfig(model="regnety_004", recipe="deit")},
         engine=EngineConfig(precision="bf16", activation_checkpointing=True),
     )
-    assert resolve_teacher_runs(config)["conv"].engine == EngineConfig(precision="bf16")
+    assert resolve_teacher_runs(config)["conv"].config.engine == EngineConfig(precision="bf16")
 
 
 def patience_of_every_group(world, sharding, ds_configs):

@@ -11,6 +11,7 @@ from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
 from cit_scale.engines.build import prepare_engine
 from cit_scale.models.network import Network, build_network
+from cit_scale.run.auto import with_precision
 from cit_scale.run.flops import ModelFlops, forward_flops, model_flops, peak_flops
 from cit_scale.run.setup import PreparedRun
 
@@ -69,7 +70,7 @@ def test_an_image_takes_three_forward_passes_of_the_student_and_one_of_each_teac
 @pytest.mark.parametrize("recipe", ["digits", "cit_base"])
 def test_the_networks_of_a_recipe_are_counted_at_its_image_size(recipe, tiny_digits):
     """Those of digits end in a single pixel, whose BatchNorm refuses a single image in training."""
-    config = cli.parse_arguments(["--config", recipe]).config
+    config = with_precision(cli.parse_arguments(["--config", recipe]).config, bf16=True)
     flops = model_flops(prepared(tiny_digits, 1, config), "NVIDIA H100 80GB HBM3", silent)
     assert flops.per_image > 1e6
 

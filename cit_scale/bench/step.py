@@ -190,8 +190,11 @@ class Bench:
 
 
 def plan_mib(prepared: PreparedRun, way: Way) -> float:
+    """Without the batches of a pipeline, which is not here; on a CPU without what is assumed of a GPU."""
     memory = estimate_memory(prepared)
-    return (memory.device - (memory.teachers if way.teachers == "none" else 0)) / MIB
+    rest = memory.batches + (memory.teachers if way.teachers == "none" else 0)
+    rest += memory.workspace if prepared.world.device.type == "cpu" else 0
+    return (memory.device - rest) / MIB
 
 
 def matrix_product(size: int, precision: str, device: torch.device) -> Callable[[], Any]:

@@ -14,18 +14,19 @@ class LateNumber:
     """
 
     def __init__(self, scalar: Tensor) -> None:
-        self._copied: torch.cuda.Event | None = None
+        self._value: float | None = None
         if scalar.is_cuda:
             # From the device into page-locked memory: a copy into any other memory would wait for it.
-            self._value = torch.empty_like(scalar, device="cpu", pin_memory=True)
-            self._value.copy_(scalar.detach(), non_blocking=True)
+            self._copy = torch.empty_like(scalar, device="cpu", pin_memory=True)
+            self._copy.copy_(scalar.detach(), non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
         else:
-            self._value = scalar.detach().clone()
+            self._value = float(scalar.detach().numpy())
 
     def read(self) -> float:
         """Wait until the device has computed it."""
-        if self._copied is not None:
+        if self._value is None:
             self._copied.synchronize()
-        return float(self._value.numpy())
+            self._value = float(self._copy.numpy())
+        return self._value
