@@ -160,7 +160,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     given = list(_settings(rest))
     if options.deepspeed_config is not None:
         given.append(("engine.ds_config", options.deepspeed_config))
-    recipes = options.config or [DEFAULT_RECIPE]
+    recipes = _read_all(options.config or [DEFAULT_RECIPE])
     config = _compose(recipes, given)
     check_names(config)
     taken = INSIDE & set(config.name.split("/")[1:])
@@ -207,11 +207,15 @@ def _settings(rest: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield name, text
 
 
-def _compose(recipes: Sequence[str], settings: Sequence[tuple[str, str]]) -> RunConfig:
+def _read_all(recipes: Sequence[str]) -> list[tuple[str, Tree]]:
+    """Each recipe's name and settings. Read once: a recipe may come through a pipe."""
+    return [(name, read_recipe(name)) for name in recipes]
+
+
+def _compose(recipes: Sequence[tuple[str, Tree]], settings: Sequence[tuple[str, str]]) -> RunConfig:
     """The configuration of some recipes and settings. Later recipes override earlier ones, and settings all recipes."""
     tree: Tree = {}
-    for name in recipes:
-        given = read_recipe(name)
+    for name, given in recipes:
         try:
             tree = lay_over(tree, given)
         except ConfigError as error:
@@ -219,17 +223,17 @@ def _compose(recipes: Sequence[str], settings: Sequence[tuple[str, str]]) -> Run
     return build(lay_options(tree, [parse_option(name, text) for name, text in settings]), RunConfig)
 
 
-def _given(recipes: Sequence[str], settings: Iterable[str]) -> Given:
-    own = [flatten(read_recipe(name)) for name in recipes if not is_shipped(name)]
+def _given(recipes: Sequence[tuple[str, Tree]], settings: Iterable[str]) -> Given:
+    own = [flatten(tree) for name, tree in recipes if not is_shipped(name)]
     return Given(
-        tuple(recipe_path(name).stem for name in recipes if is_shipped(name)),
+        tuple(recipe_path(name).stem for name, _ in recipes if is_shipped(name)),
         frozenset(itertools.chain(settings, *own)),
     )
 
 
 def load_recipe(name: str) -> RunConfig:
     """A recipe alone, by name or path. Raises ConfigError, and OSError where it cannot be opened."""
-    return _compose([name], [])
+    return _compose(_read_all([name]), [])
 
 
 def resolve_teacher_runs(config: RunConfig) -> dict[str, TeacherRun]:
@@ -249,7 +253,8 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, TeacherRun]:
                 f"give --teachers.{name}.weights FILE, or --teachers.{name}.recipe NAME to train it first, such as "
                 f"{', '.join(each for each in recipe_names() if 'teacher' in each)}"
             )
-        recipe = load_recipe(teacher.recipe)
+        recipes = _read_all([teacher.recipe])
+        recipe = _compose(recipes, [])
         if recipe.teachers:
             raise ConfigError(f"the recipe of teacher {name} has teachers itself; give one that has none")
         run = dataclasses.replace(
@@ -266,5 +271,5 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, TeacherRun]:
         )
         # What comes from the student's run is the student's: it was kept, or given, there.
         of_student = {"name", "student", *inherited_settings(run)}
-        runs[name] = TeacherRun(run, _given([teacher.recipe], of_student))
+        runs[name] = TeacherRun(run, _given(recipes, of_student))
     return runs

@@ -431,7 +431,14 @@ def as_on_a_gpu(monkeypatch):
     def batches(reader, pipeline, device_id=0):
         every_sample = itertools.cycle([np.arange(4), np.arange(4, 8)])
         requests = (stream.BatchRequest(0, np.arange(4), samples, 0 * samples) for samples in every_sample)
-        plan = partial(stream.plan_training, reader=reader, augment=PLAIN, seed=0, size=DATA.image_size)
+        plan = partial(
+            stream.plan_training,
+            reader=reader,
+            augment=PLAIN,
+            seed=0,
+            size=DATA.image_size,
+            draw_erasing=lambda draw: draw_noise(draw, DATA.image_size, pinned=False),
+        )
         made = stream.BatchStream(reader, requests, plan, pipeline, DATA, 4, CPU)
         made._device_id = device_id
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device_id: "torch's stream")

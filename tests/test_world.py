@@ -118,8 +118,18 @@ def voted(world):
 
 
 def test_collectives_answer_alike_on_every_rank():
-    assert run_on_ranks(2, collectives) == [("from 0", (True, False), [2.0, 10.0])] * 2
-    assert collectives(World()) == ("from 0", (False, False), [1.0, 0.0])
+    no, yes = (False, False), (True, False)
+    assert run_on_ranks(2, collectives) == [("from 0", [no, no, yes, no], [2.0, 10.0])] * 2
+    assert collectives(World()) == ("from 0", [no] * 4, [1.0, 0.0])
+
+
+def test_a_process_alone_reads_what_holds_now():
+    flags = [True]
+    votes = Votes(World(), lambda: flags)
+    assert votes.read() == (True,)
+    votes.cast()
+    flags[0] = False
+    assert votes.read() == (False,)
 
 
 def fill_then_read(world, path):
