@@ -163,7 +163,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_all_that_is_needed_to_look
 
 def test_bad_steps_in_a_row_are_counted_across_a_stop(tiny_run):
     run = dataclasses.replace(tiny_run, more=("--train.max_bad_steps", "3"))
-    both = ((spoil, 0, "loss", 4, 5, 6), (sabotage.at, 1, "forward", 5, sabotage.send, 15))
+    both = ((spoil, 0, "loss", 4, 5, 6), (sabotage.at, 1, "forward", 4, sabotage.send, 15))
     assert run.run(sabotage=(sabotage.everything, *both)).codes == [75, 75]
     ended = run.run(sabotage=(spoil, 0, "loss", 4, 5, 6))
     assert ended.codes == [5, 5], ended.output

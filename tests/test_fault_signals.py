@@ -102,9 +102,9 @@ def test_a_signal_while_the_student_is_compiled_stops_after_the_first_steps(tiny
 
 
 def test_every_rank_signalled_at_once_is_one_stop(tiny_run, calm):
-    ended = tiny_run.run(sabotage=(sabotage.at, None, "forward", 6, sabotage.send, SIGUSR1, SIGTERM))
-    assert_stopped(tiny_run, ended, 7)
-    assert_goes_on(tiny_run.finish(), 7)
+    ended = tiny_run.run(sabotage=(sabotage.at, None, "forward", 7, sabotage.send, SIGUSR1, SIGTERM))
+    assert_stopped(tiny_run, ended, 8)
+    assert_goes_on(tiny_run.finish(), 8)
     assert_same_end(tiny_run, calm())
 
 
