@@ -5,7 +5,7 @@ from signal import SIGTERM
 
 import pytest
 import sabotage
-from tiny_run import STEPS, learned, tensors
+from tiny_run import STEPS, STEPS_PER_EPOCH, learned, tensors
 
 from cit_scale.checkpoint import store as checkpoint
 from cit_scale.distributed.world import World
@@ -27,8 +27,10 @@ def test_a_run_goes_on_at_another_number_of_ranks_stage_and_engine(chain, tiny_r
         beginning = f"continues after step {reached};" if reached else "starts in"
         assert beginning in ended.outputs[0], ended.output
         if stop:
-            assert checkpoint.load_newest(run.run_dir, World()).step == stop
-            reached = stop
+            # Several ranks read what they voted a step later, or in an evaluation before.
+            votes_later = run.ranks > 1 and stop % STEPS_PER_EPOCH
+            reached = stop + 1 if votes_later else stop
+            assert checkpoint.load_newest(run.run_dir, World()).step == reached
     # Drop path and BatchNorm follow the cut into ranks, so losses are not to the bit those of a run at one layout; the
     # place in the data and the schedule are.
     ours, theirs = learned(tiny_run.run_dir), learned(calm().run_dir)
