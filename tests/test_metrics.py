@@ -263,8 +263,10 @@ def test_the_speed_in_the_log_is_that_of_its_interval_and_waits_for_the_slowest_
     assert ended.codes == [0, 0], ended.output
     speed = {line["step"]: line["images_per_s"] for line in lines(tiny_run.run_dir) if "loss" in line}
     assert [step for step, images_per_s in speed.items() if images_per_s is None] == [1, 2, 3, 4, 5]
-    assert speed[9] < 8 / slept_s
-    assert min(speed[8], speed[10]) > 2 * speed[9]
+    # Rank 0 meets the slow rank in the next collective that it waits for, which may be in the next step.
+    slowest = min(speed[9], speed[10])
+    assert slowest < 8 / slept_s
+    assert min(speed[8], speed[11]) > 2 * slowest
     mean = json.loads((tiny_run.run_dir / "results.json").read_text())["images_per_s"]
     counted = [images_per_s for images_per_s in speed.values() if images_per_s is not None]
     assert mean == pytest.approx(len(counted) / sum(1 / images_per_s for images_per_s in counted), rel=1e-6)
