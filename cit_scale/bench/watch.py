@@ -4,68 +4,49 @@ from __future__ import annotations
 
 import gc
 import time
-import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from cit_scale.run.live_bytes import LiveBytes
 
 PARTS = ("mix", "teachers", "student", "loss", "backward", "update")
 """Of a training step, in their order. A step that is watched says when each begins."""
 
 
-class Watch(TorchDispatchMode):
+class Watch(LiveBytes):
     """Counts the operators of an eager step by part, and the bytes of the tensors that it makes.
 
-    Views and empty tensors launch nothing and are no operators here. Operators within compiled code are not seen.
-    peak: most bytes at once, beyond those that were there before. Does not see storages that are resized, as FSDP2 and
+    Views and empty tensors launch nothing and are no operators here. Operators within compiled code are not seen. Bytes
+    are those beyond what was there before. Does not see storages that are resized, as FSDP2 and
     ZeRO-3 do with gathered weights.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operators: Counter[str] = Counter()
-        self.peak = 0
         self._part = PARTS[0]
-        self._live = 0
-        self._known: dict[int, weakref.ref] = {}
 
     def mark(self, part: str) -> None:
         self._part = part
 
     def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented  # DTensor goes first, and comes back with this rank's own tensors
         for each in tree_leaves((args, kwargs)):
             if isinstance(each, Tensor):
-                self._track(each.untyped_storage(), is_new=False)
-        result = func(*args, **(kwargs or {}))
-        if not (func.is_view or "empty" in func.name()):
+                self._count(each.untyped_storage(), is_new=False)
+        operator: Any = func
+        if not (operator.is_view or "empty" in operator.name()):
             self.operators[self._part] += 1
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                self._track(each.untyped_storage(), is_new=True)
-        return result
-
-    def _track(self, storage: torch.UntypedStorage, *, is_new: bool) -> None:
-        key, size = storage._cdata, storage.nbytes() if is_new else 0
-        if key in self._known:
-            return
-
-        def freed(_: object) -> None:
-            del self._known[key]
-            self._live -= size
-
-        self._known[key] = weakref.ref(storage, freed)
-        self._live += size
-        self.peak = max(self.peak, self._live)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class PartClock:

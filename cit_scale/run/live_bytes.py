@@ -35,8 +35,9 @@ class LiveBytes(TorchDispatchMode):
                 self._count(each.untyped_storage())
         return returned
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = id(storage), storage.nbytes()
+    def _count(self, storage: torch.UntypedStorage, *, is_new: bool = True) -> None:
+        """is_new: otherwise it was there already, and does not count."""
+        key, nbytes = id(storage), storage.nbytes() if is_new else 0
         if key in self._alive:
             return
 
