@@ -105,13 +105,12 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def update_if_finite(optimizer: torch.optim.AdamW, found_inf: Tensor) -> None:
-    """Update, or leave weights, moments and step counts as they are where ``found_inf`` is 1.
+def skip_where(optimizer: torch.optim.AdamW, found_inf: Tensor) -> None:
+    """Let the next step leave weights, moments and step counts as they are where ``found_inf`` is 1.
 
     found_inf: float32 scalar on the device. Fused AdamW reads it there, as torch's GradScaler would have it.
     """
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-    optimizer.step()
 
 
 def learning_rate(step: int, optim: OptimConfig, peak_lr: float, steps_per_epoch: int, epochs: int) -> float:

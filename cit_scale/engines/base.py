@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from cit_scale.engines.late import LateNumber
 from cit_scale.engines.loss_scale import LossScale
 from cit_scale.engines.state import ParameterPlacement, TrainingState
 from cit_scale.models.network import Network
+from cit_scale.optim import clip_gradients, gradients_of, skip_where
 from cit_scale.settings import decided
 
 
@@ -138,6 +139,14 @@ class Engine(ABC):
 
         Updates nothing where the gradient is not finite, which the device decides where it can.
         """
+
+    def _clip(self, parameters: Sequence[Tensor], optimizer: torch.optim.AdamW) -> Update:
+        """Collective where parameters are DTensors. Divide their gradients by the loss scale, check and clip them, and
+        let the optimizer's next step skip what is not finite: all on the device."""
+        self._loss_scale.unscale(gradients_of(parameters))
+        update = Update(clip_gradients(parameters, self._clip_norm))
+        skip_where(optimizer, update.found_inf(update.grad_norm.device))
+        return update
 
     @property
     def _is_last_micro_step(self) -> bool:

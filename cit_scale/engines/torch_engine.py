@@ -10,7 +10,7 @@ from cit_scale.batch import StudentLogits
 from cit_scale.engines.base import Engine, EngineSetup, Update
 from cit_scale.engines.state import ParameterPlacement
 from cit_scale.models.network import Network
-from cit_scale.optim import adamw, clip_gradients, gradients_of, set_learning_rate, update_if_finite
+from cit_scale.optim import adamw, set_learning_rate
 
 
 class TorchEngine(Engine):
@@ -37,9 +37,8 @@ class TorchEngine(Engine):
         (loss / self.micro_steps).backward()
 
     def _update(self, lr: float) -> Update:
-        self._loss_scale.unscale(gradients_of(self._placement.pieces))
-        update = Update(clip_gradients(self._placement.pieces, self._clip_norm))
+        update = self._clip(self._placement.pieces, self._optimizer)
         set_learning_rate(self._optimizer, lr)
-        update_if_finite(self._optimizer, update.found_inf(update.grad_norm.device))
+        self._optimizer.step()
         self._optimizer.zero_grad()
         return update

@@ -21,7 +21,7 @@ from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.base import Engine, EngineSetup, Update
 from cit_scale.engines.state import ParameterPlacement, WholeParameters
 from cit_scale.models.network import Network
-from cit_scale.optim import adamw, clip_gradients, gradients_of, set_learning_rate
+from cit_scale.optim import adamw, set_learning_rate
 
 if not torch.cuda.is_available():
     # As in ds_config.py: DeepSpeed looks for an accelerator while it is imported, and warns on each rank without one.
@@ -61,10 +61,7 @@ class ZeroEngine(Engine):
 
     def _update_whole(self) -> Update:
         """Stage 0. DeepSpeed would apply a step that is not finite, so the check and the clipping are ours."""
-        parameters = list(self.module.parameters())
-        self._loss_scale.unscale(gradients_of(parameters))
-        update = Update(clip_gradients(parameters, self._clip_norm))
-        self._optimizer.found_inf = update.found_inf(update.grad_norm.device)  # type: ignore[attr-defined]
+        update = self._clip(list(self.module.parameters()), self._optimizer)
         self._deepspeed.step()
         return update
 
