@@ -21,10 +21,10 @@ from cit_scale.run.flops import forward_flops
 from cit_scale.run.setup import PreparedRun, python_headers, triton_lacks
 from cit_scale.settings import AUTO
 
-# Of a teacher's forward pass on a CPU, by docs/measurements/step.md: seconds that compiling it takes on one core, the
-# share of its time that it gains with AVX-512 (with AVX2 alone nothing), and a thread's rate in FLOP/s.
-COMPILE_S = 60.0
-GAIN = 0.05
+# Of a teacher's forward pass on a CPU, by docs/measurements/step.md: seconds that compiling it takes, the share of its
+# time that it gains with AVX-512 (with AVX2 alone nothing), and a thread's rate in FLOP/s.
+COMPILE_S = 20.0
+GAIN = 0.06
 FLOPS_PER_S = 50e9
 
 
