@@ -50,14 +50,15 @@ class Arguments:
     fresh: bool
     override_resume: bool
     local_rank: int | None
-    goes_on: bool = False
-    """Whether the settings that are not given are those that the runs began with."""
+    undecided: RunConfig | None = None
+    """Of runs that may have begun, ``config`` with its ``auto`` left open: each teacher's run decides for itself."""
 
     @functools.cached_property
     def teacher_runs(self) -> dict[str, TeacherRun]:
         """As ``resolve_teacher_runs``. Not resolved by who needs only the student's settings, as it reads recipes."""
-        runs = resolve_teacher_runs(self.config)
-        return {name: run.as_begun() for name, run in runs.items()} if self.goes_on else runs
+        if self.undecided is None:
+            return resolve_teacher_runs(self.config, self.given)
+        return {name: run.as_begun() for name, run in resolve_teacher_runs(self.undecided, self.given).items()}
 
     @property
     def teacher_run_configs(self) -> dict[str, RunConfig]:
@@ -65,12 +66,16 @@ class Arguments:
 
     def as_begun(self) -> Arguments:
         """The same for runs that may have begun: what the user does not give is as they began (``run.begun``)."""
-        return dataclasses.replace(self, config=as_begun(self.config, self.given), goes_on=True)
+        return dataclasses.replace(
+            self,
+            config=as_begun(self.config, self.given),
+            undecided=as_begun(self.config, self.given, decided=False),
+        )
 
 
 @dataclass(frozen=True)
 class TeacherRun:
-    """The run that trains a teacher. given: what does not come from a shipped recipe."""
+    """The run that trains a teacher. given: in its own recipe, or for what comes from the student's run."""
 
     config: RunConfig
     given: Given
@@ -236,12 +241,13 @@ def load_recipe(name: str) -> RunConfig:
     return _compose(_read_all([name]), [])
 
 
-def resolve_teacher_runs(config: RunConfig) -> dict[str, TeacherRun]:
+def resolve_teacher_runs(config: RunConfig, given: Given) -> dict[str, TeacherRun]:
     """By teacher, for each that comes without weights: the run that trains it on the student's data.
 
     It is the teacher's recipe, inside the student's run folder, with what the facts of the settings say comes from the
     student's run: what belongs to the data and to the machine. The teacher's model is the student of that run.
-    Raises ConfigError for a teacher without weights and recipe, and for a recipe that has teachers itself.
+    given: of ``config``. Raises ConfigError for a teacher without weights and recipe, and for a recipe that has
+    teachers itself.
     """
     runs = {}
     for name, teacher in config.teachers.items():
@@ -269,7 +275,8 @@ def resolve_teacher_runs(config: RunConfig) -> dict[str, TeacherRun]:
                 image_size=None if teacher.start is None and teacher.image_size == "own" else teacher.image_size,
             ),
         )
-        # What comes from the student's run is the student's: it was kept, or given, there.
-        of_student = {"name", "student", *inherited_settings(run)}
-        runs[name] = TeacherRun(run, _given(recipes, of_student))
+        # The user gave what comes from the student's run where it was given there.
+        places = {"name": "name", "student": f"teachers.{name}", **{each: each for each in inherited_settings(run)}}
+        own = _given(recipes, (place for place, source in places.items() if given.has(source)))
+        runs[name] = TeacherRun(run, Given((*given.recipes, *own.recipes), own.settings))
     return runs

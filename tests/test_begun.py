@@ -9,6 +9,7 @@ import yaml
 
 from cit_scale import cli, recipe
 from cit_scale.config import RunConfig
+from cit_scale.distributed.world import World
 from cit_scale.engines.base import EngineSetup
 from cit_scale.recipe import Given
 from cit_scale.run import auto
@@ -115,6 +116,46 @@ def test_a_run_of_before_the_notes_keeps_what_auto_stood_for_and_no_more(parse, 
     assert again.optim.lr == begun.config.optim.lr
 
 
+TAUGHT = {"teachers": {"conv": {"model": "regnety_004", "recipe": "theirs"}}}
+
+
+def begin_teacher(arguments, **engine):
+    """Leave what the start of its run leaves in the teacher's folder, by what ``auto`` was decided to be."""
+    run = arguments.teacher_runs["conv"]
+    config = dataclasses.replace(run.config, engine=dataclasses.replace(run.config.engine, **engine))
+    begin(dataclasses.replace(arguments, config=config, given=run.given))
+    return config
+
+
+def test_a_teachers_run_keeps_its_own_where_the_students_has_not_begun(parse, shipped):
+    """What comes from the student's run is no more given than it was there, nor is the teacher's model."""
+    shipped("theirs", optim={"lr": 1e-3})
+    shipped(**TAUGHT)
+    begun = begin_teacher(parse("--data.prefetch", "3"), compile=True)
+    shipped("theirs", optim={"lr": 5e-4})
+    shipped(teachers={"conv": {"model": "regnety_006", "recipe": "theirs"}}, engine={"batch_norm": "synchronized"})
+    again = parse("--data.prefetch", "3").as_begun().teacher_runs["conv"].config
+    assert again == begun
+    assert parse("--engine.batch_norm", "synchronized").as_begun().teacher_runs["conv"].config.engine.batch_norm == (
+        "synchronized"
+    )
+
+
+def test_a_teachers_run_keeps_what_it_decided_where_the_student_decided_otherwise(parse, shipped):
+    """On another machine, or by another version: one that knew neither auto nor the notes."""
+    shipped("theirs")
+    shipped(**TAUGHT)
+    begun = begin_teacher(parse(), compile=True)
+    student = parse()
+    engine = dataclasses.replace(student.config.engine, compile=False)
+    (student.config.run_dir / "config.yaml").write_text(to_yaml(dataclasses.replace(student.config, engine=engine)))
+    again = parse().as_begun()
+    assert again.config.engine.compile is False
+    assert again.teacher_runs["conv"].config == begun
+    (begun.run_dir / "env.json").unlink()
+    assert parse().as_begun().teacher_runs["conv"].config == begun
+
+
 @pytest.mark.parametrize("damage", ["", "- 1", "{", "engine: 3"])
 def test_damage_is_left_to_who_compares(damage, parse, shipped):
     begun = parse()
@@ -146,23 +187,39 @@ def test_auto_precision_is_bf16_where_a_gpu_has_it(bf16):
     assert with_precision(RunConfig(), bf16=bf16) == RunConfig()
 
 
+class AloneOnAGpu(World):
+    device = torch.device("cuda")
+
+
+@dataclasses.dataclass
 class Planned:
     """What is asked of a PreparedRun on a GPU."""
 
-    def __init__(self, stage):
-        ds_config = None if stage is None else {"zero_optimization": {"stage": stage}}
-        self.engine_setup = EngineSetup(None, None, None, None, ds_config)
-        self.world = type("World", (), {"device": torch.device("cuda")})
+    config: RunConfig
+    engine_setup: EngineSetup
+    teacher_runs: dict = dataclasses.field(default_factory=dict)
+    world: World = dataclasses.field(default_factory=AloneOnAGpu)
+
+
+def planned_at(stage):
+    ds_config = None if stage is None else {"zero_optimization": {"stage": stage}}
+    return Planned(cli.load_recipe("cit_tiny"), EngineSetup(None, None, None, None, ds_config))
 
 
 @pytest.mark.parametrize(("stage", "compiles"), [(None, True), (0, True), (1, True), (2, True), (3, False)])
 def test_on_a_gpu_the_student_is_compiled_but_at_stage_3(stage, compiles, monkeypatch):
+    for lacking, able in ((None, True), ("needs a C compiler", False)):
+        monkeypatch.setattr(auto, "triton_lacks", lambda *_, lacking=lacking: lacking)
+        decided = auto.with_compile(planned_at(stage)).config
+        assert (decided.engine.compile, decided.distill.compile) == (compiles and able, able)
+
+
+def test_one_node_without_a_compiler_decides_for_all(monkeypatch):
+    """Its rank would fail in its first step, and the others would wait for it."""
     monkeypatch.setattr(auto, "triton_lacks", lambda *_: None)
-    assert auto._compiles_student(Planned(stage)) is compiles
-    assert auto._compiles_teachers(Planned(stage))
-    monkeypatch.setattr(auto, "triton_lacks", lambda *_: "needs a C compiler")
-    assert not auto._compiles_student(Planned(stage))
-    assert not auto._compiles_teachers(Planned(stage))
+    monkeypatch.setattr(auto, "gather", lambda world, able: [able, False])
+    decided = auto.with_compile(planned_at(1)).config
+    assert (decided.engine.compile, decided.distill.compile) == (False, False)
 
 
 def test_a_start_writes_what_auto_stands_for_and_a_later_one_keeps_it(tiny_run, tmp_path):

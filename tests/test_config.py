@@ -12,9 +12,11 @@ from cit_scale import cli
 from cit_scale.config import RunConfig, TeacherConfig, check_config, split_batch
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, RefusedError
-from cit_scale.recipe import recipe_names
+from cit_scale.recipe import Given, recipe_names
 from cit_scale.run.setup import set_aside
 from cit_scale.settings import changed_settings, to_dict, to_yaml, with_defaults
+
+NOTHING = Given((), frozenset())
 
 
 def parse(*argv):
@@ -107,7 +109,7 @@ def test_going_on_with_the_same_settings_is_the_default():
 
 def test_a_teachers_run_takes_the_students_data_seed_and_folder():
     config = parse("--data.image_size", "48", "--seed", "7")
-    run = cli.resolve_teacher_runs(config)["inv"].config
+    run = cli.resolve_teacher_runs(config, NOTHING)["inv"].config
     assert run.data == config.data
     assert run.augment == config.augment
     assert run.seed == 7
@@ -119,7 +121,7 @@ def test_a_teachers_run_takes_the_students_data_seed_and_folder():
 def test_a_teachers_recipe_that_has_teachers_is_refused():
     config = parse("--teachers.conv.recipe", "cit_tiny")
     with pytest.raises(ConfigError, match="the recipe of teacher conv has teachers itself; give one that has none"):
-        cli.resolve_teacher_runs(config)
+        cli.resolve_teacher_runs(config, NOTHING)
 
 
 @pytest.mark.parametrize(

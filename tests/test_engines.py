@@ -40,6 +40,7 @@ from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import ENGINES, prepare_engine
 from cit_scale.errors import ConfigError, Stopped
 from cit_scale.models.network import Network, Precision
+from cit_scale.recipe import Given
 
 PRECISIONS = ("float32", "bf16", "fp16")
 
@@ -715,7 +716,7 @@ def test_checkpointing_is_of_the_student_and_not_of_its_teachers():
         teachers={"conv": TeacherConfig(model="regnety_004", recipe="deit")},
         engine=EngineConfig(precision="bf16", activation_checkpointing=True),
     )
-    assert resolve_teacher_runs(config)["conv"].config.engine == EngineConfig(precision="bf16")
+    assert resolve_teacher_runs(config, Given((), frozenset()))["conv"].config.engine == EngineConfig(precision="bf16")
 
 
 def patience_of_every_group(world, sharding, ds_configs):

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from cit_scale.config import RunConfig
-from cit_scale.distributed.world import broadcast, run_on_all_ranks
+from cit_scale.distributed.world import broadcast, gather, run_on_all_ranks
 from cit_scale.errors import ConfigError
 from cit_scale.run.flops import forward_flops
 from cit_scale.run.setup import PreparedRun, python_headers, triton_lacks
@@ -49,24 +49,33 @@ def with_compile(prepared: PreparedRun) -> PreparedRun:
     teacher_runs: Mapping[str, PreparedRun] = {
         name: with_compile(teacher_run) for name, teacher_run in prepared.teacher_runs.items()
     }
-    # Nodes may differ: rank 0's decides.
-    config = broadcast(prepared.world, run_on_all_ranks(prepared.world, lambda: _with_compile(prepared)))
+    # Nodes may differ: what one of them cannot do is not done, and for the rest rank 0's decides.
+    able = all(gather(prepared.world, _can_compile(prepared.world.device)))
+    config = broadcast(prepared.world, run_on_all_ranks(prepared.world, lambda: _with_compile(prepared, able=able)))
     setup = dataclasses.replace(prepared.engine_setup, engine=config.engine)
     return dataclasses.replace(prepared, config=config, engine_setup=setup, teacher_runs=teacher_runs)
 
 
-def _with_compile(prepared: PreparedRun) -> RunConfig:
+def _can_compile(device: torch.device) -> bool:
+    """Whether this node has the compiler that torch.compile needs."""
+    if device.type == "cpu":
+        return shutil.which(os.environ.get("CXX", "g++")) is not None
+    return triton_lacks(os.environ, python_headers()) is None
+
+
+def _with_compile(prepared: PreparedRun, *, able: bool) -> RunConfig:
     config = prepared.config
     engine, distill = config.engine, config.distill
     if engine.compile == AUTO:
-        engine = dataclasses.replace(engine, compile=_compiles_student(prepared))
+        engine = dataclasses.replace(engine, compile=able and _compiles_student(prepared))
     if distill.compile == AUTO:
-        distill = dataclasses.replace(distill, compile=bool(config.teachers) and _compiles_teachers(prepared))
+        compile_teachers = able and bool(config.teachers) and _compiles_teachers(prepared)
+        distill = dataclasses.replace(distill, compile=compile_teachers)
     return dataclasses.replace(config, engine=engine, distill=distill)
 
 
 def _compiles_student(prepared: PreparedRun) -> bool:
-    if prepared.world.device.type == "cpu" or triton_lacks(os.environ, python_headers()) is not None:
+    if prepared.world.device.type == "cpu":
         return False
     ds_config = prepared.engine_setup.ds_config
     return ds_config is None or ds_config["zero_optimization"]["stage"] < 3
@@ -75,8 +84,8 @@ def _compiles_student(prepared: PreparedRun) -> bool:
 def _compiles_teachers(prepared: PreparedRun) -> bool:
     """On a CPU: whether all that the teachers compute in the run is long enough for compiling them to pay."""
     if prepared.world.device.type != "cpu":
-        return triton_lacks(os.environ, python_headers()) is None
-    if shutil.which(os.environ.get("CXX", "g++")) is None or not torch.cpu._is_avx512_supported():
+        return True
+    if not torch.cpu._is_avx512_supported():
         return False
     config = prepared.config
     images = prepared.total_steps * config.train.global_batch_size / prepared.world.world_size

@@ -23,11 +23,12 @@ GIVEN = "given"
 """Key of an entry of env.json: what the user gave at that start."""
 
 
-def as_begun(config: RunConfig, given: Given) -> RunConfig:
+def as_begun(config: RunConfig, given: Given, *, decided: bool = True) -> RunConfig:
     """``config`` with the settings that its run began with and that its user gives neither now nor gave then.
 
-    A setting that is ``auto`` now is what it was resolved to then, given or not. Without a run folder, and for what its
-    files do not tell, ``config`` itself: what may not change is compared later, and damage is reported there.
+    A setting that is ``auto`` now is what it was decided to be then, given or not; with ``decided=False`` it stays
+    ``auto``. Without a run folder, and for what its files do not tell, ``config`` itself: what may not change is
+    compared later, and damage is reported there.
     """
     began = _began_with(config.run_dir)
     if began is None:
@@ -36,11 +37,12 @@ def as_begun(config: RunConfig, given: Given) -> RunConfig:
     tree = to_dict(config)
     for name, *_, value in walk(config):
         is_shipped = gave is not None and gave.recipes == given.recipes and not given.has(name) and not gave.has(name)
+        is_kept = decided if value == AUTO else is_shipped
         *sections, last = name.split(".")
         then, now = started_with, tree
         for section in sections:
             then, now = then.get(section, {}) if isinstance(then, dict) else {}, now[section]
-        if (value == AUTO or is_shipped) and isinstance(then, dict) and then.get(last, AUTO) != AUTO:
+        if is_kept and isinstance(then, dict) and then.get(last, AUTO) != AUTO:
             now[last] = then[last]
     if tree == to_dict(config):
         return config
