@@ -12,6 +12,7 @@ from cit_scale.batch import TeacherLogits, teacher_logits_type
 from cit_scale.config import DistillConfig, TeacherConfig
 from cit_scale.errors import ConfigError
 from cit_scale.models.classes import class_columns, refuse_other_order
+from cit_scale.models.compiling import compile_module
 from cit_scale.models.fold import fold_batch_norm
 from cit_scale.models.network import Network, Precision, build_network
 from cit_scale.models.pretrained import description_of, find_pretrained
@@ -68,6 +69,13 @@ def load_teacher(
         raise ConfigError(f"teacher {name} has neither weights nor a recipe; give teachers.{name}.weights or .recipe")
     network = build_teacher_without_weights(config, classes=classes, image_size=image_size)
     load_weights(network, weights)
+    return frozen_teacher(name, network, distill, image_size, device, sha256=find_pretrained(weights).sha256)
+
+
+def frozen_teacher(
+    name: str, network: Network, distill: DistillConfig, image_size: int, device: torch.device, *, sha256: str = ""
+) -> Teacher:
+    """Freeze a network by a run's settings, in which nothing is ``auto`` any more. sha256: empty for any weights."""
     forward = freeze(
         network,
         image_size,
@@ -76,7 +84,7 @@ def load_teacher(
         compile=decided(distill.compile),
         cuda_graphs=distill.cuda_graphs,
     )
-    return Teacher(name, network, forward, find_pretrained(weights).sha256)
+    return Teacher(name, network, forward, sha256)
 
 
 def freeze(
@@ -102,11 +110,12 @@ def freeze(
 
     # Fixed batch shapes: each rank sees micro-batches of one size, and evaluation pads its last one.
     replays = compile and cuda_graphs and device.type == "cuda"
-    run = torch.compile(network, dynamic=False, mode="reduce-overhead" if replays else None) if compile else network
+    if compile:
+        compile_module(network, mode="reduce-overhead" if replays else None)
 
     @torch.no_grad()
     def forward(images: Tensor) -> Tensor:
-        logits = run(images).cls
+        logits = network(images).cls
         # A graph's output lies where its next replay writes: the loss may read it later, in another micro-step.
         return logits.clone() if replays else logits
 

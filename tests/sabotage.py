@@ -130,7 +130,7 @@ def _at_compile(step: int, act: Callable[..., None]) -> None:
         act()
         return graph.forward
 
-    torch.nn.Module.compile = lambda module: compile_(module, backend=backend)
+    torch.nn.Module.compile = lambda module, *, mode, **options: compile_(module, backend=backend, **options)
 
 
 def _in_step(hook: Callable[[Any, Callable[..., None]], None]) -> Callable[[int, Callable[..., None]], None]:

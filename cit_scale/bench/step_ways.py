@@ -33,8 +33,7 @@ from cit_scale.errors import ConfigError
 from cit_scale.models.network import Network, Precision
 from cit_scale.run.progress import seed_step
 from cit_scale.run.setup import PreparedRun, check_settings, slow_precisions
-from cit_scale.settings import decided
-from cit_scale.teachers import Teacher, freeze
+from cit_scale.teachers import Teacher, frozen_teacher
 from cit_scale.train import train_step
 
 PORT = "port"
@@ -161,20 +160,9 @@ def build_teachers(prepared: PreparedRun) -> dict[str, Network]:
 
 def freeze_teachers(prepared: PreparedRun) -> list[Teacher]:
     """The teachers as a run loads them, but for their weights."""
-    config = prepared.config
+    config, device = prepared.config, prepared.world.device
     return [
-        Teacher(
-            name,
-            network,
-            freeze(
-                network,
-                config.data.image_size,
-                prepared.world.device,
-                precision=decided(config.distill.teacher_precision),
-                compile=decided(config.distill.compile),
-            ),
-            sha256="",
-        )
+        frozen_teacher(name, network, config.distill, config.data.image_size, device)
         for name, network in build_teachers(prepared).items()
     ]
 

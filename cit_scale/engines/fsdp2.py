@@ -19,6 +19,7 @@ from cit_scale.distributed.world import World
 from cit_scale.engines.activation_checkpointing import blocks_of
 from cit_scale.engines.base import EngineSetup
 from cit_scale.engines.torch_engine import TorchEngine
+from cit_scale.models.compiling import compile_module
 from cit_scale.models.network import AUTOCAST, Network
 
 
@@ -30,7 +31,7 @@ class Fsdp2Engine(TorchEngine):
         if setup.engine.compile is True:
             # Before sharding and by block, so that gathering weights stays outside of what is compiled.
             for block in blocks or [module]:
-                block.compile()
+                compile_module(block)
         _shard(module, blocks, AUTOCAST.get(setup.engine.precision), setup.world)
         return ShardedTensors(module)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cit_scale.engines.base import EngineSetup
 from cit_scale.engines.state import WholeParameters
 from cit_scale.engines.torch_engine import TorchEngine
+from cit_scale.models.compiling import compile_module
 from cit_scale.models.network import Network
 
 
@@ -13,5 +14,5 @@ class PlainEngine(TorchEngine):
 
     def _place(self, module: Network, setup: EngineSetup) -> WholeParameters:
         if setup.engine.compile is True:
-            module.compile()
+            compile_module(module)
         return WholeParameters(module)

@@ -20,6 +20,7 @@ from cit_scale.batch import StudentLogits
 from cit_scale.distributed.world import ENDLESS_S, World
 from cit_scale.engines.base import Engine, EngineSetup, Update
 from cit_scale.engines.state import ParameterPlacement, WholeParameters
+from cit_scale.models.compiling import compile_module
 from cit_scale.models.network import Network
 from cit_scale.optim import adamw, set_learning_rate
 
@@ -42,7 +43,7 @@ class ZeroEngine(Engine):
         # from stage 1 on DeepSpeed puts this rank's part of the parameters into AdamW's groups. The placement is built
         # last: it reads where DeepSpeed has put each parameter.
         if setup.engine.compile is True:
-            module.compile()
+            compile_module(module)
         self._optimizer = adamw(module, setup.optim)
         self._deepspeed = _initialize(module, self._optimizer, setup.ds_config, setup.world)
         self._build_state(self._optimizer, _placement(self._stage, module, self._deepspeed.optimizer, setup.world))
