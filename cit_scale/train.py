@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -101,7 +102,7 @@ from cit_scale.run.results import (
 from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
 from cit_scale.run_folder import CARD, CONFIG, DESCRIPTION, ENVIRONMENT, RESULTS, STREAM, STUDENT
 from cit_scale.settings import to_yaml
-from cit_scale.teachers import Teacher, run_teachers
+from cit_scale.teachers import Teacher, frozen_teacher, run_teachers
 
 # Longest time without progress before the first step: indexing a large data set for the first time takes this long.
 PREPARATION_S = 3600.0
@@ -184,6 +185,9 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
                 run_on_all_ranks(world, lambda: check_same_runs(each.config for each in runs))
                 for each in runs:
                     run_on_all_ranks(world, partial(refuse_other_inputs, each, each.config.teachers))
+            if world.device.type == "cuda" and prepared.teacher_runs and not prepared.has_begun:
+                try_student(prepared)
+                watchdog.progress()
             if config.train.forecast and not any(
                 each.has_begun for each in (prepared, *prepared.teacher_runs.values())
             ):
@@ -194,9 +198,39 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
         with stop.shielded():
             for name, teacher_run in prepared.teacher_runs.items():
                 train(teacher_run, {}, stop, override=override)
+                release_networks(world)
                 weights = str(teacher_run.config.run_dir / STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
             return train(prepared, teachers, stop, override=override)
+
+
+@explaining_out_of_memory
+def try_student(prepared: PreparedRun) -> None:
+    """Collective. ``try_update`` before the teachers are trained, which may take days: they are here as initialized."""
+    say_that_it_tries(prepared)
+    config, device = prepared.config, prepared.world.device
+    set_float32_arithmetic(device, tf32=config.engine.tf32)
+    teachers = [
+        frozen_teacher(
+            name, prepared.build_teacher_without_weights(teacher), config.distill, config.data.image_size, device
+        )
+        for name, teacher in config.teachers.items()
+    ]
+    try_update(build_engine(prepared.build_student(), prepared.engine_setup), teachers, prepared)
+    del teachers
+    release_networks(prepared.world)
+
+
+def release_networks(world: World) -> None:
+    """Give back what networks that are no longer needed leave behind: engines, which hold themselves in circles, what
+    was compiled for them, their share of the device's memory, and its peak.
+    """
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset()
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(world.device)
 
 
 def with_precisions(arguments: cli.Arguments, world: World) -> tuple[RunConfig, dict[str, RunConfig]]:
@@ -316,6 +350,7 @@ def train(
     rank.
     """
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
+    set_float32_arithmetic(world.device, tf32=config.engine.tf32)
     with watch_preparation(config, world) as preparation:
         finished = broadcast(
             world, run_on_all_ranks(world, lambda: read_note(run_dir / RESULTS) if world.is_main else {})
@@ -380,7 +415,6 @@ def load(
     """Collective. Build the networks, and load the run folder's newest checkpoint into the engine, if there is one."""
     world, run_dir = prepared.world, prepared.config.run_dir
     began_at = time.time()  # before the networks are loaded, which takes time that trains nothing: goodput counts it
-    set_float32_arithmetic(world.device, tf32=prepared.config.engine.tf32)
     frozen = run_on_all_ranks(
         world, lambda: [prepared.load_teacher(name, teacher) for name, teacher in teachers.items()]
     )
@@ -390,10 +424,7 @@ def load(
     engine = build_engine(network, prepared.engine_setup)
     preparation.progress()
     if world.device.type == "cuda":  # on a CPU memory is the machine's, and the time better spent
-        if world.is_main:
-            compiles = prepared.config.engine.compile or (teachers and prepared.config.distill.compile)
-            cost = "; it compiles, which takes minutes where that was not done before" if compiles else ""
-            print(f"{prepared.config.name}  tries an update at full size{cost}", flush=True)
+        say_that_it_tries(prepared)
         try_update(engine, frozen, prepared)
         preparation.progress()
 
@@ -605,9 +636,17 @@ def advised_loss(
     )
 
 
+def say_that_it_tries(prepared: PreparedRun) -> None:
+    config = prepared.config
+    compiles = config.engine.compile or (config.teachers and config.distill.compile)
+    cost = "; it compiles, which takes minutes where that was not done before" if compiles else ""
+    if prepared.world.is_main:
+        print(f"{config.name}  tries an update at full size{cost}", flush=True)
+
+
 def try_update(engine: Engine, teachers: Sequence[Teacher], prepared: PreparedRun) -> None:
     """Collective. An update on noise in the run's shapes, which changes nothing: whether the device's memory suffices
-    shows, and what is compiled is compiled, before any image is read.
+    shows, and what is compiled is compiled, without the data.
     """
     size, count, device = prepared.config.data.image_size, prepared.batch_split.micro_batch_size, prepared.world.device
     places = torch.arange(count)
@@ -657,11 +696,11 @@ def between_steps(session: Session, trained: TrainedStep | None) -> None:
     """
     progress, clock, checkpointer = session.progress, session.clock, session.checkpointer
     due = what_is_due(session)
-    session.watchdog.progress()
     turn_s = clock.turn()
     if trained is not None:
         session.outstanding.append(OutstandingStep(progress.step, trained, turn_s))
-    count_steps(session, newest=due.log)
+    count_steps(session, newest=due.log or due.evaluate)
+    session.watchdog.progress()  # not before: a device that hangs is waited for where its results are read
     if due.bad_images:
         session.bad_images.collect(session.log.say)
     if due.failed_save:
@@ -701,7 +740,7 @@ class Due:
     """Some rank was asked to stop."""
 
     bad_images: bool
-    """Some rank has met images that it cannot use and that are not reported yet."""
+    """Some rank has, or at the end may have, met images that it cannot use and that are not reported yet."""
 
     save: bool
     """A checkpoint is due, by steps or by rank 0's clock."""
@@ -736,7 +775,8 @@ def what_is_due(session: Session) -> Due:
     ends_interval = step > 0 and step % (config.eval_every_epochs * prepared.steps_per_epoch) == 0
     return Due(
         stop=stop,
-        bad_images=bad_images,
+        # The news of a process's last step has no later turn.
+        bad_images=bad_images or is_last or stop,
         save=overdue or session.checkpointer.is_due(step),
         failed_save=failed_save,
         is_last=is_last,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -48,9 +49,19 @@ class Methods(TorchFunctionMode):
         self._reads = reads
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in READING_METHODS:
+        asks_itself = "cit_scale" in Path(sys._getframe(1).f_code.co_filename).parts
+        if func in READING_METHODS or (asks_itself and _moves(func, args, kwargs or {})):
             self._reads[f"{asking_line()} {func.__name__}"] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _moves(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether it may copy from or to a device while the host waits: no CPU shows where a tensor would be."""
+    if func is torch.tensor:
+        return "device" in kwargs
+    if func is not Tensor.to or kwargs.get("non_blocking"):
+        return False
+    return "device" in kwargs or any(isinstance(each, torch.device | str) for each in args[1:])
 
 
 def asking_line() -> str:

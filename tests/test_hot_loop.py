@@ -15,7 +15,9 @@ from engine_cases import LR, SHARDINGS, loss_of, make_engine, micro_batch, shard
 from ranks import run_on_ranks
 
 from cit_scale import train
+from cit_scale.distributed.watchdog import Watchdog
 from cit_scale.distributed.world import World
+from cit_scale.engines.late import LateNumber
 
 OFFLOADED = ("zero2_offload", "zero3_offload")
 """DeepSpeed sends gradients and weights to the CPU and back, a parameter at a time, and reads norms of some."""
@@ -25,11 +27,11 @@ OFFLOADED = ("zero2_offload", "zero3_offload")
 READ_BY_DEEPSPEED = {1: 3, 2: 3, 3: 1}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_an_update_reads_nothing_from_the_device_but_what_deepspeed_reads_itself(world_size, tmp_path):
+@pytest.mark.parametrize(("world_size", "precision"), [(1, "float32"), (1, "fp16"), (2, "float32")])
+def test_an_update_reads_nothing_from_the_device_but_what_deepspeed_reads_itself(world_size, precision, tmp_path):
     write_ds_configs(tmp_path)
     shardings = shardings_on(world_size)
-    for found in run_on_ranks(world_size, counts_of_updates, shardings, str(tmp_path)):
+    for found in run_on_ranks(world_size, counts_of_updates, shardings, str(tmp_path), precision):
         for sharding, (waits, reads) in found.items():
             assert waits == 0, sharding
             assert not [line for line in reads if not line.startswith("deepspeed/")], sharding
@@ -39,11 +41,13 @@ def test_an_update_reads_nothing_from_the_device_but_what_deepspeed_reads_itself
             assert sum(reads.values()) == READ_BY_DEEPSPEED.get(stage, 0), (sharding, reads)
 
 
-def counts_of_updates(world: World, shardings: list[str], ds_configs: str) -> dict[str, tuple[int, dict[str, int]]]:
+def counts_of_updates(
+    world: World, shardings: list[str], ds_configs: str, precision: str = "float32"
+) -> dict[str, tuple[int, dict[str, int]]]:
     """By sharding: synchronisations of the device, and reads by line, of an update with two micro-steps."""
     found = {}
     for sharding in shardings:
-        engine = make_engine(world, sharding, 2, ds_configs)
+        engine = make_engine(world, sharding, 2, ds_configs, settings={"precision": precision})
         for step in range(2):
             update(engine, world, step)
         batches = [micro_batch(2, part, 2 * world.world_size) for part in range(2)]
@@ -133,3 +137,30 @@ def test_a_read_of_the_device_is_counted_with_its_line():
         torch.ones(3).sum().item()
         torch.ones(2).tolist()
     assert sorted(line.split()[-1] for line in operators.reads) == ["_local_scalar_dense", "tolist"]
+
+
+def test_what_the_host_waits_for_on_the_device_is_within_a_steps_limit(tiny_run, monkeypatch):
+    """A device that hangs is noticed where its results are read."""
+    from dataclasses import replace
+
+    order = []
+
+    def noting(owner, name):
+        inner = getattr(owner, name)
+
+        def noted(self, *args):
+            order.append(name)
+            return inner(self, *args)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(Watchdog, "begin_step")
+    noting(Watchdog, "progress")
+    noting(LateNumber, "read")
+    run = replace(tiny_run, layout="plain", more=("--train.eval_every_epochs", "2", "--optim.ema_decay", "null"))
+    assert train.main(run.argv) == 0
+    first, last = order.index("begin_step"), len(order) - order[::-1].index("read")
+    steps = " ".join(order[first:last]).split("begin_step")[1:]
+    assert len(steps) == 12
+    for step in steps:
+        assert "read" in step.split("progress")[0]

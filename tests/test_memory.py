@@ -170,6 +170,31 @@ def test_a_run_that_meets_it_ends_with_one_line_and_is_not_requeued(run, place, 
     assert 2 in requeue.HOPELESS
 
 
+def test_a_student_is_tried_before_its_teachers_are_trained(prepared, monkeypatch, capsys):
+    """With teachers as they are initialized, and nothing of it is left behind."""
+    tried = []
+    inner = train.try_update
+
+    def try_update(engine, teachers, prepared):
+        before = {key: tensor.clone() for key, tensor in engine.module.state_dict().items()}
+        inner(engine, teachers, prepared)
+        tried.append([teacher.name for teacher in teachers])
+        assert all(torch.equal(before[key], tensor) for key, tensor in engine.module.state_dict().items())
+
+    monkeypatch.setattr(train, "try_update", try_update)
+    train.try_student(prepared)
+    assert tried == [["conv"]]
+    assert "tiny  tries an update at full size" in capsys.readouterr().out
+    assert not prepared.config.run_dir.exists()
+    monkeypatch.setattr(train, "advised_loss", at_once_full)
+    with pytest.raises(DeviceMemoryError, match="tiny: out of memory on rank 0's CPU"):
+        train.try_student(prepared)
+
+
+def at_once_full(*args):
+    raise TORCHS
+
+
 def test_before_there_is_a_run_it_is_torchs_own_line(run, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise TORCHS

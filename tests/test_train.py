@@ -371,6 +371,19 @@ def test_more_bad_images_than_allowed_stop_the_run_which_goes_on_when_more_are_a
     assert "continues after step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_bad_images_that_another_rank_meets_in_the_last_step_stop_the_run(tiny, tmp_path):
+    """What a rank has met is said a step later, and there is none."""
+    photos_of_two_classes(tmp_path / "set", 20)  # a fifth is held out: one step
+    arguments = on_photos(tiny, tmp_path / "set")
+    for image in sorted((tmp_path / "set").glob("class0/*.jpg"))[:6]:
+        image.write_bytes(image.read_bytes()[:-900])
+    code, output = finish(launch([*arguments, "--train.epochs", "1", "--data.max_bad_images", "1"], ranks=2))
+    assert code == 4, output
+    assert "images cannot be used, more than data.max_bad_images=1" in output
+    assert not (run_dir(tiny) / "results.json").exists()
+
+
 def test_more_bad_images_in_the_index_than_allowed_are_refused_before_anything_is_written(tiny, tmp_path, capsys):
     photos_of_two_classes(tmp_path / "set")
     spoil(tmp_path / "set")

@@ -19,7 +19,7 @@ class LateNumber:
             # From the device into page-locked memory: a copy into any other memory would wait for it.
             self._copy = torch.empty_like(scalar, device="cpu", pin_memory=True)
             self._copy.copy_(scalar.detach(), non_blocking=True)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event(blocking=True)  # waited for asleep: the cores are there to decode
             self._copied.record()
         else:
             self._value = float(scalar.detach().numpy())

@@ -26,6 +26,7 @@ from cit_scale.distributed.slurm_job import job_record
 from cit_scale.distributed.world import World, run_on_all_ranks
 from cit_scale.evaluate import HEADS_MEAN, evaluate
 from cit_scale.files import sync
+from cit_scale.models.network import set_float32_arithmetic
 from cit_scale.models.weights import load_weights
 from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import CHECKPOINTS, STUDENT, STUDENT_BEST, STUDENT_EMA, STUDENT_EMA_BEST, step_path
@@ -143,9 +144,10 @@ def measure(
 ) -> dict[str, Any]:
     """Collective. Evaluate the weights in the run folder. Returns that part of results.json.
 
-    files: weight files by the names of EXPORTS.
+    files: weight files by the names of EXPORTS. In float32 and nothing less, as who loads them computes.
     """
     world, accuracy = prepared.world, {}
+    set_float32_arithmetic(world.device)
     network = prepared.build_student_without_weights().eval()
     for name, file in files.items():
         run_on_all_ranks(world, partial(load_weights, network, prepared.config.run_dir / file))
