@@ -209,14 +209,14 @@ def planned_at(stage):
 @pytest.mark.parametrize(("stage", "compiles"), [(None, True), (0, True), (1, True), (2, True), (3, False)])
 def test_on_a_gpu_the_student_is_compiled_but_at_stage_3(stage, compiles, monkeypatch):
     for lacking, able in ((None, True), ("needs a C compiler", False)):
-        monkeypatch.setattr(auto, "triton_lacks", lambda *_, lacking=lacking: lacking)
+        monkeypatch.setattr(auto, "compiler_lacks", lambda *_, lacking=lacking: lacking)
         decided = auto.with_compile(planned_at(stage)).config
         assert (decided.engine.compile, decided.distill.compile) == (compiles and able, able)
 
 
 def test_one_node_without_a_compiler_decides_for_all(monkeypatch):
     """Its rank would fail in its first step, and the others would wait for it."""
-    monkeypatch.setattr(auto, "triton_lacks", lambda *_: None)
+    monkeypatch.setattr(auto, "compiler_lacks", lambda *_: None)
     monkeypatch.setattr(auto, "gather", lambda world, able: [able, False])
     decided = auto.with_compile(planned_at(1)).config
     assert (decided.engine.compile, decided.distill.compile) == (False, False)

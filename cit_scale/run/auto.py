@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping
 from typing import Literal
 
@@ -18,7 +17,7 @@ from cit_scale.config import RunConfig
 from cit_scale.distributed.world import broadcast, gather, run_on_all_ranks
 from cit_scale.errors import ConfigError
 from cit_scale.run.flops import forward_flops
-from cit_scale.run.setup import PreparedRun, python_headers, triton_lacks
+from cit_scale.run.setup import PreparedRun, compiler_lacks, python_headers
 from cit_scale.settings import AUTO
 
 # Of a teacher's forward pass on a CPU, by docs/measurements/step.md: seconds that compiling it takes, the share of its
@@ -57,10 +56,8 @@ def with_compile(prepared: PreparedRun) -> PreparedRun:
 
 
 def _can_compile(device: torch.device) -> bool:
-    """Whether this node has the compiler that torch.compile needs."""
-    if device.type == "cpu":
-        return shutil.which(os.environ.get("CXX", "g++")) is not None
-    return triton_lacks(os.environ, python_headers()) is None
+    """Whether this node has what torch.compile needs."""
+    return compiler_lacks(device.type, os.environ, python_headers()) is None
 
 
 def _with_compile(prepared: PreparedRun, *, able: bool) -> RunConfig:

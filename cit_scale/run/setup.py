@@ -374,19 +374,33 @@ def check_settings(config: RunConfig, world: World, *, same_run: bool) -> Engine
 def check_compiler(compiled: Mapping[str, bool], device_type: str, env: Mapping[str, str], headers: Path) -> None:
     """Raise ConfigError if torch.compile is used, and a compiler that it needs is missing.
 
-    compiled: by setting, whether it is used there. headers: see ``triton_lacks``.
+    compiled: by setting, whether it is used there. headers: as ``compiler_lacks`` has it.
     """
     settings = [setting for setting, is_compiled in compiled.items() if is_compiled]
     if not settings:
         return
-    way_out = " and ".join(f"{setting}=false" for setting in settings)
+    if (lacking := compiler_lacks(device_type, env, headers)) is not None:
+        way_out = " and ".join(f"{setting}=false" for setting in settings)
+        raise ConfigError(f"torch.compile {lacking}, or set {way_out}")
+
+
+def compiler_lacks(device_type: str, env: Mapping[str, str], headers: Path) -> str | None:
+    """What torch.compile lacks there, and the way out; None: nothing. headers: the folder of Python.h, which Inductor's
+    C++ and Triton's C both include.
+    """
     if device_type == "cuda":
-        if (lacking := triton_lacks(env, headers)) is not None:
-            raise ConfigError(f"torch.compile needs Triton on a GPU, and Triton {lacking}, or set {way_out}")
-        return
+        lacking = triton_lacks(env, headers)
+        return lacking and f"needs Triton on a GPU, and Triton {lacking}"
     compiler = env.get("CXX", "g++")
     if shutil.which(compiler, path=env.get("PATH")) is None:
-        raise ConfigError(f"torch.compile needs the C++ compiler {compiler}; install it, or set {way_out}")
+        return f"needs the C++ compiler {compiler}; install it"
+    return _headers_lack(headers)
+
+
+def _headers_lack(headers: Path) -> str | None:
+    if (headers / "Python.h").is_file():
+        return None
+    return f"needs Python's headers, and there is no {headers / 'Python.h'}; install them (python3-dev)"
 
 
 def check_involution(network: Network, device_type: str, env: Mapping[str, str], headers: Path) -> None:
@@ -411,13 +425,11 @@ def triton_lacks(env: Mapping[str, str], headers: Path) -> str | None:
     if not any(shutil.which(candidate, path=env.get("PATH")) for candidate in candidates):
         missing = "gcc or clang" if named is None else f"CC={named}"
         return f"needs a C compiler, and there is no {missing}; install gcc (or `module load gcc`), or name one in CC"
-    if not (headers / "Python.h").is_file():
-        return f"needs Python's headers, and there is no {headers / 'Python.h'}; install them (python3-dev)"
-    return None
+    return _headers_lack(headers)
 
 
 def python_headers() -> Path:
-    """The folder in which Triton looks for Python.h."""
+    """The folder in which Triton and Inductor look for Python.h."""
     scheme = sysconfig.get_default_scheme()
     return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme))
 
