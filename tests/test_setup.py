@@ -184,9 +184,7 @@ def test_a_gpu_machine_without_pythons_headers_is_told_which(machine, tmp_path):
 def test_a_cpu_needs_a_cpp_compiler_and_pythons_headers(machine, tmp_path):
     check_compiler(BOTH, "cpu", *machine("g++"))
     check_compiler(BOTH, "cpu", *machine("mine", CXX="mine"))
-    with pytest.raises(
-        ConfigError, match=r"the C\+\+ compiler icx; install it, or set distill.compile=false and "
-    ):
+    with pytest.raises(ConfigError, match=r"the C\+\+ compiler icx; install it, or set distill.compile=false and "):
         check_compiler(BOTH, "cpu", *machine("g++", CXX="icx"))
     env, _ = machine("g++")
     with pytest.raises(ConfigError, match=r"torch.compile needs Python's headers, .* no /.*/none/Python.h; install "):
