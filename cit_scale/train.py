@@ -897,4 +897,6 @@ def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(arguments=parsed))
+    with StopRequest(ends_process=True) as stop_request:
+        code = main(arguments=parsed, stop=stop_request)
+    raise SystemExit(code)

@@ -22,13 +22,17 @@ class StopRequest:
     at once, except within ``shielded``, where the state is being saved. A SIGTERM after a Ctrl-C counts as the same
     request: on Ctrl-C the terminal signals all processes, and the deepspeed launcher then sends its ranks a SIGTERM of
     its own.
+
+    ends_process: the process ends after this context, which takes seconds; where it was asked to stop, further signals
+    are ignored until then, or they would end it with a code of their own. Otherwise the handlers are given back.
     """
 
     # Slurm sends USR2 before a time limit (--signal=USR2@300 in slurm/*.sh); so does submitit's local executor.
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_process: bool = False) -> None:
         self.signum: int | None = None
+        self._ends_process = ends_process
         self._shielded = False
         self._previous: dict[int, Any] = {}
         self._launcher = Launcher.above()
@@ -55,8 +59,9 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        is_over = self._ends_process and self.signum is not None
         for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if is_over else handler)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.signum == signum == signal.SIGINT and not self._shielded:
