@@ -23,8 +23,9 @@ class StopRequest:
     request: on Ctrl-C the terminal signals all processes, and the deepspeed launcher then sends its ranks a SIGTERM of
     its own.
 
-    ends_process: the process ends after this context, which takes seconds; where it was asked to stop, further signals
-    are ignored until then, or they would end it with a code of their own. Otherwise the handlers are given back.
+    ends_process: the process ends after this context, which takes seconds in which it ignores the signals: they would
+    end it with a code of their own, on a rank, too, that stops because another was asked. Otherwise the handlers are
+    given back.
     """
 
     # Slurm sends USR2 before a time limit (--signal=USR2@300 in slurm/*.sh); so does submitit's local executor.
@@ -59,9 +60,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        is_over = self._ends_process and self.signum is not None
         for signum, handler in self._previous.items():
-            signal.signal(signum, signal.SIG_IGN if is_over else handler)
+            signal.signal(signum, signal.SIG_IGN if self._ends_process else handler)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self.signum == signum == signal.SIGINT and not self._shielded:
