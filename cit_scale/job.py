@@ -30,7 +30,7 @@ class TrainJob:
         outlive_readers()
         # Before the slow import of the trainer: until StopRequest replaces submitit's signal handler, a signal makes
         # submitit requeue the job at once, from rank 0, before all ranks can save together.
-        with StopRequest(ends_process=True) as stop:
+        with StopRequest() as stop:
             # Imported here, so that submitting from a login node does not need the GPU libraries.
             from cit_scale.train import main
 
