@@ -1,7 +1,9 @@
 """What a run is prepared from: its folder, its checkpoint, its student's weights."""
 
 import dataclasses
+import os
 import platform
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,7 +146,7 @@ def machine(tmp_path):
         folder = tmp_path / "_".join(["bin", *programs])
         folder.mkdir(exist_ok=True)
         for program in programs:
-            (folder / program).write_text("#!/bin/sh\n")
+            (folder / program).write_text("#!/bin/sh\n/bin/cat\n")
             (folder / program).chmod(0o755)
         return {"PATH": str(folder), **more}, tmp_path / "include"
 
@@ -189,6 +191,36 @@ def test_a_cpu_needs_a_cpp_compiler_and_pythons_headers(machine, tmp_path):
     env, _ = machine("g++")
     with pytest.raises(ConfigError, match=r"torch.compile needs Python's headers, .* no /.*/none/Python.h; install "):
         check_compiler(BOTH, "cpu", env, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("#!/bin/sh\necho 'error: no cc1plus' >&2\nexit 1\n", "error: no cc1plus"),
+        ("#!/bin/sh\nexit 3\n", "it ends with code 3 and reads nothing"),
+        ("#!/bin/sh\n", "it ends with code 0 and reads nothing"),
+        ("#!/no/such/shell\n", "No such file or directory"),
+    ],
+)
+def test_a_compiler_that_does_not_work_is_told_at_the_start(script, reason, machine):
+    for device_type, variable, name in (("cpu", "CXX", "mine"), ("cuda", "CC", "mine")):
+        env, headers = machine(name, **{variable: name})
+        Path(env["PATH"], name).write_text(script)
+        with pytest.raises(ConfigError, match=rf"mine does not work .*name another in {variable}, or set ") as refused:
+            check_compiler(BOTH, device_type, env, headers)
+        assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("program", "language", "header"),
+    [
+        pytest.param(*each, marks=pytest.mark.skipif(not shutil.which(each[0]), reason=f"needs {each[0]}"))
+        for each in (("g++", "c++", "cmath"), ("gcc", "c", "stdint.h"))
+    ],
+)
+def test_the_compiler_of_this_machine_works(program, language, header):
+    assert setup._compiler_failure(shutil.which(program), language, header, os.environ) is None
+    assert "nowhere.h" in setup._compiler_failure(shutil.which(program), language, "nowhere.h", os.environ)
 
 
 def test_the_headers_are_looked_for_where_the_installed_triton_does(tmp_path, monkeypatch):

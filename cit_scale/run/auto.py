@@ -45,11 +45,16 @@ def with_precision(config: RunConfig, *, bf16: bool) -> RunConfig:
 
 def with_compile(prepared: PreparedRun) -> PreparedRun:
     """Collective. The run, and its teachers' runs, with what ``auto`` stands for in their ``compile``."""
-    teacher_runs: Mapping[str, PreparedRun] = {
-        name: with_compile(teacher_run) for name, teacher_run in prepared.teacher_runs.items()
-    }
     # Nodes may differ: what one of them cannot do is not done, and for the rest rank 0's decides.
     able = all(gather(prepared.world, _can_compile(prepared.world.device)))
+    return _decide_compile(prepared, able=able)
+
+
+def _decide_compile(prepared: PreparedRun, *, able: bool) -> PreparedRun:
+    """Collective. As ``with_compile``. able: whether all nodes can compile."""
+    teacher_runs: Mapping[str, PreparedRun] = {
+        name: _decide_compile(teacher_run, able=able) for name, teacher_run in prepared.teacher_runs.items()
+    }
     config = broadcast(prepared.world, run_on_all_ranks(prepared.world, lambda: _with_compile(prepared, able=able)))
     setup = dataclasses.replace(prepared.engine_setup, engine=config.engine)
     return dataclasses.replace(prepared, config=config, engine_setup=setup, teacher_runs=teacher_runs)

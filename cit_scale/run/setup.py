@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sysconfig
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -392,9 +393,32 @@ def compiler_lacks(device_type: str, env: Mapping[str, str], headers: Path) -> s
         lacking = triton_lacks(env, headers)
         return lacking and f"needs Triton on a GPU, and Triton {lacking}"
     compiler = env.get("CXX", "g++")
-    if shutil.which(compiler, path=env.get("PATH")) is None:
+    program = shutil.which(compiler, path=env.get("PATH"))
+    if program is None:
         return f"needs the C++ compiler {compiler}; install it"
+    if (failure := _compiler_failure(program, "c++", "cmath", env)) is not None:
+        return f"needs a C++ compiler, and {compiler} does not work ({failure}); mend it, or name another in CXX"
     return _headers_lack(headers)
+
+
+def _compiler_failure(program: str, language: str, header: str, env: Mapping[str, str]) -> str | None:
+    """Why a compiler cannot read a file with one of the headers that belong to it; None: it can."""
+    last_word = "compiled_by_cit_scale"
+    try:
+        done = subprocess.run(
+            [program, "-x", language, "-E", "-"],
+            input=f"#include <{header}>\n{last_word}\n",
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            env=dict(env),
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return one_line(error, 200)
+    if done.returncode == 0 and last_word in done.stdout:
+        return None
+    return one_line(done.stderr.strip() or f"it ends with code {done.returncode} and reads nothing", 200)
 
 
 def _headers_lack(headers: Path) -> str | None:
@@ -422,9 +446,12 @@ def triton_lacks(env: Mapping[str, str], headers: Path) -> str | None:
     """
     named = env.get("CC")
     candidates = ("gcc", "clang") if named is None else (named,)
-    if not any(shutil.which(candidate, path=env.get("PATH")) for candidate in candidates):
+    found = [program for each in candidates if (program := shutil.which(each, path=env.get("PATH")))]
+    if not found:
         missing = "gcc or clang" if named is None else f"CC={named}"
         return f"needs a C compiler, and there is no {missing}; install gcc (or `module load gcc`), or name one in CC"
+    if (failure := _compiler_failure(found[0], "c", "stdint.h", env)) is not None:
+        return f"needs a C compiler, and {found[0]} does not work ({failure}); mend it, or name another in CC"
     return _headers_lack(headers)
 
 
