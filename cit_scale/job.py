@@ -26,11 +26,11 @@ class TrainJob:
     argv: tuple[str, ...]
 
     def __call__(self) -> int:
-        """Train. Returns 0; for any other exit code the process exits with it."""
+        """Train. Returns 0; for any other exit code the process exits with it. It ends after this either way."""
         outlive_readers()
         # Before the slow import of the trainer: until StopRequest replaces submitit's signal handler, a signal makes
         # submitit requeue the job at once, from rank 0, before all ranks can save together.
-        with StopRequest() as stop:
+        with StopRequest(ends_process=True) as stop:
             # Imported here, so that submitting from a login node does not need the GPU libraries.
             from cit_scale.train import main
 

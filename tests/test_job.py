@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import cit_scale.train
+from cit_scale.distributed.stop import StopRequest
 from cit_scale.job import LOCAL_REQUEUE, TrainJob, exit_code
 
 
@@ -43,10 +44,20 @@ def test_only_a_time_limit_of_the_local_executor_asks_for_another_try(code, sign
     assert exit_code(code, signum, {"SUBMITIT_EXECUTOR": executor}) == seen
 
 
-def test_a_signal_is_the_trainers_from_the_first_moment_on(monkeypatch):
-    """submitit's handler would requeue at once; here it must not be called even before train.py is imported."""
+@pytest.fixture
+def _handlers_are_given_back():
+    """A job's process ends with it; this one does not."""
+    before = {signum: signal.getsignal(signum) for signum in StopRequest.SIGNALS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("_handlers_are_given_back")
+def test_a_signal_is_the_trainers_from_the_first_moment_to_the_last(monkeypatch):
+    """submitit's handler would requeue at once; it must be called neither before train.py is imported nor after it."""
     called = []
-    before = signal.signal(signal.SIGUSR2, lambda *_: called.append("submitit"))
+    signal.signal(signal.SIGUSR2, lambda *_: called.append("submitit"))
 
     def main(argv, stop):
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -55,17 +66,14 @@ def test_a_signal_is_the_trainers_from_the_first_moment_on(monkeypatch):
 
     monkeypatch.setattr(cit_scale.train, "main", main)
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    try:
-        with pytest.raises(SystemExit) as left:
-            TrainJob(())()
-        assert left.value.code == 75
-        assert called == []
-        os.kill(os.getpid(), signal.SIGUSR2)
-        assert called == ["submitit"]  # and given back
-    finally:
-        signal.signal(signal.SIGUSR2, before)
+    with pytest.raises(SystemExit) as left:
+        TrainJob(())()
+    assert left.value.code == 75
+    os.kill(os.getpid(), signal.SIGUSR2)  # neither ends the process, with a code of its own
+    assert called == []
 
 
+@pytest.mark.usefixtures("_handlers_are_given_back")
 def test_a_job_that_ends_well_returns(monkeypatch):
     monkeypatch.setattr(cit_scale.train, "main", lambda argv, stop: 0)
     assert TrainJob(("--name", "mine"))() == 0
