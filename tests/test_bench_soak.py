@@ -30,6 +30,7 @@ from cit_scale.checkpoint import store as checkpoint
 from cit_scale.checkpoint.layout import share_out
 from cit_scale.checkpoint.store import Retention
 from cit_scale.distributed.world import World
+from cit_scale.run.metrics import COSTS
 
 STATE = {
     "weight/model.a": torch.linspace(-1, 1, 64).view(8, 8),
@@ -117,7 +118,7 @@ def test_another_sign_of_zero_and_another_type_are_differences(run_dir):
     ("lines", "different"),
     [
         (LOSSES, []),
-        ([LOSSES[0] | {"goodput": 0.9}, {"step": 5, "save_write_s": 1.0}, LOSSES[1]], []),
+        ([LOSSES[0] | dict.fromkeys(COSTS, 0.9), {"step": 5, "save_write_s": 1.0}, LOSSES[1]], []),
         ([LOSSES[0], LOSSES[1] | {"loss": 2.2500000000000004}], ["different: metrics.jsonl, loss"]),
         (LOSSES[:1], ["different: metrics.jsonl, loss"]),
         ([*LOSSES, LOSSES[1]], ["different: metrics.jsonl, loss"]),

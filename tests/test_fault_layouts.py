@@ -34,7 +34,7 @@ def test_a_run_goes_on_at_another_number_of_ranks_stage_and_engine(chain, tiny_r
     # Drop path and BatchNorm follow the cut into ranks, so losses are not to the bit those of a run at one layout; the
     # place in the data and the schedule are.
     ours, theirs = learned(tiny_run.run_dir), learned(calm().run_dir)
-    assert [line[0] for line in ours] == list(range(1, STEPS + 1))
-    assert [line[4] for line in ours] == [line[4] for line in theirs]  # learning rates
-    assert [line[1] for line in ours] == pytest.approx([line[1] for line in theirs], rel=0.2)
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    assert [line["lr"] for line in ours] == [line["lr"] for line in theirs]  # learning rates
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=0.2)
     assert tensors(tiny_run.checkpoint(STEPS)).keys() == tensors(calm().checkpoint(STEPS)).keys()

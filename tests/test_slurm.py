@@ -166,7 +166,7 @@ def calm(sbatch):
     """The long run on two nodes that nobody disturbed."""
     run = sbatch("cit_base", "calm", *ON_CPUS, "--nodes=2", train=LONG)
     run.ends()
-    assert [line[0] for line in learned(run.run_dir)] == list(range(1, LONG_STEPS + 1))
+    assert [line["step"] for line in learned(run.run_dir)] == list(range(1, LONG_STEPS + 1))
     return run
 
 
@@ -198,7 +198,7 @@ def test_a_script_trains_on_all_its_nodes(script, nodes, sbatch):
     assert run.nodes() == [[f"node{i}" for i in range(1, nodes + 1)]]
     assert run.starts()[0]["world_size"] == nodes
     assert (run.run_dir / "results.json").exists()
-    assert [line[0] for line in learned(run.run_dir)] == list(range(1, STEPS // 2 + 1))
+    assert [line["step"] for line in learned(run.run_dir)] == list(range(1, STEPS // 2 + 1))
 
 
 def test_an_installed_package_trains_by_its_own_scripts(cluster, python_folder, tiny, tmp_path_factory):
@@ -350,7 +350,7 @@ def test_two_nodes_requeued_onto_one_continue(by, disturbed, submit, cluster):
         run.ends()
     assert run.nodes() == [["node7", "node8"], ["node7"]]
     assert [start["world_size"] for start in run.starts()] == [2, 1]
-    assert [line[0] for line in learned(run.run_dir)] == list(range(1, LONG_STEPS + 1))
+    assert [line["step"] for line in learned(run.run_dir)] == list(range(1, LONG_STEPS + 1))
 
 
 def test_a_cancelled_run_is_saved_and_stays_cancelled(disturbed, cluster):
@@ -450,7 +450,7 @@ def test_submit_trains_on_eight_nodes(submit):
     run = submit("submitted", "--nodes=8", train=["--train.global_batch_size", "16"])
     run.ends()
     assert run.nodes() == [[f"node{i}" for i in range(1, 9)]]
-    assert [line[0] for line in learned(run.run_dir)] == list(range(1, STEPS // 2 + 1))
+    assert [line["step"] for line in learned(run.run_dir)] == list(range(1, STEPS // 2 + 1))
 
 
 def test_submitits_signal_is_the_trainers(submit, calm, cluster):
@@ -477,7 +477,7 @@ def test_a_task_of_a_sweep_is_requeued_alone(submit, cluster):
     assert [attempt["exit_code"] for attempt in runs[0].attempts()] == [0]
     assert [attempt["exit_code"] for attempt in runs[1].attempts()] == [75, 0]
     for run in runs:
-        assert [line[0] for line in learned(run.run_dir)] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
+        assert [line["step"] for line in learned(run.run_dir)] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
     assert learned(runs[0].run_dir) != learned(runs[1].run_dir)
 
 
@@ -546,4 +546,4 @@ def test_other_launchers_meet_across_hosts(launcher, cluster, tiny, tmp_path):
     assert codes == [0, 0], "\n".join((tmp_path / f"node{i}.log").read_text() for i in (1, 2))
     (start,) = json.loads((cluster.shared / name / "env.json").read_text())
     assert start["world_size"] == 2
-    assert [line[0] for line in learned(cluster.shared / name)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in learned(cluster.shared / name)] == list(range(1, STEPS + 1))

@@ -18,6 +18,7 @@ from jobs import Ended, Job, Sabotage
 from safetensors.torch import load_file, save_file
 
 from cit_scale.models.network import build_network
+from cit_scale.run.metrics import COSTS
 
 STEPS_PER_EPOCH = 6
 STEPS = 2 * STEPS_PER_EPOCH
@@ -152,16 +153,17 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-LEARNED = ("loss", "loss_label", "loss_conv", "lr", "grad_norm")
-
-
-def learned(run_dir: Path) -> list[list[Any]]:
+def learned(run_dir: Path) -> list[dict[str, Any]]:
     """What each step's line says of the learning, in the order of the file."""
-    return [[line["step"], *(line[name] for name in LEARNED)] for line in metrics(run_dir) if "loss" in line]
+    return [_without_costs(line) for line in metrics(run_dir) if "loss" in line]
 
 
 def evaluated(run_dir: Path) -> list[dict[str, Any]]:
-    return [line for line in metrics(run_dir) if "top1_cls" in line]
+    return [_without_costs(line) for line in metrics(run_dir) if "top1_cls" in line]
+
+
+def _without_costs(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in COSTS}
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -189,7 +191,7 @@ def assert_same_end(run: TinyRun, calm: TinyRun) -> None:
     """Bit for bit: the weights brought out, everything in the last checkpoint, the lines of every step."""
     assert_same_tensors(run.run_dir, calm.run_dir)
     assert_same_tensors(run.checkpoint(STEPS), calm.checkpoint(STEPS))
-    assert [line[0] for line in learned(run.run_dir)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in learned(run.run_dir)] == list(range(1, STEPS + 1))
     assert learned(run.run_dir) == learned(calm.run_dir)
     assert evaluated(run.run_dir) == evaluated(calm.run_dir)
     ours, theirs = (json.loads((each.run_dir / "results.json").read_text()) for each in (run, calm))

@@ -43,6 +43,7 @@ from cit_scale.bench.measure import machine_text, table
 from cit_scale.config import REPOSITORY
 from cit_scale.errors import Stopped
 from cit_scale.models.network import build_network
+from cit_scale.run.metrics import COSTS
 
 T = TypeVar("T")
 
@@ -72,9 +73,8 @@ train: {global_batch_size: 128, log_every_steps: 1, eval_every_epochs: 4, step_t
 TRAINING_PART, FAULTS_PART = 0.12, 0.85
 # Limits for a start and for an end. Longer means that the job hangs and its watchdog, set to 90 s, does not end it.
 START_LIMIT_S, END_LIMIT_S = 240, 120
-# Keys of meta.json and metrics.jsonl that are not compared: times, costs, and the settings, which hold the run's name.
+# Keys of meta.json that are not compared: times, and the settings, which hold the run's name.
 OWN_META = ("useful_s", "config")
-OWN_METRICS = ("step", "images_per_s", "goodput", "save_stall_s", "save_write_s", "save_bytes")
 
 
 class Surprise(Exception):  # noqa: N818  what the soak looks for
@@ -503,7 +503,7 @@ def learned(run_dir: Path) -> dict[str, Any]:
         if key not in OWN_META:
             found[f"meta.json, {key}"] = value
     for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()):
-        for key in line.keys() - set(OWN_METRICS):
+        for key in line.keys() - COSTS - {"step"}:
             found.setdefault(f"metrics.jsonl, {key}", []).append((line["step"], line[key]))
     return found
 

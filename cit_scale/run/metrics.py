@@ -25,6 +25,10 @@ from cit_scale.run_folder import METRICS
 
 T = TypeVar("T")
 
+# What metrics.jsonl says of time, memory and disk. All else is learned: two runs of the same have it to the bit.
+COSTS = {"images_per_s", "step_ms", "data_share", "memory_gib", "mfu", "goodput"}
+COSTS |= {"save_stall_s", "save_write_s", "save_bytes"}  # of a checkpoint
+
 # Seconds of steps from which the time left is estimated: rich's own 30 hold no two steps of a slow run.
 SPEED_PERIOD_S = 600.0
 
