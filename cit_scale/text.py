@@ -1,4 +1,5 @@
-"""Output of the commands: keeps a process alive if nobody reads its output, and prints help with examples."""
+"""What the commands say and are told: keeps a process alive if nobody reads its output, prints help with examples, and
+reads numbers."""
 
 from __future__ import annotations
 
@@ -90,3 +91,10 @@ class ExampleParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return "\n".join([*self._examples, "", super().format_help()])
+
+
+def positive(text: str) -> int:
+    """A type of argparse: a number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)

@@ -355,10 +355,23 @@ def test_compiled_is_the_student_and_the_teachers_but_at_zero3_the_teachers_alon
     )
 
 
-def test_an_unknown_engine_is_answered_with_the_known_ones(capsys):
-    with pytest.raises(SystemExit):
-        parse(["--engines", "plain,zero9"])
-    assert "'zero9' is none of plain, fsdp2, zero0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        (("--engines", "plain,zero9"), "'zero9' is none of plain, fsdp2, zero0"),
+        (("--repeats", "0"), "--repeats: '0' is no number above 0"),
+        (("--image-size", "-4"), "--image-size: '-4' is no number above 0"),
+        (("--threads", "two"), "--threads: 'two' is no number above 0"),
+        (("--batch-size", "12"), "--batch-size 12: images are mixed 8 at a time; give a multiple of that"),
+        (("--json", "/no/such/folder/figures.json"), "--json: '/no/such/folder/figures.json' cannot be written"),
+        (("--json", "/"), "--json: '/' cannot be written"),
+    ],
+)
+def test_what_cannot_be_measured_is_answered_before_anything_is(asked, answer, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(asked)
+    assert left.value.code == 2
+    assert answer in capsys.readouterr().err
 
 
 def sharded_figures(world):
@@ -384,12 +397,13 @@ def said_and_written(world, path):
     said = io.StringIO()
     step.Task = lambda **given: Task(**given, matmul_size=64)
     with contextlib.redirect_stdout(said):
-        step.main([*asked, "--classes", "3", "--compile", "off", "--repeats", "1", "--json", path])
-    return said.getvalue()
+        code = step.main([*asked, "--classes", "3", "--compile", "off", "--repeats", "1", "--json", path])
+    return code, said.getvalue()
 
 
 def test_the_command_prints_tables_and_writes_all_figures(tmp_path):
-    (said,) = run_on_ranks(1, said_and_written, str(tmp_path / "step.json"))
+    ((code, said),) = run_on_ranks(1, said_and_written, str(tmp_path / "step.json"))
+    assert code == 0
     assert "1 threads" in said
     assert torch.backends.cpu.get_cpu_capability() in said
     rows = [line for line in said.splitlines() if line.startswith("| p")]
@@ -399,6 +413,14 @@ def test_the_command_prints_tables_and_writes_all_figures(tmp_path):
     assert [way["engine"] for way in written["ways"]] == [PORT, "plain"]
     assert written["ways"][0]["port_over_it"] == 1
     assert written["task"]["image_size"] == 32
+
+
+def code_where_nothing_is_measured(world):
+    return step.main(["--compile", "off", "--repeats", "1", "--image-size", "30"])
+
+
+def test_the_command_fails_where_nothing_could_be_measured():
+    assert run_on_ranks(1, code_where_nothing_is_measured) == [1]
 
 
 @pytest.mark.gpu

@@ -45,7 +45,7 @@ WALLS = {
     "__main__": "cli config text",
     "job": "distributed errors text train",
     "bench": "batch checkpoint config data datasets distributed engines errors evaluate export files inference models "
-    "run settings teachers train",
+    "run settings teachers text train",
 }
 
 # They only bear a name that people call, and lead to the command.

@@ -30,6 +30,7 @@ from cit_scale.engines.build import prepare_engine
 from cit_scale.engines.plain import PlainEngine
 from cit_scale.files import file_sha256, sync
 from cit_scale.models.network import build_network
+from cit_scale.text import positive
 
 STALL, WRITE, READ = "ours: training stands", "ours: written", "ours: verified and loaded"
 SAVE, SAVE_SYNCED, LOAD = "torch.save", "torch.save, synced and summed", "torch.load and loaded"
@@ -96,7 +97,7 @@ def measure(engine: Engine, folder: Path, rounds: int) -> tuple[dict[str, list[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="cit_base_patch16_224", help="a CiT (default: cit_base_patch16_224)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of (default: 5)")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds to take the median of (default: 5)")
     parser.add_argument("--folder", type=Path, help="folder on the disk to measure (default: a temporary folder)")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="checkpoint_", dir=arguments.folder))

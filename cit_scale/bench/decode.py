@@ -48,6 +48,7 @@ from cit_scale.datasets.sources import Source, Subset, open_source
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError
 from cit_scale.run.results import environment_record
+from cit_scale.text import positive
 
 CPU = torch.device("cpu")
 
@@ -339,16 +340,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--data", metavar="FOLDER", help="images or shards, as for data.train")
-    images.add_argument("--synthetic", type=int, metavar="N", help=f"draw N images of {WIDTH} x {HEIGHT} pixels")
+    images.add_argument("--synthetic", type=positive, metavar="N", help=f"draw N images of {WIDTH} x {HEIGHT} pixels")
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="rows to measure (default: all that the data allow)")
     parser.add_argument(
         "--packed", action="store_true", help="with --data: add the rows that pack the images to shards first"
     )
-    parser.add_argument("--threads", type=int, default=2, help="decoding threads, or timm's workers (default: 2)")
-    parser.add_argument("--batch", type=int, default=64, help="images per batch (default: 64)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of (default: 5)")
-    parser.add_argument("--images", type=int, default=1536, help="images per round, chosen from larger data at random")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels (default: 224)")
+    parser.add_argument("--threads", type=positive, default=2, help="decoding threads, or timm's workers (default: 2)")
+    parser.add_argument("--batch", type=positive, default=64, help="images per batch (default: 64)")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds to take the median of (default: 5)")
+    parser.add_argument(
+        "--images", type=positive, default=1536, help="images per round, chosen from larger data at random"
+    )
+    parser.add_argument("--image_size", type=positive, default=224, help="pixels (default: 224)")
     return parser
 
 

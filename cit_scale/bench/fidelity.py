@@ -50,6 +50,7 @@ from cit_scale.datasets.shards import open_packed
 from cit_scale.datasets.sources import Source
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, error_line
+from cit_scale.text import positive
 
 EPOCHS = 4  # passes over the photographs, each with new draws
 THREADS = 2
@@ -257,8 +258,8 @@ def compute(images: Sequence[Image.Image], cases: Sequence[tuple[str, float]], d
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table. Returns the exit code: 1 if a mean exceeds its limit at the first image size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=int, default=16, help="synthetic photographs to compare (default: 16)")
-    parser.add_argument("--image_sizes", type=int, nargs="+", default=[224, 32], help="pixels (default: 224 32)")
+    parser.add_argument("--photos", type=positive, default=16, help="synthetic photographs to compare (default: 16)")
+    parser.add_argument("--image_sizes", type=positive, nargs="+", default=[224, 32], help="pixels (default: 224 32)")
     parser.add_argument(
         "--images",
         metavar="FOLDER",

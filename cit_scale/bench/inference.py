@@ -31,6 +31,7 @@ from cit_scale.inference.interface import Interface
 from cit_scale.inference.predict import predict
 from cit_scale.inference.turns import Answers, classify_all
 from cit_scale.models.pretrained import timms_crop_ratio
+from cit_scale.text import positive
 
 BATCH = 32
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="as cit-scale evaluate takes it; a network")
     parser.add_argument("--data", required=True, help="a folder of class folders")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     arguments = parser.parse_args()
     opened = open_network(arguments.model, World())
     interface, device = opened.interface, torch.device("cpu")

@@ -40,6 +40,7 @@ from cit_scale.bench.measure import (
 )
 from cit_scale.models import involution_loop
 from cit_scale.models.involution import Involution2d, involution
+from cit_scale.text import positive
 
 REFERENCE = "unfold"
 COPY = "copy"
@@ -336,8 +337,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     parser.add_argument("--shapes", nargs="+", type=parse_shapes, metavar="NAME@SIZE[xBATCH]",
                         default=[parse_shapes("rednet101@224"), parse_shapes("rednet101@64x64")])  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, the least noisy)")
+    parser.add_argument("--rounds", type=positive, default=7, help="rounds to take the median of (default: 7)")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1, the least noisy)")
     parser.add_argument("--inductor", action="store_true", help="add unfold under Inductor, which compiles each shape")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

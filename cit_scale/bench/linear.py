@@ -29,6 +29,7 @@ from cit_scale.distributed.world import World
 from cit_scale.models.network import Network, build_network
 from cit_scale.models.pretrained import description_of
 from cit_scale.models.weights import load_weights
+from cit_scale.text import positive
 
 BATCH = 64
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--pretrained", required=True, help="its weights, as student.pretrained takes them")
     parser.add_argument("--train", required=True, help="as data.train")
     parser.add_argument("--eval", required=True, help="as data.eval")
-    parser.add_argument("--image_size", type=int, default=96)
+    parser.add_argument("--image_size", type=positive, default=96)
     parser.add_argument("--crop_ratio", type=float, default=1.0)
     parser.add_argument("--strengths", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1], help="C of scikit-learn")
     arguments = parser.parse_args()

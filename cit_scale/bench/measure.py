@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +20,14 @@ from cit_scale.distributed.world import World
 from cit_scale.run.results import environment_record
 
 PAGE_KIB = 4  # the smallest figure of peak_extra_mib on a CPU
+
+
+def output_file(text: str) -> Path:
+    """A type of argparse: a file that can be written, which is said before anything is measured."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return path
 
 
 def take_turns(

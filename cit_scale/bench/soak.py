@@ -39,11 +39,12 @@ import safetensors.torch
 import torch
 import yaml
 
-from cit_scale.bench.measure import machine_text, table
+from cit_scale.bench.measure import machine_text, output_file, table
 from cit_scale.config import REPOSITORY
 from cit_scale.errors import Stopped
 from cit_scale.models.network import build_network
 from cit_scale.run.metrics import COSTS
+from cit_scale.text import positive
 
 T = TypeVar("T")
 
@@ -598,10 +599,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="duration of the whole soak (default: 10)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=positive, default=2)
     parser.add_argument("--engine", choices=ENGINES, default="zero1")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work in FOLDER, and keep it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures to FILE")
     asked = parser.parse_args()
     folder = (asked.keep or Path(tempfile.mkdtemp(prefix="soak_"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ and the port trains on each rank alone. Columns:
 "compiled" are student and teachers, and at ZeRO-3 the teachers alone. Ways that compile alike share what is compiled:
 the first step of the first of them takes all the time for it.
 "none" for teachers is the same student and loss, with logits of the teachers that are there already.
+
+Ends with 1 where none of the ways that were asked for could be measured.
 """
 
 from __future__ import annotations
@@ -27,13 +29,12 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cit_scale.bench.measure import machine_text, ratio, seconds, spread, table, take_turns
+from cit_scale.bench.measure import machine_text, output_file, ratio, seconds, spread, table, take_turns
 from cit_scale.bench.step_ways import (
     ENGINES,
     PORT,
@@ -49,7 +50,7 @@ from cit_scale.bench.step_ways import (
     recorded,
 )
 from cit_scale.bench.watch import PARTS, PartClock, Watch, allocated_bytes, enqueue_ms
-from cit_scale.config import StudentConfig, TeacherConfig
+from cit_scale.config import MixingConfig, StudentConfig, TeacherConfig
 from cit_scale.distributed.world import World, start
 from cit_scale.errors import ConfigError, one_line
 from cit_scale.models.network import AUTOCAST, set_float32_arithmetic, tensors_of
@@ -57,6 +58,7 @@ from cit_scale.run.flops import forward_flops
 from cit_scale.run.plan import estimate_memory
 from cit_scale.run.setup import PreparedRun
 from cit_scale.teachers import Teacher
+from cit_scale.text import positive
 
 COMPILED = {"off": (False,), "on": (True,), "both": (False, True)}
 RESIZE_STORAGES = ("fsdp2", "zero3", "zero2_offload", "zero3_offload")  # Watch does not see all of their memory
@@ -304,13 +306,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--student", default="cit_tiny_patch16_224", help="default: cit_tiny_patch16_224")
     add("--conv", default="regnety_006", help="the convolution teacher (default: regnety_006)")
     add("--inv", default="rednet26", help="the involution teacher (default: rednet26)")
-    add("--image-size", type=int, default=64, help="in pixels (default: 64)")
-    add("--batch-size", type=int, default=32, help="images of each rank (default: 32)")
-    add("--classes", type=int, default=1000, help="default: 1000")
-    add("--repeats", type=int, default=7, help="rounds to take the median of (default: 7)")
-    add("--threads", type=int, default=1, help="CPU threads (default: 1, the least noisy)")
-    add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    return parser.parse_args(argv)
+    add("--image-size", type=positive, default=64, help="in pixels (default: 64)")
+    add("--batch-size", type=positive, default=32, help="images of each rank (default: 32)")
+    add("--classes", type=positive, default=1000, help="default: 1000")
+    add("--repeats", type=positive, default=7, help="rounds to take the median of (default: 7)")
+    add("--threads", type=positive, default=1, help="CPU threads (default: 1, the least noisy)")
+    add("--json", type=output_file, metavar="FILE", help="write all figures to FILE")
+    asked = parser.parse_args(argv)
+    together = MixingConfig().group_size or 1
+    if asked.batch_size % together:
+        parser.error(f"--batch-size {asked.batch_size}: images are mixed {together} at a time; give a multiple of that")
+    return asked
 
 
 def ways_of(asked: argparse.Namespace) -> list[Way]:
@@ -325,7 +331,8 @@ def ways_of(asked: argparse.Namespace) -> list[Way]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark. Returns the exit code."""
     asked = parse(argv)
     world, ways = World.from_env(os.environ), ways_of(asked)
     task = Task(
@@ -347,9 +354,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{heading(bench, asked.repeats)}\n\n{report(found, bench)}", flush=True)
             if asked.json:
                 asked.json.write_text(as_json(found, bench, asked.repeats))
+        return 0 if any(way.engine != PORT for way in found) else 1
     finally:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

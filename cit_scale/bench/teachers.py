@@ -20,6 +20,7 @@ from cit_scale.bench.measure import machine_text, peak_extra_mib, ratio, seconds
 from cit_scale.models import involution
 from cit_scale.models.network import Precision, build_network
 from cit_scale.teachers import freeze
+from cit_scale.text import positive
 
 
 def over_unfold(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -60,10 +61,10 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median of (default: 7)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, the least noisy)")
+    parser.add_argument("--image_size", type=positive, default=224)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--rounds", type=positive, default=7, help="rounds to take the median of (default: 7)")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1, the least noisy)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)

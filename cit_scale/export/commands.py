@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from cit_scale.inference.commands import MODEL_HELP, add_threads, positive
+from cit_scale.inference.commands import MODEL_HELP, add_threads
 from cit_scale.inference.defaults import PRECISIONS, SUFFIXES
-from cit_scale.text import ExampleParser
+from cit_scale.text import ExampleParser, positive
 
 
 def export(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 
 from cit_scale.inference.defaults import FORMATS, FRAMES_PER_S, JUDGES
-from cit_scale.text import ExampleParser
+from cit_scale.text import ExampleParser, positive
 
 CORES = len(os.sched_getaffinity(0))  # that this process may use, not all cores of the machine
 
@@ -102,10 +102,3 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=positive, default=CORES, metavar="N", help="that read and decode images (default: the cores)"
     )
-
-
-def positive(text: str) -> int:
-    """A type of argparse: a number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return int(text)
