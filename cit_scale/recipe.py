@@ -276,13 +276,14 @@ def _check_value(value: Any, kind: Any, source: str, name: str) -> Any:
         # In pydantic's strict mode true is no number, and a list no tuple.
         return TypeAdapter(kind).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
     except ValidationError as error:
-        wrong = error.errors()[0]["msg"].removeprefix("Input ")
+        kinds = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in error.errors())
+        wrong = f"should be {' or '.join(kinds)}"
         if typing.get_origin(kind) is tuple:
             of = typing.get_args(kind)
             wrong = "should be a list of texts" if of[-1] is ... else f"should be a list of {len(of)} numbers"
         elif str in types and isinstance(value, (bool, int, float)):
             wrong = "should be a text; write it in quotes"
-        raise ConfigError(f"{source}{name}={value!r:.80} {wrong[0].lower()}{wrong[1:]}") from error
+        raise ConfigError(f"{source}{name}={value!r:.80} {wrong}") from error
 
 
 def _mapping(tree: Any, source: str, prefix: str, example: str) -> dict[str, Any]:

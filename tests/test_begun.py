@@ -11,10 +11,12 @@ from cit_scale import cli, recipe
 from cit_scale.config import RunConfig
 from cit_scale.distributed.world import World
 from cit_scale.engines.base import EngineSetup
+from cit_scale.errors import RefusedError
 from cit_scale.recipe import Given
 from cit_scale.run import auto
 from cit_scale.run.auto import with_precision
 from cit_scale.run.begun import GIVEN, as_begun, given_note
+from cit_scale.run.plan import arithmetic_text
 from cit_scale.settings import changed_settings, to_dict, to_yaml
 
 
@@ -166,6 +168,15 @@ def test_damage_is_left_to_who_compares(damage, parse, shipped):
     assert parse().as_begun().config == begun.config
 
 
+@pytest.mark.parametrize("damage", ["engine: {compile: 3}", "engine: {precision: fp8}", "engine: {compile: .nan}"])
+def test_a_value_that_no_run_can_have_is_refused_with_the_way_out(damage, parse, shipped):
+    begun = parse()
+    begin(begun)
+    (begun.config.run_dir / "config.yaml").write_text(damage)
+    with pytest.raises(RefusedError, match=r"run began with .*engine.*; mend it, or start over with --fresh"):
+        parse().as_begun()
+
+
 def test_without_config_yaml_the_newest_checkpoint_tells(parse, shipped):
     begun = parse()
     folder = begun.config.run_dir / "ckpt" / "step_000004"
@@ -212,6 +223,18 @@ def test_on_a_gpu_the_student_is_compiled_but_at_stage_3(stage, compiles, monkey
         monkeypatch.setattr(auto, "compiler_lacks", lambda *_, lacking=lacking: lacking)
         decided = auto.with_compile(planned_at(stage)).config
         assert (decided.engine.compile, decided.distill.compile) == (compiles and able, able)
+
+
+def test_the_line_on_the_arithmetic_says_where_cuda_graphs_are_without_effect(monkeypatch):
+    monkeypatch.setattr(auto, "compiler_lacks", lambda *_: None)
+    planned = planned_at(1)
+    distill = dataclasses.replace(planned.config.distill, cuda_graphs=True)
+    planned = dataclasses.replace(planned, config=dataclasses.replace(planned.config, distill=distill))
+    planned = dataclasses.replace(auto.with_compile(planned), engine_setup=planned.engine_setup)
+    assert "student and teachers compiled, in CUDA graphs, under ZeRO stage 1" in arithmetic_text(planned, "an H100")
+    eager = dataclasses.replace(planned.config, distill=dataclasses.replace(planned.config.distill, compile=False))
+    said = arithmetic_text(dataclasses.replace(planned, config=eager), "an H100")
+    assert "student compiled, without CUDA graphs, which are of compiled teachers on a GPU, under ZeRO" in said
 
 
 def test_one_node_without_a_compiler_decides_for_all(monkeypatch):

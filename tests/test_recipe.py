@@ -56,7 +56,7 @@ def laid(*texts):
         ("seed: true", "mine.yaml: seed=True should be a valid integer"),
         ("seed: 1.5", "mine.yaml: seed=1.5 should be a valid integer"),
         ("optim: {lr: fast}", "mine.yaml: optim.lr='fast' should be a valid number"),
-        ("engine: {compile: 1}", "mine.yaml: engine.compile=1 should be a valid boolean"),
+        ("engine: {compile: 1}", "mine.yaml: engine.compile=1 should be a valid boolean or 'auto'"),
         ("engine: {name: zer}", "mine.yaml: engine.name='zer' should be 'zero', 'fsdp2' or 'plain'"),
         ("augment: {crop_scale: [0.1]}", r"mine.yaml: augment.crop_scale=\[0.1\] should be a list of 2 numbers"),
         ("augment: {crop_scale: 0.1}", "mine.yaml: augment.crop_scale=0.1 should be a list of 2 numbers"),

@@ -168,8 +168,10 @@ class BadSteps:
         write_tensors(tensors, folder / f"rank_{self._world.rank}.safetensors")
         if self._world.is_main:
             (folder / "step.json").write_text(json.dumps(self._last.record(), indent=1))
+        number = self._progress.bad_in_a_row
         raise DivergedError(
-            f"{self._progress.bad_in_a_row} steps in a row were not finite, the last is step {self._last.step}: "
-            f"{self._last}; train.max_bad_steps={self._most} is reached; its images and targets are in {folder}, the "
-            "state before it is the newest checkpoint: continue with a lower optim.lr and --override-resume"
+            f"{f'{number} steps in a row were' if number > 1 else 'one step was'} not finite, the last is step "
+            f"{self._last.step}: {self._last}; train.max_bad_steps={self._most} is reached; its images and targets are "
+            f"in {folder}, the state before it is the newest checkpoint: continue with a lower optim.lr and "
+            "--override-resume"
         )

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from cit_scale.config import RunConfig
+from cit_scale.errors import ConfigError, RefusedError, one_line
 from cit_scale.recipe import Given, build, parse_recipe
 from cit_scale.run_folder import CONFIG, ENVIRONMENT, newest_note
 from cit_scale.settings import AUTO, to_dict, walk
@@ -28,7 +29,7 @@ def as_begun(config: RunConfig, given: Given, *, decided: bool = True) -> RunCon
 
     A setting that is ``auto`` now is what it was decided to be then, given or not; with ``decided=False`` it stays
     ``auto``. Without a run folder, and for what its files do not tell, ``config`` itself: what may not change is
-    compared later, and damage is reported there.
+    compared later, and damage is reported there. Raises RefusedError for a value that no run can have.
     """
     began = _began_with(config.run_dir)
     if began is None:
@@ -46,7 +47,12 @@ def as_begun(config: RunConfig, given: Given, *, decided: bool = True) -> RunCon
             now[last] = then[last]
     if tree == to_dict(config):
         return config
-    return build(parse_recipe(yaml.safe_dump(tree).encode(), str(config.run_dir / CONFIG)), RunConfig)
+    try:
+        return build(parse_recipe(yaml.safe_dump(tree).encode(), CONFIG), RunConfig)
+    except ConfigError as error:
+        raise RefusedError(
+            f"{config.run_dir} began with what no run can have ({one_line(error)}); mend it, or start over with --fresh"
+        ) from error
 
 
 def given_note(given: Given | None) -> dict[str, Any]:
