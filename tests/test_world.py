@@ -58,6 +58,7 @@ def test_training_binds_nccl_to_the_device_that_it_computes_on(world, bound, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: given.update(current=device))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # a run that another test made here may have left one
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: given.update(more))
     start(world)
     assert (given["device_id"], given["current"]) == (bound, world.device)
