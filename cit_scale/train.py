@@ -191,7 +191,7 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
             if config.train.forecast and not any(
                 each.has_begun for each in (prepared, *prepared.teacher_runs.values())
             ):
-                say_forecast(prepared)
+                say_forecast(prepared, stop)
                 watchdog.progress()
         teachers = dict(config.teachers)
         # From here on a second Ctrl-C waits until the state is saved; before, it interrupts at once.
@@ -248,9 +248,9 @@ def with_given(prepared: PreparedRun, arguments: cli.Arguments) -> PreparedRun:
     return dataclasses.replace(prepared, given=arguments.given, teacher_runs=teacher_runs)
 
 
-def say_forecast(prepared: PreparedRun) -> None:
+def say_forecast(prepared: PreparedRun, stop: StopRequest) -> None:
     """Collective. Say how long the run will take. All ranks try at once, as they will compute at once."""
-    for line in run_on_all_ranks(prepared.world, lambda: forecast_lines(prepared)):
+    for line in run_on_all_ranks(prepared.world, lambda: forecast_lines(prepared, lambda: stop.requested)):
         if prepared.world.is_main:
             print(f"{prepared.config.name}  {line}", flush=True)
 

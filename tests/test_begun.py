@@ -173,7 +173,7 @@ def test_a_value_that_no_run_can_have_is_refused_with_the_way_out(damage, parse,
     begun = parse()
     begin(begun)
     (begun.config.run_dir / "config.yaml").write_text(damage)
-    with pytest.raises(RefusedError, match=r"run began with .*engine.*; mend it, or start over with --fresh"):
+    with pytest.raises(RefusedError, match=r"holds settings that .*engine.*; mend them, or start over"):
         parse().as_begun()
 
 

@@ -20,6 +20,10 @@ from cit_scale.run import forecast
 from cit_scale.run.setup import PreparedRun
 
 
+def never():
+    return False
+
+
 @pytest.fixture
 def prepared(tiny_digits, tmp_path):
     def prepare(ema_decay=None, teachers=None):
@@ -40,9 +44,9 @@ def prepared(tiny_digits, tmp_path):
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_steps_and_evaluations_are_counted(ema_decay, prepared, monkeypatch):
     """Each part takes a second: data, forward pass, update. No teachers, but their (empty) part is asked for."""
-    monkeypatch.setattr(forecast, "_median_s", lambda function, device: 1.0)
+    monkeypatch.setattr(forecast, "_median_s", lambda function, device, asked_to_stop: 1.0)
     run = prepared(ema_decay)
-    found = forecast.forecast(run)
+    found = forecast.forecast(run, never)
     networks = 1 if ema_decay is None else 2
     evaluation_s = networks * 57 * (1 + 1)  # 1797 images in batches of 32: forward pass and data
     epoch_s = 28 * 2 * (1 + 1 + 1)  # 28 steps of two micro-steps: data, update, the teachers' part
@@ -51,9 +55,9 @@ def test_steps_and_evaluations_are_counted(ema_decay, prepared, monkeypatch):
 
 
 def test_teachers_take_part_in_each_step_and_are_evaluated_once(prepared, monkeypatch):
-    monkeypatch.setattr(forecast, "_median_s", lambda function, device: 1.0)
+    monkeypatch.setattr(forecast, "_median_s", lambda function, device, asked_to_stop: 1.0)
     teacher = TeacherConfig("resnet10t", {"channels": [8, 8, 16, 16], "stem_width": 8})
-    alone, advised = (forecast.forecast(prepared(teachers=teachers)) for teachers in (None, {"conv": teacher}))
+    alone, advised = (forecast.forecast(prepared(teachers=teachers), never) for teachers in (None, {"conv": teacher}))
     assert advised.total_s - alone.total_s == 57 * (1 + 1)
 
 
@@ -73,12 +77,20 @@ def test_durations_are_said_in_units_that_fit(seconds, shown):
     assert forecast.shown_s(seconds) == shown
 
 
+def test_a_forecast_ends_with_the_trial_in_which_the_run_is_asked_to_stop(prepared, monkeypatch):
+    tried = []
+    monkeypatch.setattr(forecast, "_timed_s", lambda function, device: tried.append(function) or 1.0)
+    assert forecast.forecast_lines(prepared(), lambda: len(tried) == 6) == []
+    assert len(tried) == 6
+    assert len(forecast.forecast_lines(prepared(), never)) == 1
+
+
 def test_a_forecast_that_fails_costs_a_line_and_no_run(prepared, monkeypatch):
-    def fail(prepared):
+    def fail(*_):
         raise MemoryError
 
     monkeypatch.setattr(forecast, "forecast", fail)
-    (line,) = forecast.forecast_lines(prepared())
+    (line,) = forecast.forecast_lines(prepared(), never)
     assert line == "how long the run takes is not known: MemoryError in a trial step"
 
 

@@ -51,7 +51,8 @@ def as_begun(config: RunConfig, given: Given, *, decided: bool = True) -> RunCon
         return build(parse_recipe(yaml.safe_dump(tree).encode(), CONFIG), RunConfig)
     except ConfigError as error:
         raise RefusedError(
-            f"{config.run_dir} began with what no run can have ({one_line(error)}); mend it, or start over with --fresh"
+            f"{config.run_dir} holds settings that no run can have ({one_line(error)}); mend them, or start over with "
+            "--fresh"
         ) from error
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,25 +27,30 @@ class Forecast:
     first_evaluation_s: float
 
 
-def forecast(prepared: PreparedRun) -> Forecast:
-    """Try the run's networks on one micro-batch of its data, and count its steps and evaluations.
+class Interrupted(Exception):  # noqa: N818  no error
+    """The run is asked to stop: it need not be tried."""
+
+
+def forecast(prepared: PreparedRun, asked_to_stop: Callable[[], bool]) -> Forecast:
+    """Try the run's networks on one micro-batch of its data, and count its steps and evaluations. Raises Interrupted.
 
     On each rank by itself, as under engine.name=plain: what ranks say to one another is left out, and so are start,
     compilation (the teachers are tried as they are), activation checkpointing and checkpoints.
     """
     config, device, split = prepared.config, prepared.world.device, prepared.batch_split
+    median_s = partial(_median_s, device=device, asked_to_stop=asked_to_stop)
     with contextlib.closing(prepared.train_batches(0)) as batches:
         images = next(batches).images
-        data_s = _median_s(lambda: next(batches), device)
+        data_s = median_s(lambda: next(batches))
     network = prepared.build_student().to(device).train()
     network.precision = decided(config.engine.precision)
     teachers = [prepared.build_teacher_without_weights(teacher) for teacher in config.teachers.values()]
     precision: Precision = decided(config.distill.teacher_precision)
     frozen = [freeze(each, images.shape[-1], device, precision=precision, compile=False) for each in teachers]
 
-    forward_s = _median_s(lambda: _forward(network, images), device)
-    advice_s = _median_s(lambda: [teacher(images) for teacher in frozen], device)
-    compute_s = _median_s(lambda: _update(network, images), device) + advice_s
+    forward_s = median_s(lambda: _forward(network, images))
+    advice_s = median_s(lambda: [teacher(images) for teacher in frozen])
+    compute_s = median_s(lambda: _update(network, images)) + advice_s
     # A CPU that computes does not decode at the same time.
     micro_step_s = compute_s + data_s if device.type == "cpu" else max(compute_s, data_s)
     epoch_s = prepared.steps_per_epoch * split.micro_steps * micro_step_s
@@ -62,11 +67,15 @@ def forecast(prepared: PreparedRun) -> Forecast:
     )
 
 
-def forecast_lines(prepared: PreparedRun) -> list[str]:
-    """What to say of the run and of the teachers' runs in it, in the order in which they are trained."""
+def forecast_lines(prepared: PreparedRun, asked_to_stop: Callable[[], bool]) -> list[str]:
+    """What to say of the run and of the teachers' runs in it, in the order in which they are trained. Nothing once the
+    run is asked to stop.
+    """
     runs = {f"teacher {name}": run for name, run in prepared.teacher_runs.items()} | {"the student": prepared}
     try:
-        forecasts = {name: forecast(run) for name, run in runs.items()}
+        forecasts = {name: forecast(run, asked_to_stop) for name, run in runs.items()}
+    except Interrupted:
+        return []
     except Exception as error:  # of memory, of a kernel: no figure is worth a run
         return [f"how long the run takes is not known: {type(error).__name__} in a trial step"]
     finally:
@@ -102,8 +111,12 @@ def _update(network: Network, images: torch.Tensor) -> None:
     network.zero_grad()
 
 
-def _median_s(function: Callable[[], object], device: torch.device) -> float:
-    times: Sequence[float] = [_timed_s(function, device) for _ in itertools.repeat(None, TRIALS + 1)]
+def _median_s(function: Callable[[], object], device: torch.device, asked_to_stop: Callable[[], bool]) -> float:
+    times: list[float] = []
+    for _ in range(TRIALS + 1):
+        if asked_to_stop():
+            raise Interrupted
+        times.append(_timed_s(function, device))
     return statistics.median(times[1:])
 
 
