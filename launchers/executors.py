@@ -83,8 +83,8 @@ def setup_lines(options: Options, resources: Resources, runs: Sequence[RunReques
         f"export CIT_SCALE={checkout} CIT_PYTHON={shlex.quote(sys.executable)} CIT_MAX_RESTARTS={options.max_restarts}",
     ]
     if len(resources.node_counts) > 1:
-        lines.append(f"export SLURM_NTASKS_PER_NODE={resources.ranks_per_node}")
-        lines.append(f'export CIT_NODE_COUNTS="{" ".join(map(str, resources.node_counts))}"')
+        lines.append(f"CIT_RANKS_PER_NODE={resources.ranks_per_node}")
+        lines.append(f'CIT_NODE_COUNTS="{" ".join(map(str, resources.node_counts))}"')
     if len(runs) == 1:
         lines.append(f"set -- {shlex.join(runs[0].argv)}".rstrip())
     else:

@@ -47,7 +47,7 @@ from cit_scale.errors import (
 from cit_scale.run.folders import parse_lines, read_text
 from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, saved_steps
 from cit_scale.text import outlive_readers
-from launchers.slurm import PAUSES_S, SlurmError, ask_job_record, exclude_nodes, parse_seconds, requeue_job
+from launchers.slurm import PAUSES_S, SlurmError, ask_job_record, exclude_nodes, job_id_of, parse_seconds, requeue_job
 
 MAX_STOPS = 10
 LAST_LINES = 100  # of each log; a traceback through torch takes forty
@@ -196,9 +196,9 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
     parser.add_argument("--max-restarts", type=int, default=3, help="failures in a row without progress")
     parser.add_argument("train", nargs="*", metavar="ARGUMENT", help="the arguments of train.py, after --")
     asked = parser.parse_args(argv)
-    job_id, restart = slurm_job.job_id(env), slurm_job.restart_count(env)
-    if job_id is None:
+    if "SLURM_JOB_ID" not in env:
         parser.error("SLURM_JOB_ID is not set; slurm/env.sh runs this command at the end of a Slurm job")
+    job_id, restart = slurm_job.job_id(env) or env["SLURM_JOB_ID"], slurm_job.restart_count(env)
     run_dir = None
     try:
         run_dir = find_run_dir(asked.train)
@@ -209,7 +209,8 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
 
     job, fate = {}, Fate.UNKNOWN
     try:
-        job = ask_job_record(job_id)
+        job = ask_job_record(env["SLURM_JOB_ID"])
+        job_id = job_id_of(job)
         fate = read_fate(job, restart)
     except SlurmError as error:
         say(job_id, str(error))

@@ -22,6 +22,12 @@ TIMEOUT_S = 60
 PAUSES_S = (2, 5, 10, 20, 20)
 BUSY = re.compile("timed out|Unable to contact|try again|Connection refused")
 
+GROUP = r" (?=Nodes=\S+ CPU_IDs=)"
+"""Begins what ``scontrol show job --details`` says of some of the nodes."""
+
+NO_GPUS = re.compile(r"^gres[:/]gpu:0$")
+"""TresPerNode of a job that was asked for with --gpus-per-node=0."""
+
 PENDING = "Job is pending execution"  # what Slurm 22.05 says to requeueing a job that waits or is on its way back
 
 STOPPED_STATES = {"CANCELLED", "COMPLETED", "PREEMPTED", "REVOKED", "TIMEOUT"}
@@ -89,6 +95,24 @@ def parse_records(text: str) -> list[dict[str, str]]:
     """Each line of ``scontrol --oneliner show``, as its values by name."""
     records = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
     return [record for record in records if record]
+
+
+def parse_job_record(text: str, job_id: str) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The job's own line of ``scontrol --oneliner show job``: its values by name, and those of each group of its nodes
+    (with ``--details``). Empty where there is no such line.
+
+    job_id: a number, or ARRAY_TASK. By the number of an array's first job Slurm shows all of its tasks. What a user
+    chose, the job's name and its command, may hold anything that looks like a value, and is left out.
+    """
+    for line in text.splitlines():
+        known, _, rest = re.sub(r" JobName=.*? UserId=", " UserId=", line).partition(" Command=")
+        known += "".join(re.findall(r".*( TresPerNode=\S+)", rest))  # the last one: it stands after the command
+        groups = [dict(word.split("=", 1) for word in part.split() if "=" in word) for part in re.split(GROUP, known)]
+        record = {name: value for group in reversed(groups) for name, value in group.items()}
+        names = {record.get("JobId"), f"{record.get('ArrayJobId')}_{record.get('ArrayTaskId')}"}
+        if job_id in names:
+            return record, groups[1:]
+    return {}, []
 
 
 def parse_seconds(text: str) -> int | None:
@@ -191,10 +215,15 @@ def parse_nodes(text: str) -> dict[str, list[tuple[int, int]]]:
     found: dict[str, list[tuple[int, int]]] = {}
     for line in text.splitlines():
         partition, cores, resources = line.strip().split("|", 2)
-        # gpu:8, gpu:h100:8, gpu:h100:8(S:0-1), several with commas between, beside other resources such as shard:32
-        counts = re.findall(r"(?:^|,)gpu(?::[^:,()]+)??:(\d+)(?=[(,]|$)", resources)
-        found.setdefault(partition, []).append((int(cores.rstrip("+")), sum(map(int, counts))))
+        found.setdefault(partition, []).append((int(cores.rstrip("+")), count_gpus(resources)))
     return found
+
+
+def count_gpus(resources: str) -> int:
+    """The GPUs among generic resources as Slurm writes them: gpu:8, gpu:h100:8(S:0-1), gpu:a:2(IDX:0-1),gpu:b:1(IDX:4),
+    beside others such as shard:32.
+    """
+    return sum(map(int, re.findall(r"(?:^|,)gpu(?::[^:,()]+)??:(\d+)(?=[(,]|$)", resources)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,18 +301,84 @@ def cancel_slurm_job(job_id: str, *, now: bool) -> None:
         raise ConfigError(f"job {job_id} was not cancelled: {answer.complaint}")
 
 
-# The three below run at the end of a job, where nobody could ask again: they retry.
+# What follows is asked at the start and at the end of a job, where nobody could ask again: all of it retries.
 
-JOB_FIELDS = ("JobState", "Restarts", "RunTime", "TimeLimit")
+JOB_FIELDS = ("JobId", "JobState", "Restarts", "RunTime", "TimeLimit")
 
 
 def ask_job_record(job_id: str) -> dict[str, str]:
     """All that ``scontrol show job`` says of one job, by name, JOB_FIELDS at least. Raises SlurmError."""
-    answer = run_slurm("scontrol", "show", "job", "--oneliner", job_id, retry=True)
-    record = (parse_records(answer.checked()) or [{}])[-1]
-    if missing := [name for name in JOB_FIELDS if name not in record]:
+    return _ask_job(job_id, JOB_FIELDS)[0]
+
+
+def job_id_of(record: Mapping[str, str]) -> str:
+    """ARRAY_TASK for a task of an array. record: of ``ask_job_record``."""
+    task = record.get("ArrayTaskId")
+    return record["JobId"] if task is None else f"{record['ArrayJobId']}_{task}"
+
+
+def _ask_job(job_id: str, fields: Sequence[str]) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """From ``parse_job_record``. Raises SlurmError where a field is missing."""
+    answer = run_slurm("scontrol", "show", "job", "--oneliner", "--details", job_id, retry=True)
+    record, groups = parse_job_record(answer.checked(), job_id)
+    if missing := [name for name in fields if name not in record]:
         raise SlurmError(f"{' '.join(answer.command)}: the answer lacks {', '.join(missing)}")
-    return record
+    return record, groups
+
+
+@dataclass(frozen=True)
+class ThisJob:
+    """A job that runs, as its batch script has to know it.
+
+    number: of this job or task alone. job_id: ARRAY_TASK for a task of an array: by the number of the first one Slurm
+    means all of them. is_of_array: it is such a task. hosts: in the order of their ranks. ranks: that were asked for,
+    of the whole job. ranks_per_node: where that was asked for. cores, gpus: the fewest that a node gives. is_uneven:
+    the nodes give unlike numbers of cores.
+    """
+
+    number: int
+    job_id: str
+    is_of_array: bool
+    restarts: int
+    hosts: tuple[str, ...]
+    ranks: int
+    ranks_per_node: int | None
+    cores: int
+    gpus: int
+    is_uneven: bool
+
+
+def ask_this_job(job_id: str) -> ThisJob:
+    """job_id: SLURM_JOB_ID of a batch script. Raises SlurmError."""
+    record, groups = _ask_job(job_id, ("NodeList", "NumTasks", "Restarts", "CPU_IDs"))
+    hosts = run_slurm("scontrol", "show", "hostnames", record["NodeList"], retry=True).checked().split()
+    return parse_this_job(record, groups, hosts)
+
+
+def parse_this_job(record: Mapping[str, str], groups: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> ThisJob:
+    """record, groups: from ``parse_job_record``. hosts: of the whole job."""
+    per_node = record.get("NtasksPerN:B:S:C", "0").partition(":")[0]
+    asked_for_none = NO_GPUS.search(record.get("TresPerNode", ""))
+    cores = [_count_range(group["CPU_IDs"]) for group in groups]
+    return ThisJob(
+        number=int(record["JobId"]),
+        job_id=job_id_of(record),
+        is_of_array="ArrayTaskId" in record,
+        restarts=int(record["Restarts"]),
+        hosts=tuple(hosts),
+        ranks=int(record["NumTasks"]),
+        ranks_per_node=int(per_node) if per_node.isdigit() and int(per_node) else None,
+        cores=min(cores),
+        # With --exclusive a job is given a node's GPUs, although it has asked for none of them.
+        gpus=0 if asked_for_none else min(count_gpus(group.get("GRES", "")) for group in groups),
+        is_uneven=len(set(cores)) > 1,
+    )
+
+
+def _count_range(text: str) -> int:
+    """How many numbers there are in a list such as 0-3,8."""
+    ends = [part.split("-") for part in text.split(",")]
+    return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
 
 
 def requeue_job(job_id: str) -> None:

@@ -8,49 +8,10 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   exit 2
 fi
 
-# Use fewer nodes than Slurm allotted if the global batch is not a multiple of all of them (--min-nodes of submit.py).
-# CIT_NODE_COUNTS lists the possible counts, largest first.
-nodes=$SLURM_JOB_NUM_NODES
-for count in ${CIT_NODE_COUNTS:-$nodes}; do
-  if (( count <= nodes )); then
-    nodes=$count
-    break
-  fi
-done
-# One rank per GPU. Without GPUs as many as --ntasks-per-node or --ntasks says, otherwise one per node.
-gpus=${SLURM_GPUS_ON_NODE:-0}
-ranks=${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : ${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES} / SLURM_JOB_NUM_NODES))}
-cpus=$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))
-export SLURM_JOB_NUM_NODES=$nodes SLURM_NNODES=$nodes SLURM_NTASKS_PER_NODE=$ranks SLURM_NTASKS=$((nodes * ranks))
-
-# Bind each rank to its own share of the cores. Otherwise its threads, including DALI's, move between sockets. Without
-# OMP_NUM_THREADS each rank would start a thread for every core of the node.
-export SLURM_CPU_BIND=cores SRUN_CPUS_PER_TASK=$cpus SLURM_CPUS_PER_TASK=$cpus
-# Newer versions of Slurm set this to the resources of the batch script's task, and srun refuses it beside the above.
-unset SLURM_TRES_PER_TASK
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
-
-# When a rank dies, the others notice and exit; srun ends those that do not six minutes later. Not earlier, because rank
-# 0 waits train.start_timeout_s, five minutes, before it names the node of a rank that did not arrive. Ending the others
-# at once (--kill-on-bad-exit) would count ranks that are still exiting as failed whenever a run is asked to stop.
-export SLURM_WAIT=360 SLURM_KILL_BAD_EXIT=0
-
-# The package of the checkout goes before an installed one.
-export PYTHONPATH="$CIT_SCALE${PYTHONPATH:+:$PYTHONPATH}"
-
-# The ranks meet on the first node. The port follows from job id and restart count, so that two jobs on one node, or two
-# starts of one job, use different ports. The range lies below Linux's range of ephemeral ports.
-hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head --lines="$nodes")
-MASTER_ADDR=$(head --lines=1 <<< "$hosts")
-MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 7 * ${SLURM_RESTART_COUNT:-0}) % 12000))}
-export MASTER_ADDR MASTER_PORT
-CIT_HOSTS=${hosts//$'\n'/ }
+# Of another job, if this one was queued from within it.
+unset CIT_JOB_ID CIT_RESTARTS CIT_HOSTS CIT_GPUS_PER_NODE
 CIT_LOG=$(readlink "/proc/$$/fd/1")
-export CIT_HOSTS CIT_LOG
-export SLURM_EXPORT_ENV=ALL # srun passes all variables to the ranks, also under sbatch --export=NONE
-
-# No NCCL_* variables: NCCL's choice of interfaces and algorithms is right on most clusters. If it is wrong on yours,
-# set them before sbatch, which passes the environment on.
+export CIT_LOG
 
 # The ranks handle Slurm's signals: they save and exit. This shell ignores them, because it must survive to queue the
 # job again. ':' rather than '': a signal ignored with '' would be ignored by srun and the ranks as well.
@@ -59,7 +20,28 @@ after_the_ranks() {
   code=$?
   # From here on signals are also ignored by requeue.py, which must not be interrupted.
   trap '' TERM INT USR1 USR2
+  rm -f "${host_file:-}"
   "${CIT_PYTHON:-python}" "$CIT_SCALE/launchers/requeue.py" --exit-code "$code" \
     --max-restarts "${CIT_MAX_RESTARTS:-3}" -- "$@"
 }
 trap 'after_the_ranks "$@"' EXIT
+
+# Ranks, cores and the place where they meet, as Slurm knows this job. Fewer nodes than it has are used where the global
+# batch is not a multiple of all of them: CIT_NODE_COUNTS lists the possible counts (--min-nodes of submit.py).
+host_file=$(mktemp)
+facts=$("${CIT_PYTHON:-python}" -P "$CIT_SCALE/launchers/this_job.py" --host-file "$host_file" \
+  --node-counts "${CIT_NODE_COUNTS:-}" --ranks-per-node "${CIT_RANKS_PER_NODE:-}") || exit
+eval "$facts"
+unset CIT_NODE_COUNTS CIT_RANKS_PER_NODE
+
+# When a rank dies, the others notice and exit; srun ends those that do not six minutes later. Not earlier, because rank
+# 0 waits train.start_timeout_s, five minutes, before it names the node of a rank that did not arrive. Ending the others
+# at once (--kill-on-bad-exit) would count ranks that are still exiting as failed whenever a run is asked to stop.
+export SLURM_WAIT=360 SLURM_KILL_BAD_EXIT=0
+export SLURM_EXPORT_ENV=ALL # srun passes all variables to the ranks, also under sbatch --export=NONE
+
+# The package of the checkout goes before an installed one.
+export PYTHONPATH="$CIT_SCALE${PYTHONPATH:+:$PYTHONPATH}"
+
+# No NCCL_* variables: NCCL's choice of interfaces and algorithms is right on most clusters. If it is wrong on yours,
+# set them before sbatch, which passes the environment on.

@@ -251,7 +251,7 @@ def test_the_scan_passes_over_what_is_only_said_of_slurm():
 
 def test_no_launcher_imports_a_script():
     scripts = {name for name, path in launchers().items() if is_script(path.read_text())}
-    assert scripts == {"launchers.submit", "launchers.runs", "launchers.requeue"}
+    assert scripts == {"launchers.submit", "launchers.runs", "launchers.requeue", "launchers.this_job"}
     strays = [
         f"{path.relative_to(REPOSITORY)}:{line}: {script} is a script; what both need belongs in a module of its own"
         for path in launchers().values()

@@ -41,7 +41,14 @@ def test_the_exit_code_and_what_slurm_does_decide(exit_code, fate, again, reason
 
 
 # From Slurm 22.05 at the end of a batch script: what differs in a job that was cancelled, requeued or left alone.
-JOB = {"JobState": "RUNNING", "Restarts": "2", "RunTime": "00:00:08", "TimeLimit": "00:30:00", "ExcNodeList": "(null)"}
+JOB = {
+    "JobId": "7",
+    "JobState": "RUNNING",
+    "Restarts": "2",
+    "RunTime": "00:00:08",
+    "TimeLimit": "00:30:00",
+    "ExcNodeList": "(null)",
+}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +103,7 @@ def slurm(monkeypatch, tmp_path):
     recorder.answer = answer
     recorder.log = tmp_path / "job.log"
     recorder.log.write_text("".join(f"line {i}\n" for i in range(300)))
-    recorder.env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "CIT_HOSTS": "a b", "CIT_LOG": str(recorder.log)}
+    recorder.env = {"SLURM_JOB_ID": "7", "CIT_RESTARTS": "2", "CIT_HOSTS": "a b", "CIT_LOG": str(recorder.log)}
     recorder.run_dir = tmp_path / "run"
     recorder.train = ["--", "--runs_dir", str(tmp_path), "--name", "run"]
     return recorder
@@ -235,7 +242,7 @@ def requeue_by(tmp_path, monkeypatch):
         monkeypatch.setattr("launchers.slurm.PAUSES_S", (0, 0))
         monkeypatch.setattr("launchers.slurm.TIMEOUT_S", 0.5)
         train = ["--", "--runs_dir", str(tmp_path), "--name", "run"]
-        env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": JOB["Restarts"]}
+        env = {"SLURM_JOB_ID": "7", "CIT_RESTARTS": JOB["Restarts"]}
         return requeue.main(["--exit-code", "75", *train], env)
 
     return run
@@ -260,7 +267,7 @@ def test_a_requeue_that_hangs_is_ended_and_tried_again_and_said_in_a_line(requeu
     ("changes", "said"),
     [
         ({"JobState": "COMPLETING", "RunTime": "INVALID"}, "scontrol show job 7 cannot be read: 'INVALID' is no time"),
-        ({"JobState": None}, "scontrol show job --oneliner 7: the answer lacks JobState"),
+        ({"JobState": None}, "scontrol show job --oneliner --details 7: the answer lacks JobState"),
     ],
 )
 def test_a_record_that_cannot_be_read_does_not_keep_the_job_from_going_back(slurm, capsys, changes, said):
@@ -316,7 +323,7 @@ def test_where_the_recipe_stays_unreadable_slurms_count_of_starts_bounds_the_tri
     monkeypatch.setattr(requeue, "PAUSES_S", ())
     monkeypatch.setattr(requeue.cli, "parse_arguments", lambda argv: raise_first([OSError(116, "Stale file handle")]))
     monkeypatch.setattr(requeue, "read_fate", lambda job, restart: Fate.LEAVES)
-    env = {**slurm.env, "SLURM_RESTART_COUNT": str(restart)}
+    env = {**slurm.env, "CIT_RESTARTS": str(restart)}
     assert requeue.main(["--exit-code", str(exit_code), *slurm.train], env) == 0
     assert bool(slurm.calls) == again
     assert "the recipe cannot be read" in capsys.readouterr().out

@@ -403,6 +403,37 @@ def test_a_run_that_always_fails_is_given_up(sbatch, cluster, monkeypatch):
     assert "this fails" in first["last_lines"][-2:]  # srun says in a line of its own that a task ended, before or after
 
 
+def test_a_job_that_is_queued_from_within_a_task_of_another_one_is_its_own(login, tiny, cluster):
+    """In its environment it finds the other one's tasks, step and place in an array. It fails, and is requeued."""
+    log, said = cluster.shared / "inner.log", cluster.shared / "outer.log"
+    options = [f"--output={log}", *ON_CPUS, "--nodes=2", "--cpus-per-task=4", "--export=ALL,CIT_MAX_RESTARTS=1"]
+    queue = shlex.join(["sbatch", "--parsable", *options, "slurm/cit_tiny.sh", *tiny("inner", ALONE)])
+    asked = ["--array=5", "--nodes=3", "--ntasks-per-node=2", "--mem=100", "--distribution=cyclic", f"--output={said}"]
+    around = login(
+        "sbatch", "--parsable", *asked, "--wrap", f"srun --ntasks=1 --nodes=1 {queue}; sleep 600", slow="fail"
+    ).strip()
+    try:
+        cluster.wait_for("the inner job's number", lambda: said.exists() and said.read_text().strip().isdigit(), END_S)
+        run = Run(cluster, said.read_text().strip(), cluster.shared / "inner", log)
+        cluster.wait_for("its end", lambda: cluster.state(run.job_id) == "FAILED", END_S)
+        assert [(end["job_id"], end["restart"], len(end["nodes"])) for end in run.attempts()] == [
+            (run.job_id, 0, 2),
+            (run.job_id, 1, 2),
+        ]
+        assert cluster.job(f"{around}_5")["Restarts"] == "0"
+        assert cluster.state(f"{around}_5") == "RUNNING"
+    finally:
+        cluster.run("scancel", around)
+
+
+def test_ranks_are_spread_evenly_although_ntasks_is_placed_unevenly(sbatch, cluster):
+    run = sbatch("cit_tiny", "uneven", *ON_CPUS, "--nodes=2", "--ntasks=4", "--cpus-per-task=1")
+    run.ends()
+    assert cluster.job(run.job_id)["NumTasks"] == "4"
+    (start,) = run.starts()
+    assert start["world_size"] == 4
+
+
 def test_a_wrong_setting_is_not_tried_again(sbatch, cluster):
     run = sbatch("cit_tiny", "wrong", *ON_CPUS, train=["--train.epochs", "-1"])
     cluster.wait_for("the job's end", lambda: cluster.state(run.job_id) == "FAILED", END_S)

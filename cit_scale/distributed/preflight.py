@@ -23,7 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from cit_scale.distributed.slurm_job import job_id
+from cit_scale.distributed.slurm_job import job_id, promised_gpus
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Patience, Watchdog, end_within
 from cit_scale.distributed.world import World
@@ -243,10 +243,10 @@ def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> s
     shared: a file that rank 0 has created in the folder of runs. None if rank 0 could not create one; the disk is then
     not checked, because the other nodes are not to blame.
     """
-    if env.get("SLURM_GPUS_ON_NODE", "0") != "0":
+    if promised := promised_gpus(env):
         # Sites that bind GPUs to tasks show each rank only its own GPU: count against that list, not the node's number.
         visible = env.get("CUDA_VISIBLE_DEVICES")
-        promised = len(visible.split(",")) if visible else int(env["SLURM_GPUS_ON_NODE"])
+        promised = len(visible.split(",")) if visible else promised
         if torch.cuda.device_count() < promised:
             return f"Slurm promises {promised} GPUs, PyTorch sees {torch.cuda.device_count()}"
     try:

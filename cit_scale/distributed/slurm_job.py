@@ -1,4 +1,8 @@
-"""Reads the Slurm job of this process from the variables that srun and slurm/env.sh set."""
+"""Reads the Slurm job of this process from the variables that slurm/env.sh sets.
+
+They say what Slurm itself says of the job. Slurm's own variables may be those of another job, from within which this
+one was queued: sbatch passes them on.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,18 @@ from typing import Any
 
 
 def job_id(env: Mapping[str, str]) -> str | None:
-    """The job id for scontrol and squeue. None outside of a job.
-
-    For a task of a job array the id is ARRAY_TASK, which names this task and no other task of the array.
-    """
-    if "SLURM_ARRAY_JOB_ID" in env:
-        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    return env.get("SLURM_JOB_ID")
+    """The job id for scontrol and squeue: ARRAY_TASK for a task of a job array. None outside of a job."""
+    return env.get("CIT_JOB_ID", env.get("SLURM_JOB_ID"))
 
 
 def restart_count(env: Mapping[str, str]) -> int:
     """How often Slurm has requeued the job before this start; 0 for the first start."""
-    return int(env.get("SLURM_RESTART_COUNT", 0))
+    return int(env.get("CIT_RESTARTS", env.get("SLURM_RESTART_COUNT", 0)))
+
+
+def promised_gpus(env: Mapping[str, str]) -> int:
+    """How many GPUs Slurm gives the job on each node."""
+    return int(env.get("CIT_GPUS_PER_NODE", env.get("SLURM_GPUS_ON_NODE", 0)))
 
 
 def job_record(env: Mapping[str, str]) -> dict[str, Any] | None:
