@@ -62,6 +62,17 @@ class Options:
 NOT_AGAIN = {"sweep", "array", "dependency", "dry_run"}
 NOT_IN_FILE = {"sweep", "dry_run"}
 
+OF_SBATCH = {
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_QOS": "qos",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_TIMELIMIT": "time",
+    "SBATCH_GPUS_PER_NODE": "gpus_per_node",
+    "SBATCH_MEM_PER_NODE": "mem",
+}
+"""The variables that sbatch reads as options which are options here, too, and count as if they had been typed."""
+
 
 EXAMPLES = (
     "python launchers/submit.py --nodes 8 --partition gpu --config cit_base --data.train /data/imagenet/train",
@@ -172,11 +183,26 @@ def not_negative(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The options given in cluster.yaml or on the command line, and the arguments of train.py."""
+def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> tuple[dict[str, Any], list[str]]:
+    """The options given in cluster.yaml, in variables of sbatch's or on the command line, and train.py's arguments."""
     options, train_argv = parser().parse_known_args(argv)
     refuse_misspelt(train_argv)
-    return {**read_cluster_file(CLUSTER_FILE), **vars(options)}, train_argv
+    given = {**read_cluster_file(CLUSTER_FILE), **vars(options)}
+    if given.get("cluster", Options.cluster) == "slurm":
+        given = {**given, **read_environment(env), **vars(options)}
+    return given, train_argv
+
+
+def read_environment(env: Mapping[str, str]) -> dict[str, Any]:
+    """The options in sbatch's variables. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    for name, option in OF_SBATCH.items():
+        if name in env:
+            try:
+                found |= vars(parser().parse_args([f"{spelled(option)}={env[name]}"]))
+            except ConfigError as error:
+                raise ConfigError(f"{name} in the environment: {error}") from error
+    return found
 
 
 def refuse_misspelt(train_argv: Sequence[str]) -> None:

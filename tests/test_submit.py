@@ -381,11 +381,33 @@ def test_a_submission_is_noted_in_the_run_folder_with_the_command_that_repeats_i
 @pytest.mark.slow
 def test_a_job_gets_the_environment_of_the_shell_and_nothing_that_was_found_on_the_login_node(tiny, slurm):
     (slurm / "sbatch").write_text(f"#!/bin/sh\nenv > {slurm}/env.txt && echo Submitted batch job 12\n")
-    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "MINE": "1"}
-    subprocess.run([sys.executable, str(REPOSITORY / "launchers" / "submit.py"), *tiny], env=env, check=True)
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "MINE": "1", "SLURM_CONF": "/etc/slurm.conf"}
+    env |= {"SBATCH_RESERVATION": "ours", "MASTER_PORT": "20012", "CIT_CHOSEN": "MASTER_PORT=20012"}  # the job will see
+    # Of the job in whose shell this is called, and of sbatch where it would contradict the batch script.
+    theirs = dict.fromkeys(("SLURM_JOB_ID", "SLURM_NTASKS_PER_NODE", "SLURM_ARRAY_TASK_ID", "RANK", "CIT_JOB_ID"), "1")
+    theirs |= {"SBATCH_SIGNAL": "KILL@9", "SBATCH_TIMELIMIT": "40", "SBATCH_NO_REQUEUE": "1"}
+    command = [sys.executable, str(REPOSITORY / "launchers" / "submit.py"), *tiny]
+    subprocess.run(command, env=env | theirs, check=True)
     found = {line.split("=")[0] for line in (slurm / "env.txt").read_text().splitlines()}
     of_the_shell = {"PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     assert found - of_the_shell == set(env)
+
+
+def test_what_sbatch_would_read_as_options_counts_as_typed(no_cluster_file):
+    no_cluster_file.write_text("partition: theirs\naccount: vision\n")
+    env = {
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_PARTITION": "short",
+        "SBATCH_GPUS_PER_NODE": "2",
+        "SBATCH_MEM_PER_NODE": "1G",
+    }
+    given, _ = options.parse(["--time", "30", "--nodes", "2"], env)
+    expected = {"partition": "short", "account": "vision", "time": "30", "gpus_per_node": 2, "mem": "1G", "nodes": 2}
+    assert given == expected
+    local = options.parse(["--cluster", "local"], env)[0]
+    assert local == {"partition": "theirs", "account": "vision", "cluster": "local"}
+    with pytest.raises(ConfigError, match="SBATCH_GPUS_PER_NODE in the environment: argument --gpus-per-node: 'many'"):
+        options.parse([], {"SBATCH_GPUS_PER_NODE": "many"})
 
 
 @pytest.mark.slow
