@@ -196,9 +196,9 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
     parser.add_argument("--max-restarts", type=int, default=3, help="failures in a row without progress")
     parser.add_argument("train", nargs="*", metavar="ARGUMENT", help="the arguments of train.py, after --")
     asked = parser.parse_args(argv)
-    if "SLURM_JOB_ID" not in env:
+    job_id, restart = slurm_job.job_id(env), slurm_job.restart_count(env)
+    if job_id is None:
         parser.error("SLURM_JOB_ID is not set; slurm/env.sh runs this command at the end of a Slurm job")
-    job_id, restart = slurm_job.job_id(env) or env["SLURM_JOB_ID"], slurm_job.restart_count(env)
     run_dir = None
     try:
         run_dir = find_run_dir(asked.train)
@@ -209,8 +209,8 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
 
     job, fate = {}, Fate.UNKNOWN
     try:
-        job = ask_job_record(env["SLURM_JOB_ID"])
-        job_id = job_id_of(job)
+        job = ask_job_record(job_id)
+        job_id = job_id_of(job)  # where env.sh was not told it, the number of an array's first task is the array's
         fate = read_fate(job, restart)
     except SlurmError as error:
         say(job_id, str(error))

@@ -35,6 +35,6 @@ def test_a_run_goes_on_at_another_number_of_ranks_stage_and_engine(chain, tiny_r
     # place in the data and the schedule are.
     ours, theirs = learned(tiny_run.run_dir), learned(calm().run_dir)
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
-    assert [line["lr"] for line in ours] == [line["lr"] for line in theirs]  # learning rates
+    assert [line["lr"] for line in ours] == [line["lr"] for line in theirs]
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=0.2)
     assert tensors(tiny_run.checkpoint(STEPS)).keys() == tensors(calm().checkpoint(STEPS)).keys()
