@@ -94,7 +94,7 @@ class ExampleParser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A type of argparse: a number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    """A type of argparse: a whole number above 0."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)

@@ -16,7 +16,7 @@ import yaml
 from cit_scale.config import IS_CHECKOUT, RunConfig
 from cit_scale.errors import ConfigError, one_line
 from cit_scale.recipe import OPTIONS
-from cit_scale.text import ExampleParser
+from cit_scale.text import ExampleParser, positive
 
 
 def cluster_file(env: Mapping[str, str]) -> Path:
@@ -171,12 +171,6 @@ def parser() -> OneLineParser:
     )
     add("--dry-run", action="store_true", help="check, show plan and batch script, queue nothing")
     return parser
-
-
-def positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def not_negative(text: str) -> int:

@@ -359,9 +359,9 @@ def test_compiled_is_the_student_and_the_teachers_but_at_zero3_the_teachers_alon
     ("asked", "answer"),
     [
         (("--engines", "plain,zero9"), "'zero9' is none of plain, fsdp2, zero0"),
-        (("--repeats", "0"), "--repeats: '0' is no number above 0"),
-        (("--image-size", "-4"), "--image-size: '-4' is no number above 0"),
-        (("--threads", "two"), "--threads: 'two' is no number above 0"),
+        (("--repeats", "0"), "--repeats: '0' is not a whole number above 0"),
+        (("--image-size", "-4"), "--image-size: '-4' is not a whole number above 0"),
+        (("--threads", "two"), "--threads: 'two' is not a whole number above 0"),
         (("--batch-size", "12"), "--batch-size 12: images are mixed 8 at a time; give a multiple of that"),
         (("--json", "/no/such/folder/figures.json"), "--json: '/no/such/folder/figures.json' cannot be written"),
         (("--json", "/"), "--json: '/' cannot be written"),
