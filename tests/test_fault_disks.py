@@ -7,7 +7,7 @@ import re
 import resource
 import shutil
 import subprocess
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,8 +30,15 @@ def fail_once_at_save(rank, step, call, code):
         (sabotage.retry_at_once,),
         (sabotage.on_disk_calls, rank, step, sabotage.fail_at, call, code, 1),
         # A busy disk may take longer to fail than four of these steps take: nothing could be tried again in between.
-        (sabotage.at, 0, "batch", step + 2, time.sleep, 2.0),
+        (sabotage.at, None, "batch", step + 1, until_written, step),
     )
+
+
+def until_written(step):
+    """Wait until this rank's part of the checkpoint is written, or has failed."""
+    for thread in threading.enumerate():
+        if thread.name == f"checkpoint of step {step}":
+            thread.join()
 
 
 @pytest.mark.parametrize(
