@@ -49,6 +49,18 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return [int(match[1]) for match in matches if match]
 
 
+def unfit_nodes(run_dir: Path, job_id: str | None) -> dict[str, str]:
+    """Reasons by node, for the nodes that failed the preflight check at any start of this job."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in (run_dir / UNFIT_NODES).read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is cut short, or no note
+                note = json.loads(line)
+                if note["job_id"] == job_id:
+                    found[str(note["node"])] = str(note.get("reason"))
+    return found
+
+
 def newest_note(run_dir: Path) -> tuple[dict[str, Any], bool]:
     """What a run has noted of its inputs, and whether in its results: otherwise in META of the newest checkpoint.
 

@@ -8,7 +8,8 @@ slurm/env.sh runs this script at the end of each batch script, on the job's firs
   without one more step.
 - A failure that another try may cure: requeued, at most ``--max-restarts`` times in a row without a new checkpoint.
   A node that failed the check at the start is excluded from then on.
-- A failure that would happen again (a wrong setting, missing data, divergence, a full disk): given up.
+- A failure that would happen again (a wrong setting, missing data, divergence, a full disk, ranks that srun refuses to
+  start): given up.
 - Cancelled by a user: stays cancelled.
 
 Each end is a line of ``attempts.jsonl`` in the run folder; the line of a failure holds the last lines of the log.
@@ -27,6 +28,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -45,9 +47,18 @@ from cit_scale.errors import (
     Stopped,
 )
 from cit_scale.run.folders import parse_lines, read_text
-from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, UNFIT_NODES, saved_steps
+from cit_scale.run_folder import ATTEMPTS, CHECKPOINTS, saved_steps, unfit_nodes
 from cit_scale.text import outlive_readers
-from launchers.slurm import PAUSES_S, SlurmError, ask_job_record, exclude_nodes, job_id_of, parse_seconds, requeue_job
+from launchers.slurm import (
+    BUSY,
+    PAUSES_S,
+    SlurmError,
+    ask_job_record,
+    exclude_nodes,
+    job_id_of,
+    parse_seconds,
+    requeue_job,
+)
 
 MAX_STOPS = 10
 LAST_LINES = 100  # of each log; a traceback through torch takes forty
@@ -61,6 +72,16 @@ HOPELESS = {
 # Exit codes of a stop on request. A rank that is signalled before it has installed its handlers dies of the signal; it
 # has trained no step by then.
 STOPPED = {Stopped.exit_code, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2}
+
+# What srun says where it starts no rank because of what it was asked for, not because of the state of things.
+REFUSED = re.compile(
+    r"^srun: (?:error: Unable to create step for job|fatal:|unrecognized option|invalid option).*", re.MULTILINE
+)
+PASSING = re.compile(
+    rf"{BUSY.pattern}|completing or completed|Required node not available|Requested nodes are busy|credential|"
+    "Unspecified error|Zero Bytes|backup",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,7 @@ class Fate(Enum):
     LEAVES = "it ends with its script"
     LIMIT = "its time is up"
     REQUEUED = "it is in the queue again"
+    PREEMPTED = "another job gets its nodes, and Slurm does not requeue it by itself"
     CANCELLED = "somebody has cancelled it"
     UNKNOWN = "Slurm does not answer"
 
@@ -95,27 +117,41 @@ class Fate(Enum):
 def read_fate(job: Mapping[str, str], restart: int) -> Fate:
     """Read the fate from the job's record, taken while the batch script still runs. restart: number of this start.
 
-    Slurm sets the state to COMPLETING for a time limit, a requeue and a cancellation alike, so the count of restarts
-    and the run time tell these apart.
+    Slurm sets the state to COMPLETING for a time limit, a preemption, a requeue and a cancellation alike, so the count
+    of restarts and the times tell these apart.
     """
     if int(job["Restarts"]) > restart:
         return Fate.REQUEUED
     if job["JobState"] == "RUNNING":
         return Fate.LEAVES
+    # The time of an earlier preemption may still be there. "None" and "Unknown" are no times.
+    preempted, started = job.get("PreemptTime", "None"), job.get("StartTime", "Unknown")
+    if preempted[0].isdigit() and started[0].isdigit() and preempted >= started:
+        return Fate.PREEMPTED
     limit_s, run_s = parse_seconds(job["TimeLimit"]), parse_seconds(job["RunTime"])
     return Fate.LIMIT if limit_s is not None and run_s is not None and run_s >= limit_s else Fate.CANCELLED
 
 
 def decide(
-    exit_code: int, fate: Fate, steps: int, earlier: Sequence[tuple[int, int]], max_restarts: int
+    exit_code: int,
+    fate: Fate,
+    steps: int,
+    earlier: Sequence[tuple[int, int]],
+    max_restarts: int,
+    refused: str | None = None,
 ) -> tuple[bool, str]:
-    """Whether to requeue the job, and why. steps: from ``steps_saved``. earlier: from ``earlier_ends``."""
+    """Whether to requeue the job, and why.
+
+    steps: from ``steps_saved``. earlier: from ``earlier_ends``. refused: from ``find_refusal``.
+    """
     if exit_code == DONE:
         return False, "done"
     if fate is Fate.CANCELLED:
         return False, "cancelled; the same command continues"
     if fate is Fate.REQUEUED:
         return True, "requeued by Slurm"
+    if fate is Fate.PREEMPTED:
+        return True, "preempted, goes on as soon as Slurm has nodes for it"
     here = [code for code, steps_then in earlier if steps_then == steps]
     if exit_code in STOPPED:
         stops = 1 + sum(code in STOPPED for code in here)
@@ -127,6 +163,8 @@ def decide(
         return True, "stopped on request, goes on as soon as Slurm has nodes for it"
     if exit_code in HOPELESS:
         return False, f"exit code {exit_code}: another try would end the same way"
+    if refused is not None:
+        return False, f"no rank was started, and another try would end the same way: {refused}"
     # Only failures at the same number of steps count: a job that makes progress may fail any number of times.
     failures = 1 + sum(has_failed(code) for code in here)
     count = f"exit code {exit_code}, failure {failures} in a row without progress, of at most {max_restarts}"
@@ -146,17 +184,23 @@ def steps_saved(run_dir: Path) -> int:
 
 
 def earlier_ends(run_dir: Path, job_id: str) -> list[tuple[int, int]]:
-    """(exit code, steps) of the job's earlier ends, in order, without those that Slurm caused by requeueing."""
+    """(exit code, steps) of the job's earlier ends, in order, without those that Slurm caused by taking its nodes."""
     lines = [line for line in parse_lines(read_text(run_dir / ATTEMPTS)) if line.get("job_id") == job_id]
     # A rank killed by a preemption does not count as a failure.
-    own = [line for line in lines if line.get("fate") != Fate.REQUEUED.name]
+    own = [line for line in lines if line.get("fate") not in (Fate.REQUEUED.name, Fate.PREEMPTED.name)]
     return [(line.get("exit_code", DONE), line.get("steps", 0)) for line in own]
 
 
-def unfit_nodes(run_dir: Path, job_id: str) -> dict[str, str]:
-    """Reasons by node, for the nodes that failed the check at any start of this job."""
-    lines = [line for line in parse_lines(read_text(run_dir / UNFIT_NODES)) if line.get("job_id") == job_id]
-    return {str(line["node"]): str(line.get("reason")) for line in lines if "node" in line}
+def find_refusal(log: Path, begin: int) -> str | None:
+    """Srun's line if it refused to start the ranks. begin: where in the batch script's log this start's lines begin."""
+    try:
+        with log.open("rb") as file:
+            file.seek(begin)
+            said = file.read().decode(errors="replace")
+    except OSError:
+        return None
+    found = (match[0] for match in REFUSED.finditer(said))
+    return next((line for line in found if not PASSING.search(line)), None)
 
 
 def last_lines(log: Path) -> list[str]:
@@ -224,7 +268,9 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
             unfit, steps, earlier = unfit_nodes(run_dir, job_id), steps_saved(run_dir), earlier_ends(run_dir, job_id)
     except OSError as error:  # the disk that ended the ranks may fail here, too
         say(job_id, f"{run_dir} cannot be read: {error}")
-    again, reason = decide(asked.exit_code, fate, steps, earlier, asked.max_restarts)
+    log = Path(env["CIT_LOG"]) if has_failed(asked.exit_code) and "CIT_LOG" in env else None
+    refused = find_refusal(log, int(env.get("CIT_LOG_BEGIN", 0))) if log else None
+    again, reason = decide(asked.exit_code, fate, steps, earlier, asked.max_restarts, refused)
     attempt = Attempt(
         time=time.time(),
         job_id=job_id,
@@ -235,7 +281,7 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         nodes=env.get("CIT_HOSTS", "").split(),
         unfit=unfit,
         decision=reason,
-        last_lines=last_lines(Path(env["CIT_LOG"])) if has_failed(asked.exit_code) and "CIT_LOG" in env else [],
+        last_lines=last_lines(log) if log else [],
     )
     say(job_id, reason)
     if run_dir is not None:
@@ -254,9 +300,8 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         say(job_id, f"it ends here, and the same command continues: {error}")
         return 1
     try:
-        if unfit:
-            exclude_nodes(job_id, job, list(unfit))
-            say(job_id, f"left out from now on: {', '.join(unfit)}")
+        if newly := exclude_nodes(job_id, job, list(unfit)):
+            say(job_id, f"left out from now on: {', '.join(newly)}")
     except SlurmError as error:
         say(job_id, f"unfit nodes are not left out: {error}")
         return 1

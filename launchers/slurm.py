@@ -351,8 +351,7 @@ class ThisJob:
 def ask_this_job(job_id: str) -> ThisJob:
     """job_id: SLURM_JOB_ID of a batch script. Raises SlurmError."""
     record, groups = _ask_job(job_id, ("NodeList", "NumTasks", "Restarts", "CPU_IDs"))
-    hosts = run_slurm("scontrol", "show", "hostnames", record["NodeList"], retry=True).checked().split()
-    return parse_this_job(record, groups, hosts)
+    return parse_this_job(record, groups, host_names(record["NodeList"]))
 
 
 def parse_this_job(record: Mapping[str, str], groups: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> ThisJob:
@@ -389,8 +388,20 @@ def requeue_job(job_id: str) -> None:
         answer.checked()
 
 
-def exclude_nodes(job_id: str, record: Mapping[str, str], nodes: Sequence[str]) -> None:
-    """Start the job without these nodes from now on. record: of ``ask_job_record``. Raises SlurmError."""
-    before = [record["ExcNodeList"]] if record.get("ExcNodeList", "(null)") != "(null)" else []
-    excluded = ",".join([*before, *nodes])
-    run_slurm("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}", retry=True).checked()
+def exclude_nodes(job_id: str, record: Mapping[str, str], nodes: Sequence[str]) -> list[str]:
+    """Start the job without these nodes from now on. Returns those that it could have had until now.
+
+    record: of ``ask_job_record``. Raises SlurmError.
+    """
+    text = record.get("ExcNodeList", "(null)")
+    before = [] if text == "(null)" else host_names(text)
+    newly = [node for node in dict.fromkeys(nodes) if node not in before]
+    if newly:
+        excluded = ",".join([*before, *newly])
+        run_slurm("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}", retry=True).checked()
+    return newly
+
+
+def host_names(text: str) -> list[str]:
+    """Each host of a list such as node[1-2,7]. Raises SlurmError."""
+    return run_slurm("scontrol", "show", "hostnames", text, retry=True).checked().split()

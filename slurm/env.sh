@@ -11,11 +11,25 @@ fi
 # Of another job, if this one was queued from within it.
 unset CIT_JOB_ID CIT_RESTARTS CIT_HOSTS CIT_GPUS_PER_NODE
 CIT_LOG=$(readlink "/proc/$$/fd/1")
-export CIT_LOG
+CIT_LOG_BEGIN=$(stat --dereference --format=%s "/proc/$$/fd/1" || echo 0) # this start's lines begin there
+export CIT_LOG CIT_LOG_BEGIN
 
-# The ranks handle Slurm's signals: they save and exit. This shell ignores them, because it must survive to queue the
-# job again. ':' rather than '': a signal ignored with '' would be ignored by srun and the ranks as well.
-trap ':' TERM INT USR1 USR2
+# The ranks handle Slurm's signals: they save and exit. This shell survives them, because it has to queue the job again,
+# and passes them on: Slurm may have sent them to it alone (--signal=B:USR2@300, scancel --batch). As USR2, which srun
+# hands to the ranks; at a TERM it kills them.
+trap 'asked_to_stop=1; [[ -z ${srun_pid:-} ]] || kill -USR2 "$srun_pid" 2> /dev/null' TERM INT USR1 USR2
+
+# In place of the command: bash would keep a signal to itself until a command in the foreground has ended.
+srun() {
+  local code=$((128 + $(kill -l USR2)))
+  [[ -z ${asked_to_stop:-} ]] || return $code # before there are ranks
+  command srun "$@" &
+  srun_pid=$!
+  asked_to_stop=
+  while wait "$srun_pid"; code=$?; [[ -n $asked_to_stop ]]; do asked_to_stop=; done # a signal ends the wait early
+  return $code
+}
+
 after_the_ranks() {
   code=$?
   # From here on signals are also ignored by requeue.py, which must not be interrupted.

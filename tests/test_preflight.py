@@ -72,20 +72,22 @@ def test_a_rank_that_cannot_reach_rank_0_says_where_it_looked(tmp_path):
 
 
 def test_a_node_without_its_gpus_is_refused_on_every_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "cuda_versions", lambda: "versions")
     monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(preflight.torch.cuda, "is_available", lambda: False)  # which asks it
     failures = meet_all(tmp_path / "mine", SLURM_GPUS_ON_NODE="2")
-    reason = f"{socket.gethostname()} cannot take part: Slurm promises 2 GPUs, PyTorch sees 1"
+    reason = f"{socket.gethostname()} cannot take part: Slurm promises 2 GPUs, PyTorch sees 1 (versions)"
     assert [str(failure) for failure in failures] == [reason] * 4
 
 
 def test_a_rank_that_is_shown_its_own_gpu_only_is_content_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "cuda_versions", lambda: "versions")
     env = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "3"}
     monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(preflight.torch.cuda, "is_available", lambda: False)  # which asks it
     assert find_problem(World(), env, tmp_path) is None
     monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 0)
-    assert find_problem(World(), env, tmp_path) == "Slurm promises 1 GPUs, PyTorch sees 0"
+    assert find_problem(World(), env, tmp_path) == "Slurm promises 1 GPUs, PyTorch sees 0 (versions)"
 
 
 @pytest.mark.slow
@@ -207,6 +209,42 @@ def test_a_missing_node_without_slurm_goes_by_its_rank():
     assert judge(posts(report("a"), None), World(0, 0, 2, 1), {}, 60, 990.0) == {
         "the node of rank 1": "rank 1 did not arrive within 60 s"
     }
+
+
+@pytest.mark.parametrize(
+    ("faulty", "earlier", "nodes", "named"),
+    [
+        (["a", "b"], [], 2, "a, b"),
+        (["a", "b"], [], 4, "a, b"),
+        (["a"], [], 2, None),  # it may be the node
+        (["a", "b"], [], 6, None),
+        (["b"], ["a"], 1, "a, b"),  # one after the other
+        (["a"], ["a"], 1, None),
+        (["b"], ["a"], 4, None),
+    ],
+)
+def test_the_same_fault_of_half_of_the_nodes_is_not_theirs(faulty, earlier, nodes, named):
+    def reasons(names):
+        return {name: f"rank {place} cannot use cuda:{place}: too old" for place, name in enumerate(names)}
+
+    other = {"z": "no temporary file can be written"} if nodes == 6 else {}
+    found = preflight.find_shared_fault({**reasons(faulty), **other}, reasons(earlier), nodes)
+    if named is None:
+        assert found is None
+    else:
+        assert found.startswith(f"{named} cannot take part: rank ")
+
+
+def test_ranks_whose_nodes_all_lack_their_gpus_end_with_bad_usage_and_exclude_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "promised_gpus", lambda env: 2)
+    hosts = iter("aabb")
+    monkeypatch.setattr(preflight, "node_name", lambda env: next(hosts))
+    for failure in meet_all(tmp_path / "mine"):
+        assert type(failure) is ConfigError
+        assert "a, b cannot take part: Slurm promises 2 GPUs, PyTorch sees 0 (PyTorch " in str(failure)
+        assert f"built for CUDA {torch.version.cuda}" in str(failure) or "built without CUDA" in str(failure)
+        assert "driver" in str(failure)
+    assert not (tmp_path / "mine").exists()
 
 
 def test_gloos_own_choice_of_interface_is_left_alone_where_it_works(monkeypatch):

@@ -47,6 +47,7 @@ JOB = {
     "Restarts": "2",
     "RunTime": "00:00:08",
     "TimeLimit": "00:30:00",
+    "StartTime": "2026-11-29T07:16:44",
     "ExcNodeList": "(null)",
 }
 
@@ -58,6 +59,11 @@ JOB = {
         ({"JobState": "COMPLETING", "RunTime": "00:00:04"}, Fate.CANCELLED),
         ({"JobState": "COMPLETING", "TimeLimit": "UNLIMITED"}, Fate.CANCELLED),
         ({"JobState": "COMPLETING", "RunTime": "00:30:21"}, Fate.LIMIT),
+        ({"JobState": "PREEMPTED", "PreemptTime": "2026-11-29T07:17:33"}, Fate.PREEMPTED),
+        ({"JobState": "COMPLETING", "PreemptTime": "2026-11-29T07:17:33"}, Fate.PREEMPTED),
+        ({"JobState": "COMPLETING", "PreemptTime": "2026-11-28T07:17:33"}, Fate.CANCELLED),  # at an earlier start
+        ({"JobState": "COMPLETING", "PreemptTime": "None"}, Fate.CANCELLED),
+        ({"JobState": "RUNNING", "PreemptTime": "2026-11-29T07:17:33"}, Fate.LEAVES),  # within its time of grace
         ({"JobState": "COMPLETING", "RunTime": "1-00:00:00", "TimeLimit": "1-00:00:00"}, Fate.LIMIT),
         ({"JobState": "COMPLETING", "RunTime": "23:59:59", "TimeLimit": "1-00:00:00"}, Fate.CANCELLED),
         ({"JobState": "COMPLETING", "RunTime": "00:00:00", "Restarts": "3"}, Fate.REQUEUED),
@@ -90,10 +96,12 @@ def test_a_stop_on_request_is_no_failure_and_does_not_hide_one():
 def slurm(monkeypatch, tmp_path):
     """Answers for Slurm: ``slurm.job`` is what it knows of the job, ``slurm.calls`` what it was told."""
 
-    recorder = SimpleNamespace(job=JOB, calls=[])
+    recorder = SimpleNamespace(job=JOB, hosts="", calls=[])
 
     def answer(*command, retry):
         assert retry
+        if command[1:3] == ("show", "hostnames"):
+            return Answer(command, recorder.hosts)
         if command[1] == "show":
             return Answer(command, " ".join(f"{name}={value}" for name, value in recorder.job.items()))
         recorder.calls.append(command[1:])
@@ -151,10 +159,55 @@ def test_unfit_nodes_of_this_job_are_left_out_with_those_that_already_were(slurm
     (slurm.run_dir / "unfit_nodes.jsonl").write_text(text + '{"job_id": "7", "no')
     (slurm.run_dir / "attempts.jsonl").write_text('[]\n{"odd": 1}\nnot json\n')
     slurm.job = {**JOB, "ExcNodeList": "x[1-2]"}
+    slurm.hosts = "x1\nx2\n"
     assert requeue.main(["--exit-code", "8", *slurm.train], slurm.env) == 0
-    assert slurm.calls == [("requeue", "7"), ("update", "JobId=7", "ExcNodeList=x[1-2],a")]
+    assert slurm.calls == [("requeue", "7"), ("update", "JobId=7", "ExcNodeList=x1,x2,a")]
     last = (slurm.run_dir / "attempts.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["unfit"] == {"a": "no GPU"}
+
+
+def test_a_node_that_is_left_out_is_named_once(slurm, capsys):
+    slurm.run_dir.mkdir()
+    line = {"time": 2.0, "job_id": "7", "node": "a", "reason": "no GPU"}
+    (slurm.run_dir / "unfit_nodes.jsonl").write_text(json.dumps(line) + "\n")
+    slurm.job, slurm.hosts = {**JOB, "ExcNodeList": "a"}, "a\n"
+    assert requeue.main(["--exit-code", "1", *slurm.train], slurm.env) == 0
+    assert slurm.calls == [("requeue", "7")]
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "is_final"),
+    [
+        ("srun: error: Unable to create step for job 7: Requested node configuration is not available", True),
+        ("srun: error: Unable to create step for job 7: Invalid generic resource (gres) specification", True),
+        ("srun: fatal: --mem, --mem-per-cpu, and --mem-per-gpu are mutually exclusive.", True),
+        ("srun: unrecognized option '--frobnicate'", True),
+        (
+            "srun: error: Unable to create step for job 7: Required node not available (down, drained or reserved)",
+            False,
+        ),
+        ("srun: error: Unable to create step for job 7: Job/step already completing or completed", False),
+        ("srun: error: Unable to create step for job 7: Socket timed out on send/recv operation", False),
+        ("srun: error: node1: task 0: Exited with exit code 1", False),
+        ("rank 3 says srun: fatal: nothing of the kind", False),
+    ],
+)
+def test_a_step_that_srun_refuses_is_not_tried_again(line, is_final, slurm):
+    begin = slurm.log.stat().st_size
+    slurm.log.write_text(slurm.log.read_text() + f"{line}\n")
+    slurm.env["CIT_LOG_BEGIN"] = str(begin)
+    assert requeue.main(["--exit-code", "1", *slurm.train], slurm.env) == 0
+    assert slurm.calls == ([] if is_final else [("requeue", "7")])
+    (attempt,) = attempts(slurm.run_dir)
+    assert (line in attempt["decision"]) is is_final
+
+
+def test_what_srun_refused_at_an_earlier_start_is_over(slurm):
+    slurm.log.write_text("srun: fatal: then\n")
+    slurm.env["CIT_LOG_BEGIN"] = str(slurm.log.stat().st_size)
+    assert requeue.main(["--exit-code", "1", *slurm.train], slurm.env) == 0
+    assert slurm.calls == [("requeue", "7")]
 
 
 def test_a_job_that_slurm_has_requeued_itself_is_not_requeued_twice(slurm):

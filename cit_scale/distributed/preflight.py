@@ -6,8 +6,10 @@ time-out that names no rank, and a rank without a working device crashes while a
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -28,7 +30,7 @@ from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Patience, Watchdog, end_within
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, RunError, Stopped, UnfitNodeError, one_line
-from cit_scale.run_folder import UNFIT_NODES
+from cit_scale.run_folder import UNFIT_NODES, unfit_nodes
 
 MAX_SKEW_S = 60.0  # between a node's clock and rank 0's
 SHARED_S = 10.0  # how long a new file of another node may take to appear on a network file system
@@ -82,9 +84,16 @@ def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest,
 
     Raises UnfitNodeError on all ranks if a node is missing or unfit; the message names the nodes, and rank 0 appends
     them to unfit_nodes.jsonl in the run folder, from which the next start excludes them. Raises ConfigError if two
-    ranks have the same GPU, or the port is in use (UnfitNodeError under Slurm, where the next start uses another port),
-    and Stopped if a stop is requested.
+    ranks have the same GPU, if so many nodes have the same fault that it is not theirs, or if the port is in use
+    (UnfitNodeError under Slurm, where the next start uses another port), and Stopped if a stop is requested.
     """
+
+    def verdict_on(posts: Mapping[int, tuple[Report, float]]) -> Verdict:
+        verdict = judge(posts, world, env, timeout_s, opened)
+        faults = {report.host: report.problem for report, _ in posts.values() if report.problem is not None}
+        shared_fault = find_shared_fault(faults, unfit_nodes(run_dir, job_id(env)), world.num_nodes)
+        return {COMMAND: shared_fault} if shared_fault else verdict
+
     # ``opened`` is read after the store is open: no report can have been written before.
     store, opened = _open_store(world, env, timeout_s), time.time()
     shared = _shared_file(world, store, run_dir, timeout_s)
@@ -93,9 +102,7 @@ def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest,
         gpu = gpu_identity(world.device, env) if problem is None else None
         report = Report(node_name(env), time.time(), world.device.type, problem, gpu)
         _post(store, f"report/{world.rank}", asdict(report))
-        verdict = _agree(
-            world, store, "report", stop, timeout_s, lambda posts: judge(posts, world, env, timeout_s, opened)
-        )
+        verdict = _agree(world, store, "report", stop, timeout_s, verdict_on)
     finally:
         if world.is_main and shared is not None:
             shared.unlink(missing_ok=True)
@@ -248,11 +255,12 @@ def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> s
         visible = env.get("CUDA_VISIBLE_DEVICES")
         promised = len(visible.split(",")) if visible else promised
         if torch.cuda.device_count() < promised:
-            return f"Slurm promises {promised} GPUs, PyTorch sees {torch.cuda.device_count()}"
+            return f"Slurm promises {promised} GPUs, PyTorch sees {torch.cuda.device_count()} ({cuda_versions()})"
     try:
         torch.ones(1, device=world.device).add_(1).item()
     except RuntimeError as error:  # a device that does not compute, or fewer devices than ranks
-        return f"rank {world.rank} cannot use {world.device}: {one_line(error, 200)}"
+        versions = f" ({cuda_versions()})" if world.device.type == "cuda" else ""
+        return f"rank {world.rank} cannot use {world.device}: {one_line(error, 200)}{versions}"
     try:
         with tempfile.TemporaryFile() as file:
             file.write(b"x")
@@ -267,6 +275,45 @@ def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> s
             time.sleep(POLL_S)
     except OSError as error:
         return f"the folder of runs cannot be read: {error}"
+    return None
+
+
+def cuda_versions() -> str:
+    """The CUDA that PyTorch was built for, and the newest that this node's driver can do."""
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f"PyTorch {torch.__version__} is built {built}, {_driver_version()}"
+
+
+def _driver_version() -> str:
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return "and there is no NVIDIA driver"
+    if failed:
+        return "and the NVIDIA driver does not say for which it is"
+    major, minor = version.value // 1000, version.value % 1000 // 10
+    return f"the NVIDIA driver for CUDA {major}.{minor} at most"
+
+
+def find_shared_fault(faults: Mapping[str, str], earlier: Mapping[str, str], nodes: int) -> str | None:
+    """What to say where half of the nodes or more, and not one alone, have the same fault; None where none is shared.
+
+    faults: by node, of this start, which has so many ``nodes``. earlier: of nodes that were excluded for them. Such
+    nodes are not at fault, and excluding them would go on until the job has none left.
+    """
+
+    def kind(reason: str) -> str:
+        return re.sub(r"\d+", "N", reason)  # whatever the rank, the device and the version
+
+    for reason in faults.values():
+        here = [node for node, other in faults.items() if kind(other) == kind(reason)]
+        before = [node for node, other in earlier.items() if kind(other) == kind(reason) and node not in here]
+        if 2 * len(here) >= nodes and len(here) + len(before) > 1:
+            return (
+                f"{', '.join(sorted([*before, *here]))} cannot take part: {reason}; the same on so many nodes is no "
+                "fault of theirs, and none is excluded for it: what they share has to change"
+            )
     return None
 
 
