@@ -1,20 +1,25 @@
 """A real Slurm on this one machine: a controller and several slurmd, each a host of its own with its name and address.
 
 Every node lives in a network namespace behind one bridge, with its own host name, so ranks on two nodes meet across a
-network and not over loopback. Needs root, iproute2 and Debian's slurm-wlm and munge.
+network and not over loopback. Needs root, iproute2 and Debian's slurm-wlm and munge; another Slurm than the machine's
+own comes from slurm_releases.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from slurm_releases import OWN, Release, entered
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "nsenter", "unshare")
 NODE_PORT, FIRST_CONTROLLER_PORT = 16818, 16900
@@ -41,7 +46,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters={select}
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
@@ -52,16 +57,20 @@ SlurmdTimeout=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-NodeName=node[1-{nodes}] NodeAddr={subnet}.[1-{nodes}] CPUs=64 RealMemory=8000 Weight=10
-PartitionName=main Nodes=node[1-{nodes}] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+"""
+
+HOSTS = (*(f"node{i}" for i in range(1, 9)), "remote1", "broken1")
+LINES = """
+NodeName=node[1-8] NodeAddr=SUBNET.[1-8] CPUs=64 RealMemory=8000 Weight=10
+PartitionName=main Nodes=node[1-8] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=short Nodes=node[1-2] MaxTime=30 PriorityTier=1 PreemptMode=OFF
 PartitionName=urgent Nodes=node[1-2] PriorityTier=10 PreemptMode=OFF
 PartitionName=pair Nodes=node[7-8] PriorityTier=1 PreemptMode=OFF
 # A remote node does not see the disk that the others share. Slurm prefers it, so every job there begins badly.
-NodeName=remote1 NodeAddr={subnet}.{remote} CPUs=64 RealMemory=8000 Weight=1
+NodeName=remote1 NodeAddr=SUBNET.9 CPUs=64 RealMemory=8000 Weight=1
 PartitionName=sea Nodes=node[5-8],remote1 PriorityTier=1 PreemptMode=OFF
 # A node that claims GPUs it does not have: how one with a broken driver looks to a job.
-NodeName=broken1 NodeAddr={subnet}.{broken} CPUs=64 RealMemory=8000 Gres=gpu:2
+NodeName=broken1 NodeAddr=SUBNET.10 CPUs=64 RealMemory=8000 Gres=gpu:2
 PartitionName=gpus Nodes=broken1 PriorityTier=1 PreemptMode=OFF
 """
 
@@ -79,26 +88,37 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """``nodes`` hosts called node1, node2, ..., and remote1 and broken1, which are what they are called.
+    """A controller on the login node, and hosts. Use as a context manager.
 
-    Use as a context manager. shared: the folder that all hosts but remote1 see as it is.
+    hosts: their names; those called remote do not see ``shared``, the folder that all others see as it is. lines: of
+    the configuration, which describe nodes and partitions; SUBNET.N is the address of the N-th host. Each GPU of a node
+    is a device that does nothing. select: what is counted. release: whose Slurm it is.
     """
 
-    def __init__(self, folder: Path, nodes: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        hosts: Sequence[str] = HOSTS,
+        lines: str = LINES,
+        *,
+        select: str = "CR_Core",
+        release: Release = OWN,
+    ) -> None:
         self.folder = folder
+        self.release = release
         self._number = _make_bridge()
-        subnet = f"10.213.{self._number}"
-        self._controller = f"{subnet}.254"
-        self._subnet, self._bridge = subnet, f"citbr{self._number}"
-        self.addresses = {f"node{i}": f"{subnet}.{i}" for i in range(1, nodes + 1)}
-        self.addresses |= {"remote1": f"{subnet}.{nodes + 1}", "broken1": f"{subnet}.{nodes + 2}"}
+        self._subnet, self._bridge = f"10.213.{self._number}", f"citbr{self._number}"
+        self._controller = f"{self._subnet}.254"
+        self._lines, self._select = lines.replace("SUBNET", self._subnet), select
+        self._inside = contextlib.ExitStack()
+        self._enter: list[str] = []
+        self.addresses = {name: f"{self._subnet}.{place}" for place, name in enumerate(hosts, 1)}
         self.shared = folder / "shared"
         self.env: dict[str, str] = {
             **os.environ,
             "PATH": f"{os.environ['PATH']}:{PORTABLE_PATH}",
             "SLURM_CONF": str(folder / "slurm.conf"),
         }
-        self._nodes = nodes
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:
@@ -121,9 +141,8 @@ class Cluster:
     def attempt(
         self, *command: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, env={**self.env, **(env or {})}, cwd=cwd, capture_output=True, text=True, timeout=120
-        )
+        inside = [*self._enter, "--", "env", f"--chdir={cwd or Path.cwd()}", *command]
+        return subprocess.run(inside, env={**self.env, **(env or {})}, capture_output=True, text=True, timeout=120)
 
     def job(self, job_id: str) -> dict[str, str]:
         """What ``scontrol show job`` says, by name."""
@@ -162,12 +181,12 @@ class Cluster:
 
     def on_node(self, name: str, script: str) -> list[str]:
         """The command that runs a shell script on a host: in its network, under its name."""
-        steps = [f"mount --bind {self.folder}/hosts_{name} /etc/hosts", f"hostname {name}", script]
+        steps = ["cd /", f"mount --bind {self.folder}/hosts_{name} /etc/hosts", f"hostname {name}", script]
         if name.startswith("remote"):
             steps.insert(0, f"mount -t tmpfs remote {self.shared}")
         # `ip netns exec` would mount a new /sys, without the control groups that slurmd looks for.
         network = f"--net=/run/netns/{self._namespace(name)}"
-        return ["nsenter", network, "unshare", "--uts", "--mount", "sh", "-c", " && ".join(steps)]
+        return [*self._enter, network, "--", "unshare", "--uts", "--mount", "sh", "-c", " && ".join(steps)]
 
     def wait_for(self, what: str, holds: Callable[[], bool], timeout_s: float = 60) -> None:
         deadline = time.monotonic() + timeout_s
@@ -184,6 +203,7 @@ class Cluster:
     def _start(self) -> None:
         self._make_network()
         folder = self.folder
+        self._enter = self._inside.enter_context(entered(self.release, folder / "root.log"))
         for name in ("state", "shared", *(f"spool_{node}" for node in self.addresses)):
             (folder / name).mkdir()
         text = CONFIG.format(
@@ -192,15 +212,17 @@ class Cluster:
             controller=self._controller,
             controller_port=FIRST_CONTROLLER_PORT + self._number,
             node_port=NODE_PORT,
-            subnet=self._subnet,
-            nodes=self._nodes,
-            remote=self._nodes + 1,
-            broken=self._nodes + 2,
+            select=self._select,
         )
-        (folder / "slurm.conf").write_text(text)
-        for name in ("gpu0", "gpu1"):
-            (folder / name).touch()
-        (folder / "gres.conf").write_text(f"NodeName=broken1 Name=gpu File={folder}/gpu[0-1]\n")
+        (folder / "slurm.conf").write_text(text + self._lines)
+        gpus = re.findall(r"^NodeName=(\S+) .*Gres=gpu:(?:(\w+):)?(\d+)", self._lines, re.MULTILINE)
+        for number in range(max(int(count) for _, _, count in gpus)):
+            os.mknod(folder / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # for 23.11 it has to be a device
+        devices = [
+            f"NodeName={name} Name=gpu {kind and f'Type={kind} '}File={folder}/gpu[0-{int(count) - 1}]\n"
+            for name, kind, count in gpus
+        ]
+        (folder / "gres.conf").write_text("".join(devices))
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
@@ -221,7 +243,8 @@ class Cluster:
 
     def _spawn(self, command: Sequence[str], name: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.out").open("ab") as out:
-            return subprocess.Popen(command, env=self.env, stdout=out, stderr=out, start_new_session=True)
+            inside = command if command[0] == "nsenter" else [*self._enter, "--", *command]
+            return subprocess.Popen(inside, env=self.env, stdout=out, stderr=out, start_new_session=True)
 
     def _make_network(self) -> None:
         _ip(f"addr add {self._controller}/24 dev {self._bridge}")
@@ -255,6 +278,7 @@ class Cluster:
         for daemon in self._daemons.values():
             daemon.kill()
             daemon.wait()
+        self._inside.close()
         self._remove_network()
 
     def _logs(self) -> str:

@@ -1,4 +1,8 @@
-"""The batch scripts and the launchers on a real Slurm, whose nodes are hosts of their own on a network of their own."""
+"""The batch scripts and the launchers on a real Slurm, whose nodes are hosts of their own on a network of their own.
+
+The Slurm is the newest that can be had here; CIT_SLURM=own chooses this machine's. Where only Slurm itself has a say,
+test_slurm_versions tries several of them with a stand-in for the trainer.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,8 @@ import psutil
 import pytest
 import wheel
 from slurm_cluster import Cluster, why_not
+from slurm_releases import RELEASES, make_root
+from slurm_releases import why_not as why_no_release
 from tiny_run import STEPS, STEPS_PER_EPOCH, assert_same_tensors, learned
 
 pytestmark = [
@@ -36,7 +42,10 @@ ALONE = "--teachers.inv=null"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+    wanted = os.environ.get("CIT_SLURM")
+    releases = [each for each in reversed(RELEASES) if wanted in (None, each.slurm)]
+    release = next(each for each in releases if (why_no_release(each) or make_root(each)) is None)
+    with Cluster(tmp_path_factory.mktemp("slurm"), release=release) as cluster:
         yield cluster
 
 
@@ -74,7 +83,7 @@ class Run:
 @pytest.fixture(scope="module")
 def python_folder(tmp_path_factory):
     """``python_folder(slow)``: to stand first on PATH. With its ``python`` each step of training takes so many seconds
-    more, also in a job of submitit's. "fail": train.py fails; "absent": it is not there on remote1.
+    more, also in a job of submitit's. "absent": train.py is not there on remote1.
     """
 
     def make(slow: float | str) -> Path:
@@ -82,7 +91,6 @@ def python_folder(tmp_path_factory):
         script = folder / "python"
         steps = f"exec {sys.executable} {Path(__file__).parent}/slow_steps.py {slow}"
         train = {
-            "fail": "echo this fails; exit 1",
             "absent": '[ "$SLURMD_NODENAME" = remote1 ] && exit 127; '
             f'shift 3; {steps.replace("absent", "0")} train "$@"',
         }.get(slow, f'shift 3; {steps} train "$@"')
@@ -230,12 +238,6 @@ def test_an_installed_package_trains_by_its_own_scripts(cluster, python_folder, 
     assert (run.run_dir / "results.json").exists()
 
 
-def test_ranks_are_as_many_as_ntasks_per_node_says(sbatch):
-    run = sbatch("cit_tiny", "four_ranks", *ON_CPUS, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=8")
-    run.ends()
-    assert run.starts()[0]["world_size"] == 4
-
-
 def test_of_three_nodes_two_train_where_three_cannot_share_the_batch(sbatch):
     options = ["--nodes=3", "--ntasks-per-node=2", "--cpus-per-task=8", "--export=ALL,CIT_NODE_COUNTS=4 2 1"]
     run = sbatch("cit_tiny", "two_of_three", *ON_CPUS, *options)
@@ -270,10 +272,9 @@ def test_a_requeued_run_ends_as_if_nothing_had_been(disturbed, calm, cluster):
     assert_same_end(run, calm)
 
 
-@pytest.mark.parametrize("signal_name", ["USR2", "TERM"])
-def test_a_signal_to_the_job_saves_requeues_and_goes_on(signal_name, disturbed, calm, cluster):
-    run = disturbed(f"signalled_{signal_name}")
-    cluster.run("scancel", f"--signal={signal_name}", run.job_id)
+def test_a_signal_to_the_batch_script_alone_saves_requeues_and_goes_on(disturbed, calm, cluster):
+    run = disturbed("signalled")
+    cluster.run("scancel", "--batch", "--signal=TERM", run.job_id)
     run.ends()
     assert [attempt["exit_code"] for attempt in run.attempts()] == [75, 0]
     assert run.starts()[1]["step"] == run.attempts()[0]["steps"] >= 8
@@ -393,47 +394,6 @@ def test_a_killed_rank_costs_a_restart_and_its_last_lines_are_kept(disturbed, ca
     assert_same_end(run, calm)
 
 
-def test_a_run_that_always_fails_is_given_up(sbatch, cluster, monkeypatch):
-    run = sbatch("cit_tiny", "hopeless", *ON_CPUS, "--export=ALL,CIT_MAX_RESTARTS=1", slow="fail")
-    cluster.wait_for("the job's end", lambda: cluster.state(run.job_id) == "FAILED", END_S)
-    first, second = run.attempts()
-    assert first["decision"].endswith("failure 1 in a row without progress, of at most 1: tries again")
-    assert "failure 2" in second["decision"]
-    assert "given up" in second["decision"]
-    assert "this fails" in first["last_lines"][-2:]  # srun says in a line of its own that a task ended, before or after
-
-
-def test_a_job_that_is_queued_from_within_a_task_of_another_one_is_its_own(login, tiny, cluster):
-    """In its environment it finds the other one's tasks, step and place in an array. It fails, and is requeued."""
-    log, said = cluster.shared / "inner.log", cluster.shared / "outer.log"
-    options = [f"--output={log}", *ON_CPUS, "--nodes=2", "--cpus-per-task=4", "--export=ALL,CIT_MAX_RESTARTS=1"]
-    queue = shlex.join(["sbatch", "--parsable", *options, "slurm/cit_tiny.sh", *tiny("inner", ALONE)])
-    asked = ["--array=5", "--nodes=3", "--ntasks-per-node=2", "--mem=100", "--distribution=cyclic", f"--output={said}"]
-    around = login(
-        "sbatch", "--parsable", *asked, "--wrap", f"srun --ntasks=1 --nodes=1 {queue}; sleep 600", slow="fail"
-    ).strip()
-    try:
-        cluster.wait_for("the inner job's number", lambda: said.exists() and said.read_text().strip().isdigit(), END_S)
-        run = Run(cluster, said.read_text().strip(), cluster.shared / "inner", log)
-        cluster.wait_for("its end", lambda: cluster.state(run.job_id) == "FAILED", END_S)
-        assert [(end["job_id"], end["restart"], len(end["nodes"])) for end in run.attempts()] == [
-            (run.job_id, 0, 2),
-            (run.job_id, 1, 2),
-        ]
-        assert cluster.job(f"{around}_5")["Restarts"] == "0"
-        assert cluster.state(f"{around}_5") == "RUNNING"
-    finally:
-        cluster.run("scancel", around)
-
-
-def test_ranks_are_spread_evenly_although_ntasks_is_placed_unevenly(sbatch, cluster):
-    run = sbatch("cit_tiny", "uneven", *ON_CPUS, "--nodes=2", "--ntasks=4", "--cpus-per-task=1")
-    run.ends()
-    assert cluster.job(run.job_id)["NumTasks"] == "4"
-    (start,) = run.starts()
-    assert start["world_size"] == 4
-
-
 def test_a_wrong_setting_is_not_tried_again(sbatch, cluster):
     run = sbatch("cit_tiny", "wrong", *ON_CPUS, train=["--train.epochs", "-1"])
     cluster.wait_for("the job's end", lambda: cluster.state(run.job_id) == "FAILED", END_S)
@@ -470,7 +430,8 @@ def test_a_node_without_its_gpus_is_named_and_left_out(sbatch, cluster):
     cluster.wait_for("the exclusion", lambda: cluster.job(run.job_id)["ExcNodeList"] == "broken1", END_S)
     cluster.run("scancel", run.job_id)
     (attempt,) = run.attempts()
-    assert attempt["unfit"] == {"broken1": "Slurm promises 2 GPUs, PyTorch sees 0"}
+    assert list(attempt["unfit"]) == ["broken1"]
+    assert attempt["unfit"]["broken1"].startswith("Slurm promises 2 GPUs, PyTorch sees 0 (PyTorch ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
