@@ -78,8 +78,10 @@ def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunReq
 def setup_lines(options: Options, resources: Resources, runs: Sequence[RunRequest]) -> list[str]:
     """Lines of shell before the ranks start: --setup, then the variables and arguments that slurm/env.sh reads."""
     checkout = shlex.quote(str(REPOSITORY))
+    # Without the module that it loads a run would train on something else, or fail later and be tried again.
+    failing = """trap 'echo "error: --setup fails at: $BASH_COMMAND" >&2; exit 2' ERR"""
     lines = [
-        *options.setup,
+        *([failing, *options.setup, "trap - ERR"] if options.setup else []),
         f"export CIT_SCALE={checkout} CIT_PYTHON={shlex.quote(sys.executable)} CIT_MAX_RESTARTS={options.max_restarts}",
     ]
     if len(resources.node_counts) > 1:

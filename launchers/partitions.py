@@ -38,9 +38,25 @@ def choose(partitions: Sequence[Partition], names: str | None) -> list[Partition
     return [by_name[name] for name in names.split(",")]
 
 
-def why_not(partition: Partition, nodes: int, gpus_per_node: int, minutes: int | None) -> str | None:
+def why_not(
+    partition: Partition,
+    nodes: int,
+    gpus_per_node: int,
+    minutes: int | None,
+    *,
+    account: str | None = None,
+    qos: str | None = None,
+) -> str | None:
     """Why a job would never start in the partition; None if it could. minutes: --time, None without it."""
     name = partition.name
+    if partition.state != "UP":
+        return f"partition {name} is {partition.state.lower()}: no job starts there"
+    if account is not None and partition.accounts is not None and account not in partition.accounts:
+        return f"--account={account}, but partition {name} is for {', '.join(partition.accounts)}"
+    if account in partition.not_accounts:
+        return f"--account={account}, but partition {name} is not for that account"
+    if qos is not None and partition.qos is not None and qos not in partition.qos:
+        return f"--qos={qos}, but partition {name} takes {', '.join(partition.qos)}"
     if nodes > partition.nodes:
         return f"--nodes={nodes}, but partition {name} has {partition.nodes}"
     if partition.max_nodes is not None and nodes > partition.max_nodes:

@@ -10,7 +10,14 @@ from cit_scale.config import RunConfig, split_batch
 from cit_scale.errors import ConfigError
 from launchers.options import Options
 from launchers.partitions import choose, share_of_cores, why_not
-from launchers.slurm import NoSlurmError, Partition, ask_partitions, format_minutes, parse_minutes
+from launchers.slurm import (
+    NoSlurmError,
+    Partition,
+    ask_max_array_size,
+    ask_partitions,
+    format_minutes,
+    parse_minutes,
+)
 
 if TYPE_CHECKING:
     from cit_scale.distributed.world import World
@@ -82,9 +89,15 @@ def allot(options: Options, partitions: Sequence[Partition] | None, runs: Sequen
         )
     minutes = read_time(options.time)
     if partitions is not None:
-        reasons = [why_not(each, options.nodes, gpus, minutes) for each in partitions]
+        reasons = [
+            why_not(each, options.nodes, gpus, minutes, account=options.account, qos=options.qos) for each in partitions
+        ]
         if all(reasons):
             raise ConfigError("; ".join(reason for reason in reasons if reason))
+        if len(runs) > 1 and (most := ask_max_array_size()) is not None and len(runs) > most:
+            raise ConfigError(
+                f"--sweep makes {len(runs)} runs, but an array of this Slurm's has at most {most} tasks; sweep in parts"
+            )
     check_signal_delay(options.signal_delay, minutes, partitions or ())
     cores = options.cpus_per_task or share_of_cores(partitions or (), gpus, ranks)
     return Resources(options.nodes, gpus, ranks, minutes, node_counts(options, ranks, runs), cores)

@@ -156,7 +156,9 @@ def format_minutes(minutes: int | None) -> str:
 
 @dataclass(frozen=True)
 class Partition:
-    """max_nodes: the most nodes of one job. Times are in minutes. None: no limit. gpus, cores: of each node."""
+    """max_nodes: the most nodes of one job. Times are in minutes. None: no limit. gpus, cores: of each node, that a job
+    can have. state: UP where jobs start. accounts, qos: whose jobs may; not_accounts: whose may not.
+    """
 
     name: str
     is_default: bool
@@ -166,6 +168,10 @@ class Partition:
     max_minutes: int | None = None
     gpus: tuple[int, ...] = ()
     cores: tuple[int, ...] = ()
+    state: str = "UP"
+    accounts: tuple[str, ...] | None = None
+    not_accounts: tuple[str, ...] = ()
+    qos: tuple[str, ...] | None = None
 
     @property
     def limit_minutes(self) -> int | None:
@@ -182,7 +188,7 @@ def ask_partitions() -> list[Partition]:
         )
     try:
         partitions = run_slurm("scontrol", "--all", "show", "partition", "--oneliner").checked()
-        nodes = run_slurm("sinfo", "--all", "--noheader", "--Node", "--format=%R|%c|%G").checked()
+        nodes = run_slurm("scontrol", "--all", "show", "node", "--oneliner").checked()
     except SlurmError as error:
         raise NoSlurmError(f"Slurm does not answer, {error}") from error
     return parse_partitions(partitions, parse_nodes(nodes))
@@ -195,6 +201,7 @@ def parse_partitions(text: str, nodes: Mapping[str, Sequence[tuple[int, int]]]) 
         if "PartitionName" not in record:
             continue
         name, most = record["PartitionName"], record.get("MaxNodes", "UNLIMITED")
+        most_cores = record.get("MaxCPUsPerNode", "UNLIMITED")
         found.append(
             Partition(
                 name=name,
@@ -204,19 +211,42 @@ def parse_partitions(text: str, nodes: Mapping[str, Sequence[tuple[int, int]]]) 
                 default_minutes=parse_minutes(record.get("DefaultTime", "NONE")),
                 max_minutes=parse_minutes(record.get("MaxTime", "UNLIMITED")),
                 gpus=tuple(gpus for _, gpus in nodes.get(name, ())),
-                cores=tuple(cores for cores, _ in nodes.get(name, ())),
+                cores=tuple(
+                    min(cores, int(most_cores)) if most_cores.isdigit() else cores for cores, _ in nodes.get(name, ())
+                ),
+                state=record.get("State", "UP"),
+                accounts=_names(record.get("AllowAccounts", "ALL")),
+                not_accounts=_names(record.get("DenyAccounts", "(null)")) or (),
+                qos=_names(record.get("AllowQos", "ALL")),
             )
         )
     return found
 
 
+def _names(text: str) -> tuple[str, ...] | None:
+    """None for all."""
+    return None if text == "ALL" else () if text == "(null)" else tuple(text.split(","))
+
+
 def parse_nodes(text: str) -> dict[str, list[tuple[int, int]]]:
-    """(cores, GPUs) of each node, by partition; reads ``sinfo --Node --format=%R|%c|%G``."""
+    """(cores, GPUs) of each node, by partition; reads ``scontrol show node --oneliner``.
+
+    The cores are those that jobs may have: some may be set apart for the system (CPUEfctv, CoreSpecCount).
+    """
     found: dict[str, list[tuple[int, int]]] = {}
-    for line in text.splitlines():
-        partition, cores, resources = line.strip().split("|", 2)
-        found.setdefault(partition, []).append((int(cores.rstrip("+")), count_gpus(resources)))
+    for record in parse_records(text):
+        cores, gpus = record.get("CPUEfctv", record.get("CPUTot", "0")), count_gpus(record.get("Gres", ""))
+        for partition in record.get("Partitions", "").split(","):
+            if partition not in ("", "(null)"):
+                found.setdefault(partition, []).append((int(cores), gpus))
     return found
+
+
+def ask_max_array_size() -> int | None:
+    """How many tasks an array may have; None where Slurm does not say."""
+    answer = run_slurm("scontrol", "show", "config")
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", answer.stdout, re.MULTILINE)
+    return int(match[1]) if match else None
 
 
 def count_gpus(resources: str) -> int:

@@ -7,6 +7,11 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   echo "error: this is a batch script; queue it with sbatch" >&2
   exit 2
 fi
+if ! command -v "${CIT_PYTHON:-python}" > /dev/null; then
+  echo "error: there is no ${CIT_PYTHON:-python} on the PATH of $SLURMD_NODENAME; queue the job with your Python" \
+    "environment active and without --export=NONE, or name its Python: --export=CIT_PYTHON=/path/to/python" >&2
+  exit 2
+fi
 
 # Of another job, if this one was queued from within it.
 unset CIT_JOB_ID CIT_RESTARTS CIT_HOSTS CIT_GPUS_PER_NODE

@@ -17,25 +17,29 @@ from launchers.slurm import (
     parse_seconds,
 )
 
-# As Slurm 22.05 prints them, but for three numbers in the last line.
+# As Slurm 22.05 prints them, but for the numbers.
 SCONTROL = """\
 PartitionName=main AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=YES QoS=N/A DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO GraceTime=30 Hidden=NO MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED Nodes=node[1-8] PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=NO OverTimeLimit=NONE PreemptMode=REQUEUE State=UP TotalCPUs=32 TotalNodes=8 SelectTypeParameters=NONE JobDefaults=(null) DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED TRES=cpu=32,mem=62.50G,node=8,billing=32
 PartitionName=short AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=NO QoS=N/A DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO GraceTime=0 Hidden=NO MaxNodes=UNLIMITED MaxTime=00:30:00 MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED Nodes=node[1-2] PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=NO OverTimeLimit=NONE PreemptMode=OFF State=UP TotalCPUs=8 TotalNodes=2 SelectTypeParameters=NONE JobDefaults=(null) DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED TRES=cpu=8,mem=16000M,node=2,billing=8
 PartitionName=gpus AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=NO QoS=N/A DefaultTime=01:00:00 DisableRootJobs=NO ExclusiveUser=NO GraceTime=0 Hidden=NO MaxNodes=3 MaxTime=2-00:00:00 MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED Nodes=broken[1-4] PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=NO OverTimeLimit=NONE PreemptMode=OFF State=UP TotalCPUs=8 TotalNodes=4 SelectTypeParameters=NONE JobDefaults=(null) DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED TRES=cpu=8,mem=16000M,node=2,billing=8
 """  # noqa: E501
 
-SINFO = """\
-gpus|64|gpu:8
-gpus|96|gpu:h100:8(S:0-1)
-gpus|48|gpu:a100:2,gpu:h100:2,shard:h100:16
-gpus|48|gpu:4(S:0),craynetwork:6
-short|4|(null)
-main|4|(null)
-short|4|(null)
-main|4|(null)
-"""
+SCONTROL_NODE = "".join(
+    f"NodeName={name} Arch=x86_64 CoresPerSocket=1  CPUAlloc=0 CPUEfctv={cores} CPUTot=128 CPULoad=0.81 "
+    f"AvailableFeatures=(null) Gres={gres} NodeAddr={name} OS=Linux 6.1.0 #1 SMP RealMemory=8000 State=IDLE "
+    f"Partitions={partitions}  BootTime=2026-11-29T06:40:00 Reason=a=b [root@2026-11-29T06:40:00]\n"
+    for name, cores, gres, partitions in (
+        ("broken1", 64, "gpu:8", "gpus"),
+        ("broken2", 96, "gpu:h100:8(S:0-1)", "gpus"),
+        ("broken3", 48, "gpu:a100:2,gpu:h100:2,shard:h100:16", "gpus"),
+        ("broken4", 48, "gpu:4(S:0),craynetwork:6", "gpus"),
+        ("node1", 4, "(null)", "main,short"),
+        ("node2", 4, "(null)", "main,short"),
+        ("spare", 4, "(null)", "(null)"),
+    )
+)
 
-NODES = parse_nodes(SINFO)
+NODES = parse_nodes(SCONTROL_NODE)
 MAIN, SHORT, ON_GPUS = parse_partitions(SCONTROL, NODES)
 
 
@@ -46,6 +50,33 @@ def test_partitions_are_read_with_their_limits():
         Partition("gpus", False, 4, 3, default_minutes=60, max_minutes=2880, gpus=(8, 8, 4, 4), cores=(64, 96, 48, 48))
         == ON_GPUS
     )
+
+
+def test_cores_that_a_job_cannot_have_do_not_count():
+    (part, *_) = parse_partitions(SCONTROL.replace("MaxCPUsPerNode=UNLIMITED", "MaxCPUsPerNode=3"), NODES)
+    assert part.cores == (3, 3)
+    old = parse_nodes("NodeName=a CPUTot=8 Gres=(null) Partitions=main\n")  # before CPUEfctv
+    assert old == {"main": [(8, 0)]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "expected"),
+    [
+        (("State=UP", "State=DOWN"), {}, "partition main is down: no job starts there"),
+        (("State=UP", "State=INACTIVE"), {}, "partition main is inactive"),
+        (("AllowAccounts=ALL", "AllowAccounts=a,b"), {"account": "c"}, "--account=c, but partition main is for a, b"),
+        (("AllowAccounts=ALL", "AllowAccounts=a,b"), {"account": "b"}, None),
+        (("AllowAccounts=ALL", "AllowAccounts=a,b"), {}, None),  # Slurm knows the user's default
+        (("AllowAccounts=ALL", "DenyAccounts=c"), {"account": "c"}, "but partition main is not for that account"),
+        (("AllowAccounts=ALL", "DenyAccounts=(null)"), {"account": "c"}, None),
+        (("AllowQos=ALL", "AllowQos=high"), {"qos": "low"}, "--qos=low, but partition main takes high"),
+        (("AllowQos=ALL", "AllowQos=high"), {"qos": "high"}, None),
+    ],
+)
+def test_a_partition_that_is_not_for_this_job_is_told_why(changes, options, expected):
+    (part, *_) = parse_partitions(SCONTROL.replace(*changes), NODES)
+    found = why_not(part, 1, 0, None, **options)
+    assert found is None if expected is None else expected in found
 
 
 @pytest.mark.parametrize(

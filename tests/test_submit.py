@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_partitions import SCONTROL, SINFO
+from test_partitions import SCONTROL, SCONTROL_NODE
 
 from cit_scale import cli
 from cit_scale import recipe as recipes
@@ -22,6 +22,7 @@ from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError
 from cit_scale.settings import to_yaml
 from launchers import executors, options, resources, submit
+from launchers.resources import Resources
 from launchers.slurm import NoSlurmError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,8 +31,7 @@ GOLDEN = Path(__file__).parent / "golden"
 PROGRAMS = {
     "squeue": "cat {folder}/queue.txt",
     "sbatch": 'cp "$1" {folder}/queued.sh && echo "Submitted batch job 12"',
-    "scontrol": "cat {folder}/partitions.txt",
-    "sinfo": "cat {folder}/gpus.txt",
+    "scontrol": 'case "$*" in *partition*) f=partitions;; *node*) f=nodes;; *) f=config;; esac; cat {folder}/$f.txt',
     "srun": "false",
 }
 
@@ -57,7 +57,8 @@ def slurm(monkeypatch, tmp_path):
     folder = tmp_path / "slurm"
     folder.mkdir()
     (folder / "partitions.txt").write_text(SCONTROL)
-    (folder / "gpus.txt").write_text(SINFO)
+    (folder / "nodes.txt").write_text(SCONTROL_NODE)
+    (folder / "config.txt").write_text("MaxArraySize            = 3\nMaxDBDMsgs              = 20024\n")
     (folder / "queue.txt").touch()
     for name, script in PROGRAMS.items():
         (folder / name).write_text(f"#!/bin/sh\n{script.format(folder=folder)}\n")
@@ -167,11 +168,11 @@ def test_the_file_gives_defaults_and_the_command_line_wins(call, tiny, no_cluste
     _, printed, _ = call("--dry-run", *tiny)
     for line in ("partition=gpu", "ntasks-per-node=2", "time=1440", "mem=10G"):
         assert f"\n#SBATCH --{line}\n" in printed
-    assert "\nmodule load a\nmodule load b\nexport CIT_SCALE=" in printed
+    assert "\nmodule load a\nmodule load b\ntrap - ERR\nexport CIT_SCALE=" in printed
     _, printed, _ = call("--dry-run", "--mem", "0", "--setup", "true", "--ntasks-per-node", 1, *tiny)
     for line in ("partition=gpu", "ntasks-per-node=1", "mem=0"):
         assert f"\n#SBATCH --{line}\n" in printed
-    assert "\n# setup\ntrue\nexport CIT_SCALE=" in printed
+    assert "\ntrue\ntrap - ERR\nexport CIT_SCALE=" in printed
 
 
 @pytest.mark.parametrize(
@@ -419,6 +420,28 @@ def test_a_full_disk_fails_a_dry_run_and_no_submission(argv, code, tiny, slurm):
     assert done.returncode == code
     assert done.stderr == ("error: [Errno 28] No space left on device\n" if code else "")
     assert (slurm / "queued.sh").exists() != bool(code)
+
+
+def test_more_runs_than_an_array_may_have_are_refused(call, tiny, slurm):
+    code, _, complaint = call("--sweep", "seed=0,1,2,3", *tiny)
+    assert code == 2
+    assert "--sweep makes 4 runs, but an array of this Slurm's has at most 3 tasks" in complaint
+
+
+@pytest.mark.parametrize(
+    ("setup", "code", "said"),
+    [
+        (["true", "f() { return 3; }", "f"], 2, "error: --setup fails at: return 3\n"),
+        (["true", "false"], 2, "error: --setup fails at: false\n"),
+        (["false || true", "[[ -z x ]] && false", "export A=b"], 0, ""),
+    ],
+)
+def test_a_line_of_setup_that_fails_ends_the_job(setup, code, said):
+    lines = executors.setup_lines(options.Options(setup=setup), Resources(1, 0, 1, None, (1,)), [])
+    until_the_ranks = lines[: lines.index("trap - ERR") + 1]
+    script = "\n".join([*until_the_ranks, "false", "exit 0"])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_each_run_of_a_sweep_is_noted_in_its_own_folder(call, tiny, slurm, tmp_path):

@@ -83,10 +83,15 @@ def read_weights(path: str | Path, device: str = "cpu") -> Weights:
     Raises MissingInputError, RefusedError for a pickle with other objects, ConfigError, and OSError.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
     try:
+        if not path.is_file():
+            raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
         path.open("rb").close()  # its OSError has a number; safetensors reports every error as "no such file"
+    except PermissionError as error:
+        raise MissingInputError(f"weights {path} may not be read by this user: {error.strerror}") from error
+    except OSError:  # the same again below
+        pass
+    try:
         content = _read_safetensors(path, device) if _is_safetensors(path) else _read_pickle(path, device)
     except pickle.UnpicklingError as error:
         raise _refuse_objects(path) from error
