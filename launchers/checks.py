@@ -81,7 +81,7 @@ def submission_lines(
 def resources_text(options: Options, resources: Resources, partitions: Sequence[Partition] | None) -> str:
     """The row "job" of the plan. partitions: None where Slurm was not asked."""
     fewest = f", {resources.min_nodes} at least" if resources.min_nodes < resources.nodes else ""
-    kind = counted(resources.gpus_per_node, "GPU") if resources.gpus_per_node else "no GPU"
+    kind = counted(int(resources.gpus_per_node), "GPU") if resources.gpus_per_node else "no GPU"
     cores = f" with {counted(resources.cores_per_rank, 'core')} each" if resources.cores_per_rank else ""
     ranks = f"{counted(resources.ranks_per_node, 'rank')}{cores}"
     if partitions is None:

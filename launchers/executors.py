@@ -158,7 +158,7 @@ def submit_local(options: Options, resources: Resources, run: RunRequest, folder
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(
         tasks_per_node=resources.ranks_per_node,
-        gpus_per_node=resources.gpus_per_node,
+        gpus_per_node=int(resources.gpus_per_node),
         visible_gpus=visible_gpus(os.environ),
         timeout_min=resources.minutes or A_YEAR_MIN,
         signal_delay_s=options.signal_delay,

@@ -17,6 +17,7 @@ from cit_scale.config import IS_CHECKOUT, RunConfig
 from cit_scale.errors import ConfigError, one_line
 from cit_scale.recipe import OPTIONS
 from cit_scale.text import ExampleParser, positive
+from launchers.slurm import Gpus
 
 
 def cluster_file(env: Mapping[str, str]) -> Path:
@@ -37,7 +38,7 @@ class Options:
 
     nodes: int = 1
     min_nodes: int | None = None
-    gpus_per_node: int | None = None
+    gpus_per_node: Gpus | None = None
     ntasks_per_node: int | None = None
     cpus_per_task: int | None = None
     mem: str | None = None
@@ -125,7 +126,7 @@ def parser() -> OneLineParser:
     add = parser.add_argument
     add("--nodes", type=positive, metavar="N", help="nodes of each run; default 1")
     add("--min-nodes", type=positive, metavar="N", help="start on as few as N nodes where --nodes are not free")
-    add("--gpus-per-node", type=not_negative, metavar="N", help="default: all that a node of the partition has")
+    add("--gpus-per-node", type=gpus, metavar="[KIND:]N", help="default: all that a node of the partition has")
     add("--ntasks-per-node", type=positive, metavar="N", help="ranks on a node without GPUs; default 1")
     add(
         "--cpus-per-task",
@@ -171,6 +172,13 @@ def parser() -> OneLineParser:
     )
     add("--dry-run", action="store_true", help="check, show plan and batch script, queue nothing")
     return parser
+
+
+def gpus(text: str) -> Gpus:
+    try:
+        return Gpus.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def not_negative(text: str) -> int:

@@ -11,6 +11,7 @@ from cit_scale.errors import ConfigError
 from launchers.options import Options
 from launchers.partitions import choose, share_of_cores, why_not
 from launchers.slurm import (
+    Gpus,
     NoSlurmError,
     Partition,
     ask_max_array_size,
@@ -44,7 +45,7 @@ class Resources:
     """
 
     nodes: int
-    gpus_per_node: int
+    gpus_per_node: Gpus
     ranks_per_node: int
     minutes: int | None
     node_counts: tuple[int, ...]
@@ -78,11 +79,13 @@ def allot(options: Options, partitions: Sequence[Partition] | None, runs: Sequen
     if options.cluster != "slurm":
         return allot_here(options, runs)
     gpus = options.gpus_per_node
+    if gpus is not None and partitions is not None:
+        partitions = [each.of_kind(gpus.kind) for each in partitions]
     if gpus is None:
         # Nodes without GPUs in the same partition do not count.
         known = [gpus for partition in partitions or () for gpus in partition.gpus if gpus]
-        gpus = min(known, default=0) if options.ntasks_per_node is None else 0
-    ranks = options.ntasks_per_node or gpus or 1
+        gpus = Gpus(min(known, default=0) if options.ntasks_per_node is None else 0)
+    ranks = options.ntasks_per_node or int(gpus) or 1
     if gpus and ranks != gpus:
         raise ConfigError(
             f"--ntasks-per-node={ranks} and --gpus-per-node={gpus}, but a rank computes on one GPU; leave out the first"
@@ -109,16 +112,16 @@ def allot_here(options: Options, runs: Sequence[RunRequest]) -> Resources:
         raise ConfigError(f"a sweep is an array of Slurm's; with --cluster {options.cluster} start its runs one by one")
     minutes = read_time(options.time)
     if options.cluster == "debug":
-        return Resources(1, 0, 1, minutes, (1,))
+        return Resources(1, Gpus(0), 1, minutes, (1,))
     if options.nodes > 1:
         raise ConfigError(f"--nodes={options.nodes}, but --cluster local is this machine alone")
     import torch
 
     found = torch.cuda.device_count()
-    gpus = found if options.gpus_per_node is None else options.gpus_per_node
+    gpus = Gpus(found) if options.gpus_per_node is None else options.gpus_per_node
     if gpus > found:
         raise ConfigError(f"--gpus-per-node={gpus}, but this machine shows {found}")
-    ranks = gpus or options.ntasks_per_node or 1
+    ranks = int(gpus) or options.ntasks_per_node or 1
     check_signal_delay(options.signal_delay, minutes, ())
     return Resources(1, gpus, ranks, minutes, (1,))
 

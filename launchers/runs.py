@@ -96,7 +96,8 @@ def cancel(run: RunFolder, *, now: bool) -> int:
         cancel_local_job(job, now=now)
     else:
         raise ConfigError(f"{run.name} is {state}, and was not submitted: press Ctrl-C where it was started")
-    done = "is ended" if now else "is asked to save and leave"
+    waits = state.word in ("pending", "configuring", "requeued", "requeue_hold", "special_exit")
+    done = "is out of the queue" if waits else "is ended" if now else "is asked to save and leave"
     print(f"job {job.job_id} of {run.name} {done}, and does not come back")
     return 0
 

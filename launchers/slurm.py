@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from cit_scale.errors import ConfigError
 
@@ -157,7 +157,8 @@ def format_minutes(minutes: int | None) -> str:
 @dataclass(frozen=True)
 class Partition:
     """max_nodes: the most nodes of one job. Times are in minutes. None: no limit. gpus, cores: of each node, that a job
-    can have. state: UP where jobs start. accounts, qos: whose jobs may; not_accounts: whose may not.
+    can have. state: UP where jobs start. accounts, qos: whose jobs may; not_accounts: whose may not. gres: what the
+    GPUs of each node are counted from.
     """
 
     name: str
@@ -172,6 +173,13 @@ class Partition:
     accounts: tuple[str, ...] | None = None
     not_accounts: tuple[str, ...] = ()
     qos: tuple[str, ...] | None = None
+    gres: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+    def of_kind(self, kind: str | None) -> Partition:
+        """The partition as it looks to who wants GPUs of this kind alone; None for any."""
+        if kind is None:
+            return self
+        return replace(self, gpus=tuple(count_gpus(text, kind) for text in self.gres))
 
     @property
     def limit_minutes(self) -> int | None:
@@ -194,8 +202,8 @@ def ask_partitions() -> list[Partition]:
     return parse_partitions(partitions, parse_nodes(nodes))
 
 
-def parse_partitions(text: str, nodes: Mapping[str, Sequence[tuple[int, int]]]) -> list[Partition]:
-    """Read ``scontrol show partition --oneliner``. nodes: (cores, GPUs) of each node, by partition."""
+def parse_partitions(text: str, nodes: Mapping[str, Sequence[tuple[int, str]]]) -> list[Partition]:
+    """Read ``scontrol show partition --oneliner``. nodes: from ``parse_nodes``."""
     found = []
     for record in parse_records(text):
         if "PartitionName" not in record:
@@ -210,7 +218,8 @@ def parse_partitions(text: str, nodes: Mapping[str, Sequence[tuple[int, int]]]) 
                 max_nodes=None if most == "UNLIMITED" else int(most),
                 default_minutes=parse_minutes(record.get("DefaultTime", "NONE")),
                 max_minutes=parse_minutes(record.get("MaxTime", "UNLIMITED")),
-                gpus=tuple(gpus for _, gpus in nodes.get(name, ())),
+                gpus=tuple(count_gpus(gres) for _, gres in nodes.get(name, ())),
+                gres=tuple(gres for _, gres in nodes.get(name, ())),
                 cores=tuple(
                     min(cores, int(most_cores)) if most_cores.isdigit() else cores for cores, _ in nodes.get(name, ())
                 ),
@@ -228,17 +237,17 @@ def _names(text: str) -> tuple[str, ...] | None:
     return None if text == "ALL" else () if text == "(null)" else tuple(text.split(","))
 
 
-def parse_nodes(text: str) -> dict[str, list[tuple[int, int]]]:
-    """(cores, GPUs) of each node, by partition; reads ``scontrol show node --oneliner``.
+def parse_nodes(text: str) -> dict[str, list[tuple[int, str]]]:
+    """(cores, generic resources) of each node, by partition; reads ``scontrol show node --oneliner``.
 
     The cores are those that jobs may have: some may be set apart for the system (CPUEfctv, CoreSpecCount).
     """
-    found: dict[str, list[tuple[int, int]]] = {}
+    found: dict[str, list[tuple[int, str]]] = {}
     for record in parse_records(text):
-        cores, gpus = record.get("CPUEfctv", record.get("CPUTot", "0")), count_gpus(record.get("Gres", ""))
+        cores, gres = record.get("CPUEfctv", record.get("CPUTot", "0")), record.get("Gres", "")
         for partition in record.get("Partitions", "").split(","):
             if partition not in ("", "(null)"):
-                found.setdefault(partition, []).append((int(cores), gpus))
+                found.setdefault(partition, []).append((int(cores), gres))
     return found
 
 
@@ -249,11 +258,31 @@ def ask_max_array_size() -> int | None:
     return int(match[1]) if match else None
 
 
-def count_gpus(resources: str) -> int:
+class Gpus(int):
+    """A number of GPUs, maybe of one kind, read and written as Slurm does: 4 or a100:4."""
+
+    kind: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Gpus:
+        """Raises ValueError."""
+        kind, _, number = text.rpartition(":")
+        if not re.fullmatch(r"([\w.-]+:)?\d+", text, re.ASCII):
+            raise ValueError(f"{text!r} is no number of GPUs; write 4, or a100:4 for those of a kind")
+        gpus = cls(number)
+        gpus.kind = kind or None
+        return gpus
+
+    def __str__(self) -> str:
+        return super().__repr__() if self.kind is None else f"{self.kind}:{super().__repr__()}"
+
+
+def count_gpus(resources: str, kind: str | None = None) -> int:
     """The GPUs among generic resources as Slurm writes them: gpu:8, gpu:h100:8(S:0-1), gpu:a:2(IDX:0-1),gpu:b:1(IDX:4),
-    beside others such as shard:32.
+    beside others such as shard:32. kind: count those of that kind alone.
     """
-    return sum(map(int, re.findall(r"(?:^|,)gpu(?::[^:,()]+)??:(\d+)(?=[(,]|$)", resources)))
+    kinds = r"(?::[^:,()]+)??" if kind is None else f":{re.escape(kind)}"
+    return sum(map(int, re.findall(rf"(?:^|,)gpu{kinds}:(\d+)(?=[(,]|$)", resources)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from cit_scale.errors import ConfigError
 from launchers import slurm
 from launchers.partitions import choose, share_of_cores, why_not
 from launchers.slurm import (
+    Gpus,
     NoSlurmError,
     Partition,
     ask_partitions,
@@ -56,7 +57,28 @@ def test_cores_that_a_job_cannot_have_do_not_count():
     (part, *_) = parse_partitions(SCONTROL.replace("MaxCPUsPerNode=UNLIMITED", "MaxCPUsPerNode=3"), NODES)
     assert part.cores == (3, 3)
     old = parse_nodes("NodeName=a CPUTot=8 Gres=(null) Partitions=main\n")  # before CPUEfctv
-    assert old == {"main": [(8, 0)]}
+    assert old == {"main": [(8, "(null)")]}
+
+
+def test_gpus_of_a_kind_are_counted_alone():
+    assert ON_GPUS.of_kind("h100").gpus == (0, 8, 2, 0)
+    assert ON_GPUS.of_kind("a100").gpus == (0, 0, 2, 0)
+    assert ON_GPUS.of_kind(None) is ON_GPUS
+    assert "of the nodes of partition gpus 1 have so many GPUs" in why_not(
+        ON_GPUS.of_kind("h100"), 2, Gpus.parse("h100:4"), None
+    )
+
+
+@pytest.mark.parametrize(("text", "number", "kind"), [("4", 4, None), ("a100:4", 4, "a100"), ("0", 0, None)])
+def test_a_number_of_gpus_is_read_and_written_as_slurm_does(text, number, kind):
+    gpus = Gpus.parse(text)
+    assert (gpus, gpus.kind, f"{gpus}", str(gpus)) == (number, kind, text, text)
+
+
+@pytest.mark.parametrize("text", ["", "a100", "a100:", ":4", "-1", "a:b:4", "4.5"])
+def test_what_is_no_number_of_gpus_is_refused(text):
+    with pytest.raises(ValueError, match="is no number of GPUs; write 4, or a100:4"):
+        Gpus.parse(text)
 
 
 @pytest.mark.parametrize(

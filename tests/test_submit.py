@@ -209,6 +209,19 @@ def test_the_example_in_the_help_is_a_valid_file(tmp_path):
     assert yaml.safe_load(path.read_text())["time"] != "24:00:00"  # the trap: YAML would count it in seconds
 
 
+def test_gpus_of_a_kind_are_asked_for(call, tiny, slurm):
+    asked = ["--partition", "gpus", "--dry-run", "--cpus-per-task", 2]
+    _, printed, _ = call("--gpus-per-node", "h100:2", *asked, *tiny)
+    assert "#SBATCH --gpus-per-node=h100:2\n" in printed
+    assert "2 ranks with 2 cores each, 2 GPUs;" in printed
+    code, _, complaint = call("--gpus-per-node", "h100:2", "--nodes", 3, *asked, *tiny)
+    assert code == 2
+    assert "--nodes=3 --gpus-per-node=h100:2, but of the nodes of partition gpus 2 have so many GPUs" in complaint
+    code, _, complaint = call("--gpus-per-node", "h100", *asked, *tiny)
+    assert code == 2
+    assert "'h100' is no number of GPUs; write 4, or a100:4" in complaint
+
+
 def test_without_gpus_per_node_a_job_takes_as_many_as_all_nodes_with_gpus_have(call, tiny, slurm):
     _, printed, _ = call("--dry-run", "--partition", "gpus", *tiny, "--train.global_batch_size", 16)
     assert "#SBATCH --gpus-per-node=4\n" in printed
