@@ -20,7 +20,7 @@ from PIL import Image
 MAX_PROCESSES = 4  # each with a warm server of its own for its ranks, half a gigabyte
 
 # The files that take longest, longest first: begun last, one of them would keep one process busy while the others rest.
-LONG_FILES = ("test_slurm", "test_train")
+LONG_FILES = ("test_slurm", "test_train", "test_slurm_versions")
 
 
 def pytest_xdist_auto_num_workers(config):

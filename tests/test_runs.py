@@ -483,7 +483,6 @@ def test_following_sees_what_is_added_replaced_and_cut_until_the_job_has_ended(t
             file.write(text)
 
     def replace():
-        append("written before it was moved\n")
         log.rename(tmp_path / "log.old")
         append("in a new file\n")
 
@@ -497,7 +496,7 @@ def test_following_sees_what_is_added_replaced_and_cut_until_the_job_has_ended(t
             (lambda: append("first\n"), "first\n"),
             (lambda: append("sec"), "sec"),
             (lambda: append("ond\n"), "ond\n"),
-            (replace, "written before it was moved\nin a new file\n"),
+            (replace, "in a new file\n"),  # what tail has not read by then may be lost
             (lambda: log.write_text("anew\n"), "anew\n"),
         ):
             change()
@@ -549,6 +548,22 @@ def test_a_job_of_slurms_is_cancelled(tmp_path, slurm, options, expected):
     make_run(tmp_path / "runs/mine", jobs=[submission("12")])
     assert runs.main(["cancel", "mine", *options, "--runs-dir", str(tmp_path / "runs")]) == 0
     assert [call for call in slurm.calls if call.startswith("scancel")] == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "said"),
+    [
+        ("PENDING", (), "is out of the queue"),
+        ("PENDING", ("--now",), "is out of the queue"),
+        ("RUNNING", (), "is asked to save and leave"),
+        ("RUNNING", ("--now",), "is ended"),
+    ],
+)
+def test_what_becomes_of_a_cancelled_job_is_said(tmp_path, slurm, capsys, state, options, said):
+    slurm.answers(f"12|12|{state}||\n")
+    make_run(tmp_path / "runs/mine", jobs=[submission("12")])
+    assert runs.main(["cancel", "mine", *options, "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out == f"job 12 of mine {said}, and does not come back\n"
 
 
 def test_what_does_not_run_is_not_cancelled(tmp_path, slurm, capsys):

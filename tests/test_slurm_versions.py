@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 REPOSITORY = Path(__file__).parents[1]
-END_S = 60
+END_S = 120
 HOSTS = ("node1", "node2", "node3", "node4", "small1", "gpu1", "gpu2")
 LINES = """
 NodeName=node[1-4] NodeAddr=SUBNET.[1-4] CPUs=64 RealMemory=8000 Weight=10
