@@ -20,18 +20,18 @@ CIT_LOG_BEGIN=$(stat --dereference --format=%s "/proc/$$/fd/1" || echo 0) # this
 export CIT_LOG CIT_LOG_BEGIN
 
 # The ranks handle Slurm's signals: they save and exit. This shell survives them, because it has to queue the job again,
-# and passes them on: Slurm may have sent them to it alone (--signal=B:USR2@300, scancel --batch). As USR2, which srun
-# hands to the ranks; at a TERM it kills them.
-trap 'asked_to_stop=1; [[ -z ${srun_pid:-} ]] || kill -USR2 "$srun_pid" 2> /dev/null' TERM INT USR1 USR2
+# and passes them on, because Slurm may have sent them to it alone (--signal=B:USR2@300, scancel --batch). They are passed
+# on as USR2, which srun hands to the ranks: on a TERM it would kill them.
+signals=0
+trap 'signals=$((signals + 1)); [[ -z ${srun_pid:-} ]] || kill -USR2 "$srun_pid" 2> /dev/null' TERM INT USR1 USR2
 
 # In place of the command: bash would keep a signal to itself until a command in the foreground has ended.
 srun() {
-  local code=$((128 + $(kill -l USR2)))
-  [[ -z ${asked_to_stop:-} ]] || return $code # before there are ranks
+  local code heard
+  ((signals == 0)) || return $((128 + $(kill -l USR2))) # asked to stop before there are ranks
   command srun "$@" &
   srun_pid=$!
-  asked_to_stop=
-  while wait "$srun_pid"; code=$?; [[ -n $asked_to_stop ]]; do asked_to_stop=; done # a signal ends the wait early
+  until heard=$signals; wait "$srun_pid"; code=$?; ((signals == heard)); do :; done # a signal ends the wait early
   return $code
 }
 

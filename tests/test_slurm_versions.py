@@ -209,6 +209,19 @@ def test_gres_counts_beside_the_gpus_of_the_script(cluster, sbatch):
     assert {each["gpus"] for each in job.told().values()} == {"1"}
 
 
+def test_a_job_without_the_environment_runs_by_the_python_it_is_given(sbatch, stand_in):
+    job = sbatch("--nodes=2", f"--export=CIT_PYTHON={stand_in}/python")
+    job.ends()
+    assert job.hosts() == ["node1", "node2"]
+
+
+def test_a_job_without_a_python_says_how_to_give_it_one(sbatch):
+    job = sbatch("--nodes=2", "--export=CIT_PYTHON=/nowhere/python")
+    job.ends("FAILED")
+    (line,) = job.text().splitlines()
+    assert line.startswith("error: there is no /nowhere/python on the PATH of node1; ")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Interrupted
 
