@@ -59,7 +59,7 @@ PreemptMode=REQUEUE
 GresTypes=gpu
 """
 
-HOSTS = (*(f"node{i}" for i in range(1, 9)), "remote1", "broken1")
+HOSTS = (*(f"node{i}" for i in range(1, 9)), "remote1", "broken1", "broken2")
 LINES = """
 NodeName=node[1-8] NodeAddr=SUBNET.[1-8] CPUs=64 RealMemory=8000 Weight=10
 PartitionName=main Nodes=node[1-8] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
@@ -69,9 +69,9 @@ PartitionName=pair Nodes=node[7-8] PriorityTier=1 PreemptMode=OFF
 # A remote node does not see the disk that the others share. Slurm prefers it, so every job there begins badly.
 NodeName=remote1 NodeAddr=SUBNET.9 CPUs=64 RealMemory=8000 Weight=1
 PartitionName=sea Nodes=node[5-8],remote1 PriorityTier=1 PreemptMode=OFF
-# A node that claims GPUs it does not have: how one with a broken driver looks to a job.
-NodeName=broken1 NodeAddr=SUBNET.10 CPUs=64 RealMemory=8000 Gres=gpu:2
-PartitionName=gpus Nodes=broken1 PriorityTier=1 PreemptMode=OFF
+# Nodes that claim GPUs they do not have: how those with a broken driver look to a job.
+NodeName=broken[1-2] NodeAddr=SUBNET.[10-11] CPUs=64 RealMemory=8000 Gres=gpu:2
+PartitionName=gpus Nodes=broken[1-2] PriorityTier=1 PreemptMode=OFF
 """
 
 

@@ -425,13 +425,16 @@ def test_a_node_without_the_shared_disk_is_named_and_left_out(sbatch, calm):
     assert_same_end(run, calm)
 
 
-def test_a_node_without_its_gpus_is_named_and_left_out(sbatch, cluster):
+def test_a_node_without_its_gpus_is_left_out_until_another_one_lacks_them_too(sbatch, cluster):
     run = sbatch("cit_base", "broken", "--partition=gpus", "--nodes=1", "--gpus-per-node=2")
-    cluster.wait_for("the exclusion", lambda: cluster.job(run.job_id)["ExcNodeList"] == "broken1", END_S)
-    cluster.run("scancel", run.job_id)
-    (attempt,) = run.attempts()
-    assert list(attempt["unfit"]) == ["broken1"]
-    assert attempt["unfit"]["broken1"].startswith("Slurm promises 2 GPUs, PyTorch sees 0 (PyTorch ")
+    cluster.wait_for("the job's end", lambda: cluster.state(run.job_id) == "FAILED", END_S)
+    first, second = run.attempts()
+    ((node, reason),) = first["unfit"].items()
+    assert (first["exit_code"], first["nodes"]) == (8, [node])
+    assert reason.startswith("Slurm promises 2 GPUs, PyTorch sees 0 (PyTorch ")
+    assert (second["exit_code"], second["unfit"]) == (2, first["unfit"])
+    assert second["nodes"] != first["nodes"]
+    assert any("broken1, broken2 cannot take part: Slurm promises 2 GPUs" in line for line in second["last_lines"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
