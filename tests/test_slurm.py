@@ -532,7 +532,7 @@ def test_other_launchers_meet_across_hosts(launcher, cluster, tiny, tmp_path):
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     processes = []
     for rank, node in enumerate(("node1", "node2")):
-        command = f"exec {start.format(rank=rank)} cit_scale/train.py {shlex.join(tiny(name))}"
+        command = f"cd {REPOSITORY} && exec {start.format(rank=rank)} cit_scale/train.py {shlex.join(tiny(name))}"
         with (tmp_path / f"{node}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(cluster.on_node(node, command), env=env, cwd=REPOSITORY, stdout=log, stderr=log)
