@@ -108,6 +108,18 @@ def pythons_folders() -> list[str]:
     return [f"usr/lib/python{sys.version_info.major}.{sys.version_info.minor}"]
 
 
+def pythons_names() -> list[str]:
+    """Of the same: what it is called on the way from a virtual environment's python to the program itself."""
+    names, path = [], Path(sys.executable)
+    while pythons_folders():
+        if path.is_relative_to("/usr"):
+            names.append(str(path))
+        if not path.is_symlink():
+            break
+        path = path.parent / path.readlink()
+    return names
+
+
 @contextmanager
 def entered(release: Release, log: Path) -> Iterator[list[str]]:
     """Inside the with block, the words that run a command in the release's root; more options of nsenter's may follow.
@@ -120,10 +132,8 @@ def entered(release: Release, log: Path) -> Iterator[list[str]]:
         return
     lines = [f"mount --bind {root} {root}"]
     lines += [f"mkdir -p {root}/{name} && mount --rbind /{name} {root}/{name}" for name in mounted_folders()]
-    files = ["/etc/hosts", "/etc/passwd", "/etc/group"]
-    if pythons_folders():
-        files.append(os.path.realpath(sys.executable))
-    lines += [f"touch {root}{name} && mount --bind {name} {root}{name}" for name in files]
+    for name in ["/etc/hosts", "/etc/passwd", "/etc/group", *pythons_names()]:
+        lines.append(f"touch {root}{name} && mount --bind {name} {root}{name}")
     script = " && ".join([*lines, f"exec chroot {root} sh -c 'echo entered; exec sleep infinity'"])
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
     with log.open("wb") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as keeper:
