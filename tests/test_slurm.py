@@ -1,7 +1,7 @@
 """The batch scripts and the launchers on a real Slurm, whose nodes are hosts of their own on a network of their own.
 
-The Slurm is the newest that can be had here; CIT_SLURM=own chooses this machine's. Where only Slurm itself has a say,
-test_slurm_versions tries several of them with a stand-in for the trainer.
+The Slurm is this machine's; CIT_SLURM=newest chooses the newest, where the trainer runs with another Debian's C library.
+Where only Slurm itself has a say, test_slurm_versions tries several of them with a stand-in for the trainer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 import pytest
 import wheel
 from slurm_cluster import Cluster, why_not
-from slurm_releases import RELEASES, make_root
+from slurm_releases import OWN, RELEASES, make_root
 from slurm_releases import why_not as why_no_release
 from tiny_run import STEPS, STEPS_PER_EPOCH, assert_same_tensors, learned
 
@@ -42,9 +42,9 @@ ALONE = "--teachers.inv=null"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    wanted = os.environ.get("CIT_SLURM")
-    releases = [each for each in reversed(RELEASES) if wanted in (None, each.slurm)]
-    release = next(each for each in releases if (why_no_release(each) or make_root(each)) is None)
+    release = next(each for each in RELEASES if each.slurm == os.environ.get("CIT_SLURM", OWN.slurm))
+    reason = why_no_release(release) or make_root(release)
+    assert reason is None, reason
     with Cluster(tmp_path_factory.mktemp("slurm"), release=release) as cluster:
         yield cluster
 
