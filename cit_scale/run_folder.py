@@ -50,8 +50,10 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 
 def unfit_nodes(run_dir: Path, job_id: str | None) -> dict[str, str]:
-    """Reasons by node, for the nodes that failed the preflight check at any start of this job."""
-    found = {}
+    """Reasons by node, for the nodes that failed the preflight check at any start of this job. None without a job."""
+    found: dict[str, str] = {}
+    if job_id is None:  # the starts of other days
+        return found
     with contextlib.suppress(OSError):
         for line in (run_dir / UNFIT_NODES).read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is cut short, or no note

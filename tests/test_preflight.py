@@ -235,6 +235,15 @@ def test_the_same_fault_of_half_of_the_nodes_is_not_theirs(faulty, earlier, node
         assert found.startswith(f"{named} cannot take part: rank ")
 
 
+def test_what_a_node_lacked_at_another_start_without_a_job_does_not_count(tmp_path, monkeypatch):
+    line = {"time": 1.0, "job_id": None, "node": "a", "reason": "Slurm promises 2 GPUs, PyTorch sees 0"}
+    (tmp_path / "unfit_nodes.jsonl").write_text(
+        json.dumps(line) + "\n" + json.dumps({**line, "job_id": "7"}) + "\n[]\n{"
+    )
+    assert preflight.unfit_nodes(tmp_path, None) == {}
+    assert preflight.unfit_nodes(tmp_path, "7") == {"a": "Slurm promises 2 GPUs, PyTorch sees 0"}
+
+
 def test_ranks_whose_nodes_all_lack_their_gpus_end_with_bad_usage_and_exclude_none(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "promised_gpus", lambda env: 2)
     hosts = iter("aabb")

@@ -1,6 +1,6 @@
 """The batch scripts and the launchers on a real Slurm, whose nodes are hosts of their own on a network of their own.
 
-The Slurm is this machine's; CIT_SLURM=newest chooses the newest, where the trainer runs with another Debian's C library.
+The Slurm is this machine's; CIT_SLURM=newest chooses the newest, where the trainer has another Debian's C library.
 Where only Slurm itself has a say, test_slurm_versions tries several of them with a stand-in for the trainer.
 """
 
