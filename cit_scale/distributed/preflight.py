@@ -91,8 +91,9 @@ def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest,
     def verdict_on(posts: Mapping[int, tuple[Report, float]]) -> Verdict:
         verdict = judge(posts, world, env, timeout_s, opened)
         faults = {report.host: report.problem for report, _ in posts.values() if report.problem is not None}
-        shared_fault = find_shared_fault(faults, unfit_nodes(run_dir, job_id(env)), world.num_nodes)
-        return {COMMAND: shared_fault} if shared_fault else verdict
+        if faults and (shared := find_shared_fault(faults, unfit_nodes(run_dir, job_id(env)), world.num_nodes)):
+            return {COMMAND: shared}
+        return verdict
 
     # ``opened`` is read after the store is open: no report can have been written before.
     store, opened = _open_store(world, env, timeout_s), time.time()
