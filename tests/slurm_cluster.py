@@ -229,10 +229,11 @@ class Cluster:
         files = {"socket": "munge.socket", "key-file": key.name, "pid-file": "munged.pid", "log-file": "munged.log"}
         options = [f"--{option}={folder / file}" for option, file in files.items()]
         self._daemons["munged"] = self._spawn(
-            ["munged", "--foreground", "--force", f"--seed-file={folder}/munge.seed", *options], "munged"
+            [*self._enter, "--", "munged", "--foreground", "--force", f"--seed-file={folder}/munge.seed", *options],
+            "munged",
         )
         self.wait_for("munged's socket", (folder / "munge.socket").exists)
-        self._daemons["slurmctld"] = self._spawn(["slurmctld", "-D", "-c"], "slurmctld")
+        self._daemons["slurmctld"] = self._spawn([*self._enter, "--", "slurmctld", "-D", "-c"], "slurmctld")
         for name in self.addresses:
             self.start_node(name)
         self.wait_for("idle nodes", lambda: self._idle() == len(self.addresses))
@@ -243,8 +244,7 @@ class Cluster:
 
     def _spawn(self, command: Sequence[str], name: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.out").open("ab") as out:
-            inside = command if command[0] == "nsenter" else [*self._enter, "--", *command]
-            return subprocess.Popen(inside, env=self.env, stdout=out, stderr=out, start_new_session=True)
+            return subprocess.Popen(command, env=self.env, stdout=out, stderr=out, start_new_session=True)
 
     def _make_network(self) -> None:
         _ip(f"addr add {self._controller}/24 dev {self._bridge}")
