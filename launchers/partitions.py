@@ -44,17 +44,22 @@ def why_not(
     gpus_per_node: int,
     minutes: int | None,
     *,
-    account: str | None = None,
+    accounts: Sequence[str] = (),
     qos: str | None = None,
 ) -> str | None:
-    """Why a job would never start in the partition; None if it could. minutes: --time, None without it."""
+    """Why a job would never start in the partition; None if it could. minutes: --time, None without it.
+
+    accounts: the job's, and those above it, one of which may stand for it; empty where they are not known.
+    """
     name = partition.name
     if partition.state != "UP":
         return f"partition {name} is {partition.state.lower()}: no job starts there"
-    if account is not None and partition.accounts is not None and account not in partition.accounts:
-        return f"--account={account}, but partition {name} is for {', '.join(partition.accounts)}"
-    if account in partition.not_accounts:
-        return f"--account={account}, but partition {name} is not for that account"
+    if accounts and partition.accounts is not None and not set(accounts) & set(partition.accounts):
+        return (
+            f"the job's account is {accounts[0]}, but partition {name} is for {', '.join(partition.accounts) or 'none'}"
+        )
+    if accounts and partition.accounts is None and accounts[0] in partition.not_accounts:
+        return f"the job's account is {accounts[0]}, but partition {name} is not for that account"
     if qos is not None and partition.qos is not None and qos not in partition.qos:
         return f"--qos={qos}, but partition {name} takes {', '.join(partition.qos)}"
     if nodes > partition.nodes:

@@ -14,6 +14,7 @@ from launchers.slurm import (
     Gpus,
     NoSlurmError,
     Partition,
+    ask_accounts,
     ask_max_array_size,
     ask_partitions,
     format_minutes,
@@ -92,8 +93,9 @@ def allot(options: Options, partitions: Sequence[Partition] | None, runs: Sequen
         )
     minutes = read_time(options.time)
     if partitions is not None:
+        accounts = ask_accounts(options.account) if any(each.is_for_some for each in partitions) else ()
         reasons = [
-            why_not(each, options.nodes, gpus, minutes, account=options.account, qos=options.qos) for each in partitions
+            why_not(each, options.nodes, gpus, minutes, accounts=accounts, qos=options.qos) for each in partitions
         ]
         if all(reasons):
             raise ConfigError("; ".join(reason for reason in reasons if reason))

@@ -8,6 +8,7 @@ Parsers take text and return facts, so tests need no Slurm for them.
 
 from __future__ import annotations
 
+import getpass
 import re
 import shutil
 import subprocess
@@ -27,6 +28,9 @@ GROUP = r" (?=Nodes=\S+ CPU_IDs=)"
 
 NO_GPUS = re.compile(r"^gres[:/]gpu:0$")
 """TresPerNode of a job that was asked for with --gpus-per-node=0."""
+
+UNSTARTED = re.compile(r"^(\d+)(?:_\[[^]|]*\])?(?=\|)", re.MULTILINE)
+"""What sacct calls a job that is no task: 12, also for an array of which nothing started, or 12_[3-5%2]."""
 
 PENDING = "Job is pending execution"  # what Slurm 22.05 says to requeueing a job that waits or is on its way back
 
@@ -186,6 +190,11 @@ class Partition:
         """The time limit of a job that asks for none."""
         return self.default_minutes or self.max_minutes
 
+    @property
+    def is_for_some(self) -> bool:
+        """Whether it matters to the partition which account a job has."""
+        return self.accounts is not None or bool(self.not_accounts)
+
 
 def ask_partitions() -> list[Partition]:
     """The partitions of this machine's Slurm. Raises NoSlurmError where there is no Slurm or no answer."""
@@ -258,6 +267,26 @@ def ask_max_array_size() -> int | None:
     return int(match[1]) if match else None
 
 
+def ask_accounts(account: str | None) -> tuple[str, ...]:
+    """The account that a job is charged to, then those above it; empty where that is not known.
+
+    account: --account; None for the user's default. Newer Slurms let a partition's account stand for those below it.
+    """
+    found: list[str] = []
+    # Slurm's accounts are in small letters, however they are typed.
+    asked = [account.lower()] if account else _ask_accounting("user", getpass.getuser(), "format=DefaultAccount")
+    while more := [name for name in asked if name not in found]:
+        found += more
+        asked = _ask_accounting("association", f"account={','.join(more)}", "format=ParentName")
+    return tuple(found)
+
+
+def _ask_accounting(*question: str) -> list[str]:
+    """Each name in one column of what ``sacctmgr show`` answers; empty without accounting."""
+    answer = run_slurm("sacctmgr", "--noheader", "--parsable2", "show", *question)
+    return list(dict.fromkeys(answer.stdout.split())) if answer.complaint is None else []
+
+
 class Gpus(int):
     """A number of GPUs, maybe of one kind, read and written as Slurm does: 4 or a100:4."""
 
@@ -317,9 +346,16 @@ def ask_jobs(job_ids: Collection[str]) -> dict[str, SlurmJob] | None:
         return None
     jobs = parse_jobs(answer.stdout)
     if forgotten := [job_id for job_id in job_ids if job_id not in jobs]:
+        # Asked for a task alone, it does not answer with those that never started: they are one job of the array's.
+        asked = ",".join(dict.fromkeys(word for job_id in forgotten for word in (job_id.partition("_")[0], job_id)))
         # A cluster without accounting answers with an error and nothing else.
-        answer = run_slurm("sacct", "-X", "-n", "-P", "-o", "JobID,JobIDRaw,State,NodeList", "-j", ",".join(forgotten))
+        answer = run_slurm("sacct", "-X", "-n", "-P", "-o", "JobID,JobIDRaw,State,NodeList", "-j", asked)
         jobs |= parse_jobs(answer.stdout)
+        unstarted = {match[1]: jobs[match[0]] for match in re.finditer(UNSTARTED, answer.stdout)}
+        for job_id in forgotten:
+            array = job_id.partition("_")[0]
+            if array in unstarted:
+                jobs.setdefault(job_id, unstarted[array])
     return jobs
 
 

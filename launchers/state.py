@@ -22,7 +22,7 @@ def state_of(run: RunFolder, slurm: Mapping[str, SlurmJob]) -> State:
     state = state_in_folder(run)
     if known and state.word in ("not started", "stopped"):
         if known.state in FAILED_STATES:
-            return State("failed", known.state.lower())
+            return State("failed", "" if known.state == "FAILED" else known.state.lower())
         if state.word == "not started":
             return State("not started", known.state.lower())
     return state

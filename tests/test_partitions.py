@@ -86,11 +86,20 @@ def test_what_is_no_number_of_gpus_is_refused(text):
     [
         (("State=UP", "State=DOWN"), {}, "partition main is down: no job starts there"),
         (("State=UP", "State=INACTIVE"), {}, "partition main is inactive"),
-        (("AllowAccounts=ALL", "AllowAccounts=a,b"), {"account": "c"}, "--account=c, but partition main is for a, b"),
-        (("AllowAccounts=ALL", "AllowAccounts=a,b"), {"account": "b"}, None),
-        (("AllowAccounts=ALL", "AllowAccounts=a,b"), {}, None),  # Slurm knows the user's default
-        (("AllowAccounts=ALL", "DenyAccounts=c"), {"account": "c"}, "but partition main is not for that account"),
-        (("AllowAccounts=ALL", "DenyAccounts=(null)"), {"account": "c"}, None),
+        (
+            ("AllowAccounts=ALL", "AllowAccounts=a,b"),
+            {"accounts": ["c", "root"]},
+            "is c, but partition main is for a, b",
+        ),
+        (("AllowAccounts=ALL", "AllowAccounts=(null)"), {"accounts": ["c"]}, "is c, but partition main is for none"),
+        (("AllowAccounts=ALL", "AllowAccounts=a,b"), {"accounts": ["c", "b", "root"]}, None),  # b stands for c
+        (("AllowAccounts=ALL", "AllowAccounts=a,b"), {}, None),  # nobody keeps accounts
+        (
+            ("AllowAccounts=ALL", "DenyAccounts=c"),
+            {"accounts": ["c"]},
+            "is c, but partition main is not for that account",
+        ),
+        (("AllowAccounts=ALL", "DenyAccounts=(null)"), {"accounts": ["c"]}, None),
         (("AllowQos=ALL", "AllowQos=high"), {"qos": "low"}, "--qos=low, but partition main takes high"),
         (("AllowQos=ALL", "AllowQos=high"), {"qos": "high"}, None),
     ],
@@ -99,6 +108,39 @@ def test_a_partition_that_is_not_for_this_job_is_told_why(changes, options, expe
     (part, *_) = parse_partitions(SCONTROL.replace(*changes), NODES)
     found = why_not(part, 1, 0, None, **options)
     assert found is None if expected is None else expected in found
+
+
+TREE = {"lab3": "lab", "lab": "root", "root": ""}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("Lab3", ("lab3", "lab", "root")),
+        ("other", ("other",)),  # sbatch refuses it
+        (None, ("lab", "root")),
+    ],
+)
+def test_the_accounts_above_a_jobs_are_asked_for(monkeypatch, given, expected):
+    def answer(*command):
+        assert command[:4] == ("sacctmgr", "--noheader", "--parsable2", "show")
+        if command[4:] == ("user", "me", "format=DefaultAccount"):
+            return slurm.Answer(command, "lab\n")
+        kind, where, wanted = command[4:]
+        assert (kind, wanted) == ("association", "format=ParentName")
+        # A user's own line has no parent.
+        return slurm.Answer(command, f"{TREE.get(where.removeprefix('account='), '')}\n\n")
+
+    monkeypatch.setattr(slurm.getpass, "getuser", lambda: "me")
+    monkeypatch.setattr(slurm, "run_slurm", answer)
+    assert slurm.ask_accounts(given) == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, ()), ("lab", ("lab",))])
+def test_without_accounting_only_the_account_that_was_typed_is_known(monkeypatch, given, expected):
+    complaint = "You are not running a supported accounting_storage plugin"
+    monkeypatch.setattr(slurm, "run_slurm", lambda *command: slurm.Answer(command, complaint=complaint))
+    assert slurm.ask_accounts(given) == expected
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,21 @@ def test_sacct_is_asked_for_what_squeue_has_forgotten(slurm):
     squeue, sacct = slurm.calls
     assert "--array" in squeue
     assert squeue.endswith("--jobs=3_0,7,8_1")
-    assert sacct.endswith("-j 7,8_1")
+    assert sacct.endswith("-j 7,8,8_1")
+
+
+@pytest.mark.parametrize(
+    ("sacct", "expected"),
+    [
+        ("8_0|9|COMPLETED|node1\n8_[1-3%2]|8|CANCELLED by 0|None assigned\n", {"8_0": "COMPLETED", "8_2": "CANCELLED"}),
+        ("8|8|CANCELLED by 0|None assigned\n", {"8_0": "CANCELLED", "8_2": "CANCELLED"}),
+        ("8_0|9|COMPLETED|node1\n8_3|8|FAILED|node1\n", {"8_0": "COMPLETED", "8_2": None}),  # 8 is also 8_3's own
+    ],
+)
+def test_tasks_that_never_started_are_found_under_their_array(slurm, sacct, expected):
+    slurm.answers(error=FORGOTTEN, sacct=sacct)
+    jobs = ask_jobs(list(expected))
+    assert {job_id: jobs[job_id].state if job_id in jobs else None for job_id in expected} == expected
 
 
 def test_a_cluster_without_accounting_has_forgotten_its_old_jobs(slurm, capfd):
