@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import slurm_accounting
 from slurm_releases import OWN, Release, entered
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "ip", "nsenter", "unshare")
-NODE_PORT, FIRST_CONTROLLER_PORT = 16818, 16900
+NODE_PORT, FIRST_CONTROLLER_PORT, FIRST_ACCOUNTING_PORT = 16818, 16900, 17000
 PORTABLE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 CONFIG = """
@@ -47,7 +48,6 @@ TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters={select}
-AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,preempt_reorder_count=1
@@ -92,7 +92,8 @@ class Cluster:
 
     hosts: their names; those called remote do not see ``shared``, the folder that all others see as it is. lines: of
     the configuration, which describe nodes and partitions; SUBNET.N is the address of the N-th host. Each GPU of a node
-    is a device that does nothing. select: what is counted. release: whose Slurm it is.
+    is a device that does nothing. select: what is counted. release: whose Slurm it is. has_accounts: it keeps accounts,
+    in a database.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Cluster:
         *,
         select: str = "CR_Core",
         release: Release = OWN,
+        has_accounts: bool = False,
     ) -> None:
         self.folder = folder
         self.release = release
@@ -110,6 +112,7 @@ class Cluster:
         self._subnet, self._bridge = f"10.213.{self._number}", f"citbr{self._number}"
         self._controller = f"{self._subnet}.254"
         self._lines, self._select = lines.replace("SUBNET", self._subnet), select
+        self._accounting_port = FIRST_ACCOUNTING_PORT + self._number if has_accounts else None
         self._inside = contextlib.ExitStack()
         self._enter: list[str] = []
         self.addresses = {name: f"{self._subnet}.{place}" for place, name in enumerate(hosts, 1)}
@@ -214,6 +217,8 @@ class Cluster:
             node_port=NODE_PORT,
             select=self._select,
         )
+        if self._accounting_port:
+            text += slurm_accounting.CONFIG.format(folder=folder, port=self._accounting_port)
         (folder / "slurm.conf").write_text(text + self._lines)
         gpus = re.findall(r"^NodeName=(\S+) .*Gres=gpu:(?:(\w+):)?(\d+)", self._lines, re.MULTILINE)
         for number in range(max(int(count) for _, _, count in gpus)):
@@ -233,6 +238,8 @@ class Cluster:
             "munged",
         )
         self.wait_for("munged's socket", (folder / "munge.socket").exists)
+        if self._accounting_port:
+            self._inside.enter_context(slurm_accounting.started(folder, self._accounting_port, self.env))
         self._daemons["slurmctld"] = self._spawn([*self._enter, "--", "slurmctld", "-D", "-c"], "slurmctld")
         for name in self.addresses:
             self.start_node(name)
