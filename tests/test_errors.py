@@ -81,6 +81,7 @@ def failing(code):
 # Each place in which a run reads or writes before its first step and gives a reason of its own.
 PLACES = {
     "the data": ("cit_scale.run.setup.open_sources", lambda tmp_path: setup.open_images(DataConfig(train="images"))),
+    "weights, to find": ("pathlib.Path.is_file", lambda tmp_path: read_weights(tmp_path / "weights.safetensors")),
     "weights, to open": ("pathlib.Path.open", lambda tmp_path: read_weights(tmp_path / "weights.safetensors")),
     "weights": ("safetensors.torch.load_file", lambda tmp_path: read_weights(tmp_path / "weights.safetensors")),
     "a recipe": ("pathlib.Path.read_bytes", lambda tmp_path: cli.parse_arguments(["--config", "digits"])),

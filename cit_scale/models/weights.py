@@ -85,14 +85,13 @@ def read_weights(path: str | Path, device: str = "cpu") -> Weights:
     path = Path(path).expanduser()
     try:
         if not path.is_file():
-            raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
-        path.open("rb").close()  # its OSError has a number; safetensors reports every error as "no such file"
+            raise FileNotFoundError(path)
+        content = _read_safetensors(path, device) if _is_safetensors(path) else _read_pickle(path, device)
+    except FileNotFoundError as error:
+        message = f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict"
+        raise MissingInputError(message) from error
     except PermissionError as error:
         raise MissingInputError(f"weights {path} may not be read by this user: {error.strerror}") from error
-    except OSError:  # the same again below
-        pass
-    try:
-        content = _read_safetensors(path, device) if _is_safetensors(path) else _read_pickle(path, device)
     except pickle.UnpicklingError as error:
         raise _refuse_objects(path) from error
     except Exception as error:  # each file format raises its own exceptions for damage
@@ -105,7 +104,10 @@ def read_weights(path: str | Path, device: str = "cpu") -> Weights:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its name, or by its beginning: caches of downloads keep files under other names."""
+    """By its name, or by its beginning: caches of downloads keep files under other names.
+
+    Opens the file in either case: its OSError has a number, and safetensors reports every error as "no such file".
+    """
     with path.open("rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
