@@ -49,16 +49,14 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return [int(match[1]) for match in matches if match]
 
 
-def unfit_nodes(run_dir: Path, job_id: str | None) -> dict[str, str]:
-    """Reasons by node, for the nodes that failed the preflight check at any start of this job. None without a job."""
+def unfit_nodes(run_dir: Path, job_id: str | None = None) -> dict[str, str]:
+    """Reasons by node, for the nodes that failed the preflight check. job_id: at this job's starts alone."""
     found: dict[str, str] = {}
-    if job_id is None:  # the starts of other days
-        return found
     with contextlib.suppress(OSError):
         for line in (run_dir / UNFIT_NODES).read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is cut short, or no note
+            with contextlib.suppress(ValueError, AttributeError, KeyError):  # a line that is cut short, or no note
                 note = json.loads(line)
-                if note["job_id"] == job_id:
+                if job_id in (None, note.get("job_id")):
                     found[str(note["node"])] = str(note.get("reason"))
     return found
 

@@ -240,8 +240,10 @@ def test_what_a_node_lacked_at_another_start_without_a_job_does_not_count(tmp_pa
     (tmp_path / "unfit_nodes.jsonl").write_text(
         json.dumps(line) + "\n" + json.dumps({**line, "job_id": "7"}) + "\n[]\n{"
     )
-    assert preflight.unfit_nodes(tmp_path, None) == {}
-    assert preflight.unfit_nodes(tmp_path, "7") == {"a": "Slurm promises 2 GPUs, PyTorch sees 0"}
+    lacked = {"a": "Slurm promises 2 GPUs, PyTorch sees 0"}
+    assert preflight.earlier_faults(tmp_path, {}) == {}
+    assert preflight.earlier_faults(tmp_path, {"SLURM_JOB_ID": "7"}) == lacked
+    assert preflight.earlier_faults(tmp_path, {"SLURM_JOB_ID": "8"}) == {}
 
 
 def test_ranks_whose_nodes_all_lack_their_gpus_end_with_bad_usage_and_exclude_none(tmp_path, monkeypatch):

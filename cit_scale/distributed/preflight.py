@@ -91,7 +91,7 @@ def meet(world: World, env: Mapping[str, str], run_dir: Path, stop: StopRequest,
     def verdict_on(posts: Mapping[int, tuple[Report, float]]) -> Verdict:
         verdict = judge(posts, world, env, timeout_s, opened)
         faults = {report.host: report.problem for report, _ in posts.values() if report.problem is not None}
-        if faults and (shared := find_shared_fault(faults, unfit_nodes(run_dir, job_id(env)), world.num_nodes)):
+        if faults and (shared := find_shared_fault(faults, earlier_faults(run_dir, env), world.num_nodes)):
             return {COMMAND: shared}
         return verdict
 
@@ -295,6 +295,12 @@ def _driver_version() -> str:
         return "and the NVIDIA driver does not say for which it is"
     major, minor = version.value // 1000, version.value % 1000 // 10
     return f"the NVIDIA driver for CUDA {major}.{minor} at most"
+
+
+def earlier_faults(run_dir: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Reasons by node, of the nodes that failed at other starts of this job. Without a job those are other days'."""
+    job = job_id(env)
+    return unfit_nodes(run_dir, job) if job else {}
 
 
 def find_shared_fault(faults: Mapping[str, str], earlier: Mapping[str, str], nodes: int) -> str | None:

@@ -30,9 +30,9 @@ from cit_scale.run_folder import (
     RESULTS,
     SUBMISSIONS,
     TEACHERS,
-    UNFIT_NODES,
     saved_steps,
     step_path,
+    unfit_nodes,
 )
 
 # Read from the end of metrics.jsonl: enough to contain a loss and a speed among the lines on checkpoints and bad steps.
@@ -223,8 +223,7 @@ class RunFolder:
     @cached_property
     def unfit_nodes(self) -> dict[str, str]:
         """Node name to the reason why a preflight check found the node unfit."""
-        notes = parse_lines(read_text(self.folder / UNFIT_NODES))
-        return {str(note.get("node")): str(note.get("reason")) for note in notes}
+        return unfit_nodes(self.folder)
 
     @property
     def holder(self) -> str | None:
