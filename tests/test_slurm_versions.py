@@ -34,8 +34,11 @@ PartitionName=cheap Nodes=node[1-2] PriorityTier=1 PreemptMode=CANCEL GraceTime=
 PartitionName=unlike Nodes=node3,small1 PriorityTier=1 PreemptMode=OFF
 PartitionName=gpus Nodes=gpu[1-2] PriorityTier=1 PreemptMode=OFF
 """
-TRAIN = ["--config", "digits", "--data.train", "digits"]
-"""Arguments of train.py that find a run folder."""
+
+
+def train(cluster: Cluster, name: str) -> list[str]:
+    """Arguments of train.py that find the run folder ``name``."""
+    return ["--config", "digits", "--data.train", "digits", "--runs_dir", str(cluster.shared), "--name", name]
 
 
 @pytest.fixture(scope="module", params=slurm_releases.RELEASES, ids=str)
@@ -71,10 +74,9 @@ class Job:
         """One of the scripts as it stands, queued."""
         log = cluster.shared / f"{name}.log"
         kind = [] if on_gpus else ["--gpus-per-node=0"]
-        train = [*TRAIN, "--runs_dir", str(cluster.shared), "--name", name]
         said = cluster.run(
             *("sbatch", "--parsable", f"--output={log}", "--cpus-per-task=4", *kind, *options, "slurm/cit_tiny.sh"),
-            *train,
+            *train(cluster, name),
             env=environment(cluster, stand_in, does),
             cwd=REPOSITORY,
         )
@@ -127,8 +129,7 @@ def stand_in(tmp_path_factory) -> Path:
     script = folder / "python"
     trainer = f"exec {Path(__file__).with_name('stand_in.sh')}"
     script.write_text(
-        f'#!/bin/sh\ncase "$*" in\n*cit_scale.train*|*submitit.core._submit*) {trainer} "$@";;\nesac\n'
-        f'exec {sys.executable} "$@"\n'
+        f'#!/bin/sh\ncase "$*" in\n*cit_scale.train*) {trainer} "$@";;\nesac\nexec {sys.executable} "$@"\n'
     )
     script.chmod(0o755)
     return folder
@@ -312,7 +313,7 @@ def test_what_always_fails_is_given_up(sbatch):
 
 def test_a_step_that_srun_refuses_is_given_up_with_its_own_line(cluster, login):
     log, script = cluster.shared / "refused.log", cluster.shared / "refused.sh"
-    arguments = shlex.join([*TRAIN, "--runs_dir", str(cluster.shared), "--name", "refused"])
+    arguments = shlex.join(train(cluster, "refused"))
     script.write_text(
         f"#!/bin/bash\nexport CIT_SCALE={REPOSITORY}\nset -- {arguments}\n. $CIT_SCALE/slurm/env.sh\n"
         'srun --gpus-per-node=9 python -P -m cit_scale.train "$@"\n'
@@ -339,8 +340,7 @@ def test_a_job_from_within_a_task_of_another_one_is_its_own(login, cluster):
     """In its environment it finds the other one's tasks, step and place in an array. It fails, and is requeued."""
     log, said = cluster.shared / "inner.log", cluster.shared / "outer.log"
     inner = [f"--output={log}", "--gpus-per-node=0", "--nodes=2", "--cpus-per-task=4", "--mem=50"]
-    train = [*TRAIN, "--runs_dir", str(cluster.shared), "--name", "inner"]
-    queue = shlex.join(["sbatch", "--parsable", *inner, "slurm/cit_tiny.sh", *train])
+    queue = shlex.join(["sbatch", "--parsable", *inner, "slurm/cit_tiny.sh", *train(cluster, "inner")])
     asked = ["--array=5", "--nodes=2", "--ntasks-per-node=2", "--mem=100", "--distribution=cyclic", f"--output={said}"]
     wrap = f"srun --ntasks=1 --nodes=1 --mem=50 {queue}; sleep 100"
     around = login("sbatch", "--parsable", *asked, f"--wrap={wrap}", does="fails-1").strip()
