@@ -7,11 +7,6 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
   echo "error: this is a batch script; queue it with sbatch" >&2
   exit 2
 fi
-if ! command -v "${CIT_PYTHON:-python}" > /dev/null; then
-  echo "error: there is no ${CIT_PYTHON:-python} on the PATH of $SLURMD_NODENAME; queue the job with your Python" \
-    "environment active and without --export=NONE, or name its Python: --export=CIT_PYTHON=/path/to/python" >&2
-  exit 2
-fi
 
 # Of another job, if this one was queued from within it.
 unset CIT_JOB_ID CIT_RESTARTS CIT_HOSTS CIT_GPUS_PER_NODE
@@ -34,6 +29,15 @@ srun() {
   until heard=$signals; wait "$srun_pid"; code=$?; ((signals == heard)); do :; done # a signal ends the wait early
   return $code
 }
+
+# Not the one of the shell that queued the job where --export=NONE kept that from it.
+if ! "${CIT_PYTHON:-python}" -P -c 'import importlib.util as i; raise SystemExit(not i.find_spec("torch"))' \
+  2> /dev/null; then
+  echo "error: ${CIT_PYTHON:-python} on $SLURMD_NODENAME is missing, older than 3.11 or without torch; queue the job" \
+    "with your Python environment active and without --export=NONE, or name its Python:" \
+    "--export=CIT_PYTHON=/path/to/python" >&2
+  exit 2
+fi
 
 after_the_ranks() {
   code=$?

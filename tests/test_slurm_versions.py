@@ -25,7 +25,8 @@ REPOSITORY = Path(__file__).parents[1]
 END_S = 120
 HOSTS = ("node1", "node2", "node3", "node4", "small1", "gpu1", "gpu2")
 LINES = """
-NodeName=node[1-4] NodeAddr=SUBNET.[1-4] CPUs=64 RealMemory=8000 Weight=10
+NodeName=node[1-3] NodeAddr=SUBNET.[1-3] CPUs=64 RealMemory=8000 Weight=10
+NodeName=node4 NodeAddr=SUBNET.4 CPUs=64 CoreSpecCount=2 RealMemory=8000 Weight=10
 NodeName=small1 NodeAddr=SUBNET.5 CPUs=32 RealMemory=8000
 NodeName=gpu[1-2] NodeAddr=SUBNET.[6-7] CPUs=64 RealMemory=8000 Gres=gpu:a100:2
 PartitionName=main Nodes=node[1-4] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
@@ -33,6 +34,8 @@ PartitionName=urgent Nodes=node[1-2] PriorityTier=10 PreemptMode=OFF
 PartitionName=cheap Nodes=node[1-2] PriorityTier=1 PreemptMode=CANCEL GraceTime=0
 PartitionName=unlike Nodes=node3,small1 PriorityTier=1 PreemptMode=OFF
 PartitionName=gpus Nodes=gpu[1-2] PriorityTier=1 PreemptMode=OFF
+PartitionName=capped Nodes=node[3-4] MaxCPUsPerNode=16 PreemptMode=OFF
+PartitionName=closed Nodes=node4 State=DOWN
 """
 
 
@@ -158,6 +161,33 @@ def sbatch(cluster, stand_in, request):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Before a job
+
+
+def test_what_the_plan_has_to_know_is_read(login):
+    asked = "from launchers.slurm import *; import json; print(json.dumps([vars(each) for each in ask_partitions()]))"
+    found = {each["name"]: each for each in json.loads(login("python", "-c", asked))}
+    assert list(found) == re.findall(r"PartitionName=(\w+)", LINES)
+    assert found["main"]["cores"] == [64, 64, 64, 62]
+    assert found["capped"]["cores"] == [16, 16]
+    assert [name for name, each in found.items() if each["is_default"]] == ["main"]
+    assert [name for name, each in found.items() if each["state"] != "UP"] == ["closed"]
+    assert {(each["accounts"], each["qos"], *each["not_accounts"]) for each in found.values()} == {(None, None)}
+    assert found["gpus"]["gpus"] == [2, 2]
+    assert login("python", "-c", "from launchers.slurm import *; print(ask_max_array_size())") == "1001\n"
+
+
+def test_a_setup_that_fails_ends_the_job(cluster, login):
+    resources = ["--nodes=1", "--gpus-per-node=0", "--cpus-per-task=4", "--setup", "echo begun; false; echo missed"]
+    said = login("python", "launchers/submit.py", *resources, *train(cluster, "failing"))
+    (log,) = (Path(path) for path in re.findall(r"tail --retry -F (\S+)", said))
+    job = Job(cluster, re.search(r"submitted as job (\d+)", said)[1], cluster.shared / "failing", log)
+    job.ends("FAILED")
+    assert job.text() == "begun\nerror: --setup fails at: false\n"
+    assert cluster.job(job.job_id)["ExitCode"] == "2:0"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Ranks
 
 
@@ -216,11 +246,16 @@ def test_a_job_without_the_environment_runs_by_the_python_it_is_given(sbatch, st
     assert job.hosts() == ["node1", "node2"]
 
 
-def test_a_job_without_a_python_says_how_to_give_it_one(sbatch):
-    job = sbatch("--nodes=2", "--export=CIT_PYTHON=/nowhere/python")
+@pytest.mark.parametrize("python", ["exec /nowhere/python", f"exec {sys.executable} -I -S"], ids=["none", "bare"])
+def test_a_job_without_a_python_of_its_own_says_how_to_give_it_one(python, sbatch, cluster, tmp_path):
+    other = cluster.shared / tmp_path.name
+    other.write_text(f'#!/bin/sh\n{python} "$@"\n')
+    other.chmod(0o755)
+    job = sbatch("--nodes=2", f"--export=CIT_PYTHON={other}")
     job.ends("FAILED")
     (line,) = job.text().splitlines()
-    assert line.startswith("error: there is no /nowhere/python on the PATH of node1; ")
+    assert line.startswith(f"error: {other} on node1 is missing, older than 3.11 or without torch; queue the job with ")
+    assert cluster.job(job.job_id)["ExitCode"] == "2:0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
