@@ -246,6 +246,11 @@ def test_a_job_without_the_environment_runs_by_the_python_it_is_given(sbatch, st
     assert job.hosts() == ["node1", "node2"]
 
 
+def test_memory_by_core_beside_the_script_s_is_refused_by_sbatch(sbatch):
+    with pytest.raises(AssertionError, match="--mem, --mem-per-cpu, and --mem-per-gpu are mutually exclusive"):
+        sbatch("--nodes=1", "--mem-per-cpu=100")
+
+
 @pytest.mark.parametrize("python", ["exec /nowhere/python", f"exec {sys.executable} -I -S"], ids=["none", "bare"])
 def test_a_job_without_a_python_of_its_own_says_how_to_give_it_one(python, sbatch, cluster, tmp_path):
     other = cluster.shared / tmp_path.name
