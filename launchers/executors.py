@@ -79,10 +79,14 @@ def setup_lines(options: Options, resources: Resources, runs: Sequence[RunReques
     """Lines of shell before the ranks start: --setup, then the variables and arguments that slurm/env.sh reads."""
     checkout = shlex.quote(str(REPOSITORY))
     # Without the module that it loads a run would train on something else, or fail later and be tried again.
-    failing = """trap 'echo "error: --setup fails at: $BASH_COMMAND" >&2; exit 2' ERR"""
+    # What fails within a file that a line sources is for that file to judge.
+    failing = (
+        """trap '((${#BASH_SOURCE[@]} > 1)) || { echo "error: --setup fails at: $BASH_COMMAND" >&2; exit 2; }' ERR"""
+    )
     lines = [
         *([failing, *options.setup, "trap - ERR"] if options.setup else []),
-        f"export CIT_SCALE={checkout} CIT_PYTHON={shlex.quote(sys.executable)} CIT_MAX_RESTARTS={options.max_restarts}",
+        # Not exported: a job that is queued from within this one has its own.
+        f"CIT_SCALE={checkout} CIT_PYTHON={shlex.quote(sys.executable)} CIT_MAX_RESTARTS={options.max_restarts}",
     ]
     if len(resources.node_counts) > 1:
         lines.append(f"CIT_RANKS_PER_NODE={resources.ranks_per_node}")

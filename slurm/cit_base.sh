@@ -24,7 +24,6 @@ if [[ -z ${CIT_SCALE:-} ]]; then
   CIT_SCALE=$SLURM_SUBMIT_DIR
   [[ -e $CIT_SCALE/slurm/env.sh ]] || CIT_SCALE=$("${CIT_PYTHON:-python}" -P -m cit_scale where) # an installed package
 fi
-export CIT_SCALE
 set -- --config cit_base "$@"
 source "$CIT_SCALE/slurm/env.sh" || { echo "error: run sbatch in the checkout, set CIT_SCALE to it, or install the package" >&2; exit 2; }
 # -P: the package is that of $CIT_SCALE, whatever the folder of submission holds.

@@ -19,8 +19,10 @@ echo "rank $SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME: start $CIT_RESTAR
 case ${CIT_STAND_IN:-ends} in
 stops)
   if [[ $CIT_RESTARTS == 0 ]]; then
-    sleep 300 &
-    wait
+    while true; do # Slurm may signal the sleep first
+      sleep 300 &
+      wait
+    done
   fi
   ;;
 fails) exit 1 ;;

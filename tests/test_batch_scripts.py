@@ -1,7 +1,9 @@
 """Which package a batch script starts. What Slurm makes of it is tested on a cluster (test_slurm.py)."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ def start(tmp_path):
         file.chmod(0o755)
     for place in ("submitted", "own", "installed"):
         (tmp_path / place / "slurm").mkdir(parents=True)
-        (tmp_path / place / "slurm" / "env.sh").touch()
+        (tmp_path / place / "slurm" / "env.sh").write_text("export CIT_SCALE\n")
     (tmp_path / "elsewhere").mkdir()
 
     def run(script, **env):
@@ -39,6 +41,31 @@ def test_the_package_is_the_one_that_is_named_or_submitted_from_or_installed(scr
     own = str(tmp_path / "own")
     assert start(script, SLURM_SUBMIT_DIR=submitted, CIT_SCALE=own) == (0, f"srun in {own}: {command}", "")
     assert start(script, SLURM_SUBMIT_DIR=elsewhere) == (0, f"srun in {tmp_path}/installed: {command}", "")
+
+
+@pytest.mark.parametrize("name", ["USR2", "TERM"])
+def test_a_signal_to_all_while_python_is_looked_at_is_a_stop(name, tmp_path):
+    """The Python dies of it, which is no sign that there is none."""
+    python = tmp_path / "python"
+    cases = [f"*find_spec*) touch {tmp_path}/begun; exec sleep 60 ;;", '*requeue.py*) echo "$*" ;;']
+    python.write_text("\n".join(["#!/bin/bash", 'case "$*" in', *cases, "esac\n"]))
+    python.chmod(0o755)
+    env = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node1", "CIT_PYTHON": str(python)}
+    script = f". {SLURM}/env.sh; echo not reached"
+    job = subprocess.Popen(
+        ["bash", "-c", script, "job", "--seed", "1"],
+        env={**env, "CIT_SCALE": str(SLURM.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    os.killpg(job.pid, getattr(signal, f"SIG{name}"))
+    out, error = job.communicate(timeout=60)
+    assert job.returncode == 140, error
+    assert out == f"{SLURM.parent}/launchers/requeue.py --exit-code 140 --max-restarts 3 -- --seed 1\n"
 
 
 @pytest.mark.parametrize("script", ["cit_tiny", "cit_small", "cit_base"])

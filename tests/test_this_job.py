@@ -45,6 +45,7 @@ def test_a_job_is_read_whatever_its_name_and_its_command_hold():
     expected = ThisJob(12, "12", False, 2, ("node1", "node2"), 2, None, 4, 0, False)
     assert parsed() == expected
     assert parsed(name="a JobId=3 NumTasks=9 Restarts=7 b") == expected
+    assert parsed(name="a UserId=b JobId=3") == expected
 
 
 def test_a_task_of_an_array_is_read_from_among_its_siblings():
@@ -115,6 +116,8 @@ def test_of_another_jobs_variables_nothing_is_left():
         "SLURM_ARRAY_JOB_ID=5 SLURM_ARRAY_TASK_ID=5 SLURM_RESTART_COUNT=1 SLURM_STEP_ID=0 SLURM_STEPID=0 "
         "SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_NPROCS=1 SLURM_NTASKS_PER_NODE=2 SLURM_MEM_PER_NODE=100 "
         "SLURM_DISTRIBUTION=cyclic SLURM_TASKS_PER_NODE=1(x2) SLURM_GPUS_PER_NODE=1 SLURM_GPUS_ON_NODE=1 RANK=0 "
+        "SLURM_HET_SIZE=2 SLURM_JOB_NODELIST_HET_GROUP_0=n1 SLURM_CONSTRAINT=no "
+        "SLURM_GPU_BIND=map_gpu:0 SLURM_THREADS_PER_CORE=1 SLURM_HINT=nomultithread SLURM_TIMELIMIT=1 "
         "SLURM_TRES_PER_TASK=cpu=4 SUBMITIT_LOCAL_GLOBALID=3 CIT_JOB_ID=5_5 CIT_RESTARTS=1"
     )
     env = dict(word.split("=", 1) for word in left.split()) | {"SLURM_JOB_ID": "12", "SLURM_CONF": "/etc/slurm.conf"}
