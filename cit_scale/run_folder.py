@@ -49,14 +49,27 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return [int(match[1]) for match in matches if match]
 
 
-def unfit_nodes(run_dir: Path, job_id: str | None = None) -> dict[str, str]:
-    """Reasons by node, for the nodes that failed the preflight check. job_id: at this job's starts alone."""
+def last_saved(run_dir: Path) -> float:
+    """When the newest checkpoint of a run or of its teachers' was written, in seconds since 1970; 0 without one."""
+    with contextlib.suppress(OSError):
+        saved = (step_path(folder, step) for folder in run_dir.rglob(CHECKPOINTS) for step in saved_steps(folder))
+        return max((path.stat().st_mtime for path in saved), default=0.0)
+    return 0.0
+
+
+def unfit_nodes(run_dir: Path, job_id: str | None = None, since: float = 0.0) -> dict[str, str]:
+    """Reasons by node, for the nodes that failed the preflight check.
+
+    job_id: at this job's starts alone. since: and after this time, in seconds since 1970.
+    """
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in (run_dir / UNFIT_NODES).read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, AttributeError, KeyError):  # a line that is cut short, or no note
+            with contextlib.suppress(
+                ValueError, TypeError, AttributeError, KeyError
+            ):  # a line that is cut short, or no note
                 note = json.loads(line)
-                if job_id in (None, note.get("job_id")):
+                if job_id in (None, note.get("job_id")) and (not since or note["time"] >= since):
                     found[str(note["node"])] = str(note.get("reason"))
     return found
 

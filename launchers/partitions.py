@@ -54,13 +54,13 @@ def why_not(
     name = partition.name
     if partition.state != "UP":
         return f"partition {name} is {partition.state.lower()}: no job starts there"
-    if accounts and partition.accounts is not None and not set(accounts) & set(partition.accounts):
+    if accounts and partition.accounts is not None and not _among(accounts, partition.accounts):
         return (
             f"the job's account is {accounts[0]}, but partition {name} is for {', '.join(partition.accounts) or 'none'}"
         )
-    if accounts and partition.accounts is None and accounts[0] in partition.not_accounts:
+    if accounts and partition.accounts is None and _among(accounts[:1], partition.not_accounts):
         return f"the job's account is {accounts[0]}, but partition {name} is not for that account"
-    if qos is not None and partition.qos is not None and qos not in partition.qos:
+    if qos is not None and partition.qos is not None and not _among([qos], partition.qos):
         return f"--qos={qos}, but partition {name} takes {', '.join(partition.qos)}"
     if nodes > partition.nodes:
         return f"--nodes={nodes}, but partition {name} has {partition.nodes}"
@@ -78,3 +78,8 @@ def why_not(
             "with less a run saves before the limit, queues again and goes on"
         )
     return None
+
+
+def _among(names: Sequence[str], known: Sequence[str]) -> bool:
+    """Whether one of the names is known. Slurm does not tell their capitals from small letters."""
+    return bool({name.casefold() for name in names} & {name.casefold() for name in known})

@@ -75,13 +75,19 @@ STOPPED = {Stopped.exit_code, 128 + signal.SIGUSR1, 128 + signal.SIGUSR2}
 
 # What srun says where it starts no rank because of what it was asked for, not because of the state of things.
 REFUSED = re.compile(
-    r"^srun: (?:error: Unable to create step for job|fatal:|unrecognized option|invalid option).*", re.MULTILINE
+    r"^srun: (?:error: (?:Unable to create step for job|Invalid |No directives to start)|fatal:|unrecognized option|"
+    r"invalid option).*",
+    re.MULTILINE,
 )
 PASSING = re.compile(
     rf"{BUSY.pattern}|completing or completed|Required node not available|Requested nodes are busy|credential|"
     "Unspecified error|Zero Bytes|backup",
     re.IGNORECASE,
 )
+
+
+# States of a job whose end is its script's.
+ON_ITS_NODES = {"RUNNING", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def read_fate(job: Mapping[str, str], restart: int) -> Fate:
     """
     if int(job["Restarts"]) > restart:
         return Fate.REQUEUED
-    if job["JobState"] == "RUNNING":
+    if job["JobState"] in ON_ITS_NODES:
         return Fate.LEAVES
     # The time of an earlier preemption may still be there. "None" and "Unknown" are no times.
     preempted, started = job.get("PreemptTime", "None"), job.get("StartTime", "Unknown")
@@ -188,7 +194,8 @@ def earlier_ends(run_dir: Path, job_id: str) -> list[tuple[int, int]]:
     lines = [line for line in parse_lines(read_text(run_dir / ATTEMPTS)) if line.get("job_id") == job_id]
     # A rank killed by a preemption does not count as a failure.
     own = [line for line in lines if line.get("fate") not in (Fate.REQUEUED.name, Fate.PREEMPTED.name)]
-    return [(line.get("exit_code", DONE), line.get("steps", 0)) for line in own]
+    ends = [(line.get("exit_code"), line.get("steps", 0)) for line in own]
+    return [(code, steps) for code, steps in ends if isinstance(code, int)]
 
 
 def find_refusal(log: Path, begin: int) -> str | None:
@@ -255,14 +262,17 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
     try:
         job = ask_job_record(job_id)
         job_id = job_id_of(job)  # where env.sh was not told it, the number of an array's first task is the array's
+        if "CIT_RESTARTS" not in env and job["JobState"] in ON_ITS_NODES:  # SLURM_RESTART_COUNT may be another job's
+            restart = int(job["Restarts"])
         fate = read_fate(job, restart)
     except SlurmError as error:
         say(job_id, str(error))
     except ValueError as error:  # after a jump of the clock Slurm prints RunTime=INVALID
         say(job_id, f"scontrol show job {job_id} cannot be read: {error}")
     unfit, steps = {}, 0
-    # Until the run folder is read, assume the worst: every earlier start ended like this one, without progress.
-    earlier = [(asked.exit_code, steps)] * restart
+    # Where the run folder cannot be read or written, assume the worst: every earlier start ended like this one, without
+    # progress.
+    worst = earlier = [(asked.exit_code, steps)] * restart
     try:
         if run_dir is not None:
             unfit, steps, earlier = unfit_nodes(run_dir, job_id), steps_saved(run_dir), earlier_ends(run_dir, job_id)
@@ -283,7 +293,6 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
         decision=reason,
         last_lines=last_lines(log) if log else [],
     )
-    say(job_id, reason)
     if run_dir is not None:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -291,6 +300,8 @@ def main(argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ)
                 file.write(json.dumps(asdict(attempt)) + "\n")
         except OSError as error:
             say(job_id, f"{run_dir / ATTEMPTS} cannot be written: {error}")
+            again, reason = decide(asked.exit_code, fate, 0, worst, asked.max_restarts, refused)
+    say(job_id, reason)
     if not again:
         return 0
     try:

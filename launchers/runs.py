@@ -97,7 +97,12 @@ def cancel(run: RunFolder, *, now: bool) -> int:
     else:
         raise ConfigError(f"{run.name} is {state}, and was not submitted: press Ctrl-C where it was started")
     waits = state.word in ("pending", "configuring", "requeued", "requeue_hold", "special_exit")
-    done = "is out of the queue" if waits else "is ended" if now else "is asked to save and leave"
+    if waits:
+        done = "is out of the queue"
+    elif state.word == "suspended":  # Slurm kills it as it stands
+        done = "is ended without saving, because it was suspended"
+    else:
+        done = "is ended" if now else "is asked to save and leave"
     print(f"job {job.job_id} of {run.name} {done}, and does not come back")
     return 0
 

@@ -8,7 +8,8 @@ Parsers take text and return facts, so tests need no Slurm for them.
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -109,7 +110,7 @@ def parse_job_record(text: str, job_id: str) -> tuple[dict[str, str], list[dict[
     chose, the job's name and its command, may hold anything that looks like a value, and is left out.
     """
     for line in text.splitlines():
-        known, _, rest = re.sub(r" JobName=.*? UserId=", " UserId=", line).partition(" Command=")
+        known, _, rest = re.sub(r" JobName=.*? (?=UserId=\S+\(\d+\) GroupId=)", " ", line).partition(" Command=")
         known += "".join(re.findall(r".*( TresPerNode=\S+)", rest))  # the last one: it stands after the command
         groups = [dict(word.split("=", 1) for word in part.split() if "=" in word) for part in re.split(GROUP, known)]
         record = {name: value for group in reversed(groups) for name, value in group.items()}
@@ -274,11 +275,19 @@ def ask_accounts(account: str | None) -> tuple[str, ...]:
     """
     found: list[str] = []
     # Slurm's accounts are in small letters, however they are typed.
-    asked = [account.lower()] if account else _ask_accounting("user", getpass.getuser(), "format=DefaultAccount")
+    asked = [account.lower()] if account else _ask_accounting("user", _user(), "format=DefaultAccount")
     while more := [name for name in asked if name not in found]:
         found += more
         asked = _ask_accounting("association", f"account={','.join(more)}", "format=ParentName")
     return tuple(found)
+
+
+def _user() -> str:
+    """By its number, as sbatch knows it, or that number. LOGNAME and USER may be another's, after su."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _ask_accounting(*question: str) -> list[str]:
@@ -350,8 +359,9 @@ def ask_jobs(job_ids: Collection[str]) -> dict[str, SlurmJob] | None:
         asked = ",".join(dict.fromkeys(word for job_id in forgotten for word in (job_id.partition("_")[0], job_id)))
         # A cluster without accounting answers with an error and nothing else.
         answer = run_slurm("sacct", "-X", "-n", "-P", "-o", "JobID,JobIDRaw,State,NodeList", "-j", asked)
-        jobs |= parse_jobs(answer.stdout)
-        unstarted = {match[1]: jobs[match[0]] for match in re.finditer(UNSTARTED, answer.stdout)}
+        # squeue knows whatever is active: of what it has lost the accounting may never have heard the end.
+        jobs |= {job_id: job for job_id, job in parse_jobs(answer.stdout).items() if not job.is_active}
+        unstarted = {match[1]: jobs[match[0]] for match in re.finditer(UNSTARTED, answer.stdout) if match[0] in jobs}
         for job_id in forgotten:
             array = job_id.partition("_")[0]
             if array in unstarted:
@@ -446,7 +456,10 @@ class ThisJob:
 def ask_this_job(job_id: str) -> ThisJob:
     """job_id: SLURM_JOB_ID of a batch script. Raises SlurmError."""
     record, groups = _ask_job(job_id, ("NodeList", "NumTasks", "Restarts", "CPU_IDs"))
-    return parse_this_job(record, groups, host_names(record["NodeList"]))
+    try:
+        return parse_this_job(record, groups, host_names(record["NodeList"]))
+    except ValueError as error:
+        raise SlurmError(f"scontrol show job {job_id} cannot be read: {error}") from error
 
 
 def parse_this_job(record: Mapping[str, str], groups: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> ThisJob:
@@ -490,7 +503,9 @@ def exclude_nodes(job_id: str, record: Mapping[str, str], nodes: Sequence[str]) 
     """
     text = record.get("ExcNodeList", "(null)")
     before = [] if text == "(null)" else host_names(text)
-    newly = [node for node in dict.fromkeys(nodes) if node not in before]
+    # One that can be no name, of a damaged file, would have Slurm refuse all of them.
+    names = (node for node in dict.fromkeys(nodes) if re.fullmatch(r"[\w.-]+", node))
+    newly = [node for node in names if node not in before]
     if newly:
         excluded = ",".join([*before, *newly])
         run_slurm("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}", retry=True).checked()

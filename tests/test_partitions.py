@@ -1,5 +1,8 @@
 """What is read out of Slurm's answers, and which jobs would never start."""
 
+import os
+import pwd
+
 import pytest
 
 from cit_scale.errors import ConfigError
@@ -101,7 +104,8 @@ def test_what_is_no_number_of_gpus_is_refused(text):
         ),
         (("AllowAccounts=ALL", "DenyAccounts=(null)"), {"accounts": ["c"]}, None),
         (("AllowQos=ALL", "AllowQos=high"), {"qos": "low"}, "--qos=low, but partition main takes high"),
-        (("AllowQos=ALL", "AllowQos=high"), {"qos": "high"}, None),
+        (("AllowQos=ALL", "AllowQos=high"), {"qos": "High"}, None),
+        (("AllowAccounts=ALL", "AllowAccounts=Lab"), {"accounts": ["lab"]}, None),
     ],
 )
 def test_a_partition_that_is_not_for_this_job_is_told_why(changes, options, expected):
@@ -110,13 +114,14 @@ def test_a_partition_that_is_not_for_this_job_is_told_why(changes, options, expe
     assert found is None if expected is None else expected in found
 
 
-TREE = {"lab3": "lab", "lab": "root", "root": ""}
+TREE = {"lab3": "lab\nother", "lab,other": "root\n\nroot", "lab": "root", "other": "", "root": ""}
+"""By the accounts that are asked for: those above them, which may differ from cluster to cluster."""
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("Lab3", ("lab3", "lab", "root")),
+        ("Lab3", ("lab3", "lab", "other", "root")),
         ("other", ("other",)),  # sbatch refuses it
         (None, ("lab", "root")),
     ],
@@ -131,9 +136,16 @@ def test_the_accounts_above_a_jobs_are_asked_for(monkeypatch, given, expected):
         # A user's own line has no parent.
         return slurm.Answer(command, f"{TREE.get(where.removeprefix('account='), '')}\n\n")
 
-    monkeypatch.setattr(slurm.getpass, "getuser", lambda: "me")
+    monkeypatch.setattr(slurm, "_user", lambda: "me")
     monkeypatch.setattr(slurm, "run_slurm", answer)
     assert slurm.ask_accounts(given) == expected
+
+
+def test_whose_default_account_counts_is_not_what_the_environment_says(monkeypatch):
+    monkeypatch.setenv("LOGNAME", "somebody")
+    assert slurm._user() == pwd.getpwuid(os.getuid()).pw_name
+    monkeypatch.setattr(slurm.os, "getuid", lambda: 4_000_000_000)
+    assert slurm._user() == "4000000000"
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, ()), ("lab", ("lab",))])

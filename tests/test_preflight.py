@@ -244,6 +244,8 @@ def test_what_a_node_lacked_at_another_start_without_a_job_does_not_count(tmp_pa
     assert preflight.earlier_faults(tmp_path, {}) == {}
     assert preflight.earlier_faults(tmp_path, {"SLURM_JOB_ID": "7"}) == lacked
     assert preflight.earlier_faults(tmp_path, {"SLURM_JOB_ID": "8"}) == {}
+    (tmp_path / "teachers" / "conv" / "ckpt" / "step_000005").mkdir(parents=True)  # it has got on since
+    assert preflight.earlier_faults(tmp_path, {"SLURM_JOB_ID": "7"}) == {}
 
 
 def test_ranks_whose_nodes_all_lack_their_gpus_end_with_bad_usage_and_exclude_none(tmp_path, monkeypatch):

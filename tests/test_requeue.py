@@ -63,6 +63,7 @@ JOB = {
         ({"JobState": "COMPLETING", "PreemptTime": "2026-11-29T07:17:33"}, Fate.PREEMPTED),
         ({"JobState": "COMPLETING", "PreemptTime": "2026-11-28T07:17:33"}, Fate.CANCELLED),  # at an earlier start
         ({"JobState": "COMPLETING", "PreemptTime": "None"}, Fate.CANCELLED),
+        ({"JobState": "STOPPED"}, Fate.LEAVES),  # scancel --signal=STOP
         ({"JobState": "RUNNING", "PreemptTime": "2026-11-29T07:17:33"}, Fate.LEAVES),  # within its time of grace
         ({"JobState": "COMPLETING", "RunTime": "1-00:00:00", "TimeLimit": "1-00:00:00"}, Fate.LIMIT),
         ({"JobState": "COMPLETING", "RunTime": "23:59:59", "TimeLimit": "1-00:00:00"}, Fate.CANCELLED),
@@ -72,6 +73,17 @@ JOB = {
 )
 def test_what_slurm_does_is_read_from_the_job(changes, fate):
     assert read_fate({**JOB, **changes}, restart=2) is fate
+
+
+def test_a_number_of_restarts_that_is_another_jobs_is_not_believed(slurm):
+    """As env.sh leaves it where Slurm did not answer at the start, in a job that was queued from within another one."""
+    slurm.env = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "9"}
+    assert requeue.main(["--exit-code", "1", *slurm.train], slurm.env) == 0
+    assert attempts(slurm.run_dir)[0]["restart"] == 2
+    slurm.job = {**JOB, "Restarts": "11"}
+    assert requeue.main(["--exit-code", "1", *slurm.train], slurm.env) == 0
+    assert [attempt["fate"] for attempt in attempts(slurm.run_dir)] == ["LEAVES", "LEAVES"]
+    assert slurm.calls == [("requeue", "7")] * 2
 
 
 def test_failures_at_the_same_step_are_counted_and_bounded():
@@ -183,6 +195,9 @@ def test_a_node_that_is_left_out_is_named_once(slurm, capsys):
         ("srun: error: Unable to create step for job 7: Invalid generic resource (gres) specification", True),
         ("srun: fatal: --mem, --mem-per-cpu, and --mem-per-gpu are mutually exclusive.", True),
         ("srun: unrecognized option '--frobnicate'", True),
+        ("srun: error: Invalid MPI type 'pmix', --mpi=list for acceptable types", True),
+        ("srun: error: No directives to start application on any available hetjob components", True),
+        ("srun: error: Invalid job credential", False),
         (
             "srun: error: Unable to create step for job 7: Required node not available (down, drained or reserved)",
             False,
@@ -247,6 +262,33 @@ def test_slurms_refusal_is_said(slurm, monkeypatch, capsys):
     assert requeue.main(["--exit-code", "75", *slurm.train], slurm.env) == 1
     assert "it ends here, and the same command continues: scontrol requeue 7: Job is" in capsys.readouterr().out
     assert attempts(slurm.run_dir)[0]["fate"] == "UNKNOWN"  # the end is on record all the same
+
+
+def test_failures_that_cannot_be_noted_are_counted_all_the_same(slurm, capsys):
+    (slurm.run_dir / "attempts.jsonl").mkdir(parents=True)
+    for restart, calls in (("2", 1), ("3", 1)):
+        slurm.job = {**JOB, "Restarts": restart}
+        assert requeue.main(["--exit-code", "1", *slurm.train], {**slurm.env, "CIT_RESTARTS": restart}) == 0
+        assert slurm.calls == [("requeue", "7")] * calls
+    said = capsys.readouterr().out
+    assert "failure 3 in a row" in said
+    assert "failure 4 in a row without progress, of at most 3: given up" in said
+
+
+def test_a_damaged_line_of_an_earlier_end_is_passed_over(slurm):
+    slurm.run_dir.mkdir()
+    lines = ['{"job_id": "7", "exit_code": [1]}', '{"job_id": "7", "exit_code": 1, "steps": 0}', "{"]
+    (slurm.run_dir / "attempts.jsonl").write_text("\n".join(lines) + "\n")
+    assert requeue.main(["--exit-code", "1", *slurm.train], slurm.env) == 0
+    assert "failure 2 in a row" in (slurm.run_dir / "attempts.jsonl").read_text()
+
+
+def test_what_can_be_no_node_does_not_keep_the_others_in(slurm):
+    slurm.run_dir.mkdir()
+    notes = ({"job_id": "7", "node": node} for node in ("a JobId=1", "b", ["c"]))
+    (slurm.run_dir / "unfit_nodes.jsonl").write_text("".join(f"{json.dumps(note)}\n" for note in notes))
+    assert requeue.main(["--exit-code", "8", *slurm.train], slurm.env) == 0
+    assert slurm.calls[-1] == ("update", "JobId=7", "ExcNodeList=b")
 
 
 def test_a_job_is_requeued_although_a_node_cannot_be_left_out(slurm, monkeypatch, capsys):

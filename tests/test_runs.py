@@ -190,6 +190,7 @@ def test_sacct_is_asked_for_what_squeue_has_forgotten(slurm):
         ("8_0|9|COMPLETED|node1\n8_[1-3%2]|8|CANCELLED by 0|None assigned\n", {"8_0": "COMPLETED", "8_2": "CANCELLED"}),
         ("8|8|CANCELLED by 0|None assigned\n", {"8_0": "CANCELLED", "8_2": "CANCELLED"}),
         ("8_0|9|COMPLETED|node1\n8_3|8|FAILED|node1\n", {"8_0": "COMPLETED", "8_2": None}),  # 8 is also 8_3's own
+        ("7|7|RUNNING|node1\n8|8|PENDING|None assigned\n", {"7": None, "8": None}),  # squeue has lost them
     ],
 )
 def test_tasks_that_never_started_are_found_under_their_array(slurm, sacct, expected):
@@ -567,6 +568,7 @@ def test_a_job_of_slurms_is_cancelled(tmp_path, slurm, options, expected):
 @pytest.mark.parametrize(
     ("state", "options", "said"),
     [
+        ("SUSPENDED", (), "is ended without saving, because it was suspended"),
         ("PENDING", (), "is out of the queue"),
         ("PENDING", ("--now",), "is out of the queue"),
         ("RUNNING", (), "is asked to save and leave"),

@@ -30,7 +30,7 @@ from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Patience, Watchdog, end_within
 from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError, RunError, Stopped, UnfitNodeError, one_line
-from cit_scale.run_folder import UNFIT_NODES, unfit_nodes
+from cit_scale.run_folder import UNFIT_NODES, last_saved, unfit_nodes
 
 MAX_SKEW_S = 60.0  # between a node's clock and rank 0's
 SHARED_S = 10.0  # how long a new file of another node may take to appear on a network file system
@@ -298,9 +298,12 @@ def _driver_version() -> str:
 
 
 def earlier_faults(run_dir: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Reasons by node, of the nodes that failed at other starts of this job. Without a job those are other days'."""
+    """Reasons by node, of the nodes that failed at earlier starts of this job, since it last got on.
+
+    Without a job they are other days'.
+    """
     job = job_id(env)
-    return unfit_nodes(run_dir, job) if job else {}
+    return unfit_nodes(run_dir, job, last_saved(run_dir)) if job else {}
 
 
 def find_shared_fault(faults: Mapping[str, str], earlier: Mapping[str, str], nodes: int) -> str | None:
@@ -319,7 +322,7 @@ def find_shared_fault(faults: Mapping[str, str], earlier: Mapping[str, str], nod
         if 2 * len(here) >= nodes and len(here) + len(before) > 1:
             return (
                 f"{', '.join(sorted([*before, *here]))} cannot take part: {reason}; the same on so many nodes is no "
-                "fault of theirs, and none is excluded for it: what they share has to change"
+                "fault of theirs, and no more are excluded for it: what they share has to change"
             )
     return None
 

@@ -85,11 +85,10 @@ def read_weights(path: str | Path, device: str = "cpu") -> Weights:
     path = Path(path).expanduser()
     try:
         if not path.is_file():
-            raise FileNotFoundError(path)
+            raise MissingInputError(f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict")
         content = _read_safetensors(path, device) if _is_safetensors(path) else _read_pickle(path, device)
-    except FileNotFoundError as error:
-        message = f"weights {path} do not exist; give a .safetensors file or a PyTorch state dict"
-        raise MissingInputError(message) from error
+    except MissingInputError:
+        raise
     except PermissionError as error:
         raise MissingInputError(f"weights {path} may not be read by this user: {error.strerror}") from error
     except pickle.UnpicklingError as error:
