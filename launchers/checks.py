@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,7 +15,8 @@ from cit_scale.run.auto import with_precision
 from cit_scale.run.folders import RunFolder
 from cit_scale.run.plan import counted, estimate_memory, memory_text, plan_lines, plan_run, row
 from cit_scale.run.setup import PreparedRun, check_all_settings, check_networks, open_images, versions_of, with_images
-from launchers.options import Options
+from launchers.environment import CONTRADICTING
+from launchers.options import OF_SBATCH, Options
 from launchers.resources import Resources, RunRequest
 from launchers.slurm import Partition, format_minutes
 from launchers.state import state_now
@@ -61,6 +63,8 @@ def submission_lines(
     lines = []
     if options.cluster == "slurm":
         lines.append(row("job", resources_text(options, resources, partitions)))
+        if ignored := sorted(name for name in os.environ if CONTRADICTING.fullmatch(name) and name not in OF_SBATCH):
+            lines.append(row("not counted", f"{', '.join(ignored)}, of which options of this command say the same"))
     device = "GPU" if resources.gpus_per_node else "rank"
     lines += plan_lines(plan_run(prepared), device)
     so_far = [(RunFolder(run.config.name, run.config.run_dir), run) for run in runs]

@@ -9,9 +9,11 @@ if __name__ == "__main__" and not __package__:
     # Run by path, Python searches this file's folder for imports; the package lies one folder higher.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import contextlib
 import json
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -59,20 +61,23 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
 
     world, on_gpus = resources.world_on(resources.nodes), resources.gpus_per_node > 0
     prepared = check_runs(runs, world, same_run=same_run, on_gpus=on_gpus)
+    folder = submission_folder(arguments.config, is_sweep=len(runs) > 1)
+    if options.cluster == "slurm" and (odd := {"%", "\\"} & {*str(folder)}):
+        raise ConfigError(
+            f"the log would go to {folder}, and Slurm reads {' and '.join(sorted(odd))} there as something else; "
+            "choose --runs_dir and --name without"
+        )
     if options.dependency is None:  # a job that waits for the other job may use the same folder
         for run in runs:
             refuse_running(run)
     for line in submission_lines(options, resources, partitions, prepared, runs):
         print(line, flush=True)
-    folder = submission_folder(arguments.config, is_sweep=len(runs) > 1)
     executor = slurm_executor(options, resources, runs, folder) if options.cluster == "slurm" else None
     if options.dry_run:
         if executor is not None:
             show_script(batch_script(executor, runs), can_ask=partitions is not None)
         return 0
-    if arguments.fresh:
-        for run in runs:
-            set_aside(run.config.run_dir)
+    kept = {run.config.run_dir: set_aside(run.config.run_dir) for run in runs if arguments.fresh}
     match options.cluster:
         case "debug":
             from cit_scale.train import main as train
@@ -82,7 +87,12 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
             jobs = [submit_local(options, resources, runs[0], folder)]
         case _:
             assert executor is not None  # the cluster is slurm
-            jobs = submit_slurm(executor, runs)
+            try:
+                jobs = submit_slurm(executor, runs)
+            except ConfigError:
+                for run_dir, aside in kept.items():
+                    put_back(run_dir, aside)
+                raise
     for run, job in zip(runs, jobs, strict=True):
         note_submission(run, job, options.cluster, given)
         print(f"submitted as job {job.job_id}: {run.config.run_dir}", flush=True)
@@ -113,12 +123,8 @@ def plan_runs(arguments: cli.Arguments, train_argv: Sequence[str], axes: Sequenc
 
 
 def refuse_running(run: RunRequest) -> None:
-    """Raise RefusedError if a job of the same run waits or trains, ConfigError for a name with a % in it."""
+    """Raise RefusedError if a job of the same run waits or trains."""
     run_dir = run.config.run_dir
-    if "%" in run.config.name:
-        raise ConfigError(
-            f"--name={run.config.name!r}: Slurm takes % and what follows for something else in a log's name"
-        )
     state = state_now(RunFolder(run.config.name, run_dir))
     if state.is_active:
         raise RefusedError(
@@ -144,15 +150,28 @@ def show_script(script: str, *, can_ask: bool) -> None:
 # Files
 
 
-def set_aside(run_dir: Path) -> None:
-    """Rename the run folder to NAME.1 or so. Raises RefusedError if another job works in the folder."""
+def set_aside(run_dir: Path) -> Path | None:
+    """Rename the run folder to NAME.1 or so. Returns the new path; None where there was no folder.
+
+    Raises RefusedError if another job works in the folder.
+    """
     from cit_scale.distributed.lock import exclusive
     from cit_scale.distributed.stop import StopRequest
     from cit_scale.distributed.world import World
     from cit_scale.run.setup import set_aside as set_run_aside
 
     with StopRequest() as stop, exclusive(run_dir, World(), stop, wait_s=0):
-        set_run_aside(run_dir, World())
+        return set_run_aside(run_dir, World())
+
+
+def put_back(run_dir: Path, aside: Path | None) -> None:
+    """Undo ``set_aside`` where sbatch has refused: in the new folder lie submitit's files of that, no more."""
+    if aside is not None:
+        shutil.rmtree(run_dir / "slurm", ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            run_dir.rmdir()
+        print(f"{run_dir} is back, as nothing was queued", flush=True)
+        aside.rename(run_dir)
 
 
 def submission_folder(config: RunConfig, *, is_sweep: bool) -> Path:

@@ -20,13 +20,13 @@ from PIL import Image
 MAX_PROCESSES = 4  # each with a warm server of its own for its ranks, half a gigabyte
 
 # The files that take longest, longest first: begun last, one of them would keep one process busy while the others rest.
-LONG_FILES = ("test_slurm", "test_train", "test_slurm_versions")
+LONG_FILES = ("test_slurm", "test_train", "test_slurm_versions", "test_slurm_accounting")
 
 
 def pytest_xdist_auto_num_workers(config):
     """A process per core for a whole tier; none beside pytest's own for a file or two.
 
-    One more for all tests: those on the cluster, one long file, wait more than they compute.
+    One more for all tests: those on a cluster, the longest files, wait more than they compute.
     """
     files = [argument for argument in config.args if ".py" in argument]
     everything = not config.option.markexpr

@@ -151,5 +151,6 @@ def test_whom_a_partition_is_for_is_known_before_anything_is_queued(cluster, sub
 
 def test_a_job_that_waits_for_a_limit_says_which(cluster, submit, state):
     for name in ("first", "second"):
-        assert submit(name, "--qos=one", "--setup", "sleep 15", "--setup", "exit 0").returncode == 0
+        assert submit(name, "--qos=one", "--setup", "sleep 200").returncode == 0
     cluster.wait_for("the limit", lambda: state("second") == "pending: QOSMaxJobsPerUserLimit", END_S)
+    cluster.run("scancel", job_id(cluster, "second"), job_id(cluster, "first"))

@@ -160,6 +160,17 @@ def sbatch(cluster, stand_in, request):
     return partial(Job.queued, cluster, stand_in, name)
 
 
+def test_the_slurm_is_that_of_its_column_in_the_docs(cluster):
+    version = tuple(map(int, re.search(r"(\d+)\.(\d+)", cluster.run("sinfo", "--version")).groups()))
+    match cluster.release.slurm:
+        case "24.11":
+            assert version == (24, 11)
+        case "newest":
+            assert version >= (26, 5)
+        case "own":
+            assert version >= (22, 5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Before a job
 

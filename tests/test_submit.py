@@ -168,11 +168,11 @@ def test_the_file_gives_defaults_and_the_command_line_wins(call, tiny, no_cluste
     _, printed, _ = call("--dry-run", *tiny)
     for line in ("partition=gpu", "ntasks-per-node=2", "time=1440", "mem=10G"):
         assert f"\n#SBATCH --{line}\n" in printed
-    assert "\nmodule load a\nmodule load b\ntrap - ERR\nexport CIT_SCALE=" in printed
+    assert "\nmodule load a\nmodule load b\ntrap - ERR\nCIT_SCALE=" in printed
     _, printed, _ = call("--dry-run", "--mem", "0", "--setup", "true", "--ntasks-per-node", 1, *tiny)
     for line in ("partition=gpu", "ntasks-per-node=1", "mem=0"):
         assert f"\n#SBATCH --{line}\n" in printed
-    assert "\ntrue\ntrap - ERR\nexport CIT_SCALE=" in printed
+    assert "\ntrue\ntrap - ERR\nCIT_SCALE=" in printed
 
 
 @pytest.mark.parametrize(
@@ -321,6 +321,18 @@ def test_a_run_folder_with_other_settings_is_refused_and_fresh_sets_it_aside(cal
     assert "--fresh" not in (slurm / "queued.sh").read_text()
 
 
+def test_what_fresh_set_aside_is_back_where_sbatch_refuses(call, tiny, slurm, tmp_path):
+    run_dir = tmp_path / "runs" / "tiny"
+    (run_dir / "slurm").mkdir(parents=True)
+    (run_dir / "slurm" / "1_0_log.out").write_text("trained")
+    (slurm / "sbatch").write_text("#!/bin/sh\necho 'Invalid qos' >&2\nexit 1\n")
+    code, printed, _ = call("--fresh", *tiny)
+    assert code == 2
+    assert f"{run_dir} is back, as nothing was queued\n" in printed
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == ["tiny"]
+    assert [path.name for path in (run_dir / "slurm").iterdir()] == ["1_0_log.out"]
+
+
 def test_a_run_that_waits_or_trains_is_not_queued_twice_but_behind_itself(call, tiny, slurm):
     assert call(*tiny)[0] == 0
     (slurm / "queue.txt").write_text("12|12|PENDING||Resources\n")
@@ -330,10 +342,11 @@ def test_a_run_that_waits_or_trains_is_not_queued_twice_but_behind_itself(call, 
     assert call("--dependency", "afterany:12", *tiny)[0] == 0
 
 
-def test_a_name_that_slurm_would_read_otherwise_is_refused(call, tiny, slurm):
-    code, _, error = call(*tiny, "--name", "q%j")
+@pytest.mark.parametrize("argv", [["--name", "q%j"], ["--name", "a\\s"], ["--runs_dir", "/tmp/%u"]])
+def test_a_path_of_the_log_that_slurm_would_read_otherwise_is_refused(call, tiny, slurm, argv):
+    code, _, error = call("--dry-run", *tiny, *argv)
     assert code == 2
-    assert "--name='q%j': Slurm takes % and what follows for something else" in error
+    assert re.search(r"the log would go to \S+, and Slurm reads [%\\] there as something else; ", error)
 
 
 def test_fresh_does_not_take_the_folder_from_under_a_job_that_works_there(call, tiny, slurm, tmp_path):
@@ -407,6 +420,16 @@ def test_a_job_gets_the_environment_of_the_shell_and_nothing_that_was_found_on_t
     assert found - of_the_shell == set(env)
 
 
+def test_what_sbatch_would_read_as_options_and_is_none_here_is_named(call, tiny, slurm, monkeypatch):
+    for name in ("SBATCH_GRES", "SBATCH_SIGNAL", "SBATCH_PARTITION", "SBATCH_RESERVATION"):
+        monkeypatch.setenv(name, "gpu")
+    printed = call("--dry-run", "--partition=main", *tiny)[1]
+    assert re.search(
+        r"^not counted +SBATCH_GRES, SBATCH_SIGNAL, of which options of this command", printed, re.MULTILINE
+    )
+    assert "SBATCH_PARTITION" not in printed
+
+
 def test_what_sbatch_would_read_as_options_counts_as_typed(no_cluster_file):
     no_cluster_file.write_text("partition: theirs\naccount: vision\n")
     env = {
@@ -447,13 +470,19 @@ def test_more_runs_than_an_array_may_have_are_refused(call, tiny, slurm):
         (["true", "f() { return 3; }", "f"], 2, "error: --setup fails at: return 3\n"),
         (["true", "false"], 2, "error: --setup fails at: false\n"),
         (["false || true", "[[ -z x ]] && false", "export A=b"], 0, ""),
+        (["source ./sourced"], 0, ""),  # for that file it was no reason to fail
+        (["source ./failing"], 2, "error: --setup fails at: source ./failing\n"),
+        (["source ./missing 2> /dev/null"], 2, "error: --setup fails at: source ./missing 2> /dev/null\n"),
     ],
 )
-def test_a_line_of_setup_that_fails_ends_the_job(setup, code, said):
+def test_a_line_of_setup_that_fails_ends_the_job(setup, code, said, tmp_path):
     lines = executors.setup_lines(options.Options(setup=setup), Resources(1, 0, 1, None, (1,)), [])
     until_the_ranks = lines[: lines.index("trap - ERR") + 1]
     script = "\n".join([*until_the_ranks, "false", "exit 0"])
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    (tmp_path / "script").write_text(script)
+    (tmp_path / "sourced").write_text("false\ntrue\n")
+    (tmp_path / "failing").write_text("true\nfalse\n")
+    done = subprocess.run(["bash", "script"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, said)
 
 

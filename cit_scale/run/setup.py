@@ -654,24 +654,28 @@ def check_same_run(config: RunConfig) -> None:
         )
 
 
-def set_aside(run_dir: Path, world: World) -> None:
+def set_aside(run_dir: Path, world: World) -> Path | None:
     """Collective. Rename the run folder to run_dir.1 (or .2, ...), so that nothing is lost.
 
-    Raises RefusedError if other runs lie in the folder, as 'pets/large' does in 'pets'.
+    Returns the new path on rank 0, None on others and where there was no folder. Raises RefusedError if other runs lie
+    in the folder, as 'pets/large' does in 'pets'.
     """
 
-    def move() -> None:
+    def move() -> Path | None:
         others = runs_inside(run_dir) if world.is_main else []
         if others:
             raise RefusedError(
                 f"{run_dir} cannot be set aside: other runs lie in it ({', '.join(map(str, others[:5]))}); move them, "
                 "or give this run another --name"
             )
-        if world.is_main and run_dir.exists():
-            print(f"{run_dir} set aside as {rename_aside(run_dir)}", flush=True)
+        if not world.is_main or not run_dir.exists():
+            return None
+        kept = rename_aside(run_dir)
+        print(f"{run_dir} set aside as {kept}", flush=True)
+        return kept
 
     with writing(run_dir):
-        run_on_all_ranks(world, move)
+        return run_on_all_ranks(world, move)
 
 
 @contextmanager
