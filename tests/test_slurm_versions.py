@@ -26,7 +26,7 @@ END_S = 120
 HOSTS = ("node1", "node2", "node3", "node4", "small1", "gpu1", "gpu2")
 LINES = """
 NodeName=node[1-3] NodeAddr=SUBNET.[1-3] CPUs=64 RealMemory=8000 Weight=10
-NodeName=node4 NodeAddr=SUBNET.4 CPUs=64 CoreSpecCount=2 RealMemory=8000 Weight=10
+NodeName=node4 NodeAddr=SUBNET.4 CPUs=64 CoreSpecCount=2 RealMemory=8000 Weight=20
 NodeName=small1 NodeAddr=SUBNET.5 CPUs=32 RealMemory=8000
 NodeName=gpu[1-2] NodeAddr=SUBNET.[6-7] CPUs=64 RealMemory=8000 Gres=gpu:a100:2
 PartitionName=main Nodes=node[1-4] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
