@@ -65,9 +65,8 @@ def unfit_nodes(run_dir: Path, job_id: str | None = None, since: float = 0.0) ->
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in (run_dir / UNFIT_NODES).read_text(errors="replace").splitlines():
-            with contextlib.suppress(
-                ValueError, TypeError, AttributeError, KeyError
-            ):  # a line that is cut short, or no note
+            # A line may be cut short, or no note.
+            with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
                 note = json.loads(line)
                 if job_id in (None, note.get("job_id")) and (not since or note["time"] >= since):
                     found[str(note["node"])] = str(note.get("reason"))
