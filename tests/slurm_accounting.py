@@ -13,6 +13,7 @@ from pathlib import Path
 
 PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db")
 START_S = 60
+MOST_CLUSTERS = 100  # whose slurmdbd listen one port after the other; their databases on the ports after those
 
 # The controller forgets an ended job at once: then the accounting alone knows it.
 CONFIG = """
@@ -53,7 +54,7 @@ def started(folder: Path, port: int, env: Mapping[str, str]) -> Iterator[None]:
 
     folder: has slurm.conf and munge's socket. env: of Slurm's commands.
     """
-    database_port = _free_port()
+    database_port = port + MOST_CLUSTERS
     settings = folder / "slurmdbd.conf"
     settings.write_text(DAEMON_CONFIG.format(folder=folder, port=port, database_port=database_port))
     settings.chmod(0o600)
@@ -89,10 +90,3 @@ def _running(command: Sequence[str], port: int, log: Path, env: Mapping[str, str
 def _answers(port: int) -> bool:
     with socket.socket() as door:
         return door.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        number: int = door.getsockname()[1]
-        return number

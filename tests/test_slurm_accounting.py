@@ -46,7 +46,7 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture
-def launch(cluster, tiny_inputs):
+def launch(cluster):
     """``launch(script, *arguments)``: one of the launchers on the login node."""
 
     def attempt(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -98,9 +98,7 @@ def test_a_run_goes_through_and_the_accounts_have_it(cluster, submit, state):
 
 
 def test_how_a_job_ended_is_known_after_squeue_has_forgotten_it(cluster, submit, launch, state):
-    for name in ("node1", "node2"):
-        cluster.run("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
-    try:
+    with cluster.drained("node1"), cluster.drained("node2"):
         assert submit("waiting").returncode == 0
         assert submit("taken", "--array=2", "--sweep=seed=0,1").returncode == 0
         assert state("waiting").startswith("pending: ")
@@ -109,9 +107,6 @@ def test_how_a_job_ended_is_known_after_squeue_has_forgotten_it(cluster, submit,
         for name in runs:
             done = launch("runs.py", "cancel", name, "--runs-dir", str(cluster.shared))
             assert done.stdout.endswith("is out of the queue, and does not come back\n"), done.stderr
-    finally:
-        for name in ("node1", "node2"):
-            cluster.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
     assert submit("failing", "--setup", "false").returncode == 0
     for name in ("failing", *runs):
         cluster.wait_for(f"{name} forgotten", lambda name=name: forgotten(cluster, job_id(cluster, name)), END_S)
