@@ -39,8 +39,9 @@ VERBS = {
     "predict": Verb(
         "the classes of images, a row for each", "cit_scale.inference.commands", "predict", prints_results=True
     ),
+    "report": Verb("a page about a run: curves, mistakes, attention, advice", "cit_scale.report.commands", "report"),
     "export": Verb("a measured file: ONNX, pt2, TorchScript, timm", "cit_scale.export.commands", "export"),
-    "runs": Verb("list and show run folders", "cit_scale.run.show", prints_results=True),
+    "runs": Verb("list and show run folders", "cit_scale.report.runs", prints_results=True),
     "where": Verb("print the folder of launchers/, slurm/ and ds_configs/", "cit_scale.where", prints_results=True),
 }
 

@@ -369,6 +369,10 @@ class TrainConfig:
     forecast: bool = setting(False, may_change=True)
     """Say beforehand how long the run will take, from some trial steps of each network."""
 
+    report: bool = setting(True, may_change=True)
+    """Leave a page about the finished run, report.html; it takes about as long as evaluating the student once more, and
+    its teachers."""
+
     start_timeout_s: float = setting(300, rules=[POSITIVE], may_change=True)
     """How long the ranks wait for one another at the start; then the nodes that did not arrive are named."""
 

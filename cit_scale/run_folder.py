@@ -23,6 +23,7 @@ STUDENT_EMA = "student_ema.safetensors"
 STUDENT_BEST = "student_best.safetensors"  # of the checkpoint that was best in evaluation
 STUDENT_EMA_BEST = "student_ema_best.safetensors"
 CARD = "README.md"  # the model card
+REPORT = "report.html"  # what cit-scale report writes
 CHECKPOINTS = "ckpt"
 META = "meta.json"  # of a checkpoint: the run's progress and its inputs
 STREAM = "stream"  # key of the stream's versions, in results and in META

@@ -18,8 +18,9 @@ import time
 from collections.abc import Sequence
 
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError
+from cit_scale.report.runs import add_html, list_or_write
 from cit_scale.run.folders import RunFolder, find_run
-from cit_scale.run.show import add_looking, list_runs, new_parser, reporting, say, show_run
+from cit_scale.run.show import add_looking, new_parser, reporting, say, show_run
 from cit_scale.text import outlive_readers
 from launchers.local_jobs import cancel_local_job
 from launchers.slurm import cancel_slurm_job
@@ -135,7 +136,7 @@ def resume(run: RunFolder) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser, add = new_parser("runs.py", EXAMPLES, DESCRIPTION)
-    add_looking(add)
+    add_html(add_looking(add))
     logs = add("logs", "the end of its newest log", takes_name=True)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
     logs.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="begin N lines before the end; 50")
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def act(asked: argparse.Namespace) -> int:
     if asked.command == "list":
-        return list_runs(asked.runs_dir, states_of, set_aside=asked.all, as_json=asked.json)
+        return list_or_write(asked, states_of)
     run = find_run(asked.runs_dir, asked.name)
     match asked.command:
         case "show":

@@ -37,8 +37,10 @@ WALLS = {
     "cli": "config distributed.ranks errors recipe run.begun run_folder settings usage",
     "run": "batch checkpoint config data datasets distributed engines errors evaluate files losses models optim "
     "recipe run_folder settings teachers text",
+    "report": "config data datasets distributed errors evaluate files inference models run run_folder settings "
+    "teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
-    "run run_folder settings teachers text",
+    "report run run_folder settings teachers text",
     "inference": "cli config datasets distributed errors evaluate files models recipe run_folder text",
     "export": "config datasets distributed errors files inference models run_folder text",
     "where": "config text",
@@ -60,6 +62,8 @@ ONLY_IMPORTERS = {
     "onnx": {"export.onnx"},
     "onnxruntime": {"export.onnx", "inference.exported"},
     "pyarrow": {"inference.tables"},
+    "matplotlib": {"report.figures"},
+    "jinja2": {"report.html"},
 }
 
 # The one file of launchers/ that runs Slurm's commands, and the commands, with or without their folder.

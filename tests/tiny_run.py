@@ -46,6 +46,7 @@ RECIPE: dict[str, Any] = {
         "log_every_steps": 1,
         "save_every_steps": SAVE_EVERY,
         "keep_best": 0,
+        "report": False,
         "eval_every_epochs": 1,
     },
 }

@@ -18,18 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from cit_scale.config import RunConfig
 from cit_scale.errors import RunError, Stopped, error_line, exit_code_of
-from cit_scale.run.folders import RunFolder, as_dict, dig, find_run, find_runs, is_number, number
+from cit_scale.run.folders import RunFolder, as_dict, dig, find_runs, is_number, number
 from cit_scale.settings import listed_settings
 from cit_scale.text import ExampleParser
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-EXAMPLES = (
-    "cit-scale runs list         every run: its state, step, speed, accuracy and time left",
-    "cit-scale runs show NAME    one run: starts, ends, checkpoints, results",
-)
 
 AddCommand = Callable[..., argparse.ArgumentParser]
 
@@ -195,32 +190,14 @@ def new_parser(prog: str, examples: Sequence[str], description: str) -> tuple[ar
     return parser, add
 
 
-def add_looking(add: AddCommand) -> None:
-    """Add the commands ``list`` and ``show``, which only read."""
+def add_looking(add: AddCommand) -> argparse.ArgumentParser:
+    """Add the commands ``list`` and ``show``, which only read. Returns the parser of ``list``."""
     listing = add("list", "print a row for each run", takes_name=False)
     listing.add_argument("--all", action="store_true", help="include runs that --fresh has set aside")
     showing = add("show", "print everything known about one run", takes_name=True)
     for command in (listing, showing):
         command.add_argument("--json", action="store_true", help="print JSON")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``cit-scale runs``. Returns the exit code."""
-    parser, add = new_parser(
-        "cit-scale runs",
-        EXAMPLES,
-        "Show run folders, which are read and never written. On a cluster, python launchers/runs.py also asks Slurm, "
-        "and cancels and resumes runs.",
-    )
-    add_looking(add)
-    asked = parser.parse_args(argv)
-
-    def run() -> int:
-        if asked.command == "list":
-            return list_runs(asked.runs_dir, states_in_folders, set_aside=asked.all, as_json=asked.json)
-        return show_run(find_run(asked.runs_dir, asked.name), states_in_folders, as_json=asked.json)
-
-    return reporting(run)
+    return listing
 
 
 def reporting(command: Callable[[], int]) -> int:

@@ -1,0 +1,167 @@
+"""The networks that a report asks: a run's student, and the teachers that advised it, if their weights are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cit_scale.config import RunConfig, TeacherConfig
+from cit_scale.datasets.index import printable
+from cit_scale.distributed.world import World, first_on_each_node
+from cit_scale.errors import MissingInputError, RefusedError, RunError, error_line
+from cit_scale.evaluate import HEADS_MEAN, with_average
+from cit_scale.inference.classifier import Classifier, OpenedNetwork, classifier_of, of_each_thread, open_network
+from cit_scale.models.network import Network, set_float32_arithmetic
+from cit_scale.models.pretrained import find_pretrained
+from cit_scale.models.weights import load_weights
+from cit_scale.run.folders import as_dict, dig, read_json
+from cit_scale.run_folder import NETWORKS, RESULTS, STUDENT, TEACHERS
+from cit_scale.settings import AUTO
+from cit_scale.teachers import build_teacher_without_weights, freeze
+
+HEAD, TEACHER, FEATURES_OF_HEAD, FEATURES_OF_TEACHER = "head", "teacher", "features of head", "features of teacher"
+"""Kinds of what a report's classifier returns; the key of each tensor is the kind, a blank, and a name."""
+
+
+@dataclass(frozen=True)
+class Advised:
+    """A run's student with its teachers.
+
+    student: as it was opened. teachers: by name, frozen. missing: by name, why a teacher is not there.
+    models: names of all teachers' models.
+    """
+
+    student: OpenedNetwork
+    teachers: Mapping[str, Network]
+    missing: Mapping[str, str]
+    models: Mapping[str, str]
+
+    @property
+    def whole(self) -> str:
+        """The head that stands for the student: the mean over its heads, or its only one."""
+        return HEADS_MEAN if len(self.student.interface.heads) > 1 else self.student.interface.heads[0]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """All heads, with ``whole``."""
+        heads = self.student.interface.heads
+        return (*heads, HEADS_MEAN) if len(heads) > 1 else heads
+
+
+def open_advised(name: str, config: RunConfig, world: World) -> Advised:
+    """Collective. Open a run's student and its teachers on this rank's device. Raises as ``open_network`` does.
+
+    name: as for ``open_network``. config: of the run. A teacher that cannot be opened, or that is no longer the one
+    that advised, is missing.
+    """
+    set_float32_arithmetic(world.device)
+    student = open_network(name, world)
+    run_dir = student.run_dir or config.run_dir
+    teachers: dict[str, Network] = {}
+    missing: dict[str, str] = {}
+    for teacher, given in config.teachers.items():
+        try:
+            opening = partial(_open_teacher, teacher, given, config, student, run_dir, world)
+            teachers[teacher] = first_on_each_node(world, opening)
+        except (RunError, OSError) as error:
+            missing[teacher] = error_line(error)
+    return Advised(student, teachers, missing, {name: teacher.model for name, teacher in config.teachers.items()})
+
+
+def _open_teacher(
+    name: str, teacher: TeacherConfig, config: RunConfig, student: OpenedNetwork, run_dir: Path, world: World
+) -> Network:
+    """The teacher as it advised: its precision, its BatchNorms folded. Not compiled, which takes minutes."""
+    if teacher.advises_with is None:  # the run has trained it
+        teacher = replace(teacher, weights=str(run_dir / TEACHERS / name / STUDENT))
+    weights = cast(str, teacher.advises_with)
+    found = find_pretrained(weights)
+    if not found.file.exists():
+        raise MissingInputError(f"its weights, {printable(weights)}, are gone")
+    noted = as_dict(
+        dig(as_dict(read_json(run_dir / RESULTS)) or as_dict(read_json(run_dir / NETWORKS)), "teachers", name)
+    )
+    if noted.get("sha256") not in (None, "", found.sha256):
+        raise RefusedError(f"{printable(weights)} has changed since it advised the run (SHA-256 {found.sha256[:12]})")
+    classes, size = student.interface.classes, student.interface.image_size
+    network = build_teacher_without_weights(teacher, classes=classes, image_size=size)
+    load_weights(network, weights)
+    precision = config.distill.teacher_precision
+    freeze(
+        network, size, world.device, precision="float32" if precision == AUTO else cast(Any, precision), compile=False
+    )
+    return network
+
+
+class Probe(nn.Module):
+    """Asks all networks about the same images.
+
+    Forward: (B, 3, H, W) in [0, 1] -> by key, logits (B, K) of each head and teacher, and features (B, C): what the
+    classifier of each reads. Networks whose classifier is not one module with one input, (B, C), have no features.
+    """
+
+    def __init__(self, advised: Advised) -> None:
+        super().__init__()
+        self.student = advised.student.network
+        self.teachers = nn.ModuleDict(dict(advised.teachers))
+        self._read: dict[str, Tensor] = {}
+        heads = zip(advised.student.interface.heads, _classifiers(self.student), strict=False)
+        self._listen({f"{FEATURES_OF_HEAD} {name}": module for name, module in heads})
+        for name, network in advised.teachers.items():
+            modules = _classifiers(network)
+            self._listen({f"{FEATURES_OF_TEACHER} {name}": module for module in modules[:1]})
+
+    def _listen(self, modules: Mapping[str, nn.Module]) -> None:
+        for key, module in modules.items():
+            # A bound method, which a copy of the probe has of its own (``of_each_thread``), and so has the module.
+            module.register_forward_pre_hook(_Listener(self, key).hear)
+
+    def keep(self, key: str, features: Tensor) -> None:
+        if features.ndim == 2:
+            self._read[key] = features
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        self._read = {}
+        heads = with_average(self.student(images)._asdict())
+        found = {f"{HEAD} {name}": logits for name, logits in heads.items()}
+        found |= {f"{TEACHER} {name}": network(images).cls for name, network in self.teachers.items()}
+        found |= self._read
+        self._read = {}
+        return found
+
+
+@dataclass
+class _Listener:
+    probe: Probe
+    key: str
+
+    def hear(self, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        self.probe.keep(self.key, given[0])
+
+
+def _classifiers(network: Network) -> tuple[nn.Module, ...]:
+    """The modules that turn features into logits, in the order of the heads; empty for a model that does not tell."""
+    get = getattr(network.model, "get_classifier", None)
+    if get is None:
+        return ()
+    found = get()
+    modules = found if isinstance(found, tuple) else (found,)
+    return tuple(module for module in modules if isinstance(module, nn.Linear))
+
+
+def probing_classifier(advised: Advised, device: torch.device) -> Classifier:
+    """A classifier whose answers are a ``Probe``'s: float32 on the CPU, by key."""
+    network = of_each_thread(Probe(advised).to(device).eval())
+
+    @torch.inference_mode()
+    def classify(images: Tensor) -> dict[str, Tensor]:
+        found = network()(images.to(device).float().div_(255))
+        return {key: each.float().cpu() for key, each in found.items()}
+
+    return replace(classifier_of(advised.student, device), classify=classify)

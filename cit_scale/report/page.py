@@ -1,0 +1,358 @@
+"""Fills the page of a report: what was found as tables, drawings and sentences."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from markupsafe import Markup
+
+from cit_scale.datasets.sources import Source
+from cit_scale.report import figures
+from cit_scale.report.answers import Said, Survey
+from cit_scale.report.history import Curve, History
+from cit_scale.report.html import render_page
+from cit_scale.report.measures import (
+    Share,
+    agreement,
+    class_shares,
+    confusion,
+    follow,
+    linear_cka,
+    most_confused,
+    reliability,
+    right_where_wrong,
+)
+from cit_scale.report.pictures import AttendedImage, TrainingSample
+from cit_scale.run.folders import as_dict, dig
+from cit_scale.run.show import as_figure, as_time
+
+T = TypeVar("T")
+
+MOST_CELLS = 20  # classes of a confusion matrix whose cells are written as numbers; more are a picture
+MOST_DRAWN = 2000  # classes of a confusion matrix that is drawn
+MOST_PAIRS = 30  # confused classes that are listed
+MOST_LISTED = 20  # bad images and bad steps that are listed
+
+
+@dataclass(frozen=True)
+class Part(Generic[T]):
+    """A part of the report, or why it is not there."""
+
+    found: T | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image of the evaluation set. place: of it in the survey. image: its address; empty where it is gone."""
+
+    place: int
+    image: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that a report shows.
+
+    record: as ``run_record`` has it. config_text: config.yaml. histories: by phase, the student's under "".
+    weights: which of the student's. models: of the teachers, by name. missing: by name, why a teacher is not asked.
+    worst, doubtful: examples. seconds: that the survey took.
+    """
+
+    record: Mapping[str, Any]
+    config_text: str
+    histories: Mapping[str, History]
+    survey: Part[Survey | None]
+    weights: str
+    models: Mapping[str, str]
+    missing: Mapping[str, str]
+    worst: Sequence[Example]
+    doubtful: Sequence[Example]
+    attention: Part[Sequence[AttendedImage]]
+    samples: Part[Sequence[TrainingSample]]
+    bad_images: Sequence[tuple[str, str]]
+    made: str
+    """When, and by what version."""
+
+
+def render(found: Found) -> str:
+    """The whole page as HTML."""
+    survey = found.survey.found
+    return render_page(
+        "report.html",
+        found=found,
+        record=found.record,
+        networks=network_rows(found),
+        training=training_drawings(found),
+        classes=None if survey is None else class_part(survey),
+        confused=None if survey is None else confusion_part(survey),
+        calibration=None if survey is None else calibration_part(survey),
+        advice=None if survey is None else advice_part(survey, found.models),
+        examples=None if survey is None else examples_part(survey, found),
+        survey=survey,
+        facts=fact_rows(found.record),
+        most_listed=MOST_LISTED,
+    )
+
+
+def file_name(source: Source, sample: int) -> str:
+    """An image's name inside its data set, usually CLASS/FILE."""
+    return os.fsdecode(source.key(sample))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks, and their training
+
+
+def network_rows(found: Found) -> list[dict[str, Any]]:
+    """A row for each network: what this page's survey found, and what results.json says."""
+    results, survey = as_dict(found.record["results"]), found.survey.found
+    rows = []
+    teachers = as_dict(results.get("teachers"))
+    names = dict.fromkeys([*found.models, *teachers])
+    for name in names:
+        model = found.models.get(name) or dig(teachers, name, "model")
+        said = survey.teachers.get(name) if survey else None
+        rows.append(_network_row(f"teacher {name}", model, said, survey, dig(teachers, name, "top1")))
+    for student, accuracy in (as_dict(results.get("accuracy")) or {"student": {}}).items():
+        top1 = as_dict(dig(accuracy, "top1"))
+        heads = survey.heads if survey and student == "student" else {}
+        for head in dict.fromkeys([*heads, *top1]):
+            row = _network_row(f"{student}, {head}", None, heads.get(head), survey, top1.get(head))
+            rows.append({**row, "is_whole": survey is not None and student == "student" and head == survey.whole})
+    return rows
+
+
+def _network_row(name: str, model: Any, said: Said | None, survey: Survey | None, noted: Any) -> dict[str, Any]:
+    row = {"name": name, "model": model, "noted": noted, "top1": None, "scores": None, "is_whole": False}
+    if said is None or survey is None:
+        return row
+    right = said.choice == survey.labels
+    return {**row, "top1": Share(int(right.sum()), len(right)), "scores": survey.scores(said)}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing with its legend: (name, number of its colour). note: what else is to be said of it."""
+
+    title: str
+    svg: Markup
+    legend: Sequence[tuple[str, int]]
+    description: str
+    note: str = ""
+
+
+def training_drawings(found: Found) -> dict[str, list[Drawing]]:
+    """By phase, the curves of the student's training, and loss and accuracy of the teachers that the run trained; empty
+    where no phase has any.
+    """
+    drawings: dict[str, list[Drawing]] = {}
+    for phase, history in found.histories.items():
+        terms = {f"loss, {curve.name}": curve for curve in history.named("loss_")}
+        losses = {"loss": history.curves["loss"]} if "loss" in history.curves else {}
+        losses |= terms if len(terms) > 1 else {}  # the only term is the loss
+        accuracy = {curve.name: curve for curve in history.named("top1_") if not curve.name.startswith("ema_")}
+        accuracy |= {f"ema, {curve.name}": curve for curve in history.named("top1_ema_")}
+        groups: list[tuple[str, str, Mapping[str, Curve], bool]] = [
+            ("loss terms", "loss", losses, False),
+            ("accuracy by head", "top-1 %", accuracy, False),
+        ]
+        if not phase:
+            groups += [
+                (title, label, {title: history.curves[key]} if key in history.curves else {}, logarithmic)
+                for title, label, key, logarithmic in (
+                    ("learning rate", "learning rate", "lr", False),
+                    ("gradient norm", "norm before clipping", "grad_norm", True),
+                    ("speed", "images/s", "images_per_s", False),
+                )
+            ]
+        drawings[phase] = [
+            _curves(f"phase-{len(drawings)}-", title, label, drawn, history, logarithmic)
+            for title, label, drawn, logarithmic in groups
+            if any(np.isfinite(curve.values).any() for curve in drawn.values())
+        ]
+    return drawings if any(drawings.values()) else {}
+
+
+def _curves(
+    whose: str, title: str, label: str, drawn: Mapping[str, Curve], history: History, logarithmic: bool
+) -> Drawing:
+    name = whose + title.replace(" ", "-")
+    svg = figures.curves(
+        drawn, name, label=label, resumed=history.resumed, skipped=list(history.skipped), logarithmic=logarithmic
+    )
+    ends = [
+        f"{which} from {as_figure(float(curve.values[0]), '.4g')} at update {int(curve.steps[0])} to "
+        f"{as_figure(float(curve.values[-1]), '.4g')} at {int(curve.steps[-1])}"
+        for which, curve in drawn.items()
+    ]
+    thinned = max(curve.thinned for curve in drawn.values())
+    note = f"Each point is the mean of {thinned} lines." if thinned > 1 else ""
+    return Drawing(title, svg, [(each, number % 8) for number, each in enumerate(drawn)], "; ".join(ends), note)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The evaluation set
+
+
+def class_part(survey: Survey) -> dict[str, Any]:
+    """Per-class accuracy of the student, the worst first; classes without images last."""
+    shares = class_shares(survey.labels, survey.correct, len(survey.classes))
+    order = sorted(range(len(shares)), key=lambda place: (not shares[place].count, shares[place].value, place))
+    rows = [{"number": place, "share": shares[place], "bar": _bar(shares[place])} for place in order]
+    with_images = [share for share in shares if share.count]
+    drawing = None
+    if len(with_images) > MOST_CELLS:
+        values = np.array([100 * share.value for share in with_images])
+        drawing = figures.histogram(values, "class-accuracy", label="accuracy of a class, %", counted="classes")
+    return {"rows": rows, "empty": len(shares) - len(with_images), "drawing": drawing}
+
+
+def _bar(share: Share) -> Markup:
+    """A share as a bar, with its interval as a line over it; the numbers stand beside it."""
+    if not share.count:
+        return Markup("")
+    low, high = (100 * bound for bound in share.interval)
+    return Markup(
+        '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
+        '<rect width="{:.1f}" height="10"/><line x1="{:.1f}" x2="{:.1f}" y1="5" y2="5"/></svg>'
+    ).format(100 * share.value, low, high)
+
+
+def confusion_part(survey: Survey) -> dict[str, Any]:
+    """The confusion matrix as a table or a picture, and the classes that are most often taken for each other."""
+    labels, choices, count = survey.labels, survey.student.choice, len(survey.classes)
+    table, drawing = None, None
+    if count <= MOST_DRAWN:
+        matrix = confusion(labels, choices, count)
+        if count <= MOST_CELLS:
+            rows = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+            table = [
+                [{"count": int(cell), "share": float(share)} for cell, share in zip(cells, shares, strict=True)]
+                for cells, shares in zip(matrix, rows, strict=True)
+            ]
+        else:
+            drawing = figures.confusion_picture(matrix, "confusion")
+    pairs = most_confused(labels, choices, MOST_PAIRS)
+    return {"table": table, "drawing": drawing, "pairs": pairs, "wrong": int((labels != choices).sum())}
+
+
+def calibration_part(survey: Survey) -> dict[str, Any]:
+    said = survey.student
+    bins = reliability(said.prob, survey.correct)
+    mean, right = math.fsum(said.prob) / len(said.prob), Share(int(survey.correct.sum()), len(survey.correct))
+    return {
+        "drawing": figures.reliability_diagram(bins, "reliability"),
+        "bins": bins,
+        "ece": survey.scores(said).ece,
+        "mean": mean,
+        "right": right.value,
+        "word": "over" if mean > right.value else "under",
+    }
+
+
+def examples_part(survey: Survey, found: Found) -> dict[str, list[dict[str, Any]]]:
+    describe = partial(_example, survey, found.models)
+    return {"worst": [*map(describe, found.worst)], "doubtful": [*map(describe, found.doubtful)]}
+
+
+def _example(survey: Survey, models: Mapping[str, str], example: Example) -> dict[str, Any]:
+    place = example.place
+    sample = int(survey.samples[place])
+    label, said = int(survey.labels[place]), survey.student
+    everyone = [(f"teacher {name}", each) for name, each in survey.teachers.items()]
+    everyone += [(name, each) for name, each in survey.heads.items() if name != survey.whole or len(survey.heads) == 1]
+    return {
+        "image": example.image,
+        "file": file_name(survey.source, sample),
+        "label": label,
+        "choice": int(said.choice[place]),
+        "prob": float(said.prob[place]),
+        "label_prob": math.exp(-float(said.nll[place])),
+        "entropy": float(said.entropy[place]),
+        "said": [
+            {"who": who, "choice": int(each.choice[place]), "prob": float(each.prob[place])} for who, each in everyone
+        ],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the advice did
+
+
+def advice_part(survey: Survey, models: Mapping[str, str]) -> dict[str, Any]:
+    """How teachers and heads agree, who was right where the student is wrong, how heads follow, and CKA."""
+    voices = {f"teacher {name}": said for name, said in survey.teachers.items()}
+    voices |= {f"student, {name}": said for name, said in survey.heads.items()}
+    matrix = agreement([said.choice for said in voices.values()])
+    whole = survey.student.choice
+    helped = []
+    for name, said in voices.items():
+        if said is survey.student:
+            continue
+        other_right, whole_right = right_where_wrong(survey.labels, whole, said.choice)
+        both = (whole != survey.labels) & (said.choice == whole)
+        helped.append(
+            {
+                "name": name,
+                "other_right": other_right,
+                "whole_right": whole_right,
+                "same_mistake": Share(int(both.sum()), other_right.count),
+            }
+        )
+    followed = [
+        {
+            "teacher": teacher,
+            "head": head,
+            "is_own": head == teacher,
+            "advice": follow(survey.labels, advisor.choice, said.choice),
+            "divergence": math.fsum(survey.divergences[teacher, head]) / len(survey.labels),
+        }
+        for teacher, advisor in survey.teachers.items()
+        for head, said in survey.heads.items()
+    ]
+    features, theirs = survey.head_features, survey.teacher_features
+    compared = len(next(iter(theirs.values()), ()))
+    cka = [
+        {"head": head, "cells": [linear_cka(ours, each) for each in theirs.values()]} for head, ours in features.items()
+    ]
+    any_right = np.zeros(len(whole), bool)
+    for said in survey.teachers.values():
+        any_right |= said.choice == survey.labels
+    return {
+        "names": list(voices),
+        "agreement": matrix,
+        "helped": helped,
+        "any_teacher": Share(int(any_right[whole != survey.labels].sum()), int((whole != survey.labels).sum())),
+        "followed": followed,
+        "cka": cka if theirs else [],
+        "cka_teachers": list(theirs),
+        "compared": compared,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def fact_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run was to do and what became of it, from ``run_record``."""
+    total = record["total_steps"]
+    rows = [
+        ("state", f"{record['state']} {record['detail']}".strip()),
+        ("updates", f"{record['step']} of {'?' if total is None else total}" if record["step"] is not None else ""),
+        ("speed", f"{as_figure(record['images_per_s'], '.0f')} images/s" if record["images_per_s"] else ""),
+        ("goodput", as_figure(record["goodput"], ".1%")),
+        ("time left", as_time(record["left_s"])),
+        ("images that cannot be used", str(record["bad_images"])),
+        ("bad steps", "" if record["bad_steps"] is None else str(record["bad_steps"])),
+        ("folder", str(record["folder"])),
+        *((name, str(value)) for name, value in record["config"].items()),
+    ]
+    return [(name, value) for name, value in rows if value]

@@ -1,0 +1,179 @@
+"""Images as the page shows them: thumbnails, what tokens look at, samples of training. All as ``data:`` addresses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cit_scale.config import RunConfig, split_batch
+from cit_scale.data.mixing import mix
+from cit_scale.data.order import Cursor, repeat_spread
+from cit_scale.data.reader import Reader
+from cit_scale.data.stream import train_stream
+from cit_scale.data.versions import StreamVersions
+from cit_scale.datasets.encoded import decode
+from cit_scale.datasets.pixels import BY_VERSION
+from cit_scale.datasets.sources import Source, open_sources
+from cit_scale.distributed.world import World
+from cit_scale.inference.images import prepare_image
+from cit_scale.inference.interface import Interface
+from cit_scale.models.network import Network
+from cit_scale.report.attention import TokenAttention, token_attention
+from cit_scale.report.figures import heat
+
+THUMBNAIL = 96  # pixels of the longer side
+MAP = 112  # pixels of a map of attention
+SAMPLES = 12  # of training
+SAMPLE = 160  # pixels, at most
+
+
+def thumbnail(source: Source, sample: int) -> str:
+    """An image of a data set, small. Raises BadImageError, and OSError."""
+    image = decode(source.read(sample))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return address(image)
+
+
+def address(image: Image.Image) -> str:
+    """An image as a ``data:`` address: JPEG, or PNG where that is smaller."""
+    written = []
+    for form, options in (("JPEG", {"quality": 80}), ("PNG", {"optimize": True})):
+        file = io.BytesIO()
+        image.save(file, form, **options)
+        written.append((file.getvalue(), form.lower()))
+    data, form = min(written, key=lambda each: len(each[0]))
+    return f"data:image/{form};base64,{base64.b64encode(data).decode()}"
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """What one token of one image looks at. last, rollout: pictures. shares: of the last layer's attention, in percent,
+    by where it goes: ``patches``, or the name of a prefix token.
+    """
+
+    token: str
+    last: str
+    rollout: str
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class AttendedImage:
+    """file: its name in the data set. image: as the network is given it."""
+
+    file: str
+    image: str
+    maps: Sequence[TokenMap]
+
+
+def attended_images(
+    network: Network, interface: Interface, source: Source, samples: Sequence[int], device: torch.device
+) -> list[AttendedImage]:
+    """What the tokens of a vision transformer look at in some images."""
+    prepared = torch.stack([prepare_image(source.read(sample), interface) for sample in samples])
+    attention = token_attention(network.to(device), prepared.to(device).float().div(255))
+    return [
+        AttendedImage(
+            os.fsdecode(source.key(sample)),
+            address(_picture(prepared[place]).resize((MAP, MAP), Image.Resampling.BICUBIC)),
+            [_token_map(attention, place, number, prepared[place]) for number in range(len(attention.tokens))],
+        )
+        for place, sample in enumerate(samples)
+    ]
+
+
+def _token_map(attention: TokenAttention, place: int, number: int, pixels: Tensor) -> TokenMap:
+    prefix = len(attention.tokens)
+    row = attention.last[place, number]
+    shares = {name: 100 * float(row[index]) for index, name in enumerate(attention.tokens)}
+    last, rollout = (
+        address(overlay(pixels, each[place, number, prefix:].reshape(attention.grid)))
+        for each in (attention.last, attention.rollout)
+    )
+    return TokenMap(attention.tokens[number], last, rollout, {"patches": 100 * float(row[prefix:].sum()), **shares})
+
+
+def overlay(pixels: Tensor, weights: Tensor) -> Image.Image:
+    """The image in grey, and over it the weights of its patches in colour, from their least to their most.
+
+    pixels: (3, H, W) uint8. weights: (rows, columns), of the patches.
+    """
+    weights = weights - weights.min()
+    scaled = (255 * weights / weights.max().clamp(min=1e-12)).round().to(torch.uint8)
+    larger = Image.fromarray(scaled.numpy()).resize((MAP, MAP), Image.Resampling.BILINEAR)
+    colours = heat(np.asarray(larger))  # (MAP, MAP, 3)
+    grey = np.asarray(_picture(pixels).convert("L").resize((MAP, MAP), Image.Resampling.BICUBIC)) / 255
+    mixed = 0.35 * grey[..., None] + 0.65 * colours
+    return Image.fromarray((255 * mixed).round().astype(np.uint8))
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """An image as the network saw it in the first update. targets: the classes and their shares, the largest first."""
+
+    image: str
+    targets: Sequence[tuple[str, float]]
+
+
+def training_samples(
+    config: RunConfig, versions: StreamVersions, world_size: int, device: torch.device
+) -> list[TrainingSample]:
+    """The first images of the first update, cropped, augmented, erased and mixed: the data stream makes them again.
+
+    world_size: of the run's first start. Raises ConfigError where the training set is gone.
+    """
+    train_set, _ = open_sources(config.data, BY_VERSION[versions.pixels])
+    batch_size, group = config.train.global_batch_size, config.mixing.group_size
+    if group is None:  # a micro-batch is one group
+        micro_batch_size = split_batch(config, world_size).micro_batch_size
+    else:
+        sizes = range(group, batch_size, group)
+        micro_batch_size = next((size for size in sizes if size >= SAMPLES and batch_size % size == 0), batch_size)
+    stream = train_stream(
+        Reader(train_set),
+        config.augment,
+        config.data,
+        seed=config.seed,
+        cursor=Cursor.at_step(0, len(train_set), batch_size),
+        global_batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        world=World(),
+        device=device,
+        spread=repeat_spread(versions.order, group),
+        draws_version=versions.draws,
+    )
+    with closing(stream):
+        mixed = mix(next(stream), config.mixing, len(train_set.classes), seed=config.seed, step=0)
+    return [
+        TrainingSample(address(_small(image)), _largest(targets, train_set.classes))
+        for image, targets in zip(mixed.images[:SAMPLES].cpu(), mixed.targets[:SAMPLES].cpu(), strict=True)
+    ]
+
+
+def _small(image: Tensor) -> Image.Image:
+    picture = _picture((255 * image.clamp(0, 1)).round().to(torch.uint8))
+    picture.thumbnail((SAMPLE, SAMPLE))
+    return picture
+
+
+def _largest(targets: Tensor, classes: Sequence[str]) -> list[tuple[str, float]]:
+    """The one or two classes that the target is mixed of: no more than two images are, and smoothing gives all others
+    the same.
+    """
+    shares, numbers = targets.topk(min(2, len(targets)))
+    least = float(targets.min())
+    named = [(classes[int(number)], float(share)) for number, share in zip(numbers, shares, strict=True)]
+    return [named[0], *((name, share) for name, share in named[1:] if share > least + 1e-6)]
