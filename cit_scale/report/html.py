@@ -55,7 +55,8 @@ def shown_text(text: object, most: int = LONG_NAME) -> str:
 
 def shown_name(text: object, most: int = LONG_NAME) -> Markup:
     """As ``shown_text``, isolated: a name in another direction of writing does not turn what stands beside it."""
-    return Markup("<bdi>{}</bdi>").format(shown_text(text, most) or "(no name)")
+    line = shown_text(text, most)
+    return Markup("<bdi>{}</bdi>").format(line if line.strip() else "(no name)")
 
 
 def fixed(value: Any, digits: int = 2) -> str:
