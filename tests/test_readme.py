@@ -16,6 +16,7 @@ from cit_scale.datasets.commands import pack_parser, video_parser
 from cit_scale.export.commands import export_parser
 from cit_scale.inference.commands import evaluate_parser, predict_parser
 from cit_scale.recipe import recipe_names
+from cit_scale.report.commands import report_parser
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -81,6 +82,7 @@ PARSERS = {
     "video": video_parser,
     "evaluate": evaluate_parser,
     "predict": predict_parser,
+    "report": report_parser,
     "export": export_parser,
 }
 
