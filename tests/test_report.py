@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import unquote
@@ -520,10 +521,28 @@ def test_a_full_disk_leaves_the_page_before(copy, monkeypatch, capsys):
 
     page_of(copy)
     before = (copy / "report.html").read_text()
-    monkeypatch.setattr(write, "write_text", lambda path, text: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(write, "write_output", lambda path, text: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert main([str(copy)]) == 6
     assert "No space left" in capsys.readouterr().err
     assert (copy / "report.html").read_text() == before
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_images_are_read(copy, monkeypatch, capsys):
+    from cit_scale.report import write
+
+    monkeypatch.setattr(write, "open_advised", lambda *_: pytest.fail("the networks were opened"))
+    (copy / "report.html.partial").mkdir()  # what stands in the way there is written there before the rename
+    assert main([str(copy)]) == MissingInputError.exit_code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_no_file_is_written_as_it_is(copy):
+    pipe = copy / "pipe"
+    os.mkfifo(pipe)
+    reader = ThreadPoolExecutor(1).submit(pipe.read_text)
+    assert main([str(copy), "--out", str(pipe)]) == 0
+    refuse_what_acts(Page(reader.result(timeout=60)))
+    assert pipe.is_fifo()
 
 
 def test_a_part_of_the_run_is_not_overwritten(copy, capsys):

@@ -24,11 +24,10 @@ from cit_scale.datasets.sources import Source, open_source, open_sources
 from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
 from cit_scale.errors import BadDataError, ConfigError
 from cit_scale.evaluate import HEADS_MEAN
-from cit_scale.files import write_text
 from cit_scale.inference.classifier import Classifier, open_classifier
 from cit_scale.inference.entry import SMALLER_BATCHES, run_command
 from cit_scale.inference.judges import Judged, judge
-from cit_scale.inference.outputs import check_output, is_replaceable
+from cit_scale.inference.outputs import check_output, write_output
 from cit_scale.inference.scores import ImageScores, Scores, best_temperature, score_images, summarize
 from cit_scale.inference.turns import Answers, classify_all, unusable_text
 from cit_scale.models.classes import columns_by_class
@@ -103,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stdout.write(text)
             return
         if out is not None:
-            write_text(out, text) if is_replaceable(out) else out.write_text(text)
+            write_output(out, text)
         print_evaluation(found)
 
     return run_command(work, needs_less_memory=SMALLER_BATCHES)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cit_scale.datasets.index import printable
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError
+from cit_scale.files import write_text
 from cit_scale.run_folder import (
     CARD,
     CONFIG,
@@ -50,3 +51,11 @@ def check_output(option: str, name: str, inputs: Iterable[str]) -> Path:
 def is_replaceable(path: Path) -> bool:
     """Whether the file may appear by rename. A device or a named pipe is written as it is."""
     return path.is_file() or not path.exists()
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file as a whole, or what is no file as it is."""
+    if is_replaceable(path):
+        write_text(path, text)
+    else:
+        path.write_text(text)

@@ -8,6 +8,7 @@ matplotlibrc says.
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from cit_scale.report.measures import Bin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+# It warns of folders for its cache of fonts that cannot be written, and of styles that it does not know.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 INK, FAINT = "#010203", "#010204"  # stand-ins of the page's text and of its thin lines
 SERIES = tuple(f"#01030{number}" for number in range(8))  # of its colours of curves, which start again after eight

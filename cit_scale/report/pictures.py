@@ -56,14 +56,14 @@ def address(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """What one token of one image looks at. last, rollout: pictures. shares: of the last layer's attention, in percent,
-    by where it goes: ``patches``, or the name of a prefix token.
+    """What a token looks at in an image. last, rollout: pictures. on_patches: the share of the last layer's attention
+    that goes to patches, 0 to 1; the others go to tokens.
     """
 
     token: str
     last: str
     rollout: str
-    shares: dict[str, float]
+    on_patches: float
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,12 @@ def attended_images(
 
 def _token_map(attention: TokenAttention, place: int, number: int, pixels: Tensor) -> TokenMap:
     prefix = len(attention.tokens)
-    row = attention.last[place, number]
-    shares = {name: 100 * float(row[index]) for index, name in enumerate(attention.tokens)}
     last, rollout = (
         address(overlay(pixels, each[place, number, prefix:].reshape(attention.grid)))
         for each in (attention.last, attention.rollout)
     )
-    return TokenMap(attention.tokens[number], last, rollout, {"patches": 100 * float(row[prefix:].sum()), **shares})
+    on_patches = float(attention.last[place, number, prefix:].sum())
+    return TokenMap(attention.tokens[number], last, rollout, on_patches)
 
 
 def overlay(pixels: Tensor, weights: Tensor) -> Image.Image:

@@ -25,10 +25,9 @@ from cit_scale.errors import (
     error_line,
     is_out_of_memory,
 )
-from cit_scale.files import write_text
 from cit_scale.inference.entry import SMALLER_BATCHES, run_command
 from cit_scale.inference.evaluate import run_config
-from cit_scale.inference.outputs import check_output
+from cit_scale.inference.outputs import check_output, is_replaceable, write_output
 from cit_scale.report import pictures
 from cit_scale.report.answers import Survey, survey
 from cit_scale.report.attention import transformer_of
@@ -105,6 +104,7 @@ def make_report(
     ``evaluate_classifier`` takes them. A part that cannot be made says why; the page is written as a whole or not at
     all. Raises ConfigError for ``data`` that was given and cannot be used, and OSError.
     """
+    run_on_all_ranks(world, lambda: _try_to_write(out) if world.is_main else None)  # before images are asked about
     run = RunFolder(run_dir.name, run_dir)
     advised: Part[Advised] = _part(lambda: _open(weights or str(run_dir), run_dir, world))
     asked: Part[Survey | None] = Part(reason=advised.reason)
@@ -128,11 +128,19 @@ def make_report(
     def write() -> None:
         if world.is_main:
             found = _assemble(run, advised, asked, world)
-            write_text(out, render(found))
+            write_output(out, render(found))
             notes.extend(_notes(advised, found))
 
     run_on_all_ranks(world, write)
     return broadcast(world, notes)
+
+
+def _try_to_write(out: Path) -> None:
+    """Raise OSError where the file's folder takes none."""
+    if is_replaceable(out):
+        trial = out.with_name(f"{out.name}.partial")  # as ``write_text`` calls it
+        trial.touch()
+        trial.unlink()
 
 
 def _notes(advised: Part[Advised], found: Found) -> list[str]:
