@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
@@ -34,6 +34,8 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)
 INK, FAINT = "#010203", "#010204"  # stand-ins of the page's text and of its thin lines
 SERIES = tuple(f"#01030{number}" for number in range(8))  # of its colours of curves, which start again after eight
 DASHES = ("-", "--", "-.", ":")  # so that curves differ without colours, too; by turns, with the colours
+
+MOST_CELLS = 125  # on each side of the picture of a confusion matrix
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -127,18 +129,27 @@ def reliability_diagram(bins: Sequence[Bin], name: str) -> Markup:
         return _svg(figure, name)
 
 
-def confusion_picture(matrix: np.ndarray, name: str) -> Markup:
-    """(K, K) counts as a picture, one dot a cell: rows are the labels, columns the choices, by number of class."""
+def confusion_picture(matrix: np.ndarray, name: str) -> tuple[Markup, int]:
+    """(K, K) counts as a picture: rows are the labels, columns the choices, by number of class.
+
+    Returns how many classes on each side a cell stands for, too: single ones of a thousand could not be seen.
+    """
+    side = -(-len(matrix) // MOST_CELLS)
+    starts = np.arange(0, len(matrix), side)
+    cells = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
     with _style():
         figure = Figure(figsize=(6.4, 5.6))
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         axes.grid(visible=False)
-        shown = np.ma.masked_equal(matrix, 0)
-        drawn = axes.imshow(shown, cmap="viridis", norm=LogNorm(1, max(2, int(matrix.max()))), interpolation="none")
+        # Without the darkest and the brightest colours, which a dark and a light page swallow.
+        colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.2, 0.95, 256)))
+        shown, most = np.ma.masked_equal(cells, 0), max(2, int(cells.max()))
+        extent = (-0.5, len(cells) * side - 0.5, len(cells) * side - 0.5, -0.5)
+        drawn = axes.imshow(shown, cmap=colours, norm=LogNorm(1, most), interpolation="none", extent=extent)
         axes.set(xlabel="number of the class that the student says", ylabel="number of the class that it is")
-        figure.colorbar(drawn, ax=axes, label="images")
-        return _svg(figure, name)
+        figure.colorbar(drawn, ax=axes, label="images", shrink=0.8, format="%d")
+        return _svg(figure, name), side
 
 
 def histogram(values: np.ndarray, name: str, *, label: str, counted: str) -> Markup:

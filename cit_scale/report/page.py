@@ -228,7 +228,7 @@ def _bar(share: Share) -> Markup:
 def confusion_part(survey: Survey) -> dict[str, Any]:
     """The confusion matrix as a table or a picture, and the classes that are most often taken for each other."""
     labels, choices, count = survey.labels, survey.student.choice, len(survey.classes)
-    table, drawing = None, None
+    table, drawing, side = None, None, 1
     if count <= MOST_DRAWN:
         matrix = confusion(labels, choices, count)
         if count <= MOST_CELLS:
@@ -238,9 +238,10 @@ def confusion_part(survey: Survey) -> dict[str, Any]:
                 for cells, shares in zip(matrix, rows, strict=True)
             ]
         else:
-            drawing = figures.confusion_picture(matrix, "confusion")
+            drawing, side = figures.confusion_picture(matrix, "confusion")
     pairs = most_confused(labels, choices, MOST_PAIRS)
-    return {"table": table, "drawing": drawing, "pairs": pairs, "wrong": int((labels != choices).sum())}
+    wrong = int((labels != choices).sum())
+    return {"table": table, "drawing": drawing, "side": side, "pairs": pairs, "wrong": wrong}
 
 
 def calibration_part(survey: Survey) -> dict[str, Any]:
