@@ -36,6 +36,13 @@ UNFIT_NODES = "unfit_nodes.jsonl"  # nodes that failed the preflight check, with
 INSIDE = {TEACHERS, CHECKPOINTS, "tensorboard", "bad_steps", "slurm"}
 
 
+def is_current_report(run_dir: Path) -> bool:
+    """Whether the run has a report that is no older than its results."""
+    with contextlib.suppress(OSError):
+        return (run_dir / REPORT).stat().st_mtime >= (run_dir / RESULTS).stat().st_mtime
+    return False
+
+
 def step_path(checkpoints: Path, step: int) -> Path:
     """Path of the checkpoint after update ``step``. checkpoints: the folder ckpt/ of a run."""
     return checkpoints / f"step_{step:06d}"

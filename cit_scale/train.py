@@ -26,7 +26,6 @@ import gc
 import itertools
 import json
 import os
-import shlex
 import shutil
 import time
 from collections import deque
@@ -70,6 +69,7 @@ from cit_scale.files import free_name, read_note, read_notes, rename_aside, writ
 from cit_scale.losses import co_advise_loss
 from cit_scale.models.network import set_float32_arithmetic
 from cit_scale.optim import learning_rate
+from cit_scale.report.at_end import leave_report
 from cit_scale.run.auto import has_bf16, with_compile, with_precision
 from cit_scale.run.bad_images import BadImages
 from cit_scale.run.bad_steps import BadSteps, find_culprits
@@ -101,7 +101,7 @@ from cit_scale.run.results import (
     print_table,
 )
 from cit_scale.run.setup import PreparedRun, check_same_runs, prepare, set_aside, writing
-from cit_scale.run_folder import CARD, CONFIG, DESCRIPTION, ENVIRONMENT, REPORT, RESULTS, STREAM, STUDENT
+from cit_scale.run_folder import CARD, CONFIG, DESCRIPTION, ENVIRONMENT, RESULTS, STREAM, STUDENT
 from cit_scale.settings import to_yaml
 from cit_scale.teachers import Teacher, frozen_teacher, run_teachers
 
@@ -202,47 +202,11 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
                 release_networks(world)
                 weights = str(teacher_run.config.run_dir / STUDENT)
                 teachers[name] = dataclasses.replace(teachers[name], weights=weights)
-            before = written_at(config.run_dir / RESULTS)
             results = train(prepared, teachers, stop, override=override)
-            has_changed = broadcast(world, written_at(config.run_dir / RESULTS) != before)
-            if config.train.report and has_changed:
+            if config.train.report:
                 release_networks(world)
                 leave_report(config, world, stop)
             return results
-
-
-def leave_report(config: RunConfig, world: World, stop: StopRequest) -> None:
-    """Collective. Write the page about a finished run, unless asked to stop.
-
-    Nothing that goes wrong with it fails the run, whose results are there.
-    """
-    from cit_scale.report.write import make_report
-
-    run_dir, later = config.run_dir, f"cit-scale report {shlex.quote(str(config.run_dir))}"
-    message = f"the report hangs: nothing came for {SECONDS} seconds; the run itself is finished; {later} tries again"
-    # On the rank that hears of every batch; its end ends the others.
-    with Watchdog(config.train.step_timeout_s if world.is_main else 0.0, None, message) as watchdog:
-
-        def goes_on() -> bool:
-            watchdog.progress()
-            return not stop.requested
-
-        try:
-            notes = make_report(run_dir, run_dir / REPORT, world, goes_on=goes_on)
-            said = ["no report was written, as the run was asked to stop; " + later] if notes is None else notes
-        except Exception as error:  # of whatever is drawn, on all ranks
-            said = [f"no report was written: {error_line(error)}; {later} tries again"]
-    if world.is_main:
-        for line in said:
-            print(f"{config.name}  report: {line}", flush=True)
-
-
-def written_at(path: Path) -> int:
-    """When a file was written, in nanoseconds; 0 if it is not there."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 @explaining_out_of_memory

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from cit_scale.errors import ConfigError, MissingInputError, RefusedError
-from cit_scale.report.runs import add_html, list_or_write
+from cit_scale.report.runs import add_html, list_or_write, with_list
 from cit_scale.run.folders import RunFolder, find_run
 from cit_scale.run.show import add_looking, new_parser, reporting, say, show_run
 from cit_scale.text import outlive_readers
@@ -143,7 +143,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     cancel = add("cancel", "end its job for good; what was reached is saved", takes_name=True)
     cancel.add_argument("--now", action="store_true", help="do not wait for it to save")
     add("resume", "submit it once more, as launchers/submit.py did last", takes_name=True)
-    return parser.parse_args(argv)
+    return parser.parse_args(with_list(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

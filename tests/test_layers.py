@@ -37,7 +37,7 @@ WALLS = {
     "cli": "config distributed.ranks errors recipe run.begun run_folder settings usage",
     "run": "batch checkpoint config data datasets distributed engines errors evaluate files losses models optim "
     "recipe run_folder settings teachers text",
-    "report": "config data datasets distributed errors evaluate files inference models run run_folder settings "
+    "report": "batch config data datasets distributed errors evaluate files inference models run run_folder settings "
     "teachers text",
     "train": "batch checkpoint cli config data datasets distributed engines errors evaluate files losses models optim "
     "report run run_folder settings teachers text",

@@ -1,15 +1,20 @@
 """cit-scale report: the page of a run, number by number, and what it makes of runs that lack something."""
 
 import csv
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -18,22 +23,33 @@ import torch
 import yaml
 from PIL import Image
 from ranks import run_on_ranks
+from safetensors.torch import load_file
 from sklearn.metrics import confusion_matrix
 from tiny_run import CLASSES, TinyRun, recipe_with, write_teacher
 
-from cit_scale import train
+from cit_scale import files
 from cit_scale.config import RunConfig
+from cit_scale.data.mixing import mix
+from cit_scale.data.order import Cursor, repeat_spread
+from cit_scale.data.reader import Reader
+from cit_scale.data.stream import train_stream
+from cit_scale.data.versions import LATEST as VERSIONS
+from cit_scale.datasets.pixels import LATEST
+from cit_scale.datasets.sources import open_sources
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
-from cit_scale.errors import MissingInputError
+from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, MissingInputError
 from cit_scale.inference.classifier import open_classifier
-from cit_scale.inference.evaluate import evaluate_classifier
+from cit_scale.inference.evaluate import evaluate_classifier, evaluation_set
 from cit_scale.recipe import build, read_recipe
-from cit_scale.report.answers import Survey, survey, what_is_said
+from cit_scale.report import write
+from cit_scale.report.answers import Survey, ask_networks, summarize_answers
+from cit_scale.report.at_end import leave_report
 from cit_scale.report.commands import report as main
 from cit_scale.report.history import MOST_POINTS, History, read_history
-from cit_scale.report.networks import open_advised
-from cit_scale.report.page import Found, Part, render
+from cit_scale.report.networks import open_run_networks
+from cit_scale.report.page import Content, Part, render
+from cit_scale.report.pictures import first_images
 from cit_scale.report.runs import main as runs_main
 from cit_scale.report.write import make_report, run_dir_of
 from cit_scale.run.folders import Phase
@@ -120,7 +136,8 @@ def copy(finished, tmp_path):
 def answers(finished):
     """What the networks of the finished run say."""
     config = build(read_recipe(str(finished / "config.yaml")), RunConfig)
-    return survey(open_advised(str(finished), config, World()), World())
+    networks = open_run_networks(str(finished), finished, config, World())
+    return ask_networks(networks, World(), open_set=lambda: evaluation_set(config.data, LATEST))
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +219,62 @@ def test_agreement_and_following_are_those_of_the_answers(page, answers):
     assert float(own[-1]) == pytest.approx(answers.divergences["conv", "conv"].mean(), abs=6e-5)
 
 
+def test_cka_and_calibration_are_printed_as_they_are(page, answers):
+    for row in page.tables["Table of CKA"][1:]:
+        x, y = answers.head_features[row[0]], answers.teacher_features["conv"]
+        x, y = (each - each.mean(axis=0) for each in (x.astype(np.float64), y.astype(np.float64)))
+        norm = np.linalg.norm
+        expected = norm(y.T @ x) ** 2 / (norm(x.T @ x) * norm(y.T @ y))
+        assert numbers(row[1])[0] == pytest.approx(expected, abs=6e-4)
+    prob, correct = answers.student.prob, answers.student.choice == answers.labels
+    rows = page.tables["Table of the reliability diagram"][1:]
+    assert sum(int(row[2]) for row in rows) == 9
+    for low, high, count, mean, right in rows:
+        inside = (prob > float(low)) & (prob <= float(high) + 1e-3)
+        if int(count):
+            assert float(mean) == pytest.approx(100 * prob[inside].mean(), abs=0.02)
+            assert float(right) == pytest.approx(100 * correct[inside].mean(), abs=0.02)
+
+
+@pytest.mark.parametrize(("group", "ranks"), [(2, 1), (2, 2), (None, 1), (None, 2)])
+def test_training_images_are_those_of_the_first_update(finished, group, ranks):
+    """Of rank 0, in the first micro-step of the run with so many ranks."""
+    config = build(read_recipe(str(finished / "config.yaml")), RunConfig)
+    mixing = replace(config.mixing, group_size=group, mixup_alpha=0.8)
+    config = replace(config, mixing=mixing, train=replace(config.train, micro_batch_size=4))
+    train_set, _ = open_sources(config.data)
+    found = first_images(train_set, config, VERSIONS, ranks, torch.device("cpu"))
+    stream = train_stream(
+        Reader(train_set),
+        config.augment,
+        config.data,
+        seed=config.seed,
+        cursor=Cursor.at_step(0, len(train_set), 8),
+        global_batch_size=8,
+        micro_batch_size=4,
+        world=World(0, 0, ranks, ranks),
+        device=torch.device("cpu"),
+        spread=repeat_spread(VERSIONS.order, group),
+        draws_version=VERSIONS.draws,
+    )
+    with closing(stream):
+        expected = mix(next(stream), mixing, CLASSES, seed=config.seed, step=0)
+    assert torch.equal(found.images[:4], expected.images)
+    assert torch.equal(found.targets[:4], expected.targets)
+
+
+def test_training_images_that_are_others_now_are_not_shown(copy, tiny_inputs):
+    text = (copy / "config.yaml").read_text()
+    others = str(tiny_inputs / "eval" / "images-idx3-ubyte")
+    (copy / "config.yaml").write_text(text.replace(str(tiny_inputs / "train" / "images-idx3-ubyte"), others))
+    page = page_of(copy)
+    assert "has other images than the run was trained on" in page.text
+    assert "Table of attention" in page.tables
+
+
 def test_features_are_what_heads_and_teachers_classify_by(finished, answers):
     assert list(answers.head_features) == ["cls", "conv"]
     classifier = open_classifier(str(finished), World())
-    from safetensors.torch import load_file
-
     head = load_file(finished / "student.safetensors")
     logits = torch.from_numpy(answers.head_features["conv"]) @ head["teacher_heads.conv.weight"].T
     logits += head["teacher_heads.conv.bias"]
@@ -224,10 +292,24 @@ def test_ranks_together_say_the_same(finished, answers, tmp_path):
     assert rows == Page(alone.read_text()).tables["Table of the networks"]
 
 
-def _report_on_a_rank(world, run_dir, out):
-    from pathlib import Path
+def _report_on_a_rank(world, run_dir, out, data=None):
+    try:
+        return make_report(Path(run_dir), Path(out), world, data=data)
+    except BadDataError as error:
+        return str(error)
 
-    return make_report(Path(run_dir), Path(out), world)
+
+def test_ranks_fail_together(finished, tmp_path):
+    for number in range(CLASSES):
+        (tmp_path / "broken" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(whole := tmp_path / "whole.png")
+        cut = whole.read_bytes()
+        (tmp_path / "broken" / str(number) / "cut.png").write_bytes(cut[: len(cut) - 40])
+    arguments = str(finished), str(tmp_path / "report.html"), str(tmp_path / "broken")
+    first, second = run_on_ranks(2, _report_on_a_rank, *arguments)
+    assert first == second
+    assert "none of 3 images can be used" in first
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_curves_are_the_lines_of_metrics(finished):
@@ -290,7 +372,7 @@ def test_the_page_has_every_part(page):
     ):
         assert len(page.tables[label]) > 1
     assert len([1 for tag, each in page.elements if each.get("alt", "").startswith("training image")]) == 8
-    assert "Nothing" not in page.text
+    assert not [each for tag, each in page.elements if each.get("class") == "absent"]
 
 
 HOSTILE = [
@@ -363,7 +445,7 @@ def made_up(classes, count, seed=0):
     def said():
         logits = random.standard_normal((count, len(classes))).astype(np.float32)
         logits[np.arange(count), labels] += 3
-        return what_is_said(logits, labels)
+        return summarize_answers(logits, labels)
 
     heads, teachers = {name: said() for name in ("cls", "conv", "average")}, {"conv": said()}
     return Survey(
@@ -384,13 +466,15 @@ def made_up(classes, count, seed=0):
 
 
 def page_about(answers):
-    found = Found(
+    content = Content(
         record={"results": None, "state": "finished", "detail": "", "name": "made up", "folder": "", "config": {}}
         | dict.fromkeys(("step", "total_steps", "images_per_s", "goodput", "left_s", "bad_steps"))
         | {"bad_images": 0, "starts": [], "attempts": []},
+        plan=[],
         config_text="",
         histories={"": History({}, [], {})},
         survey=Part(answers),
+        is_other_set=False,
         weights="student.safetensors",
         models={"conv": "regnety"},
         missing={},
@@ -401,7 +485,7 @@ def page_about(answers):
         bad_images=[],
         made="now",
     )
-    return render(found)
+    return render(content)
 
 
 def test_a_thousand_classes_of_long_names_fit_into_five_megabytes():
@@ -419,7 +503,7 @@ def test_any_number_of_classes_and_images_has_a_page(classes, count):
     page = Page(page_about(made_up([str(number) for number in range(classes)], count)))
     refuse_what_acts(page)
     assert len(page.tables["Table of the networks"]) == 5
-    assert "nan" not in page.text.lower().replace("finance", "")
+    assert "nan" not in page.text.lower()
 
 
 # --- What is not there ---
@@ -454,27 +538,30 @@ def test_a_run_that_has_only_been_queued_has_a_page(tmp_path):
 def test_damaged_files_leave_a_page(copy):
     for name in ("metrics.jsonl", "env.json", "results.json", "networks.json", "bad_images.tsv"):
         (copy / name).write_bytes(b'{"step": [\xff\x00')
-    assert "top-1" in page_of(copy).text
+    page = page_of(copy)
+    assert float(page.tables["Table of the networks"][-1][2]) > 0  # its top-5: the networks are whole
+    assert "There are no curves" in page.text
 
 
 def test_evaluation_images_that_are_gone_leave_the_rest(copy, tiny_inputs):
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace(str(tiny_inputs / "eval"), str(copy / "gone")))
     page = page_of(copy)
-    assert "gone" in page.text
+    assert re.search(r"No image was asked about: data\.eval=\S*gone", page.text)
     assert "Table of attention" not in page.tables
     assert len(page.tables["Table of the networks"]) == 8  # of results.json: one teacher, two students of three rows
 
 
 def test_a_set_that_was_asked_for_has_to_be_there(copy, capsys):
-    assert main([str(copy), "--data", str(copy / "nowhere")]) == MissingInputError.exit_code
+    out = copy / "report.html"
+    assert main([str(copy), "--data", str(copy / "nowhere"), "--out", str(out)]) == MissingInputError.exit_code
     assert "nowhere" in capsys.readouterr().err
-    assert not (copy / "report.html").exists()
+    assert not out.exists()
 
 
 def test_another_set_is_named(copy, tiny_inputs):
     train_set = tiny_inputs / "train" / "images-idx3-ubyte"
-    page = page_of(copy, "--data", str(train_set))
+    page = page_of(copy, "--data", str(train_set), "--out", str(copy / "report.html"))
     assert "of 48 images" in page.text
     assert str(train_set)[-20:] in page.text
 
@@ -517,23 +604,52 @@ def test_weights_in_a_run_are_of_that_run(copy):
 
 
 def test_a_full_disk_leaves_the_page_before(copy, monkeypatch, capsys):
-    from cit_scale.report import write
-
     page_of(copy)
     before = (copy / "report.html").read_text()
-    monkeypatch.setattr(write, "write_output", lambda path, text: (_ for _ in ()).throw(OSError(28, "No space left")))
-    assert main([str(copy)]) == 6
+
+    def full(path):
+        assert path.stat().st_size > 100_000  # the page was there to be kept
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, "sync", full)
+    assert main([str(copy)]) == CannotWriteError.exit_code
     assert "No space left" in capsys.readouterr().err
+    assert (copy / "report.html").read_text() == before
+    assert not list(copy.glob("report.html.*"))
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_images_are_read(copy, monkeypatch, capsys):
+    monkeypatch.setattr(write, "open_run_networks", lambda *_: pytest.fail("the networks were opened"))
+    (copy / "report.html").mkdir()
+    assert main([str(copy)]) == ConfigError.exit_code
+    assert main([str(copy), "--out", "/proc/report.html"]) == MissingInputError.exit_code
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.parametrize("options", [("--data", "somewhere"), ()])
+def test_the_page_of_a_run_is_of_its_own_weights_and_images(copy, options, capsys):
+    name = copy if options else copy / "student_ema.safetensors"
+    assert main([str(name), *options]) == ConfigError.exit_code
+    assert "--out" in capsys.readouterr().err
+
+
+def test_weights_that_were_asked_for_have_to_be_there(copy, capsys):
+    page_of(copy)
+    before = (copy / "report.html").read_text()
+    assert main([str(copy / "metrics.jsonl"), "--out", str(copy / "report.html")]) in (2, 3)
+    assert capsys.readouterr().err.count("\n") == 1
     assert (copy / "report.html").read_text() == before
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_images_are_read(copy, monkeypatch, capsys):
-    from cit_scale.report import write
-
-    monkeypatch.setattr(write, "open_advised", lambda *_: pytest.fail("the networks were opened"))
-    (copy / "report.html.partial").mkdir()  # what stands in the way there is written there before the rename
-    assert main([str(copy)]) == MissingInputError.exit_code
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_may_be_the_folder_that_one_is_in(copy, is_finished, monkeypatch):
+    monkeypatch.chdir(copy)
+    if not is_finished:
+        (copy / "results.json").unlink()
+    assert main(["."]) == 0
+    page = Page((copy / "report.html").read_text())
+    assert [tag for tag, _ in page.elements].count("h1") == 1
+    assert page.text.startswith("copy, a report")
 
 
 def test_what_is_no_file_is_written_as_it_is(copy):
@@ -567,22 +683,64 @@ def config(copy):
 
 
 def test_a_report_that_fails_does_not_fail_the_run(config, monkeypatch, capsys):
-    from cit_scale.report import write
-
-    monkeypatch.setattr(write, "make_report", lambda *_, **__: [][0])
+    monkeypatch.setattr(write, "_assemble", lambda *_: [][0])
     with StopRequest() as stop:
-        train.leave_report(config, World(), stop)
+        leave_report(config, World(), stop)
     said = capsys.readouterr().out
-    assert "no report was written: list index out of range; cit-scale report" in said
+    assert "no report was written: IndexError: list index out of range; cit-scale report" in said
     assert said.count("\n") == 1
+    assert not (config.run_dir / "report.html").exists()
+
+
+def test_a_library_that_is_missing_does_not_fail_the_run(config, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cit_scale.report.write", None)
+    with StopRequest() as stop:
+        leave_report(config, World(), stop)
+    assert "no report was written: import of cit_scale.report.write" in capsys.readouterr().out
+
+
+def test_a_report_that_was_cut_off_is_made_by_the_next_start(config):
+    """As is one that is older than the results."""
+    page = config.run_dir / "report.html"
+    with StopRequest() as stop:
+        leave_report(config, World(), stop)
+        first = page.stat().st_mtime_ns
+        leave_report(config, World(), stop)
+        assert page.stat().st_mtime_ns == first
+        os.utime(page, (0, 0))
+        leave_report(config, World(), stop)
+        assert page.stat().st_mtime_ns > first
 
 
 def test_a_run_that_is_asked_to_stop_does_without(config, capsys):
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        train.leave_report(config, World(), stop)
+        leave_report(config, World(), stop)
     assert "as the run was asked to stop" in capsys.readouterr().out
     assert not (config.run_dir / "report.html").exists()
+
+
+def test_a_run_that_is_evaluated_on_other_images_has_their_page(tiny_inputs, tmp_path):
+    run = TinyRun(tiny_inputs, tmp_path / "runs", "plain", ("--train.report", "true", "--train.epochs", "1"))
+    run.finish()
+    assert "of 9 images" in Page((run.run_dir / "report.html").read_text()).text
+    run.finish("--data.eval", str(tiny_inputs / "train" / "images-idx3-ubyte"))
+    page = Page((run.run_dir / "report.html").read_text())
+    assert "of 48 images" in page.text
+    assert "These are not the images" not in page.text
+    rows = {row[0]: row[1:] for row in page.tables["Table of the networks"][1:]}
+    assert numbers(rows["student, average"][0])[0] == float(rows["student, average"][-1])
+    # By config.yaml, which stays as the run was trained.
+    assert "These are not the images of results.json" in page_of(run.run_dir).text
+
+
+def test_a_screen_that_is_not_there_is_not_missed(finished, tmp_path):
+    out = tmp_path / "page.html"
+    env = {**os.environ, "MPLBACKEND": "no backend", "MATPLOTLIBRC": str(tmp_path), "HOME": "/proc"}
+    command = [sys.executable, "-m", "cit_scale", "report", str(finished), "--out", str(out)]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("Traceback")) == (0, 0), ended.stderr
+    refuse_what_acts(Page(out.read_text()))
 
 
 # --- The page of all runs ---

@@ -11,14 +11,14 @@ from sklearn.metrics import confusion_matrix
 from cit_scale.inference.scores import calibration_error
 from cit_scale.report.measures import (
     Share,
-    agreement,
+    agreement_matrix,
     class_shares,
+    compare_advice,
     confusion,
-    divergence,
-    follow,
+    kl_divergence,
     linear_cka,
     most_confused,
-    reliability,
+    reliability_bins,
     right_where_wrong,
 )
 
@@ -72,7 +72,7 @@ def test_the_bins_of_the_diagram_add_up_to_the_calibration_error():
     random = np.random.default_rng(1)
     confidence = np.concatenate([random.random(500), [1.0, 1 / 15, 2 / 15]])
     correct = random.random(503) < confidence
-    bins = reliability(confidence, correct)
+    bins = reliability_bins(confidence, correct)
     gaps = [each.count / 503 * abs(each.accuracy - each.confidence) for each in bins if each.count]
     assert 100 * sum(gaps) == pytest.approx(calibration_error(confidence, correct))
     assert sum(each.count for each in bins) == 503
@@ -81,13 +81,13 @@ def test_the_bins_of_the_diagram_add_up_to_the_calibration_error():
 
 def test_agreement_is_counted_image_by_image():
     choices = [np.array([0, 1, 2, 2]), np.array([0, 1, 1, 2]), np.array([1, 1, 1, 1])]
-    assert agreement(choices).tolist() == [[1, 0.75, 0.25], [0.75, 1, 0.5], [0.25, 0.5, 1]]
+    assert agreement_matrix(choices).tolist() == [[1, 0.75, 0.25], [0.75, 1, 0.5], [0.25, 0.5, 1]]
 
 
 def test_a_head_follows_its_teacher_in_what_is_right_and_in_what_is_wrong():
     labels, teacher = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 0, 0, 1])
     head = np.array([0, 2, 1, 0, 1, 0])
-    advice = follow(labels, teacher, head)
+    advice = compare_advice(labels, teacher, head)
     assert advice.agrees == Share(3, 6)  # images 0, 2, 3
     assert advice.when_right == Share(1, 3)  # of 0, 1, 5
     assert advice.when_wrong == Share(2, 3)  # of 2, 3, 4
@@ -105,8 +105,8 @@ def test_the_divergence_is_that_of_torch():
     teacher, head = 5 * random.standard_normal((2, 6, 4))
     logs = [torch.from_numpy(each).log_softmax(dim=1) for each in (head, teacher)]
     expected = torch.nn.functional.kl_div(*logs, reduction="none", log_target=True).sum(dim=1)
-    assert divergence(teacher, head) == pytest.approx(expected.numpy())
-    assert divergence(head, head) == pytest.approx(np.zeros(6))
+    assert kl_divergence(teacher, head) == pytest.approx(expected.numpy())
+    assert kl_divergence(head, head) == pytest.approx(np.zeros(6))
 
 
 def features(count, channels, seed):

@@ -200,7 +200,11 @@ def open_images(classifier: Classifier, data: str | None, option: str = "--data"
         raise ConfigError(
             f"{printable(classifier.name)} lies in no run folder, which would say on what; give {option} DIR"
         )
-    config, pixels = run_config(classifier.run_dir).data, run_pixels(classifier.run_dir)
+    return evaluation_set(run_config(classifier.run_dir).data, run_pixels(classifier.run_dir))
+
+
+def evaluation_set(config: DataConfig, pixels: Pixels) -> Source:
+    """The images on which a run is evaluated. Raises ConfigError."""
     if config.eval is not None:  # without the images that it was trained on, which may be gone
         limit_pixels(config.max_pixels)
         cache_dir = cache_folder(config.cache_dir)

@@ -12,16 +12,16 @@ import numpy as np
 from cit_scale.datasets.sources import Source
 from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
 from cit_scale.errors import BadDataError
-from cit_scale.inference.evaluate import known_images, open_images
+from cit_scale.inference.evaluate import known_images
 from cit_scale.inference.scores import ImageScores, Scores, score_images, summarize
 from cit_scale.inference.turns import Answers, classify_all, unusable_text
-from cit_scale.report.measures import divergence
+from cit_scale.report.measures import kl_divergence
 from cit_scale.report.networks import (
     FEATURES_OF_HEAD,
     FEATURES_OF_TEACHER,
     HEAD,
     TEACHER,
-    Advised,
+    RunNetworks,
     probing_classifier,
 )
 
@@ -31,7 +31,7 @@ MOST_FEATURES = 2000  # images whose features are compared, spread over the data
 
 
 @dataclass(frozen=True)
-class Said:
+class NetworkAnswers:
     """What one network says of N images. All (N,).
 
     choice: the class with the highest logit. prob: its probability. nll: negative log-likelihood of the label. in_five:
@@ -60,8 +60,8 @@ class Survey:
     samples: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
-    heads: Mapping[str, Said]
-    teachers: Mapping[str, Said]
+    heads: Mapping[str, NetworkAnswers]
+    teachers: Mapping[str, NetworkAnswers]
     whole: str
     divergences: Mapping[tuple[str, str], np.ndarray]
     head_features: Mapping[str, np.ndarray]
@@ -70,7 +70,7 @@ class Survey:
     left_out: int
 
     @property
-    def student(self) -> Said:
+    def student(self) -> NetworkAnswers:
         return self.heads[self.whole]
 
     @cached_property
@@ -78,7 +78,7 @@ class Survey:
         """Whether the student is right, (N,)."""
         return self.student.choice == self.labels
 
-    def scores(self, said: Said) -> Scores:
+    def scores(self, said: NetworkAnswers) -> Scores:
         """The scores of ``cit-scale evaluate``."""
         images = ImageScores(said.choice == self.labels, said.in_five, said.nll, said.prob)
         return summarize(images, self.labels)
@@ -88,31 +88,32 @@ class Survey:
 class _Collected:
     samples: list[int] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
-    said: dict[str, list[Said]] = field(default_factory=dict)
+    said: dict[str, list[NetworkAnswers]] = field(default_factory=dict)
     divergences: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
 
-def survey(
-    advised: Advised,
+def ask_networks(
+    networks: RunNetworks,
     world: World,
     *,
+    open_set: Callable[[], Source],
     data: str | None = None,
     only_known: bool = False,
     batch_size: int | None = None,
     threads: int = 4,
-    goes_on: Callable[[], bool] = lambda: True,
+    should_continue: Callable[[], bool] = lambda: True,
 ) -> Survey | None:
     """Collective. Ask all networks about a data set. Returns the answers on rank 0; None on the others, and once
-    ``goes_on`` returns False on rank 0.
+    ``should_continue`` returns False on rank 0.
 
     data, only_known, batch_size, threads: as ``evaluate_classifier`` takes them. Raises as it does.
     """
-    classifier = probing_classifier(advised, world.device)
-    source = first_on_each_node(world, lambda: open_images(classifier, data))
+    classifier = run_on_all_ranks(world, lambda: probing_classifier(networks, world.device))
+    source = first_on_each_node(world, open_set)
     judged = run_on_all_ranks(world, lambda: known_images(source, classifier, only_known))
     label_of = dict(zip(judged.samples.tolist(), judged.labels, strict=True))
-    featured = set(judged.samples[_spread(len(judged.samples), MOST_FEATURES)].tolist())
+    featured = set(judged.samples[spread_places(len(judged.samples), MOST_FEATURES)].tolist())
     collected = _Collected()
     is_whole = True
 
@@ -121,36 +122,40 @@ def survey(
         collected.reasons |= dict(answers.unusable)
         if answers.good:
             _add(collected, answers, np.array([label_of[sample][0] for sample in answers.good]), featured)
-        is_whole = goes_on()
+        is_whole = should_continue()
         return is_whole
 
     items = iter(judged.samples.tolist())
     classify_all(items, source.read, classifier, world, take, batch_size=batch_size, threads=threads)
-    if not world.is_main or not is_whole:
-        return None
-    unusable = {source.name(sample): reason for sample, reason in collected.reasons.items()}
-    if not collected.samples:
-        raise BadDataError(f"none of {len(judged.samples)} images can be used: {unusable_text(unusable.values())}")
-    said = {key: _joined(parts) for key, parts in collected.said.items()}
-    features = {key: np.concatenate(parts) for key, parts in collected.features.items()}
-    return Survey(
-        data=data or "the evaluation set of the run",
-        source=source,
-        samples=np.array(collected.samples),
-        labels=np.array([label_of[sample][0] for sample in collected.samples]),
-        classes=classifier.classes,
-        heads=_of_kind(HEAD, said),
-        teachers=_of_kind(TEACHER, said),
-        whole=advised.whole,
-        divergences={pair: np.concatenate(parts) for pair, parts in collected.divergences.items()},
-        head_features=_of_kind(FEATURES_OF_HEAD, features),
-        teacher_features=_of_kind(FEATURES_OF_TEACHER, features),
-        unusable=unusable,
-        left_out=len(source) - len(judged.samples),
-    )
+
+    def whole() -> Survey | None:
+        if not world.is_main or not is_whole:
+            return None
+        unusable = {source.name(sample): reason for sample, reason in collected.reasons.items()}
+        if not collected.samples:
+            raise BadDataError(f"none of {len(judged.samples)} images can be used: {unusable_text(unusable.values())}")
+        said = {key: _joined(parts) for key, parts in collected.said.items()}
+        features = {key: np.concatenate(parts) for key, parts in collected.features.items()}
+        return Survey(
+            data=data or "the evaluation set of the run",
+            source=source,
+            samples=np.array(collected.samples),
+            labels=np.array([label_of[sample][0] for sample in collected.samples]),
+            classes=classifier.classes,
+            heads=_of_kind(HEAD, said),
+            teachers=_of_kind(TEACHER, said),
+            whole=networks.whole,
+            divergences={pair: np.concatenate(parts) for pair, parts in collected.divergences.items()},
+            head_features=_of_kind(FEATURES_OF_HEAD, features),
+            teacher_features=_of_kind(FEATURES_OF_TEACHER, features),
+            unusable=unusable,
+            left_out=len(source) - len(judged.samples),
+        )
+
+    return run_on_all_ranks(world, whole)
 
 
-def _spread(count: int, most: int) -> np.ndarray:
+def spread_places(count: int, most: int) -> np.ndarray:
     """``most`` places of ``count``, evenly spread; all, if there are no more."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
@@ -166,18 +171,18 @@ def _add(collected: _Collected, answers: Answers, labels: np.ndarray, featured: 
     collected.samples += answers.good
     logits = {key: each for key, each in answers.logits.items() if key.startswith((f"{HEAD} ", f"{TEACHER} "))}
     for key, each in logits.items():
-        collected.said.setdefault(key, []).append(what_is_said(each, labels))
+        collected.said.setdefault(key, []).append(summarize_answers(each, labels))
     heads, teachers = _of_kind(HEAD, logits), _of_kind(TEACHER, logits)
     for teacher, theirs in teachers.items():
         for head, ours in heads.items():
-            collected.divergences.setdefault((teacher, head), []).append(divergence(theirs, ours))
+            collected.divergences.setdefault((teacher, head), []).append(kl_divergence(theirs, ours))
     chosen = [sample in featured for sample in answers.good]
     for key, features in answers.logits.items():
         if key not in logits:
             collected.features.setdefault(key, []).append(features[chosen])
 
 
-def what_is_said(logits: np.ndarray, labels: np.ndarray) -> Said:
+def summarize_answers(logits: np.ndarray, labels: np.ndarray) -> NetworkAnswers:
     """logits: (B, K). labels: (B,). Of equal logits the first counts as higher."""
     scores = score_images(logits, [(label,) for label in labels.tolist()])
     logits = logits.astype(np.float64)
@@ -186,7 +191,7 @@ def what_is_said(logits: np.ndarray, labels: np.ndarray) -> Said:
     total = likelihoods.sum(axis=1)
     # Entropy of p = exp(z) / Z: log Z - sum of p z.
     entropy = np.log(total) - (likelihoods * logits).sum(axis=1) / total
-    return Said(
+    return NetworkAnswers(
         choice=logits.argmax(axis=1),
         prob=scores.confidence,
         nll=scores.nll,
@@ -195,6 +200,6 @@ def what_is_said(logits: np.ndarray, labels: np.ndarray) -> Said:
     )
 
 
-def _joined(parts: list[Said]) -> Said:
+def _joined(parts: list[NetworkAnswers]) -> NetworkAnswers:
     names = ("choice", "prob", "nll", "in_five", "entropy")
-    return Said(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+    return NetworkAnswers(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+# A backend for screens, or a style, that somebody has set may not be there, and the import would fail.
+os.environ.update(MPLBACKEND="svg", MATPLOTLIBRC=os.devnull)
 
 import matplotlib
 import numpy as np
@@ -35,7 +39,7 @@ INK, FAINT = "#010203", "#010204"  # stand-ins of the page's text and of its thi
 SERIES = tuple(f"#01030{number}" for number in range(8))  # of its colours of curves, which start again after eight
 DASHES = ("-", "--", "-.", ":")  # so that curves differ without colours, too; by turns, with the colours
 
-MOST_CELLS = 125  # on each side of the picture of a confusion matrix
+PICTURE_CELLS = 125  # on each side of the picture of a confusion matrix
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -134,7 +138,7 @@ def confusion_picture(matrix: np.ndarray, name: str) -> tuple[Markup, int]:
 
     Returns how many classes on each side a cell stands for, too: single ones of a thousand could not be seen.
     """
-    side = -(-len(matrix) // MOST_CELLS)
+    side = -(-len(matrix) // PICTURE_CELLS)
     starts = np.arange(0, len(matrix), side)
     cells = np.add.reduceat(np.add.reduceat(matrix, starts, axis=0), starts, axis=1)
     with _style():
@@ -162,7 +166,7 @@ def histogram(values: np.ndarray, name: str, *, label: str, counted: str) -> Mar
         return _svg(figure, name)
 
 
-def heat(values: np.ndarray) -> np.ndarray:
+def heat_colours(values: np.ndarray) -> np.ndarray:
     """Colours of uint8 values, from dark to bright: (...) to (..., 3) in [0, 1]."""
     return np.asarray(matplotlib.colormaps["inferno"](values))[..., :3]
 

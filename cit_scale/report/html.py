@@ -32,6 +32,7 @@ def render_page(template: str, **values: Any) -> str:
     environment.filters |= {
         "name": shown_name,
         "text": shown_text,
+        "lines": lambda text: "\n".join(map(printable, text.splitlines())),
         "dict": as_dict,
         "job": lambda slurm: dig(slurm, "job_id") or "",
         "percent": percent,

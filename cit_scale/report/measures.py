@@ -94,7 +94,7 @@ class Bin:
     accuracy: float
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[Bin]:
+def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> list[Bin]:
     """The bins of ``calibration_error``, as Guo et al. (ICML 2017) draw them. Both are (N,)."""
     places = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     bins = []
@@ -108,7 +108,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[Bin]:
     return bins
 
 
-def agreement(choices: Sequence[np.ndarray]) -> np.ndarray:
+def agreement_matrix(choices: Sequence[np.ndarray]) -> np.ndarray:
     """(V, V): the share of images for which two of V networks choose the same class. choices: V of (N,)."""
     stacked = np.stack(list(choices))
     return np.array([[float((row == other).mean()) for other in stacked] for row in stacked])
@@ -131,7 +131,7 @@ class Advice:
     misses: Share
 
 
-def follow(labels: np.ndarray, teacher: np.ndarray, head: np.ndarray) -> Advice:
+def compare_advice(labels: np.ndarray, teacher: np.ndarray, head: np.ndarray) -> Advice:
     """Compare the choices of a teacher and of a head. All (N,)."""
     same, right = teacher == head, teacher == labels
     head_right = head == labels
@@ -154,7 +154,7 @@ def _share(hits: np.ndarray) -> Share:
     return Share(int(hits.sum()), len(hits))
 
 
-def divergence(teacher: np.ndarray, head: np.ndarray) -> np.ndarray:
+def kl_divergence(teacher: np.ndarray, head: np.ndarray) -> np.ndarray:
     """KL(teacher || head) of each image, in nats, (N,): sum over classes of p log(p / q). Both: logits (N, K)."""
     p, q = _log_softmax(teacher), _log_softmax(head)
     return (np.exp(p) * (p - q)).sum(axis=1)
@@ -168,7 +168,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cka:
-    """plain: linear CKA (Kornblith et al., ICML 2019, equation 5), which few images and wide features drive up to 1.
+    """plain: linear CKA (Kornblith et al., ICML 2019), which few images and wide features drive up to 1.
     debiased: with the unbiased estimator of HSIC in its place (Song et al., JMLR 13, 2012), as Nguyen et al. (ICLR
     2021) use it; about 0 for features that have nothing in common. NaN where it is not defined.
     """
@@ -198,7 +198,7 @@ def _ratio(both: float, first: float, second: float) -> float:
 
 
 def _unbiased_hsic(first: np.ndarray, second: np.ndarray) -> float:
-    """Song et al. (2012), equation 5, of two Gram matrices, for N > 3:
+    """The unbiased estimator of Song et al. (2012) of two Gram matrices, for N > 3:
 
     (tr(KL) + 1'K1 1'L1 / ((N - 1)(N - 2)) - 2 / (N - 2) 1'KL1) / (N (N - 3)), the diagonals of K and L set to 0.
     """

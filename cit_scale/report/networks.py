@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from cit_scale.config import RunConfig, TeacherConfig
 from cit_scale.datasets.index import printable
 from cit_scale.distributed.world import World, first_on_each_node
-from cit_scale.errors import MissingInputError, RefusedError, RunError, error_line
+from cit_scale.errors import MissingInputError, RefusedError, error_line, is_out_of_memory
 from cit_scale.evaluate import HEADS_MEAN, with_average
 from cit_scale.inference.classifier import Classifier, OpenedNetwork, classifier_of, of_each_thread, open_network
+from cit_scale.inference.turns import portable
 from cit_scale.models.network import Network, set_float32_arithmetic
 from cit_scale.models.pretrained import find_pretrained
 from cit_scale.models.weights import load_weights
 from cit_scale.run.folders import as_dict, dig, read_json
 from cit_scale.run_folder import NETWORKS, RESULTS, STUDENT, TEACHERS
-from cit_scale.settings import AUTO
+from cit_scale.settings import decided
 from cit_scale.teachers import build_teacher_without_weights, freeze
 
 HEAD, TEACHER, FEATURES_OF_HEAD, FEATURES_OF_TEACHER = "head", "teacher", "features of head", "features of teacher"
@@ -30,7 +31,7 @@ HEAD, TEACHER, FEATURES_OF_HEAD, FEATURES_OF_TEACHER = "head", "teacher", "featu
 
 
 @dataclass(frozen=True)
-class Advised:
+class RunNetworks:
     """A run's student with its teachers.
 
     student: as it was opened. teachers: by name, frozen. missing: by name, why a teacher is not there.
@@ -54,24 +55,25 @@ class Advised:
         return (*heads, HEADS_MEAN) if len(heads) > 1 else heads
 
 
-def open_advised(name: str, config: RunConfig, world: World) -> Advised:
+def open_run_networks(name: str, run_dir: Path, config: RunConfig, world: World) -> RunNetworks:
     """Collective. Open a run's student and its teachers on this rank's device. Raises as ``open_network`` does.
 
-    name: as for ``open_network``. config: of the run. A teacher that cannot be opened, or that is no longer the one
-    that advised, is missing.
+    name: of the student's weights, as for ``open_network``. config: of the run in ``run_dir``. A teacher that cannot be
+    opened, or that is no longer the one that advised, is missing.
     """
     set_float32_arithmetic(world.device)
     student = open_network(name, world)
-    run_dir = student.run_dir or config.run_dir
     teachers: dict[str, Network] = {}
     missing: dict[str, str] = {}
     for teacher, given in config.teachers.items():
+        opening = partial(_open_teacher, teacher, given, config, student, run_dir, world)
         try:
-            opening = partial(_open_teacher, teacher, given, config, student, run_dir, world)
             teachers[teacher] = first_on_each_node(world, opening)
-        except (RunError, OSError) as error:
-            missing[teacher] = error_line(error)
-    return Advised(student, teachers, missing, {name: teacher.model for name, teacher in config.teachers.items()})
+        except Exception as error:  # whatever is wrong with one teacher, the others are still asked
+            if is_out_of_memory(error):
+                raise
+            missing[teacher] = error_line(portable(error))
+    return RunNetworks(student, teachers, missing, {name: teacher.model for name, teacher in config.teachers.items()})
 
 
 def _open_teacher(
@@ -92,10 +94,7 @@ def _open_teacher(
     classes, size = student.interface.classes, student.interface.image_size
     network = build_teacher_without_weights(teacher, classes=classes, image_size=size)
     load_weights(network, weights)
-    precision = config.distill.teacher_precision
-    freeze(
-        network, size, world.device, precision="float32" if precision == AUTO else cast(Any, precision), compile=False
-    )
+    freeze(network, size, world.device, precision=decided(config.distill.teacher_precision), compile=False)
     return network
 
 
@@ -106,14 +105,16 @@ class Probe(nn.Module):
     classifier of each reads. Networks whose classifier is not one module with one input, (B, C), have no features.
     """
 
-    def __init__(self, advised: Advised) -> None:
+    def __init__(self, networks: RunNetworks) -> None:
         super().__init__()
-        self.student = advised.student.network
-        self.teachers = nn.ModuleDict(dict(advised.teachers))
+        self.student = networks.student.network
+        self.teachers = nn.ModuleDict(dict(networks.teachers))
         self._read: dict[str, Tensor] = {}
-        heads = zip(advised.student.interface.heads, _classifiers(self.student), strict=False)
-        self._listen({f"{FEATURES_OF_HEAD} {name}": module for name, module in heads})
-        for name, network in advised.teachers.items():
+        classifiers = _classifiers(self.student)
+        if len(classifiers) == len(networks.student.interface.heads):
+            heads = zip(networks.student.interface.heads, classifiers, strict=True)
+            self._listen({f"{FEATURES_OF_HEAD} {name}": module for name, module in heads})
+        for name, network in networks.teachers.items():
             modules = _classifiers(network)
             self._listen({f"{FEATURES_OF_TEACHER} {name}": module for module in modules[:1]})
 
@@ -146,22 +147,22 @@ class _Listener:
 
 
 def _classifiers(network: Network) -> tuple[nn.Module, ...]:
-    """The modules that turn features into logits, in the order of the heads; empty for a model that does not tell."""
+    """The linear layers that turn features into logits, in the order of the heads; empty for a model of other build."""
     get = getattr(network.model, "get_classifier", None)
     if get is None:
         return ()
     found = get()
     modules = found if isinstance(found, tuple) else (found,)
-    return tuple(module for module in modules if isinstance(module, nn.Linear))
+    return modules if all(isinstance(module, nn.Linear) for module in modules) else ()
 
 
-def probing_classifier(advised: Advised, device: torch.device) -> Classifier:
+def probing_classifier(networks: RunNetworks, device: torch.device) -> Classifier:
     """A classifier whose answers are a ``Probe``'s: float32 on the CPU, by key."""
-    network = of_each_thread(Probe(advised).to(device).eval())
+    network = of_each_thread(Probe(networks).to(device).eval())
 
     @torch.inference_mode()
     def classify(images: Tensor) -> dict[str, Tensor]:
         found = network()(images.to(device).float().div_(255))
         return {key: each.float().cpu() for key, each in found.items()}
 
-    return replace(classifier_of(advised.student, device), classify=classify)
+    return replace(classifier_of(networks.student, device), classify=classify)

@@ -14,18 +14,18 @@ from markupsafe import Markup
 
 from cit_scale.datasets.sources import Source
 from cit_scale.report import figures
-from cit_scale.report.answers import Said, Survey
+from cit_scale.report.answers import NetworkAnswers, Survey, spread_places
 from cit_scale.report.history import Curve, History
 from cit_scale.report.html import render_page
 from cit_scale.report.measures import (
     Share,
-    agreement,
+    agreement_matrix,
     class_shares,
+    compare_advice,
     confusion,
-    follow,
     linear_cka,
     most_confused,
-    reliability,
+    reliability_bins,
     right_where_wrong,
 )
 from cit_scale.report.pictures import AttendedImage, TrainingSample
@@ -34,9 +34,11 @@ from cit_scale.run.show import as_figure, as_time
 
 T = TypeVar("T")
 
-MOST_CELLS = 20  # classes of a confusion matrix whose cells are written as numbers; more are a picture
+TABLE_CLASSES = 20  # classes of a confusion matrix whose cells are written as numbers; more are a picture
 MOST_DRAWN = 2000  # classes of a confusion matrix that is drawn
 MOST_PAIRS = 30  # confused classes that are listed
+MOST_STARTS = 50  # and ends of jobs, that are listed
+MOST_ROWS = 12  # of a curve's numbers
 MOST_LISTED = 20  # bad images and bad steps that are listed
 
 
@@ -44,7 +46,7 @@ MOST_LISTED = 20  # bad images and bad steps that are listed
 class Part(Generic[T]):
     """A part of the report, or why it is not there."""
 
-    found: T | None = None
+    value: T | None = None
     reason: str = ""
 
 
@@ -57,18 +59,21 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Found:
+class Content:
     """All that a report shows.
 
-    record: as ``run_record`` has it. config_text: config.yaml. histories: by phase, the student's under "".
-    weights: which of the student's. models: of the teachers, by name. missing: by name, why a teacher is not asked.
-    worst, doubtful: examples. seconds: that the survey took.
+    record: as ``run_record`` has it. plan: what an update is made of, by name. config_text: config.yaml. histories: by
+    phase, the student's under "". is_other_set: the survey is of other images than the results. weights: file of the
+    student's. models: of the teachers, by name. missing: by name, why a teacher is not asked. worst, doubtful: examples
+    of both. bad_images: names and reasons. made: when, and by what version.
     """
 
     record: Mapping[str, Any]
+    plan: Sequence[tuple[str, str]]
     config_text: str
     histories: Mapping[str, History]
     survey: Part[Survey | None]
+    is_other_set: bool
     weights: str
     models: Mapping[str, str]
     missing: Mapping[str, str]
@@ -78,26 +83,26 @@ class Found:
     samples: Part[Sequence[TrainingSample]]
     bad_images: Sequence[tuple[str, str]]
     made: str
-    """When, and by what version."""
 
 
-def render(found: Found) -> str:
+def render(content: Content) -> str:
     """The whole page as HTML."""
-    survey = found.survey.found
+    survey = content.survey.value
     return render_page(
         "report.html",
-        found=found,
-        record=found.record,
-        networks=network_rows(found),
-        training=training_drawings(found),
+        content=content,
+        record=content.record,
+        networks=network_rows(content),
+        training=training_drawings(content),
         classes=None if survey is None else class_part(survey),
         confused=None if survey is None else confusion_part(survey),
         calibration=None if survey is None else calibration_part(survey),
-        advice=None if survey is None else advice_part(survey, found.models),
-        examples=None if survey is None else examples_part(survey, found),
+        advice=None if survey is None else advice_part(survey, content.models),
+        examples=None if survey is None else examples_part(survey, content),
         survey=survey,
-        facts=fact_rows(found.record),
+        facts=fact_rows(content.record, content.plan),
         most_listed=MOST_LISTED,
+        most_starts=MOST_STARTS,
     )
 
 
@@ -110,14 +115,14 @@ def file_name(source: Source, sample: int) -> str:
 # The networks, and their training
 
 
-def network_rows(found: Found) -> list[dict[str, Any]]:
+def network_rows(content: Content) -> list[dict[str, Any]]:
     """A row for each network: what this page's survey found, and what results.json says."""
-    results, survey = as_dict(found.record["results"]), found.survey.found
+    results, survey = as_dict(content.record["results"]), content.survey.value
     rows = []
     teachers = as_dict(results.get("teachers"))
-    names = dict.fromkeys([*found.models, *teachers])
+    names = dict.fromkeys([*content.models, *teachers])
     for name in names:
-        model = found.models.get(name) or dig(teachers, name, "model")
+        model = content.models.get(name) or dig(teachers, name, "model")
         said = survey.teachers.get(name) if survey else None
         rows.append(_network_row(f"teacher {name}", model, said, survey, dig(teachers, name, "top1")))
     for student, accuracy in (as_dict(results.get("accuracy")) or {"student": {}}).items():
@@ -129,7 +134,9 @@ def network_rows(found: Found) -> list[dict[str, Any]]:
     return rows
 
 
-def _network_row(name: str, model: Any, said: Said | None, survey: Survey | None, noted: Any) -> dict[str, Any]:
+def _network_row(
+    name: str, model: Any, said: NetworkAnswers | None, survey: Survey | None, noted: Any
+) -> dict[str, Any]:
     row = {"name": name, "model": model, "noted": noted, "top1": None, "scores": None, "is_whole": False}
     if said is None or survey is None:
         return row
@@ -139,21 +146,23 @@ def _network_row(name: str, model: Any, said: Said | None, survey: Survey | None
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawing with its legend: (name, number of its colour). note: what else is to be said of it."""
+    """A drawing with its legend: (name, number of its colour). rows: (update, values by curve), some of its points, for
+    those who do not see it. note: what else is to be said of it.
+    """
 
     title: str
     svg: Markup
     legend: Sequence[tuple[str, int]]
-    description: str
+    rows: Sequence[tuple[int, Sequence[float | None]]]
     note: str = ""
 
 
-def training_drawings(found: Found) -> dict[str, list[Drawing]]:
+def training_drawings(content: Content) -> dict[str, list[Drawing]]:
     """By phase, the curves of the student's training, and loss and accuracy of the teachers that the run trained; empty
     where no phase has any.
     """
     drawings: dict[str, list[Drawing]] = {}
-    for phase, history in found.histories.items():
+    for phase, history in content.histories.items():
         terms = {f"loss, {curve.name}": curve for curve in history.named("loss_")}
         losses = {"loss": history.curves["loss"]} if "loss" in history.curves else {}
         losses |= terms if len(terms) > 1 else {}  # the only term is the loss
@@ -187,14 +196,14 @@ def _curves(
     svg = figures.curves(
         drawn, name, label=label, resumed=history.resumed, skipped=list(history.skipped), logarithmic=logarithmic
     )
-    ends = [
-        f"{which} from {as_figure(float(curve.values[0]), '.4g')} at update {int(curve.steps[0])} to "
-        f"{as_figure(float(curve.values[-1]), '.4g')} at {int(curve.steps[-1])}"
-        for which, curve in drawn.items()
-    ]
+    by_step = [dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True)) for curve in drawn.values()]
+    steps = sorted({step for each in by_step for step in each})
+    chosen = [steps[place] for place in spread_places(len(steps), MOST_ROWS)]
+    rows = [(int(step), [each.get(step) for each in by_step]) for step in chosen]
     thinned = max(curve.thinned for curve in drawn.values())
     note = f"Each point is the mean of {thinned} lines." if thinned > 1 else ""
-    return Drawing(title, svg, [(each, number % 8) for number, each in enumerate(drawn)], "; ".join(ends), note)
+    legend = [(each, number % len(figures.SERIES)) for number, each in enumerate(drawn)]
+    return Drawing(title, svg, legend, rows, note)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +217,7 @@ def class_part(survey: Survey) -> dict[str, Any]:
     rows = [{"number": place, "share": shares[place], "bar": _bar(shares[place])} for place in order]
     with_images = [share for share in shares if share.count]
     drawing = None
-    if len(with_images) > MOST_CELLS:
+    if len(with_images) > TABLE_CLASSES:
         values = np.array([100 * share.value for share in with_images])
         drawing = figures.histogram(values, "class-accuracy", label="accuracy of a class, %", counted="classes")
     return {"rows": rows, "empty": len(shares) - len(with_images), "drawing": drawing}
@@ -231,7 +240,7 @@ def confusion_part(survey: Survey) -> dict[str, Any]:
     table, drawing, side = None, None, 1
     if count <= MOST_DRAWN:
         matrix = confusion(labels, choices, count)
-        if count <= MOST_CELLS:
+        if count <= TABLE_CLASSES:
             rows = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
             table = [
                 [{"count": int(cell), "share": float(share)} for cell, share in zip(cells, shares, strict=True)]
@@ -246,7 +255,7 @@ def confusion_part(survey: Survey) -> dict[str, Any]:
 
 def calibration_part(survey: Survey) -> dict[str, Any]:
     said = survey.student
-    bins = reliability(said.prob, survey.correct)
+    bins = reliability_bins(said.prob, survey.correct)
     mean, right = math.fsum(said.prob) / len(said.prob), Share(int(survey.correct.sum()), len(survey.correct))
     return {
         "drawing": figures.reliability_diagram(bins, "reliability"),
@@ -258,9 +267,9 @@ def calibration_part(survey: Survey) -> dict[str, Any]:
     }
 
 
-def examples_part(survey: Survey, found: Found) -> dict[str, list[dict[str, Any]]]:
-    describe = partial(_example, survey, found.models)
-    return {"worst": [*map(describe, found.worst)], "doubtful": [*map(describe, found.doubtful)]}
+def examples_part(survey: Survey, content: Content) -> dict[str, list[dict[str, Any]]]:
+    describe = partial(_example, survey, content.models)
+    return {"worst": [*map(describe, content.worst)], "doubtful": [*map(describe, content.doubtful)]}
 
 
 def _example(survey: Survey, models: Mapping[str, str], example: Example) -> dict[str, Any]:
@@ -288,10 +297,10 @@ def _example(survey: Survey, models: Mapping[str, str], example: Example) -> dic
 
 
 def advice_part(survey: Survey, models: Mapping[str, str]) -> dict[str, Any]:
-    """How teachers and heads agree, who was right where the student is wrong, how heads follow, and CKA."""
+    """How teachers and heads agree, who was right where the student is wrong, how heads compare_advice, and CKA."""
     voices = {f"teacher {name}": said for name, said in survey.teachers.items()}
     voices |= {f"student, {name}": said for name, said in survey.heads.items()}
-    matrix = agreement([said.choice for said in voices.values()])
+    matrix = agreement_matrix([said.choice for said in voices.values()])
     whole = survey.student.choice
     helped = []
     for name, said in voices.items():
@@ -312,7 +321,7 @@ def advice_part(survey: Survey, models: Mapping[str, str]) -> dict[str, Any]:
             "teacher": teacher,
             "head": head,
             "is_own": head == teacher,
-            "advice": follow(survey.labels, advisor.choice, said.choice),
+            "advice": compare_advice(survey.labels, advisor.choice, said.choice),
             "divergence": math.fsum(survey.divergences[teacher, head]) / len(survey.labels),
         }
         for teacher, advisor in survey.teachers.items()
@@ -342,8 +351,8 @@ def advice_part(survey: Survey, models: Mapping[str, str]) -> dict[str, Any]:
 # The run
 
 
-def fact_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the run was to do and what became of it, from ``run_record``."""
+def fact_rows(record: Mapping[str, Any], plan: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What the run was to do and what became of it, from ``run_record`` and its plan."""
     total = record["total_steps"]
     rows = [
         ("state", f"{record['state']} {record['detail']}".strip()),
@@ -354,6 +363,7 @@ def fact_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("images that cannot be used", str(record["bad_images"])),
         ("bad steps", "" if record["bad_steps"] is None else str(record["bad_steps"])),
         ("folder", str(record["folder"])),
+        *plan,
         *((name, str(value)) for name, value in record["config"].items()),
     ]
     return [(name, value) for name, value in rows if value]

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cit_scale.batch import MixedBatch
 from cit_scale.config import RunConfig, split_batch
 from cit_scale.data.mixing import mix
 from cit_scale.data.order import Cursor, repeat_spread
@@ -21,25 +22,25 @@ from cit_scale.data.reader import Reader
 from cit_scale.data.stream import train_stream
 from cit_scale.data.versions import StreamVersions
 from cit_scale.datasets.encoded import decode
-from cit_scale.datasets.pixels import BY_VERSION
-from cit_scale.datasets.sources import Source, open_sources
+from cit_scale.datasets.sources import Source
 from cit_scale.distributed.world import World
+from cit_scale.errors import ConfigError
 from cit_scale.inference.images import prepare_image
 from cit_scale.inference.interface import Interface
 from cit_scale.models.network import Network
 from cit_scale.report.attention import TokenAttention, token_attention
-from cit_scale.report.figures import heat
+from cit_scale.report.figures import heat_colours
 
-THUMBNAIL = 96  # pixels of the longer side
-MAP = 112  # pixels of a map of attention
+THUMBNAIL_PIXELS = 96  # pixels of the longer side
+MAP_PIXELS = 112  # pixels of a map of attention
 SAMPLES = 12  # of training
-SAMPLE = 160  # pixels, at most
+SAMPLE_PIXELS = 160  # pixels, at most
 
 
 def thumbnail(source: Source, sample: int) -> str:
     """An image of a data set, small. Raises BadImageError, and OSError."""
     image = decode(source.read(sample))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     return address(image)
 
 
@@ -56,13 +57,17 @@ def address(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """What a token looks at in an image. last, rollout: pictures. on_patches: the share of the last layer's attention
-    that goes to patches, 0 to 1; the others go to tokens.
+    """What a token looks at in an image, in the last layer and through all of them: pictures.
+
+    last_peak, rollout_peak: the most that a patch gets, over what it would get if all got the same: 1 is flat.
+    on_patches: the share of the last layer's attention that goes to patches, 0 to 1; the rest goes to tokens.
     """
 
     token: str
     last: str
     rollout: str
+    last_peak: float
+    rollout_peak: float
     on_patches: float
 
 
@@ -84,7 +89,7 @@ def attended_images(
     return [
         AttendedImage(
             os.fsdecode(source.key(sample)),
-            address(_picture(prepared[place]).resize((MAP, MAP), Image.Resampling.BICUBIC)),
+            address(_picture(prepared[place]).resize((MAP_PIXELS, MAP_PIXELS), Image.Resampling.BICUBIC)),
             [_token_map(attention, place, number, prepared[place]) for number in range(len(attention.tokens))],
         )
         for place, sample in enumerate(samples)
@@ -93,12 +98,15 @@ def attended_images(
 
 def _token_map(attention: TokenAttention, place: int, number: int, pixels: Tensor) -> TokenMap:
     prefix = len(attention.tokens)
-    last, rollout = (
-        address(overlay(pixels, each[place, number, prefix:].reshape(attention.grid)))
-        for each in (attention.last, attention.rollout)
+    last, rollout = (each[place, number, prefix:] for each in (attention.last, attention.rollout))
+    return TokenMap(
+        attention.tokens[number],
+        last=address(overlay(pixels, last.reshape(attention.grid))),
+        rollout=address(overlay(pixels, rollout.reshape(attention.grid))),
+        last_peak=float(last.max() / last.mean()),
+        rollout_peak=float(rollout.max() / rollout.mean()),
+        on_patches=float(last.sum()),
     )
-    on_patches = float(attention.last[place, number, prefix:].sum())
-    return TokenMap(attention.tokens[number], last, rollout, on_patches)
 
 
 def overlay(pixels: Tensor, weights: Tensor) -> Image.Image:
@@ -108,9 +116,9 @@ def overlay(pixels: Tensor, weights: Tensor) -> Image.Image:
     """
     weights = weights - weights.min()
     scaled = (255 * weights / weights.max().clamp(min=1e-12)).round().to(torch.uint8)
-    larger = Image.fromarray(scaled.numpy()).resize((MAP, MAP), Image.Resampling.BILINEAR)
-    colours = heat(np.asarray(larger))  # (MAP, MAP, 3)
-    grey = np.asarray(_picture(pixels).convert("L").resize((MAP, MAP), Image.Resampling.BICUBIC)) / 255
+    larger = Image.fromarray(scaled.numpy()).resize((MAP_PIXELS, MAP_PIXELS), Image.Resampling.BILINEAR)
+    colours = heat_colours(np.asarray(larger))  # (MAP_PIXELS, MAP_PIXELS, 3)
+    grey = np.asarray(_picture(pixels).convert("L").resize((MAP_PIXELS, MAP_PIXELS), Image.Resampling.BICUBIC)) / 255
     mixed = 0.35 * grey[..., None] + 0.65 * colours
     return Image.fromarray((255 * mixed).round().astype(np.uint8))
 
@@ -128,16 +136,28 @@ class TrainingSample:
 
 
 def training_samples(
-    config: RunConfig, versions: StreamVersions, world_size: int, device: torch.device
+    train_set: Source, config: RunConfig, versions: StreamVersions, ranks: int, device: torch.device
 ) -> list[TrainingSample]:
+    """The first images of the first update. ranks: of the run's first start. Raises ConfigError."""
+    mixed = first_images(train_set, config, versions, ranks, device)
+    return [
+        TrainingSample(address(_small(image)), _largest(targets, train_set.classes))
+        for image, targets in zip(mixed.images[:SAMPLES].cpu(), mixed.targets[:SAMPLES].cpu(), strict=True)
+    ]
+
+
+def first_images(
+    train_set: Source, config: RunConfig, versions: StreamVersions, ranks: int, device: torch.device
+) -> MixedBatch:
     """The first images of the first update, cropped, augmented, erased and mixed: the data stream makes them again.
 
-    world_size: of the run's first start. Raises ConfigError where the training set is gone.
+    Raises ConfigError where the images are fewer than an update takes.
     """
-    train_set, _ = open_sources(config.data, BY_VERSION[versions.pixels])
     batch_size, group = config.train.global_batch_size, config.mixing.group_size
+    if len(train_set) < batch_size:
+        raise ConfigError(f"{len(train_set)} training images are fewer than an update takes, {batch_size}")
     if group is None:  # a micro-batch is one group
-        micro_batch_size = split_batch(config, world_size).micro_batch_size
+        micro_batch_size = split_batch(config, ranks).micro_batch_size
     else:
         sizes = range(group, batch_size, group)
         micro_batch_size = next((size for size in sizes if size >= SAMPLES and batch_size % size == 0), batch_size)
@@ -155,16 +175,12 @@ def training_samples(
         draws_version=versions.draws,
     )
     with closing(stream):
-        mixed = mix(next(stream), config.mixing, len(train_set.classes), seed=config.seed, step=0)
-    return [
-        TrainingSample(address(_small(image)), _largest(targets, train_set.classes))
-        for image, targets in zip(mixed.images[:SAMPLES].cpu(), mixed.targets[:SAMPLES].cpu(), strict=True)
-    ]
+        return mix(next(stream), config.mixing, len(train_set.classes), seed=config.seed, step=0)
 
 
 def _small(image: Tensor) -> Image.Image:
     picture = _picture((255 * image.clamp(0, 1)).round().to(torch.uint8))
-    picture.thumbnail((SAMPLE, SAMPLE))
+    picture.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS))
     return picture
 
 

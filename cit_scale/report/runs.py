@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from cit_scale.errors import ConfigError
 from cit_scale.run.folders import find_run
 from cit_scale.run.show import (
     StatesOf,
@@ -33,10 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "and cancels and resumes runs.",
     )
     add_html(add_looking(add))
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given and given[0].startswith("--") and given[0] != "--help":  # cit-scale runs --html
-        given.insert(0, "list")
-    asked = parser.parse_args(given)
+    asked = parser.parse_args(with_list(argv))
 
     def run() -> int:
         if asked.command == "list":
@@ -44,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show_run(find_run(asked.runs_dir, asked.name), states_in_folders, as_json=asked.json)
 
     return reporting(run)
+
+
+def with_list(argv: Sequence[str] | None) -> list[str]:
+    """The arguments, None for those of the process, with the command ``list`` where --html stands in its place."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    return ["list", *given] if given and given[0].split("=")[0] == "--html" else given
 
 
 def add_html(listing: argparse.ArgumentParser) -> None:
@@ -55,6 +59,8 @@ def add_html(listing: argparse.ArgumentParser) -> None:
 
 def list_or_write(asked: argparse.Namespace, states_of: StatesOf) -> int:
     """Run the command ``list``, with or without --html. Returns the exit code."""
+    if asked.html is not None and asked.json:
+        raise ConfigError("--html writes a page and --json prints JSON; give one of them")
     if asked.html is None:
         return list_runs(asked.runs_dir, states_of, set_aside=asked.all, as_json=asked.json)
     from cit_scale.report.index import write_index

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,30 +16,27 @@ from typing import TypeVar
 
 import numpy as np
 
-from cit_scale.config import RunConfig
-from cit_scale.datasets.index import printable
-from cit_scale.datasets.sources import Source
+from cit_scale.config import DataConfig, RunConfig, split_batch
+from cit_scale.datasets.index import cache_folder, printable
+from cit_scale.datasets.pixels import BY_VERSION
+from cit_scale.datasets.sources import Source, open_source, open_sources
 from cit_scale.distributed.world import World, broadcast, run_on_all_ranks
-from cit_scale.errors import (
-    BadImageError,
-    ConfigError,
-    MissingInputError,
-    RunError,
-    error_line,
-    is_out_of_memory,
-)
+from cit_scale.errors import BadImageError, ConfigError, MissingInputError, error_line, is_out_of_memory
 from cit_scale.inference.entry import SMALLER_BATCHES, run_command
-from cit_scale.inference.evaluate import run_config
+from cit_scale.inference.evaluate import evaluation_set, run_config, run_pixels
 from cit_scale.inference.outputs import check_output, is_replaceable, write_output
+from cit_scale.inference.turns import portable
 from cit_scale.report import pictures
-from cit_scale.report.answers import Survey, survey
+from cit_scale.report.answers import Survey, ask_networks
 from cit_scale.report.attention import transformer_of
 from cit_scale.report.history import read_history
-from cit_scale.report.networks import Advised, open_advised
-from cit_scale.report.page import Example, Found, Part, render
+from cit_scale.report.networks import RunNetworks, open_run_networks
+from cit_scale.report.page import Content, Example, Part, render
 from cit_scale.run.bad_images import FILE as BAD_IMAGES
 from cit_scale.run.folders import RunFolder, is_run, number, read_text
-from cit_scale.run.noted import noted_versions
+from cit_scale.run.inputs import DATA, EVALUATION_DATA
+from cit_scale.run.noted import noted_inputs, noted_versions
+from cit_scale.run.plan import counted
 from cit_scale.run.show import as_date, run_record, state_in_folder
 from cit_scale.run_folder import CHECKPOINTS, CONFIG, REPORT, STUDENT, saved_steps
 
@@ -51,24 +51,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     def work(world: World) -> None:
         run_dir = run_dir_of(arguments.run)
-        out = run_dir / REPORT
-        if arguments.out is not None:
-            out = check_output("--out", arguments.out, [arguments.data or ""])
+        is_whole_run = os.path.realpath(arguments.run) == os.path.realpath(run_dir)
+        if arguments.out is None and (arguments.data is not None or not is_whole_run):
+            raise ConfigError(f"{REPORT} is the page of the run's own weights and images; give another file by --out")
+        out = check_output("--out", arguments.out or str(run_dir / REPORT), [arguments.data or ""])
         began_at = time.perf_counter()
-        found = make_report(
+        notes = make_report(
             run_dir,
             out,
             world,
-            weights=arguments.run,
+            weights=None if is_whole_run else arguments.run,
             data=arguments.data,
             only_known=arguments.only_known,
             batch_size=arguments.batch_size,
             threads=arguments.threads,
         )
-        if found is not None and world.is_main:
-            for note in found:
+        if notes is not None and world.is_main:
+            for note in notes:
                 print(note, file=sys.stderr)
-            print(f"{printable(out)}, {out.stat().st_size / 1e6:.1f} MB, in {time.perf_counter() - began_at:.0f} s")
+            shown = printable(arguments.out or run_dir / REPORT)
+            print(f"{shown}, {out.stat().st_size / 1e6:.1f} MB, in {time.perf_counter() - began_at:.0f} s")
 
     return run_command(work, needs_less_memory=SMALLER_BATCHES)
 
@@ -90,109 +92,144 @@ def make_report(
     out: Path,
     world: World,
     *,
+    config: RunConfig | None = None,
     weights: str | None = None,
     data: str | None = None,
     only_known: bool = False,
     batch_size: int | None = None,
     threads: int = 4,
-    goes_on: Callable[[], bool] = lambda: True,
+    should_continue: Callable[[], bool] = lambda: True,
 ) -> list[str] | None:
-    """Collective. Write the page of a run. Returns what is to be said of it, on all ranks; None if ``goes_on`` returned
-    False on rank 0, before anything was written.
+    """Collective. Write the page of a run. Returns notes to print, on all ranks.
 
-    weights: as ``open_network`` takes them; None: the run's. data, only_known, batch_size, threads: as
-    ``evaluate_classifier`` takes them. A part that cannot be made says why; the page is written as a whole or not at
-    all. Raises ConfigError for ``data`` that was given and cannot be used, and OSError.
+    config: of the run's newest start; None: config.yaml. weights: as ``open_network`` takes them; None: the run's.
+    data: labelled images, as data.eval takes them; None: the run's evaluation set. only_known, batch_size, threads: as
+    ``evaluate_classifier`` takes them. should_continue: asked on rank 0, now and then; after False nothing is written,
+    and None is returned.
+
+    A part that cannot be made says why in its place; the page is written as a whole or not at all. Raises RunError for
+    ``weights`` and ``data`` that were given and cannot be used, OSError for a file that cannot be written.
     """
-    run_on_all_ranks(world, lambda: _try_to_write(out) if world.is_main else None)  # before images are asked about
-    run = RunFolder(run_dir.name, run_dir)
-    advised: Part[Advised] = _part(lambda: _open(weights or str(run_dir), run_dir, world))
-    asked: Part[Survey | None] = Part(reason=advised.reason)
-    if advised.found is not None:
+    run = RunFolder(run_dir.absolute().name, run_dir.absolute())
+    run_on_all_ranks(world, lambda: _refuse_unwritable(out) if world.is_main else None)
+    if broadcast(world, not should_continue()):
+        return None
+
+    def open_networks() -> RunNetworks:
+        known = run_on_all_ranks(world, lambda: config or _known_config(run, weights))
+        return open_run_networks(weights or str(run_dir), run.folder, known, world)
+
+    # What was asked for has to be there; what belongs to the run may be gone since.
+    networks = Part(open_networks()) if weights is not None else _part(open_networks)
+    asked: Part[Survey | None] = Part(reason=networks.reason)
+    if networks.value is not None:
+        if broadcast(world, not should_continue()):
+            return None
         ask = partial(
-            survey,
-            advised.found,
+            ask_networks,
+            networks.value,
             world,
+            open_set=partial(_evaluation_set, run, config, data),
             data=data,
             only_known=only_known,
             batch_size=batch_size,
             threads=threads,
-            goes_on=goes_on,
+            should_continue=should_continue,
         )
-        # What was asked for has to be there; the run's own images may be gone since.
         asked = Part(ask()) if data is not None else _part(ask)
-        if broadcast(world, asked.found is None and not asked.reason):
+        if broadcast(world, asked.value is None and not asked.reason):
             return None
     notes: list[str] = []
 
     def write() -> None:
-        if world.is_main:
-            found = _assemble(run, advised, asked, world)
-            write_output(out, render(found))
-            notes.extend(_notes(advised, found))
+        if not world.is_main:
+            return
+        try:
+            content = _assemble(run, config, networks, asked, world, should_continue)
+            write_output(out, render(content))
+        except Exception as error:
+            raise portable(error) from error
+        notes.extend(_notes(networks, content))
 
     run_on_all_ranks(world, write)
     return broadcast(world, notes)
 
 
-def _try_to_write(out: Path) -> None:
-    """Raise OSError where the file's folder takes none."""
+def _refuse_unwritable(out: Path) -> None:
+    """Raise OSError where the file cannot be written, before images are asked about."""
+    if out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(out))
     if is_replaceable(out):
-        trial = out.with_name(f"{out.name}.partial")  # as ``write_text`` calls it
-        trial.touch()
-        trial.unlink()
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
 
 
-def _notes(advised: Part[Advised], found: Found) -> list[str]:
-    said = [] if advised.found is None else list(advised.found.student.notes)
-    if found.survey.found is None:
-        said.append(f"without an evaluation: {found.survey.reason}")
-    return [*said, *(f"without teacher {name}: {reason}" for name, reason in found.missing.items())]
-
-
-def _open(name: str, run_dir: Path, world: World) -> Advised:
-    config = run_on_all_ranks(world, lambda: _config(name, run_dir))
-    return open_advised(name, config, world)
-
-
-def _config(name: str, run_dir: Path) -> RunConfig:
+def _known_config(run: RunFolder, weights: str | None) -> RunConfig:
     """The run's configuration. Raises MissingInputError where there are no weights yet."""
-    if Path(name) == run_dir and not (run_dir / STUDENT).exists() and not saved_steps(run_dir / CHECKPOINTS):
+    if weights is None and not (run.folder / STUDENT).exists() and not saved_steps(run.folder / CHECKPOINTS):
         raise MissingInputError("the student has no checkpoint yet")
-    return run_config(run_dir)
+    return run_config(run.folder)
+
+
+def _evaluation_set(run: RunFolder, config: RunConfig | None, data: str | None) -> Source:
+    if data is not None:
+        return open_source(data, cache_folder(DataConfig().cache_dir), "--data")
+    return evaluation_set((config or run_config(run.folder)).data, run_pixels(run.folder))
 
 
 def _part(make: Callable[[], T]) -> Part[T]:
-    """What a function returns, or why it cannot. An error of our own making is raised, and memory that is used up."""
+    """What a function returns, or why it cannot: whatever is wrong with one part, the others are still of use.
+
+    Memory that is used up is raised: it has a way out.
+    """
     try:
         return Part(make())
-    except (RunError, BadImageError, OSError) as error:
-        return Part(reason=error_line(error))
-    except RuntimeError as error:  # of DALI, of a model
+    except Exception as error:
         if is_out_of_memory(error):
             raise
-        return Part(reason=error_line(error))
+        return Part(reason=error_line(portable(error)))
 
 
-def _assemble(run: RunFolder, advised: Part[Advised], asked: Part[Survey | None], world: World) -> Found:
-    """On rank 0. All that the page shows."""
-    answers = asked.found
+def _notes(networks: Part[RunNetworks], content: Content) -> list[str]:
+    said = [] if networks.value is None else list(networks.value.student.notes)
+    if content.survey.value is None:
+        said.append(f"without an evaluation: {content.survey.reason}")
+    return [*said, *(f"without teacher {name}: {reason}" for name, reason in content.missing.items())]
+
+
+def _assemble(
+    run: RunFolder,
+    given: RunConfig | None,
+    networks: Part[RunNetworks],
+    asked: Part[Survey | None],
+    world: World,
+    should_continue: Callable[[], bool],
+) -> Content:
+    """On rank 0. All that the page shows. should_continue: called between the parts, as a sign of life."""
+    answers = asked.value
     worst, doubtful = ([], []) if answers is None else (worst_mistakes(answers), most_doubtful(answers))
-    config = _part(lambda: run_config(run.folder))
+    should_continue()
+    config = Part(given) if given is not None else _part(lambda: run_config(run.folder))
     samples: Part[Sequence[pictures.TrainingSample]] = Part(reason=config.reason)
-    if config.found is not None:
-        samples = _part(partial(_training_samples, run, config.found, world))
+    plan: Part[list[tuple[str, str]]] = Part()
+    if config.value is not None:
+        samples = _part(partial(_training_samples, run, config.value, world))
+        plan = _part(partial(_plan, run, config.value))
+    should_continue()
     attention: Part[Sequence[pictures.AttendedImage]] = Part(reason=asked.reason)
-    if answers is not None and advised.found is not None:
-        attention = _part(partial(_attention, advised.found, answers, worst, world))
-    return Found(
+    if answers is not None and networks.value is not None:
+        attention = _part(partial(_attention, networks.value, answers, worst, world))
+    should_continue()
+    return Content(
         record=run_record(run, state_in_folder(run)),
+        plan=plan.value or [],
         config_text=read_text(run.folder / CONFIG),
         histories={phase.name: read_history(phase) for phase in (run.student, *run.phases[:-1])},
         survey=asked,
-        weights="" if advised.found is None else advised.found.student.weights,
-        models={} if config.found is None else {name: each.model for name, each in config.found.teachers.items()},
-        missing={} if advised.found is None else advised.found.missing,
+        is_other_set=answers is not None and _is_other_set(run, answers),
+        weights="" if networks.value is None else networks.value.student.weights,
+        models={} if config.value is None else {name: each.model for name, each in config.value.teachers.items()},
+        missing={} if networks.value is None else networks.value.missing,
         worst=worst,
         doubtful=doubtful,
         attention=attention,
@@ -202,10 +239,38 @@ def _assemble(run: RunFolder, advised: Part[Advised], asked: Part[Survey | None]
     )
 
 
+def _is_other_set(run: RunFolder, answers: Survey) -> bool:
+    """Whether the images are other ones than those that the run's results are about, as far as that is known."""
+    noted, is_finished = noted_inputs(run.folder)
+    if not is_finished or EVALUATION_DATA not in noted or answers.source.classes != answers.classes:
+        return False
+    return noted[EVALUATION_DATA] != noted_versions(run.folder).fingerprint(answers.source.fingerprint)
+
+
 def _training_samples(run: RunFolder, config: RunConfig, world: World) -> Sequence[pictures.TrainingSample]:
+    versions = noted_versions(run.folder)
+    train_set, _ = open_sources(config.data, BY_VERSION[versions.pixels])
+    noted, _ = noted_inputs(run.folder)
+    if noted.get(DATA) not in (None, versions.fingerprint(train_set.fingerprint)):
+        raise ConfigError(f"data.train={config.data.train} has other images than the run was trained on")
+    return pictures.training_samples(train_set, config, versions, _first_ranks(run), world.device)
+
+
+def _first_ranks(run: RunFolder) -> int:
+    """Ranks of the student's first start; 1 where that was not noted."""
     first = run.student.starts[0] if run.student.starts else {}
-    ranks = int(number(first.get("world_size")) or 1)
-    return pictures.training_samples(config, noted_versions(run.folder), ranks, world.device)
+    return max(1, int(number(first.get("world_size")) or 1))
+
+
+def _plan(run: RunFolder, config: RunConfig) -> list[tuple[str, str]]:
+    """What an update of the run is made of, at its first start."""
+    ranks = _first_ranks(run)
+    split = split_batch(config, ranks)
+    micro_steps = counted(split.micro_steps, "micro-step")
+    return [
+        ("an update", f"{counted(ranks, 'rank')} x {micro_steps} x {split.micro_batch_size} images"),
+        ("peak learning rate", f"{config.peak_lr:g}"),
+    ]
 
 
 def worst_mistakes(answers: Survey) -> list[Example]:
@@ -231,9 +296,9 @@ def _thumbnail(source: Source, sample: int) -> str:
 
 
 def _attention(
-    advised: Advised, answers: Survey, worst: Sequence[Example], world: World
+    networks: RunNetworks, answers: Survey, worst: Sequence[Example], world: World
 ) -> Sequence[pictures.AttendedImage]:
-    network = advised.student.network
+    network = networks.student.network
     if transformer_of(network) is None:
         raise ConfigError(f"{network.architecture} is no vision transformer whose attention can be read")
     wrong = [example.place for example in worst[: ATTENDED // 2]]
@@ -243,7 +308,7 @@ def _attention(
     spread = right[np.linspace(0, len(right) - 1, few).round().astype(int)] if len(right) > few else right
     places = [*spread.tolist(), *wrong]
     samples = [int(answers.samples[place]) for place in places]
-    return pictures.attended_images(network, advised.student.interface, answers.source, samples, world.device)
+    return pictures.attended_images(network, networks.student.interface, answers.source, samples, world.device)
 
 
 def _bad_images(run_dir: Path, answers: Survey | None) -> list[tuple[str, str]]:

@@ -18,6 +18,9 @@ from cit_scale.run.noted import noted_inputs
 from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import CONTENTS
 
+DATA = "data"
+"""Name of the training images."""
+
 EVALUATION_DATA = "evaluation data"
 """Name of the input that changes the results of a run, but not its weights."""
 
@@ -43,7 +46,7 @@ def fingerprints(prepared: PreparedRun, teachers: Mapping[str, TeacherConfig]) -
     config = prepared.config
     versions = prepared.versions
     found = {
-        "data": versions.fingerprint(prepared.train_set.fingerprint),
+        DATA: versions.fingerprint(prepared.train_set.fingerprint),
         EVALUATION_DATA: versions.fingerprint(prepared.eval_set.fingerprint),
     }
     noted, _ = noted_inputs(config.run_dir)

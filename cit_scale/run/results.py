@@ -29,7 +29,16 @@ from cit_scale.files import sync
 from cit_scale.models.network import set_float32_arithmetic
 from cit_scale.models.weights import load_weights
 from cit_scale.run.setup import PreparedRun
-from cit_scale.run_folder import CHECKPOINTS, REPORT, STUDENT, STUDENT_BEST, STUDENT_EMA, STUDENT_EMA_BEST, step_path
+from cit_scale.run_folder import (
+    CHECKPOINTS,
+    REPORT,
+    STUDENT,
+    STUDENT_BEST,
+    STUDENT_EMA,
+    STUDENT_EMA_BEST,
+    is_current_report,
+    step_path,
+)
 
 # Weights that a finished run leaves in its folder, by the name in results.json: files of its last checkpoint.
 EXPORTS = {"student": STUDENT, "student ema": STUDENT_EMA}
@@ -190,7 +199,7 @@ def print_table(run_dir: Path, results: Mapping[str, Any]) -> None:
     for best in results.get("best", {}).values():
         console.print(f"best weights      {best['file']}, {best['top1']:.2f} % at step {best['step']}", soft_wrap=True)
     console.print(f"run folder        {run_dir}", soft_wrap=True)
-    if (run_dir / REPORT).exists():
+    if is_current_report(run_dir):
         console.print(f"report            {run_dir / REPORT}", soft_wrap=True, markup=False)
     folder = shlex.quote(str(run_dir))
     console.print(f"what is next      cit-scale predict {folder} IMAGES", soft_wrap=True, markup=False)
