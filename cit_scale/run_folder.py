@@ -30,6 +30,7 @@ STREAM = "stream"  # key of the stream's versions, in results and in META
 TEACHERS = "teachers"  # one run folder per teacher that this run trains
 SUBMISSIONS = "job.json"  # a list: one entry per job that launchers/submit.py has queued
 ATTEMPTS = "attempts.jsonl"  # how each Slurm job ended; written by launchers/requeue.py
+BAD_IMAGES = "bad_images.tsv"  # names of images that could not be used, with the reasons
 UNFIT_NODES = "unfit_nodes.jsonl"  # nodes that failed the preflight check, with the reasons
 
 # Folders that belong to a run itself. A search for runs skips them, and --name refuses them as parts of a name.

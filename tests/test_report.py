@@ -38,7 +38,7 @@ from cit_scale.datasets.pixels import LATEST
 from cit_scale.datasets.sources import open_sources
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
-from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, MissingInputError
+from cit_scale.errors import BadDataError, CannotWriteError, ConfigError, MissingInputError, RefusedError
 from cit_scale.inference.classifier import open_classifier
 from cit_scale.inference.evaluate import evaluate_classifier, evaluation_set
 from cit_scale.recipe import build, read_recipe
@@ -661,9 +661,64 @@ def test_what_is_no_file_is_written_as_it_is(copy):
     assert pipe.is_fifo()
 
 
-def test_a_part_of_the_run_is_not_overwritten(copy, capsys):
-    assert main([str(copy), "--out", str(copy / "results.json")]) == 7
+@pytest.mark.parametrize(
+    "part", ["results.json", "bad_images.tsv", "ckpt/scores.html", "student.safetensors", "ckpt/step_000012/meta.json"]
+)
+def test_a_part_of_the_run_is_not_overwritten(copy, part, capsys):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    assert main([str(copy), "--out", str(copy / part)]) == RefusedError.exit_code
     assert "would overwrite" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def test_images_are_not_overwritten(copy, tmp_path, tiny_inputs, capsys):
+    """Neither those with an image's name, nor those of a run, which may have any."""
+    image = tmp_path / "photo.JPG"
+    image.write_bytes(b"a photo")
+    assert main([str(copy), "--out", str(image)]) == RefusedError.exit_code
+    assert main([str(copy), "--out", str(tiny_inputs / "eval" / "images-idx3-ubyte")]) == ConfigError.exit_code
+    assert "does not end with .html" in capsys.readouterr().err
+    assert image.read_bytes() == b"a photo"
+
+
+def test_the_page_goes_down_a_pipe(finished):
+    command = [sys.executable, "-m", "cit_scale", "report", str(finished), "--out", "/dev/stdout"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    refuse_what_acts(Page(ended.stdout))
+    assert ended.stdout.endswith("</html>")
+
+
+ODD_VALUES = [10**400, -(10**23), 1e308, 1e-320, "text", None, True, [], {}, [[]]]
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+def test_odd_values_in_a_runs_files_leave_a_page(copy, value):
+    """Every number that the page or the list of runs reads."""
+
+    def spoiled(tree):
+        if isinstance(tree, dict):
+            return {name: spoiled(each) for name, each in tree.items()}
+        if isinstance(tree, list):
+            return [spoiled(each) for each in tree]
+        return value if isinstance(tree, (int, float)) else tree
+
+    (copy / "ckpt" / "scores.json").write_text('{"4": 50.0}')
+    for name in ("results.json", "env.json", "networks.json", "ckpt/scores.json"):
+        (copy / name).write_text(json.dumps(spoiled(json.loads((copy / name).read_text()))))
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    changed = [spoiled(line) | ({"step": line["step"]} if place % 2 else {}) for place, line in enumerate(lines)]
+    (copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, changed)) + "\n" + "[" * 100_000)
+    refuse_what_acts(page_of(copy))
+    assert runs_main(["--html", "--runs-dir", str(copy.parent)]) == 0
+
+
+def test_a_configuration_that_no_run_can_have_leaves_the_rest(copy):
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(re.sub(r"global_batch_size: \d+", "global_batch_size: 0", text))
+    page = page_of(copy)
+    assert "Table of attention" in page.tables
+    assert "There are none to show" in page.text
 
 
 # --- At the end of a run ---

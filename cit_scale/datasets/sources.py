@@ -240,6 +240,8 @@ def open_source(
 
     Raises ConfigError for a path that is not a data set, and MissingInputError for one that does not exist.
     """
+    if not where:
+        raise ConfigError(f"{option} is empty; give a folder of images, or another data set")
     source = _open(where, cache_dir, option, pixels, split_names, label_key)
     source.notes = (*source.notes, *alike(source.classes))
     if where in BUILT_IN and built_in_name(where, pixels) is None:

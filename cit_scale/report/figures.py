@@ -5,6 +5,8 @@ place CSS variables take, so that a drawing is as dark or light as the page. mat
 matplotlibrc says.
 """
 
+# ruff: noqa: E402  matplotlib is set up before it is imported
+
 from __future__ import annotations
 
 import io
@@ -14,6 +16,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+# It warns of folders for its cache of fonts that cannot be written.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 # A backend for screens, or a style, that somebody has set may not be there, and the import would fail.
 os.environ.update(MPLBACKEND="svg", MATPLOTLIBRC=os.devnull)
@@ -32,14 +37,13 @@ from cit_scale.report.measures import Bin
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# It warns of folders for its cache of fonts that cannot be written, and of styles that it does not know.
-logging.getLogger("matplotlib").setLevel(logging.ERROR)
-
 INK, FAINT = "#010203", "#010204"  # stand-ins of the page's text and of its thin lines
 SERIES = tuple(f"#01030{number}" for number in range(8))  # of its colours of curves, which start again after eight
 DASHES = ("-", "--", "-.", ":")  # so that curves differ without colours, too; by turns, with the colours
 
 PICTURE_CELLS = 125  # on each side of the picture of a confusion matrix
+
+LEAST_ON_LOG_SCALE = 1e-30  # below it, a drawing of what is larger would be empty
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -104,7 +108,7 @@ def curves(
                 skipped, [0.98] * len(skipped), "v", color=INK, markersize=5, transform=axes.get_xaxis_transform()
             )
         values = np.concatenate([curve.values for curve in drawn.values()])
-        if logarithmic and np.nanmin(values) > 0:
+        if logarithmic and np.nanmin(values) > LEAST_ON_LOG_SCALE:
             axes.set_yscale("log")
             for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 formatted(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))

@@ -11,6 +11,9 @@ import numpy as np
 from cit_scale.run.folders import Phase, as_dict, dig, is_number, number, parse_lines, read_text
 from cit_scale.run_folder import METRICS
 
+MOST_STEPS = 2**53  # that a float holds exactly
+FLOAT32_MIN, FLOAT32_MAX = 1.1754943508222875e-38, 3.4028234663852886e38  # the smallest normal one, the largest
+
 MOST_POINTS = 1000  # of a curve; more of them are drawn as means of neighbours
 
 
@@ -48,7 +51,7 @@ def read_history(phase: Phase) -> History:
     skipped: dict[int, str] = {}
     for line in parse_lines(read_text(phase.folder / METRICS)):
         step = line.get("step")
-        if step is None or not is_number(step):
+        if step is None or not is_number(step) or not 0 <= step <= MOST_STEPS:
             continue
         if "skipped" in line:
             skipped[int(step)] = str(line["skipped"])
@@ -57,11 +60,11 @@ def read_history(phase: Phase) -> History:
             if name != "step" and (found := _value(value)) is not None:
                 points.setdefault(name, {})[int(step)] = found  # of a step that was done twice, the second
     # The last accuracy is that of the files, which stands in the results.
-    if (last := number(phase.results.get("steps"))) is not None:
+    if (last := number(phase.results.get("steps"))) is not None and 0 <= last <= MOST_STEPS:
         for name, prefix in (("student", "top1_"), ("student ema", "top1_ema_")):
             for head, value in as_dict(dig(phase.results, "accuracy", name, "top1")).items():
-                if is_number(value):
-                    points.setdefault(f"{prefix}{head}", {})[int(last)] = float(value)
+                if (found := _value(value)) is not None:
+                    points.setdefault(f"{prefix}{head}", {})[int(last)] = found
     return History(
         curves={name: _thinned(name, dict(sorted(values.items()))) for name, values in points.items()},
         resumed=[int(step) for start in phase.starts[1:] if (step := number(start.get("step"))) is not None],
@@ -70,9 +73,13 @@ def read_history(phase: Phase) -> History:
 
 
 def _value(value: Any) -> float | None:
-    """A number; NaN for what is written as text because it is not finite."""
+    """A number; NaN for what is written as text because it is not finite.
+
+    As in float32, in which the run computes: what that does not hold is NaN or 0, and no scale has to reach there.
+    """
     if is_number(value):
-        return float(value)
+        size = abs(value)
+        return float("nan") if size > FLOAT32_MAX else float(value) if size >= FLOAT32_MIN else 0.0
     return float("nan") if value in ("nan", "inf", "-inf") else None
 
 

@@ -32,15 +32,17 @@ from cit_scale.report.attention import transformer_of
 from cit_scale.report.history import read_history
 from cit_scale.report.networks import RunNetworks, open_run_networks
 from cit_scale.report.page import Content, Example, Part, render
-from cit_scale.run.bad_images import FILE as BAD_IMAGES
 from cit_scale.run.folders import RunFolder, is_run, number, read_text
 from cit_scale.run.inputs import DATA, EVALUATION_DATA
 from cit_scale.run.noted import noted_inputs, noted_versions
 from cit_scale.run.plan import counted
 from cit_scale.run.show import as_date, run_record, state_in_folder
-from cit_scale.run_folder import CHECKPOINTS, CONFIG, REPORT, STUDENT, saved_steps
+from cit_scale.run_folder import BAD_IMAGES, CHECKPOINTS, CONFIG, REPORT, STUDENT, saved_steps
+from cit_scale.text import escape_unencodable
 
 T = TypeVar("T")
+
+SUFFIXES = (".html", ".htm")
 
 EXAMPLES = 16  # of the worst mistakes, and of the most doubtful images
 ATTENDED = 8  # images of which attention is shown: half of them mistakes, if there are as many
@@ -54,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         is_whole_run = os.path.realpath(arguments.run) == os.path.realpath(run_dir)
         if arguments.out is None and (arguments.data is not None or not is_whole_run):
             raise ConfigError(f"{REPORT} is the page of the run's own weights and images; give another file by --out")
-        out = check_output("--out", arguments.out or str(run_dir / REPORT), [arguments.data or ""])
+        inputs = [arguments.run, arguments.data or ""]
+        out = check_output("--out", arguments.out or str(run_dir / REPORT), inputs, suffixes=SUFFIXES)
         began_at = time.perf_counter()
         notes = make_report(
             run_dir,
@@ -69,8 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
         if notes is not None and world.is_main:
             for note in notes:
                 print(note, file=sys.stderr)
-            shown = printable(arguments.out or run_dir / REPORT)
-            print(f"{shown}, {out.stat().st_size / 1e6:.1f} MB, in {time.perf_counter() - began_at:.0f} s")
+            if is_replaceable(out):
+                escape_unencodable()
+                shown = printable(arguments.out or run_dir / REPORT)
+                print(f"{shown}, {out.stat().st_size / 1e6:.1f} MB, in {time.perf_counter() - began_at:.0f} s")
 
     return run_command(work, needs_less_memory=SMALLER_BATCHES)
 
@@ -110,7 +115,8 @@ def make_report(
     A part that cannot be made says why in its place; the page is written as a whole or not at all. Raises RunError for
     ``weights`` and ``data`` that were given and cannot be used, OSError for a file that cannot be written.
     """
-    run = RunFolder(run_dir.absolute().name, run_dir.absolute())
+    folder = Path(os.path.abspath(run_dir))
+    run = RunFolder(folder.name, folder)
     run_on_all_ranks(world, lambda: _refuse_unwritable(out) if world.is_main else None)
     if broadcast(world, not should_continue()):
         return None
@@ -226,7 +232,7 @@ def _assemble(
         config_text=read_text(run.folder / CONFIG),
         histories={phase.name: read_history(phase) for phase in (run.student, *run.phases[:-1])},
         survey=asked,
-        is_other_set=answers is not None and _is_other_set(run, answers),
+        is_other_set=answers is not None and _part(partial(_is_other_set, run, answers)).value is True,
         weights="" if networks.value is None else networks.value.student.weights,
         models={} if config.value is None else {name: each.model for name, each in config.value.teachers.items()},
         missing={} if networks.value is None else networks.value.missing,

@@ -9,8 +9,7 @@ from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World, gather
 from cit_scale.errors import BadDataError
 from cit_scale.files import write_text
-
-FILE = "bad_images.tsv"
+from cit_scale.run_folder import BAD_IMAGES
 
 
 class BadImages:
@@ -21,7 +20,7 @@ class BadImages:
 
     def __init__(self, run_dir: Path, readers: Sequence[Reader], most: int, world: World) -> None:
         """most: data.max_bad_images. readers: those of this rank, for training and evaluation."""
-        self._path = run_dir / FILE
+        self._path = run_dir / BAD_IMAGES
         self._readers = readers
         self._most = most
         self._world = world

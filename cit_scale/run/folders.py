@@ -22,6 +22,7 @@ import yaml
 from cit_scale.errors import MissingInputError
 from cit_scale.run_folder import (
     ATTEMPTS,
+    BAD_IMAGES,
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
@@ -143,7 +144,7 @@ class Phase:
 
     @property
     def bad_images(self) -> int:
-        return read_text(self.folder / "bad_images.tsv").count("\n")
+        return read_text(self.folder / BAD_IMAGES).count("\n")
 
     @property
     def bad_steps(self) -> int | None:
@@ -230,12 +231,14 @@ class RunFolder:
         """The process that trains in the folder, as 'PID on HOST'; None if this host sees no lock on the folder."""
         # The file that cit_scale/distributed/lock.py locks exclusively. Test with a shared lock, so that several
         # readers can test at once, and release it at once by closing the file.
-        path = self.folder.with_name(f".{self.folder.name}.lock")
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read(200).decode(errors="replace") or "of unknown number"
+        # Of a link also what it leads to: the run may have been started by either name.
+        for folder in (self.folder, Path(os.path.realpath(self.folder))):
+            path = folder.with_name(f".{folder.name}.lock")
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return file.read(200).decode(errors="replace") or "of unknown number"
         return None
 
 
@@ -324,14 +327,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     safe_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the loader in C takes a tenth of the time
     try:
         return as_dict(safe_loader(read_text(path)).get_single_data())
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         return {}
 
 
 def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # lists in lists, by the thousand
         return None
 
 
@@ -366,8 +369,11 @@ def dig(tree: Any, *keys: str) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite int or float; a bool is not a number here."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is a finite int or float, and one that a float can hold; a bool is not a number here."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def numbers(values: Iterable[Any]) -> list[float]:
