@@ -101,7 +101,8 @@ def curves(
                 marker=few,
                 markersize=3,
             )
-        for step in sorted(set(resumed)):
+        last = max(curve.steps[-1] for curve in drawn.values())
+        for step in sorted({step for step in resumed if step <= last}):
             axes.axvline(step, color=INK, linewidth=1, linestyle=(0, (2, 3)), alpha=0.6)
         if skipped:
             axes.plot(

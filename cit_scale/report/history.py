@@ -65,9 +65,10 @@ def read_history(phase: Phase) -> History:
             for head, value in as_dict(dig(phase.results, "accuracy", name, "top1")).items():
                 if (found := _value(value)) is not None:
                     points.setdefault(f"{prefix}{head}", {})[int(last)] = found
+    again = (number(start.get("step")) for start in phase.starts[1:])
     return History(
         curves={name: _thinned(name, dict(sorted(values.items()))) for name, values in points.items()},
-        resumed=[int(step) for start in phase.starts[1:] if (step := number(start.get("step"))) is not None],
+        resumed=[int(step) for step in again if step is not None and 0 <= step <= MOST_STEPS],
         skipped=dict(sorted(skipped.items())),
     )
 
