@@ -49,7 +49,7 @@ from cit_scale.report.commands import report as main
 from cit_scale.report.history import MOST_POINTS, History, read_history
 from cit_scale.report.networks import open_run_networks
 from cit_scale.report.page import Content, Part, render
-from cit_scale.report.pictures import first_images
+from cit_scale.report.pictures import _largest, first_images
 from cit_scale.report.runs import main as runs_main
 from cit_scale.report.write import make_report, run_dir_of
 from cit_scale.run.folders import Phase
@@ -261,6 +261,15 @@ def test_training_images_are_those_of_the_first_update(finished, group, ranks):
         expected = mix(next(stream), mixing, CLASSES, seed=config.seed, step=0)
     assert torch.equal(found.images[:4], expected.images)
     assert torch.equal(found.targets[:4], expected.targets)
+
+
+def test_mixed_images_are_named_by_both_classes_and_smoothing_by_none():
+    def named(targets):
+        return [(name, round(share, 3)) for name, share in _largest(torch.tensor(targets), ("a", "b", "c", "d"))]
+
+    assert named([0.025, 0.925, 0.025, 0.025]) == [("b", 1)]
+    assert named([0.025, 0.7, 0.025, 0.25]) == [("b", 0.75), ("d", 0.25)]
+    assert named([0.0, 0.0, 1.0, 0.0]) == [("c", 1)]
 
 
 def test_training_images_that_are_others_now_are_not_shown(copy, tiny_inputs):
@@ -475,6 +484,7 @@ def page_about(answers):
         histories={"": History({}, [], {})},
         survey=Part(answers),
         is_other_set=False,
+        is_training_set=False,
         weights="student.safetensors",
         models={"conv": "regnety"},
         missing={},
@@ -513,7 +523,7 @@ def test_a_run_that_goes_on_has_a_page_of_its_newest_checkpoint(copy, capsys):
     (copy / "results.json").unlink()
     page = page_of(copy)
     assert "its checkpoint of step 12 is taken" in capsys.readouterr().err
-    assert "weights step_000012/student.safetensors" in page.text
+    assert "with step_000012/student.safetensors" in page.text
     assert "Stopped (at step 12)" in page.text
 
 
@@ -564,6 +574,8 @@ def test_another_set_is_named(copy, tiny_inputs):
     page = page_of(copy, "--data", str(train_set), "--out", str(copy / "report.html"))
     assert "of 48 images" in page.text
     assert str(train_set)[-20:] in page.text
+    assert "The scores are too good: the run was trained on images of this set" in page.text
+    assert "These are not the images" not in page.text
 
 
 def test_teachers_that_are_gone_or_others_are_not_asked(finished, tmp_path, tiny_inputs):
@@ -599,7 +611,7 @@ def test_weights_in_a_run_are_of_that_run(copy):
     page = page_of(copy)
     assert main([str(copy / "student_ema.safetensors"), "--out", str(copy / "ema.html")]) == 0
     averaged = Page((copy / "ema.html").read_text())
-    assert "weights student_ema.safetensors" in averaged.text
+    assert "with student_ema.safetensors" in averaged.text
     assert averaged.tables["Table of the networks"] != page.tables["Table of the networks"]
 
 
@@ -649,7 +661,7 @@ def test_a_run_may_be_the_folder_that_one_is_in(copy, is_finished, monkeypatch):
     assert main(["."]) == 0
     page = Page((copy / "report.html").read_text())
     assert [tag for tag, _ in page.elements].count("h1") == 1
-    assert page.text.startswith("copy, a report")
+    assert page.text.startswith("copy: ")
 
 
 def test_what_is_no_file_is_written_as_it_is(copy):
@@ -818,6 +830,15 @@ def test_the_page_of_all_runs_links_to_their_reports(copy, capsys):
     links = [each["href"] for tag, each in page.elements if tag == "a" and not each["href"].startswith("#")]
     assert links == ["./javascript%3Aalert%281%29/%3Cb%3E%3F%23%26/report.html"]
     assert (runs / unquote(links[0])).read_text() == "there"
+
+
+def test_the_page_of_all_runs_takes_the_place_of_no_report(copy, capsys):
+    (copy / "report.html").write_text("there")
+    assert runs_main(["--html", str(copy / "report.html"), "--runs-dir", str(copy.parent)]) == RefusedError.exit_code
+    assert runs_main(["--html", str(copy.parent), "--runs-dir", str(copy.parent)]) == ConfigError.exit_code
+    assert runs_main(["--html", str(copy / "page"), "--runs-dir", str(copy.parent)]) == ConfigError.exit_code
+    assert capsys.readouterr().err.count("\n") == 3
+    assert (copy / "report.html").read_text() == "there"
 
 
 def test_the_page_of_all_runs_lies_where_it_is_asked_for(copy, tmp_path_factory):

@@ -92,7 +92,6 @@ def test_a_head_follows_its_teacher_in_what_is_right_and_in_what_is_wrong():
     assert advice.when_right == Share(1, 3)  # of 0, 1, 5
     assert advice.when_wrong == Share(2, 3)  # of 2, 3, 4
     assert advice.mends == Share(1, 3)  # 4
-    assert advice.misses == Share(2, 3)  # 1, 5
 
 
 def test_who_is_right_where_the_other_is_wrong():

@@ -27,6 +27,8 @@ from cit_scale.report.networks import (
 
 T = TypeVar("T")
 
+OWN_SET = "the run's own evaluation set"
+
 MOST_FEATURES = 2000  # images whose features are compared, spread over the data set: their Gram matrices are that wide
 
 
@@ -137,7 +139,7 @@ def ask_networks(
         said = {key: _joined(parts) for key, parts in collected.said.items()}
         features = {key: np.concatenate(parts) for key, parts in collected.features.items()}
         return Survey(
-            data=data or "the evaluation set of the run",
+            data=data or OWN_SET,
             source=source,
             samples=np.array(collected.samples),
             labels=np.array([label_of[sample][0] for sample in collected.samples]),

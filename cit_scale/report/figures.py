@@ -41,6 +41,8 @@ INK, FAINT = "#010203", "#010204"  # stand-ins of the page's text and of its thi
 SERIES = tuple(f"#01030{number}" for number in range(8))  # of its colours of curves, which start again after eight
 DASHES = ("-", "--", "-.", ":")  # so that curves differ without colours, too; by turns, with the colours
 
+FEW = 10  # images in a bin that is drawn pale
+
 PICTURE_CELLS = 125  # on each side of the picture of a confusion matrix
 
 LEAST_ON_LOG_SCALE = 1e-30  # below it, a drawing of what is larger would be empty
@@ -128,8 +130,22 @@ def reliability_diagram(bins: Sequence[Bin], name: str) -> Markup:
         filled = [each for each in bins if each.count]
         width = bins[0].high - bins[0].low
         middles = [(each.low + each.high) / 2 for each in filled]
-        axes.bar(middles, [each.accuracy for each in filled], width * 0.92, color=SERIES[0], alpha=0.55)
-        axes.plot([each.confidence for each in filled], [each.accuracy for each in filled], "o", color=SERIES[0])
+        bounds = [each.right.interval for each in filled]
+        reach = np.array(
+            [(each.accuracy - low, high - each.accuracy) for each, (low, high) in zip(filled, bounds, strict=True)]
+        )
+        for each, middle in zip(filled, middles, strict=True):
+            pale = 0.2 if each.count < FEW else 0.55
+            axes.bar(middle, each.accuracy, width * 0.92, color=SERIES[0], alpha=pale)
+        axes.errorbar(
+            [each.confidence for each in filled],
+            [each.accuracy for each in filled],
+            yerr=reach.T,
+            fmt="o",
+            color=SERIES[0],
+            ecolor=INK,
+            elinewidth=1,
+        )
         axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--")
         axes.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share that is right")
         below.bar(middles, [each.count for each in filled], width * 0.92, color=SERIES[1], alpha=0.7)

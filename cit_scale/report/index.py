@@ -24,9 +24,10 @@ def write_index(runs_dir: Path, states_of: StatesOf, out: str, *, set_aside: boo
     MissingInputError if ``runs_dir`` is not a folder, what ``check_output`` raises, and OSError.
     """
     runs = find_runs(runs_dir, set_aside=set_aside)
-    file = check_output("--html", out or str(runs_dir / INDEX), [], suffixes=(".html", ".htm"))
+    reports = [str(run.folder / REPORT) for run in runs]
+    file = check_output("--html", out or str(runs_dir / INDEX), reports, suffixes=(".html", ".htm"))
     rows = [_row(run, state, file.parent) for run, state in zip(runs, states_of(runs), strict=True)]
-    write_output(file, render_page("index.html", rows=rows, runs_dir=runs_dir, made=as_date(time.time())))
+    write_output(file, render_page("index.html", rows=rows, runs_dir=runs_dir.resolve(), made=as_date(time.time())))
     return file
 
 

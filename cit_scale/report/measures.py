@@ -93,6 +93,10 @@ class Bin:
     confidence: float
     accuracy: float
 
+    @property
+    def right(self) -> Share:
+        return Share(round(self.accuracy * self.count) if self.count else 0, self.count)
+
 
 def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> list[Bin]:
     """The bins of ``calibration_error``, as Guo et al. (ICML 2017) draw them. Both are (N,)."""
@@ -119,16 +123,14 @@ class Advice:
     """What became of a teacher's advice in one head.
 
     agrees: all images, those on which both choose the same class. when_right, when_wrong: the same among the images on
-    which the teacher is right and wrong: there the head has taken over the very mistake. mends: of the teacher's
-    mistakes, those on which the head is right. misses: of the images on which the teacher is right, those on which the
-    head is wrong.
+    which the teacher is right and wrong: there the head makes the same mistake. mends: of the teacher's mistakes, those
+    on which the head is right.
     """
 
     agrees: Share
     when_right: Share
     when_wrong: Share
     mends: Share
-    misses: Share
 
 
 def compare_advice(labels: np.ndarray, teacher: np.ndarray, head: np.ndarray) -> Advice:
@@ -140,7 +142,6 @@ def compare_advice(labels: np.ndarray, teacher: np.ndarray, head: np.ndarray) ->
         when_right=_share(same[right]),
         when_wrong=_share(same[~right]),
         mends=_share(head_right[~right]),
-        misses=_share(~head_right[right]),
     )
 
 

@@ -36,9 +36,9 @@ T = TypeVar("T")
 
 TABLE_CLASSES = 20  # classes of a confusion matrix whose cells are written as numbers; more are a picture
 MOST_DRAWN = 2000  # classes of a confusion matrix that is drawn
-MOST_PAIRS = 30  # confused classes that are listed
+MOST_PAIRS, FEW_PAIRS = 30, 10  # confused classes that are listed, and beside a table of all
 MOST_STARTS = 50  # and ends of jobs, that are listed
-MOST_ROWS = 12  # of a curve's numbers
+MOST_ROWS = 50  # of a curve's numbers
 MOST_LISTED = 20  # bad images and bad steps that are listed
 
 
@@ -63,9 +63,10 @@ class Content:
     """All that a report shows.
 
     record: as ``run_record`` has it. plan: what an update is made of, by name. config_text: config.yaml. histories: by
-    phase, the student's under "". is_other_set: the survey is of other images than the results. weights: file of the
-    student's. models: of the teachers, by name. missing: by name, why a teacher is not asked. worst, doubtful: examples
-    of both. bad_images: names and reasons. made: when, and by what version.
+    phase, the student's under "". is_other_set: the survey is of other images than the results. is_training_set: of
+    those that the run was trained on. weights: file of the student's. models: of the teachers, by name. missing: by
+    name, why a teacher is not asked. worst, doubtful: examples of both. bad_images: names and reasons. made: when, and
+    by what version.
     """
 
     record: Mapping[str, Any]
@@ -74,6 +75,7 @@ class Content:
     histories: Mapping[str, History]
     survey: Part[Survey | None]
     is_other_set: bool
+    is_training_set: bool
     weights: str
     models: Mapping[str, str]
     missing: Mapping[str, str]
@@ -147,13 +149,14 @@ def _network_row(
 @dataclass(frozen=True)
 class Drawing:
     """A drawing with its legend: (name, number of its colour). rows: (update, values by curve), some of its points, for
-    those who do not see it. note: what else is to be said of it.
+    those who do not see it. points: how many there are. note: what else is to be said of it.
     """
 
     title: str
     svg: Markup
     legend: Sequence[tuple[str, int]]
     rows: Sequence[tuple[int, Sequence[float | None]]]
+    points: int
     note: str = ""
 
 
@@ -203,7 +206,7 @@ def _curves(
     thinned = max(curve.thinned for curve in drawn.values())
     note = f"Each point is the mean of {thinned} lines." if thinned > 1 else ""
     legend = [(each, number % len(figures.SERIES)) for number, each in enumerate(drawn)]
-    return Drawing(title, svg, legend, rows, note)
+    return Drawing(title, svg, legend, rows, len(steps), note)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +251,7 @@ def confusion_part(survey: Survey) -> dict[str, Any]:
             ]
         else:
             drawing, side = figures.confusion_picture(matrix, "confusion")
-    pairs = most_confused(labels, choices, MOST_PAIRS)
+    pairs = most_confused(labels, choices, MOST_PAIRS if table is None else FEW_PAIRS)
     wrong = int((labels != choices).sum())
     return {"table": table, "drawing": drawing, "side": side, "pairs": pairs, "wrong": wrong}
 

@@ -33,7 +33,9 @@ from cit_scale.report.figures import heat_colours
 
 THUMBNAIL_PIXELS = 96  # pixels of the longer side
 MAP_PIXELS = 112  # pixels of a map of attention
+BRIGHT = 3.0  # times the mean of a map: its brightest colour
 SAMPLES = 12  # of training
+LEAST_SHARE = 0.005  # of an image in a mixed one, that is named
 SAMPLE_PIXELS = 160  # pixels, at most
 
 
@@ -110,12 +112,12 @@ def _token_map(attention: TokenAttention, place: int, number: int, pixels: Tenso
 
 
 def overlay(pixels: Tensor, weights: Tensor) -> Image.Image:
-    """The image in grey, and over it the weights of its patches in colour, from their least to their most.
+    """The image in grey, and over it the weights of its patches in colour: dark for 0, bright for BRIGHT times the mean
+    and more. The same scale for all, so that flat weights look flat.
 
     pixels: (3, H, W) uint8. weights: (rows, columns), of the patches.
     """
-    weights = weights - weights.min()
-    scaled = (255 * weights / weights.max().clamp(min=1e-12)).round().to(torch.uint8)
+    scaled = (255 * weights / (BRIGHT * weights.mean())).clamp(max=255).round().to(torch.uint8)
     larger = Image.fromarray(scaled.numpy()).resize((MAP_PIXELS, MAP_PIXELS), Image.Resampling.BILINEAR)
     colours = heat_colours(np.asarray(larger))  # (MAP_PIXELS, MAP_PIXELS, 3)
     grey = np.asarray(_picture(pixels).convert("L").resize((MAP_PIXELS, MAP_PIXELS), Image.Resampling.BICUBIC)) / 255
@@ -185,10 +187,8 @@ def _small(image: Tensor) -> Image.Image:
 
 
 def _largest(targets: Tensor, classes: Sequence[str]) -> list[tuple[str, float]]:
-    """The one or two classes that the target is mixed of: no more than two images are, and smoothing gives all others
-    the same.
-    """
-    shares, numbers = targets.topk(min(2, len(targets)))
-    least = float(targets.min())
-    named = [(classes[int(number)], float(share)) for number, share in zip(numbers, shares, strict=True)]
-    return [named[0], *((name, share) for name, share in named[1:] if share > least + 1e-6)]
+    """The one or two classes that a target is mixed of, with their shares, without what smoothing gives to all."""
+    shares, numbers = (targets - targets.min()).topk(min(2, len(targets)))
+    whole = max(float(shares.sum()), 1e-12)
+    named = [(classes[int(number)], float(share) / whole) for number, share in zip(numbers, shares, strict=True)]
+    return [named[0], *((name, share) for name, share in named[1:] if share >= LEAST_SHARE)]

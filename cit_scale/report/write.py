@@ -27,7 +27,7 @@ from cit_scale.inference.evaluate import evaluation_set, run_config, run_pixels
 from cit_scale.inference.outputs import check_output, is_replaceable, write_output
 from cit_scale.inference.turns import portable
 from cit_scale.report import pictures
-from cit_scale.report.answers import Survey, ask_networks
+from cit_scale.report.answers import OWN_SET, Survey, ask_networks
 from cit_scale.report.attention import transformer_of
 from cit_scale.report.history import read_history
 from cit_scale.report.networks import RunNetworks, open_run_networks
@@ -37,7 +37,7 @@ from cit_scale.run.inputs import DATA, EVALUATION_DATA
 from cit_scale.run.noted import noted_inputs, noted_versions
 from cit_scale.run.plan import counted
 from cit_scale.run.show import as_date, run_record, state_in_folder
-from cit_scale.run_folder import BAD_IMAGES, CHECKPOINTS, CONFIG, REPORT, STUDENT, saved_steps
+from cit_scale.run_folder import BAD_IMAGES, CHECKPOINTS, CONFIG, REPORT, STUDENT, TEACHERS, saved_steps
 from cit_scale.text import escape_unencodable
 
 T = TypeVar("T")
@@ -116,7 +116,8 @@ def make_report(
     ``weights`` and ``data`` that were given and cannot be used, OSError for a file that cannot be written.
     """
     folder = Path(os.path.abspath(run_dir))
-    run = RunFolder(folder.name, folder)
+    name = folder.name if folder.parent.name != TEACHERS else f"{folder.parents[1].name}, teacher {folder.name}"
+    run = RunFolder(name, folder)
     run_on_all_ranks(world, lambda: _refuse_unwritable(out) if world.is_main else None)
     if broadcast(world, not should_continue()):
         return None
@@ -233,6 +234,7 @@ def _assemble(
         histories={phase.name: read_history(phase) for phase in (run.student, *run.phases[:-1])},
         survey=asked,
         is_other_set=answers is not None and _part(partial(_is_other_set, run, answers)).value is True,
+        is_training_set=answers is not None and config.value is not None and _is_training_set(answers, config.value),
         weights="" if networks.value is None else networks.value.student.weights,
         models={} if config.value is None else {name: each.model for name, each in config.value.teachers.items()},
         missing={} if networks.value is None else networks.value.missing,
@@ -248,9 +250,22 @@ def _assemble(
 def _is_other_set(run: RunFolder, answers: Survey) -> bool:
     """Whether the images are other ones than those that the run's results are about, as far as that is known."""
     noted, is_finished = noted_inputs(run.folder)
-    if not is_finished or EVALUATION_DATA not in noted or answers.source.classes != answers.classes:
+    if (
+        answers.data != OWN_SET
+        or not is_finished
+        or EVALUATION_DATA not in noted
+        or answers.source.classes != answers.classes
+    ):
         return False
     return noted[EVALUATION_DATA] != noted_versions(run.folder).fingerprint(answers.source.fingerprint)
+
+
+def _is_training_set(answers: Survey, config: RunConfig) -> bool:
+    """Whether the images were named by the path of the training set, or by one above or below it."""
+    if answers.data == OWN_SET or config.data.train is None:
+        return False
+    paths = [Path(os.path.realpath(each)) for each in (answers.data, config.data.train)]
+    return paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0])
 
 
 def _training_samples(run: RunFolder, config: RunConfig, world: World) -> Sequence[pictures.TrainingSample]:
