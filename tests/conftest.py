@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter, which has to be chosen before Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,18 @@ def calm(tiny_inputs, tmp_path_factory):
         return runs[layout]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(calm):
+    """The folder of the tiny run on one process that nobody disturbed."""
+    return calm("plain").run_dir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of ``finished``, to be harmed."""
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 @pytest.fixture

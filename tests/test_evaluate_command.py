@@ -18,17 +18,6 @@ from cit_scale.inference.commands import evaluate as main
 from cit_scale.inference.evaluate import evaluate_classifier
 
 
-@pytest.fixture(scope="module")
-def finished(calm):
-    return calm("plain").run_dir
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A copy of the finished run, to be harmed."""
-    return shutil.copytree(finished, tmp_path / "copy")
-
-
 def scores_of(name, **options):
     return evaluate_classifier(open_classifier(str(name), World()), World(), **options)
 

@@ -122,17 +122,6 @@ def refuse_what_acts(page):
 
 
 @pytest.fixture(scope="module")
-def finished(calm):
-    return calm("plain").run_dir
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A copy of the finished run, to be harmed."""
-    return shutil.copytree(finished, tmp_path / "copy")
-
-
-@pytest.fixture(scope="module")
 def answers(finished):
     """What the networks of the finished run say."""
     config = build(read_recipe(str(finished / "config.yaml")), RunConfig)

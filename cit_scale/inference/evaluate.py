@@ -28,7 +28,7 @@ from cit_scale.inference.classifier import Classifier, open_classifier
 from cit_scale.inference.entry import SMALLER_BATCHES, run_command
 from cit_scale.inference.judges import Judged, judge
 from cit_scale.inference.outputs import check_output, write_output
-from cit_scale.inference.scores import ImageScores, Scores, best_temperature, score_images, summarize
+from cit_scale.inference.scores import ImageScores, Scores, best_temperature, joined, score_images, summarize
 from cit_scale.inference.turns import Answers, classify_all, unusable_text
 from cit_scale.models.classes import columns_by_class
 from cit_scale.recipe import build, read_recipe
@@ -167,7 +167,7 @@ def _summarize(
     labels = None
     if all(len(each) == 1 for each in judged.labels):
         labels = np.array([label_of[sample][0] for sample in collected.samples])
-    heads = {head: _joined(parts) for head, parts in collected.by_head.items()}
+    heads = {head: joined(parts) for head, parts in collected.by_head.items()}
     scores = {head: summarize(each, labels) for head, each in heads.items()}
     logits = np.concatenate(collected.logits)
     temperature = None if labels is None else best_temperature(logits, labels)
@@ -187,20 +187,20 @@ def _summarize(
     )
 
 
-def _joined(parts: Sequence[ImageScores]) -> ImageScores:
-    names = ("correct", "in_five", "nll", "confidence")
-    return ImageScores(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-
-
 def open_images(classifier: Classifier, data: str | None, option: str = "--data") -> Source:
     """The images to evaluate on. data: as in ``evaluate_classifier``. option: that names it. Raises ConfigError."""
     if data is not None:
-        return open_source(data, cache_folder(DataConfig().cache_dir), option)
+        return named_set(data, option)
     if classifier.run_dir is None:
         raise ConfigError(
             f"{printable(classifier.name)} lies in no run folder, which would say on what; give {option} DIR"
         )
     return evaluation_set(run_config(classifier.run_dir).data, run_pixels(classifier.run_dir))
+
+
+def named_set(data: str, option: str = "--data") -> Source:
+    """Images that an option names, as data.eval of a run does. Raises ConfigError."""
+    return open_source(data, cache_folder(DataConfig().cache_dir), option)
 
 
 def evaluation_set(config: DataConfig, pixels: Pixels) -> Source:

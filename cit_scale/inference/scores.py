@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 BINS = 15  # of confidence, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
 TEMPERATURES = (0.02, 50.0)  # between which the best one is searched for
@@ -76,10 +80,24 @@ def summarize(images: ImageScores, labels: np.ndarray | None) -> Scores:
     )
 
 
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def joined(parts: Sequence[T]) -> T:
+    """Dataclasses whose fields are arrays of some images each, (N1,), (N2,), ..., as one of all, in their order."""
+    names = [field.name for field in fields(parts[0])]
+    return type(parts[0])(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
 def _class_mean(correct: np.ndarray, labels: np.ndarray) -> float:
     seen = np.bincount(labels)
     hits = np.bincount(labels, weights=correct)
     return 100 * math.fsum(hits[seen > 0] / seen[seen > 0]) / int((seen > 0).sum())
+
+
+def bins_of(confidence: np.ndarray) -> np.ndarray:
+    """The bin of each confidence, (N,), from 0 to BINS - 1: as ``calibration_error`` has them."""
+    return np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
@@ -87,7 +105,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
 
     Bin b holds the confidences in (b / BINS, (b + 1) / BINS], as in Guo et al. (2017). Both are (N,).
     """
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    bins = bins_of(confidence)
     gaps = [abs(int(correct[bins == each].sum()) - math.fsum(confidence[bins == each])) for each in range(BINS)]
     return 100 * math.fsum(gaps) / len(confidence)
 

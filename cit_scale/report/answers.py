@@ -13,7 +13,7 @@ from cit_scale.datasets.sources import Source
 from cit_scale.distributed.world import World, first_on_each_node, run_on_all_ranks
 from cit_scale.errors import BadDataError
 from cit_scale.inference.evaluate import known_images
-from cit_scale.inference.scores import ImageScores, Scores, score_images, summarize
+from cit_scale.inference.scores import ImageScores, Scores, joined, score_images, summarize
 from cit_scale.inference.turns import Answers, classify_all, unusable_text
 from cit_scale.report.measures import kl_divergence
 from cit_scale.report.networks import (
@@ -136,7 +136,7 @@ def ask_networks(
         unusable = {source.name(sample): reason for sample, reason in collected.reasons.items()}
         if not collected.samples:
             raise BadDataError(f"none of {len(judged.samples)} images can be used: {unusable_text(unusable.values())}")
-        said = {key: _joined(parts) for key, parts in collected.said.items()}
+        said = {key: joined(parts) for key, parts in collected.said.items()}
         features = {key: np.concatenate(parts) for key, parts in collected.features.items()}
         return Survey(
             data=data or OWN_SET,
@@ -200,8 +200,3 @@ def summarize_answers(logits: np.ndarray, labels: np.ndarray) -> NetworkAnswers:
         in_five=scores.in_five,
         entropy=np.maximum(entropy, 0) / np.log(max(logits.shape[1], 2)),
     )
-
-
-def _joined(parts: list[NetworkAnswers]) -> NetworkAnswers:
-    names = ("choice", "prob", "nll", "in_five", "entropy")
-    return NetworkAnswers(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})

@@ -17,6 +17,8 @@ from cit_scale.report.measures import Share
 from cit_scale.run.folders import as_dict, dig, is_number
 from cit_scale.run.show import as_date, as_figure
 
+PAGE_SUFFIXES = (".html", ".htm")  # with one of which a page's file ends
+
 LONG_NAME = 60  # characters of a name that are shown
 
 

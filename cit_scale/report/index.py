@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cit_scale.inference.outputs import check_output, write_output
-from cit_scale.report.html import render_page
+from cit_scale.report.html import PAGE_SUFFIXES, render_page
 from cit_scale.run.folders import RunFolder, find_runs
 from cit_scale.run.show import State, StatesOf, as_date, cells_of, summarize
 from cit_scale.run_folder import REPORT
@@ -25,7 +25,7 @@ def write_index(runs_dir: Path, states_of: StatesOf, out: str, *, set_aside: boo
     """
     runs = find_runs(runs_dir, set_aside=set_aside)
     reports = [str(run.folder / REPORT) for run in runs]
-    file = check_output("--html", out or str(runs_dir / INDEX), reports, suffixes=(".html", ".htm"))
+    file = check_output("--html", out or str(runs_dir / INDEX), reports, suffixes=PAGE_SUFFIXES)
     rows = [_row(run, state, file.parent) for run, state in zip(runs, states_of(runs), strict=True)]
     write_output(file, render_page("index.html", rows=rows, runs_dir=runs_dir.resolve(), made=as_date(time.time())))
     return file

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cit_scale.inference.scores import BINS
+from cit_scale.inference.scores import BINS, bins_of
 
 NORMAL_95 = 1.959963984540054  # quantile of the normal distribution at 97.5 %
 
@@ -100,7 +100,7 @@ class Bin:
 
 def reliability_bins(confidence: np.ndarray, correct: np.ndarray) -> list[Bin]:
     """The bins of ``calibration_error``, as Guo et al. (ICML 2017) draw them. Both are (N,)."""
-    places = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    places = bins_of(confidence)
     bins = []
     for place in range(BINS):
         inside = places == place

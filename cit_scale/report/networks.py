@@ -48,12 +48,6 @@ class RunNetworks:
         """The head that stands for the student: the mean over its heads, or its only one."""
         return HEADS_MEAN if len(self.student.interface.heads) > 1 else self.student.interface.heads[0]
 
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """All heads, with ``whole``."""
-        heads = self.student.interface.heads
-        return (*heads, HEADS_MEAN) if len(heads) > 1 else heads
-
 
 def open_run_networks(name: str, run_dir: Path, config: RunConfig, world: World) -> RunNetworks:
     """Collective. Open a run's student and its teachers on this rank's device. Raises as ``open_network`` does.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from markupsafe import Markup
 
-from cit_scale.datasets.sources import Source
 from cit_scale.report import figures
 from cit_scale.report.answers import NetworkAnswers, Survey, spread_places
 from cit_scale.report.history import Curve, History
@@ -28,7 +26,7 @@ from cit_scale.report.measures import (
     reliability_bins,
     right_where_wrong,
 )
-from cit_scale.report.pictures import AttendedImage, TrainingSample
+from cit_scale.report.pictures import AttendedImage, TrainingSample, file_name
 from cit_scale.run.folders import as_dict, dig
 from cit_scale.run.show import as_figure, as_time
 
@@ -99,18 +97,13 @@ def render(content: Content) -> str:
         classes=None if survey is None else class_part(survey),
         confused=None if survey is None else confusion_part(survey),
         calibration=None if survey is None else calibration_part(survey),
-        advice=None if survey is None else advice_part(survey, content.models),
+        advice=None if survey is None else advice_part(survey),
         examples=None if survey is None else examples_part(survey, content),
         survey=survey,
         facts=fact_rows(content.record, content.plan),
         most_listed=MOST_LISTED,
         most_starts=MOST_STARTS,
     )
-
-
-def file_name(source: Source, sample: int) -> str:
-    """An image's name inside its data set, usually CLASS/FILE."""
-    return os.fsdecode(source.key(sample))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,11 +264,11 @@ def calibration_part(survey: Survey) -> dict[str, Any]:
 
 
 def examples_part(survey: Survey, content: Content) -> dict[str, list[dict[str, Any]]]:
-    describe = partial(_example, survey, content.models)
+    describe = partial(_example, survey)
     return {"worst": [*map(describe, content.worst)], "doubtful": [*map(describe, content.doubtful)]}
 
 
-def _example(survey: Survey, models: Mapping[str, str], example: Example) -> dict[str, Any]:
+def _example(survey: Survey, example: Example) -> dict[str, Any]:
     place = example.place
     sample = int(survey.samples[place])
     label, said = int(survey.labels[place]), survey.student
@@ -299,8 +292,8 @@ def _example(survey: Survey, models: Mapping[str, str], example: Example) -> dic
 # What the advice did
 
 
-def advice_part(survey: Survey, models: Mapping[str, str]) -> dict[str, Any]:
-    """How teachers and heads agree, who was right where the student is wrong, how heads compare_advice, and CKA."""
+def advice_part(survey: Survey) -> dict[str, Any]:
+    """How teachers and heads agree, who was right where the student is wrong, how heads follow their teachers, CKA."""
     voices = {f"teacher {name}": said for name, said in survey.teachers.items()}
     voices |= {f"student, {name}": said for name, said in survey.heads.items()}
     matrix = agreement_matrix([said.choice for said in voices.values()])

@@ -46,6 +46,11 @@ def thumbnail(source: Source, sample: int) -> str:
     return address(image)
 
 
+def file_name(source: Source, sample: int) -> str:
+    """An image's name inside its data set, usually CLASS/FILE."""
+    return os.fsdecode(source.key(sample))
+
+
 def address(image: Image.Image) -> str:
     """An image as a ``data:`` address: JPEG, or PNG where that is smaller."""
     written = []
@@ -90,7 +95,7 @@ def attended_images(
     attention = token_attention(network.to(device), prepared.to(device).float().div(255))
     return [
         AttendedImage(
-            os.fsdecode(source.key(sample)),
+            file_name(source, sample),
             address(_picture(prepared[place]).resize((MAP_PIXELS, MAP_PIXELS), Image.Resampling.BICUBIC)),
             [_token_map(attention, place, number, prepared[place]) for number in range(len(attention.tokens))],
         )

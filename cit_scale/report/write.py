@@ -16,20 +16,21 @@ from typing import TypeVar
 
 import numpy as np
 
-from cit_scale.config import DataConfig, RunConfig, split_batch
-from cit_scale.datasets.index import cache_folder, printable
+from cit_scale.config import RunConfig, split_batch
+from cit_scale.datasets.index import printable
 from cit_scale.datasets.pixels import BY_VERSION
-from cit_scale.datasets.sources import Source, open_source, open_sources
+from cit_scale.datasets.sources import Source, open_sources
 from cit_scale.distributed.world import World, broadcast, run_on_all_ranks
 from cit_scale.errors import BadImageError, ConfigError, MissingInputError, error_line, is_out_of_memory
 from cit_scale.inference.entry import SMALLER_BATCHES, run_command
-from cit_scale.inference.evaluate import evaluation_set, run_config, run_pixels
+from cit_scale.inference.evaluate import evaluation_set, named_set, run_config, run_pixels
 from cit_scale.inference.outputs import check_output, is_replaceable, write_output
 from cit_scale.inference.turns import portable
 from cit_scale.report import pictures
-from cit_scale.report.answers import OWN_SET, Survey, ask_networks
+from cit_scale.report.answers import OWN_SET, Survey, ask_networks, spread_places
 from cit_scale.report.attention import transformer_of
 from cit_scale.report.history import read_history
+from cit_scale.report.html import PAGE_SUFFIXES
 from cit_scale.report.networks import RunNetworks, open_run_networks
 from cit_scale.report.page import Content, Example, Part, render
 from cit_scale.run.folders import RunFolder, is_run, number, read_text
@@ -41,8 +42,6 @@ from cit_scale.run_folder import BAD_IMAGES, CHECKPOINTS, CONFIG, REPORT, STUDEN
 from cit_scale.text import escape_unencodable
 
 T = TypeVar("T")
-
-SUFFIXES = (".html", ".htm")
 
 EXAMPLES = 16  # of the worst mistakes, and of the most doubtful images
 ATTENDED = 8  # images of which attention is shown: half of them mistakes, if there are as many
@@ -57,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.out is None and (arguments.data is not None or not is_whole_run):
             raise ConfigError(f"{REPORT} is the page of the run's own weights and images; give another file by --out")
         inputs = [arguments.run, arguments.data or ""]
-        out = check_output("--out", arguments.out or str(run_dir / REPORT), inputs, suffixes=SUFFIXES)
+        out = check_output("--out", arguments.out or str(run_dir / REPORT), inputs, suffixes=PAGE_SUFFIXES)
         began_at = time.perf_counter()
         notes = make_report(
             run_dir,
@@ -180,7 +179,7 @@ def _known_config(run: RunFolder, weights: str | None) -> RunConfig:
 
 def _evaluation_set(run: RunFolder, config: RunConfig | None, data: str | None) -> Source:
     if data is not None:
-        return open_source(data, cache_folder(DataConfig().cache_dir), "--data")
+        return named_set(data)
     return evaluation_set((config or run_config(run.folder)).data, run_pixels(run.folder))
 
 
@@ -324,9 +323,8 @@ def _attention(
         raise ConfigError(f"{network.architecture} is no vision transformer whose attention can be read")
     wrong = [example.place for example in worst[: ATTENDED // 2]]
     right = np.flatnonzero(answers.correct)
-    few = ATTENDED - len(wrong)
     # Spread over the data set, whose images stand class by class.
-    spread = right[np.linspace(0, len(right) - 1, few).round().astype(int)] if len(right) > few else right
+    spread = right[spread_places(len(right), ATTENDED - len(wrong))]
     places = [*spread.tolist(), *wrong]
     samples = [int(answers.samples[place]) for place in places]
     return pictures.attended_images(network, networks.student.interface, answers.source, samples, world.device)
