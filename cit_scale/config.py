@@ -314,6 +314,10 @@ class EngineConfig:
     """On a GPU: let float32 matrix products and convolutions round their inputs to TF32, which has 10 bits of fraction
     instead of 23. Faster; without it float32 is float32."""
 
+    deterministic: bool = setting(False, may_change=True)
+    """The same bits from the same inputs, on a GPU too, with algorithms that may be slower; an operator that has none
+    such ends the run. A CPU's are the same without it."""
+
     batch_norm: Literal["local", "synchronized"] = "local"
     """Whose images BatchNorm in the student's stems normalises with: each rank's own, or those of all ranks."""
 
@@ -473,6 +477,11 @@ def check_config(config: RunConfig) -> None:
                 f"train.global_batch_size={batch} / optim.lr_batch_size={optim.lr_batch_size} = {config.peak_lr:g}, "
                 f"below optim.{name}={lr:g}; raise optim.lr or lower optim.{name}"
             )
+    if config.engine.deterministic and config.data.hw_decoder_load:
+        raise ConfigError(
+            f"engine.deterministic=true, but with data.hw_decoder_load={config.data.hw_decoder_load:g} a GPU's hardware"
+            " decodes some images and its cores the others, whose pixels may differ; set data.hw_decoder_load=0"
+        )
     if config.engine.name == "zero":
         find_ds_config(config.engine.ds_config)
 

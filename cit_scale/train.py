@@ -42,7 +42,7 @@ from cit_scale import cli
 from cit_scale.batch import Batch, LossTerms, MixedBatch
 from cit_scale.checkpoint import store as checkpoint
 from cit_scale.checkpoint.async_save import AsyncCheckpointer
-from cit_scale.config import RunConfig, TeacherConfig
+from cit_scale.config import EngineConfig, RunConfig, TeacherConfig
 from cit_scale.data.mixing import mix
 from cit_scale.distributed import preflight
 from cit_scale.distributed.lock import exclusive
@@ -67,7 +67,7 @@ from cit_scale.errors import (
 from cit_scale.evaluate import HEADS_MEAN, evaluate
 from cit_scale.files import free_name, read_note, read_notes, rename_aside, write_text
 from cit_scale.losses import co_advise_loss
-from cit_scale.models.network import set_float32_arithmetic
+from cit_scale.models.arithmetic import naming_operator, set_arithmetic
 from cit_scale.optim import learning_rate
 from cit_scale.report.at_end import leave_report
 from cit_scale.run.auto import has_bf16, with_compile, with_precision
@@ -172,6 +172,8 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
     if not fresh:
         arguments = run_on_all_ranks(world, arguments.as_begun)
     config, teacher_configs = broadcast(world, run_on_all_ranks(world, lambda: with_precisions(arguments, world)))
+    # Before the first matrix product of this process: cuBLAS asks the environment only then.
+    run_on_all_ranks(world, lambda: compute_as(config.engine, world))
     with contextlib.ExitStack() as held:
         with watch_preparation(config, world) as watchdog:
             prepared = prepare(config, teacher_configs, world, same_run=same_run, fresh=fresh)
@@ -209,12 +211,16 @@ def run(arguments: cli.Arguments, world: World, stop: StopRequest) -> dict[str, 
             return results
 
 
+def compute_as(engine: EngineConfig, world: World) -> None:
+    set_arithmetic(world.device, tf32=engine.tf32, deterministic=engine.deterministic)
+
+
+@naming_operator()
 @explaining_out_of_memory
 def try_student(prepared: PreparedRun) -> None:
     """Collective. ``try_update`` before the teachers are trained, which may take days: they are here as initialized."""
     say_that_it_tries(prepared)
     config, device = prepared.config, prepared.world.device
-    set_float32_arithmetic(device, tf32=config.engine.tf32)
     teachers = [
         frozen_teacher(
             name, prepared.build_teacher_without_weights(teacher), config.distill, config.data.image_size, device
@@ -344,6 +350,7 @@ class Session:
         return interruptible_eval_batches(self.prepared, self.progress.step, self.stop, self.watchdog)
 
 
+@naming_operator()
 @explaining_out_of_memory
 def train(
     prepared: PreparedRun, teachers: Mapping[str, TeacherConfig], stop: StopRequest, *, override: bool = False
@@ -355,7 +362,7 @@ def train(
     rank.
     """
     config, world, run_dir = prepared.config, prepared.world, prepared.config.run_dir
-    set_float32_arithmetic(world.device, tf32=config.engine.tf32)
+    compute_as(config.engine, world)  # again: the results of a teacher's run are measured in float32 proper
     with watch_preparation(config, world) as preparation:
         finished = broadcast(
             world, run_on_all_ranks(world, lambda: read_note(run_dir / RESULTS) if world.is_main else {})

@@ -338,6 +338,16 @@ def test_a_way_that_cannot_be_measured_costs_its_reason_and_not_the_others(monke
     assert bench.refused == {slow: "slow", broken: "MemoryError: all of it is taken"}
 
 
+def test_deterministic_ways_take_turns_with_the_others():
+    ways = ways_of(parse(["--compile", "off", "--deterministic", "both"]))
+    assert ways == [OURS.port, OURS, dataclasses.replace(OURS, deterministic=True)]
+    bench = Bench(TASK, World())
+    assert list(bench.run(ways, 1)) == ways
+    assert torch.are_deterministic_algorithms_enabled()
+    PortStep(prepare(TASK, OURS.port, World()), True, draw_batch(TASK, World()))()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_every_combination_is_a_way_beside_the_ports():
     ways = ways_of(parse(["--engines", "plain,zero3", "--precisions", "float32,bf16", "--teachers", "none,live"]))
     assert ways[:2] == [Way(PORT, "float32", False, "none"), Way(PORT, "float32", False, "live")]

@@ -14,6 +14,7 @@ and the port trains on each rank alone. Columns:
 - peak: of the memory of state, teachers and step; the plan is that of ``python launchers/submit.py --dry-run``.
 "compiled" are student and teachers, and at ZeRO-3 the teachers alone. Ways that compile alike share what is compiled:
 the first step of the first of them takes all the time for it.
+"deterministic" is what engine.deterministic does: --deterministic both, for its cost.
 "none" for teachers is the same student and loss, with logits of the teachers that are there already.
 
 Ends with 1 where none of the ways that were asked for could be measured.
@@ -53,14 +54,15 @@ from cit_scale.bench.watch import PARTS, PartClock, Watch, allocated_bytes, enqu
 from cit_scale.config import MixingConfig, StudentConfig, TeacherConfig
 from cit_scale.distributed.world import World, start
 from cit_scale.errors import ConfigError, one_line
-from cit_scale.models.network import AUTOCAST, set_float32_arithmetic, tensors_of
+from cit_scale.models.arithmetic import set_arithmetic
+from cit_scale.models.network import AUTOCAST, tensors_of
 from cit_scale.run.flops import forward_flops
 from cit_scale.run.plan import estimate_memory
 from cit_scale.run.setup import PreparedRun
 from cit_scale.teachers import Teacher
 from cit_scale.text import positive
 
-COMPILED = {"off": (False,), "on": (True,), "both": (False, True)}
+OFF_ON = {"off": (False,), "on": (True,), "both": (False, True)}
 RESIZE_STORAGES = ("fsdp2", "zero3", "zero2_offload", "zero3_offload")  # Watch does not see all of their memory
 MIB = 2**20
 
@@ -301,7 +303,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--engines", type=one_or_more(ENGINES), default=["plain"], help=f"of {', '.join(ENGINES)} (default: plain)")
     add("--precisions", type=one_or_more(PRECISIONS), default=["float32"], help=f"of {', '.join(PRECISIONS)}")
-    add("--compile", choices=COMPILED, default="both", help="default: both")
+    add("--compile", choices=OFF_ON, default="both", help="default: both")
     add("--teachers", type=one_or_more(TEACHERS), default=["live"], help="live, none or live,none (default: live)")
     add("--student", default="cit_tiny_patch16_224", help="default: cit_tiny_patch16_224")
     add("--conv", default="regnety_006", help="the convolution teacher (default: regnety_006)")
@@ -311,6 +313,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--classes", type=positive, default=1000, help="default: 1000")
     add("--repeats", type=positive, default=7, help="rounds to take the median of (default: 7)")
     add("--threads", type=positive, default=1, help="CPU threads (default: 1, the least noisy)")
+    add("--deterministic", choices=OFF_ON, default="off", help="as engine.deterministic (default: off)")
     add("--json", type=output_file, metavar="FILE", help="write all figures to FILE")
     asked = parser.parse_args(argv)
     together = MixingConfig().group_size or 1
@@ -323,10 +326,11 @@ def ways_of(asked: argparse.Namespace) -> list[Way]:
     """The port for each kind of teachers, then every combination that was asked for."""
     ports = [Way(PORT, "float32", False, teachers) for teachers in asked.teachers]
     return ports + [
-        Way(engine, precision, compiled, teachers)
+        Way(engine, precision, compiled, teachers, deterministic)
         for engine in asked.engines
         for precision in asked.precisions
-        for compiled in COMPILED[asked.compile]
+        for compiled in OFF_ON[asked.compile]
+        for deterministic in OFF_ON[asked.deterministic]
         for teachers in asked.teachers
     ]
 
@@ -345,7 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.compile != "off":
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # or an eager step would be called compiled
     start(world)
-    set_float32_arithmetic(world.device)
+    # Each step sets its own; this comes before the first matrix product.
+    set_arithmetic(world.device, deterministic=any(way.deterministic for way in ways))
     try:
         torch.set_num_threads(asked.threads)
         bench = Bench(task, world)

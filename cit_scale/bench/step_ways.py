@@ -30,6 +30,7 @@ from cit_scale.distributed.world import World
 from cit_scale.engines.base import Engine
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import ConfigError
+from cit_scale.models.arithmetic import set_arithmetic
 from cit_scale.models.network import Network, Precision
 from cit_scale.run.progress import seed_step
 from cit_scale.run.setup import PreparedRun, check_settings, slow_precisions
@@ -66,9 +67,12 @@ class Way:
     precision: Precision
     compiled: bool
     teachers: str
+    deterministic: bool = False
 
     def __str__(self) -> str:
-        return f"{self.engine}, {self.precision}, {'compiled' if self.compiled else 'eager'}, teachers {self.teachers}"
+        how = "compiled" if self.compiled else "eager"
+        how += ", deterministic" if self.deterministic else ""
+        return f"{self.engine}, {self.precision}, {how}, teachers {self.teachers}"
 
     @property
     def port(self) -> Way:
@@ -125,6 +129,7 @@ def prepare(task: Task, way: Way, world: World) -> PreparedRun:
             precision=way.precision,
             compile=way.compiled and way.engine not in COMPILE_TEACHERS_ALONE,
             ds_config=way.engine if is_zero else "zero1",
+            deterministic=way.deterministic,
         ),
         train=TrainConfig(global_batch_size=images),
     )
@@ -214,9 +219,10 @@ class OurStep:
         self.skipped = 0
 
     def __call__(self, mark: Mark = ignore) -> None:
-        config, rank = self._prepared.config, self._prepared.world.rank
+        config, world = self._prepared.config, self._prepared.world
+        set_arithmetic(world.device, deterministic=config.engine.deterministic)  # of this way, not of the one before
         mark("mix")
-        seed_step(config.seed, self._step, rank)
+        seed_step(config.seed, self._step, world.rank)
         engine = cast(Engine, MarkedEngine(self.engine, mark))
         teachers = [dataclasses.replace(each, forward=marked(each.forward, mark)) for each in self._teachers]
         trained = train_step(engine, teachers, self._batches, self._prepared, self._step, LR)
@@ -241,11 +247,13 @@ class PortStep:
     skipped = 0
 
     def __init__(self, prepared: PreparedRun, are_live: bool, batch: Batch) -> None:
-        device, self._batch = prepared.world.device, batch
+        self._device = device = prepared.world.device
+        self._batch = batch
         teachers = {name: plain_teacher(each, device) for name, each in build_teachers(prepared).items()}
         if not are_live:
             teachers = {name: recorded(each, batch.images) for name, each in teachers.items()}
         self.port = PlainPort(prepared.build_student(), teachers, prepared.num_classes, device)
 
     def __call__(self, mark: Mark = ignore) -> None:
+        set_arithmetic(self._device)
         self.port.step(self._batch.images, self._batch.labels, mark)

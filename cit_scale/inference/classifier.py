@@ -22,8 +22,9 @@ from cit_scale.inference.exported import Exported, kind_of, open_exported
 from cit_scale.inference.images import prepare_image
 from cit_scale.inference.interface import Interface
 from cit_scale.inference.judges import imagenet_words
+from cit_scale.models.arithmetic import set_arithmetic
 from cit_scale.models.classes import class_names
-from cit_scale.models.network import Network, build_network, described_model, set_float32_arithmetic, tensors_of
+from cit_scale.models.network import Network, build_network, described_model, tensors_of
 from cit_scale.models.pretrained import FOLDER, GIVEN_SIZE, Pretrained, find_pretrained, own_crop_ratio
 from cit_scale.models.weights import load_weights
 from cit_scale.run_folder import CHECKPOINTS, CONFIG, DESCRIPTION, RESULTS, STUDENT, saved_steps, step_path
@@ -86,7 +87,7 @@ def open_classifier(name: str, world: World) -> Classifier:
     name: a run folder, of which the last weights are taken, or those of the newest checkpoint if it is not finished;
     what ``find_pretrained`` takes; or a file of ``cit-scale export``.
     """
-    set_float32_arithmetic(world.device)
+    set_arithmetic(world.device)
     exported = first_on_each_node(world, lambda: open_exported(Path(name).expanduser(), world.device))
     if exported is not None:
         return classifier_of_file(name, exported)

@@ -42,6 +42,11 @@ _CONFIGS = [
 ]
 
 
+# What is launched where results must not depend on timing: another start may measure another choice, and the sum over
+# a group's channels in the gradient of the kernel runs in another order with it.
+_FIXED = {"BLOCK": 64, "num_warps": 4}
+
+
 # How the kernels are compiled. A product and its sum in one instruction, rounded once: what Triton chooses up to
 # version 3.9, which warns that 3.10 will not. The sums of all three kernels are made of such pairs.
 OPTIONS = {"enable_fp_fusion": True}
@@ -51,6 +56,7 @@ class _TritonFunction(Protocol):
     """A compiled and tuned Triton function, which is launched as function[grid](arguments)."""
 
     base_fn: Callable[..., None]
+    fn: Any  # the same without tuning
 
     def __getitem__(self, grid: Callable[[Mapping[str, int]], tuple[int, int]]) -> Callable[..., None]: ...
 
@@ -117,9 +123,10 @@ def _launch(
     # instead of the tensor that the caller reads.
     assert _has_short_steps(out), f"the involution's output {tuple(out.shape)} is too large for 32-bit offsets"
     tensors = (*(tensor if _has_short_steps(tensor) else tensor.contiguous() for tensor in inputs), out)
+    launched, choice = (function.fn, _FIXED) if torch.are_deterministic_algorithms_enabled() else (function, {})
     with torch.cuda.device_of(x), _first_of_its_kind(function, stride, tensors):
         # Triton launches on the current device; device_of is no-op for the interpreter's CPU tensors.
-        function[lambda meta: (triton.cdiv(positions, meta["BLOCK"]) * groups, classes)](
+        launched[lambda meta: (triton.cdiv(positions, meta["BLOCK"]) * groups, classes)](
             *tensors,
             *(step for tensor in tensors for step in tensor.stride()),
             batch,
@@ -134,6 +141,7 @@ def _launch(
             STRIDE=stride,
             SUM_DTYPE=tl.float64 if x.dtype == torch.float64 else tl.float32,
             **OPTIONS,
+            **choice,
         )
 
 

@@ -55,18 +55,6 @@ Precision = Literal["float32", "bf16", "fp16"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def set_float32_arithmetic(device: torch.device, *, tf32: bool = False) -> None:
-    """Say what float32 means in this process's matrix products and convolutions on a GPU: itself, or TF32.
-
-    PyTorch's own default is TF32 for convolutions and not for products. Also lets cuDNN measure which of its algorithms
-    is the fastest for each shape; a run has few shapes.
-    """
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.benchmark = True
-
-
 class Network(nn.Module):
     """Normalizes images for a timm model, runs the model in ``precision`` and names its logits.
 

@@ -18,7 +18,8 @@ from cit_scale.errors import MissingInputError, RefusedError, error_line, is_out
 from cit_scale.evaluate import HEADS_MEAN, with_average
 from cit_scale.inference.classifier import Classifier, OpenedNetwork, classifier_of, of_each_thread, open_network
 from cit_scale.inference.turns import portable
-from cit_scale.models.network import Network, set_float32_arithmetic
+from cit_scale.models.arithmetic import set_arithmetic
+from cit_scale.models.network import Network
 from cit_scale.models.pretrained import find_pretrained
 from cit_scale.models.weights import load_weights
 from cit_scale.run.folders import as_dict, dig, read_json
@@ -55,7 +56,7 @@ def open_run_networks(name: str, run_dir: Path, config: RunConfig, world: World)
     name: of the student's weights, as for ``open_network``. config: of the run in ``run_dir``. A teacher that cannot be
     opened, or that is no longer the one that advised, is missing.
     """
-    set_float32_arithmetic(world.device)
+    set_arithmetic(world.device)
     student = open_network(name, world)
     teachers: dict[str, Network] = {}
     missing: dict[str, str] = {}

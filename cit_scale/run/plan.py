@@ -468,13 +468,14 @@ def arithmetic_text(prepared: PreparedRun, device: str) -> str:
     engine, distill = prepared.config.engine, prepared.config.distill
     has_teachers = bool(prepared.config.teachers)
     precisions = engine.precision + (f" (teachers {distill.teacher_precision})" if has_teachers else "")
+    precisions += ", TF32 where float32" * engine.tf32 + ", deterministically" * engine.deterministic
     compiled = ["student"] * bool(engine.compile) + ["teachers"] * (has_teachers and bool(distill.compile))
     has_graphs = bool(distill.compile) and prepared.world.device.type == "cuda"
     graphs = "in CUDA graphs" if has_graphs else "without CUDA graphs, which are of compiled teachers on a GPU"
     ds_config = prepared.engine_setup.ds_config
     sharding = engine.name if ds_config is None else f"ZeRO stage {ds_config['zero_optimization']['stage']}"
     return (
-        f"computes on {device} in {precisions}{', TF32 where float32' if engine.tf32 else ''}, "
+        f"computes on {device} in {precisions}, "
         f"{' and '.join(compiled) or 'nothing'} compiled{f', {graphs}' * (has_teachers and distill.cuda_graphs)}, "
         f"under {sharding}"
     )

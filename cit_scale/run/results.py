@@ -26,7 +26,7 @@ from cit_scale.distributed.slurm_job import job_record
 from cit_scale.distributed.world import World, run_on_all_ranks
 from cit_scale.evaluate import HEADS_MEAN, evaluate
 from cit_scale.files import sync
-from cit_scale.models.network import set_float32_arithmetic
+from cit_scale.models.arithmetic import set_arithmetic
 from cit_scale.models.weights import load_weights
 from cit_scale.run.setup import PreparedRun
 from cit_scale.run_folder import (
@@ -74,6 +74,7 @@ def environment_record(world: World) -> dict[str, Any]:
             "matmul": torch.backends.cuda.matmul.allow_tf32,
             "convolution": torch.backends.cudnn.allow_tf32,
         },
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "world_size": world.world_size,
         "slurm": job_record(os.environ),
     }
@@ -156,7 +157,7 @@ def measure(
     files: weight files by the names of EXPORTS. In float32 and nothing less, as who loads them computes.
     """
     world, accuracy = prepared.world, {}
-    set_float32_arithmetic(world.device)
+    set_arithmetic(world.device, deterministic=prepared.config.engine.deterministic)
     network = prepared.build_student_without_weights().eval()
     for name, file in files.items():
         run_on_all_ranks(world, partial(load_weights, network, prepared.config.run_dir / file))
