@@ -173,8 +173,8 @@ class DataConfig:
 
     hw_decoder_load: float = setting(0.0, rules=[SHARE], may_change=True)
     """On a GPU: the share of JPEGs that its hardware decoder takes, where it has one; its cores decode the others. None
-    by default: the hardware decoder of nvJPEG 12.3.5 to 13.2.1 wrote pixels before its stream's turn on an H100, and
-    later versions are untried."""
+    by default: the hardware decoder of nvJPEG 12.3.5 to 13.2.1 is reported to write pixels before its stream's turn on
+    an H100, and none was tried here."""
 
     pinned_memory_mib: int = setting(0, rules=[NOT_NEGATIVE], may_change=True)
     """On a GPU: page-locked host memory, MiB, that each rank takes at its start rather than piece by piece."""

@@ -59,7 +59,8 @@ class Facts:
     may_change: bool = False
     """Whether it may change when a run goes on: it decides neither which images make an update nor what is learned from
     them. How images are cut over ranks and micro-steps may change, and does reach BatchNorm and drop path, so only the
-    same cut continues bit for bit. Paths may change: images and weights are compared by their fingerprints."""
+    same cut continues bit for bit, and on a GPU only with engine.deterministic. Paths may change: images and weights
+    are compared by their fingerprints."""
 
     for_teachers: bool | None = None
     """Whether the run that trains a teacher takes it from the student's run instead of its own recipe. None: as the

@@ -432,7 +432,9 @@ def prepare(folder: Path, engine: str, seed: int) -> list[str]:
         teacher["weights"] = str(folder / f"{name}.safetensors")
         safetensors.torch.save_file(network.model.state_dict(), teacher["weights"])
     (folder / "soak.yaml").write_text(yaml.safe_dump(recipe))
-    return [f"--config={folder / 'soak.yaml'}", f"--data.cache_dir={folder / 'cache'}", *ENGINES[engine]]
+    # Without the last one a GPU sums in an order of its own each time.
+    files = [f"--config={folder / 'soak.yaml'}", f"--data.cache_dir={folder / 'cache'}"]
+    return [*files, *ENGINES[engine], "--engine.deterministic=true"]
 
 
 def measure_step_s(job: Job) -> float:

@@ -3,8 +3,8 @@
 One micro-batch comes about in four steps. A request says which images it holds (`order` decides that). Its plan has
 their bytes and every random number (`reader` and `draws`). DALI decodes and augments what was planned (`dali`, which
 decides nothing). Random erasing comes last, in PyTorch. So an image is the same, bit for bit, at any rank count, at any
-micro-batch size, with any number of threads and after any resume, and the whole state of a stream is how many
-micro-batches were taken from it.
+micro-batch size, with any number of threads and after any resume (shown on CPUs), and the whole state of a stream is
+how many micro-batches were taken from it.
 """
 
 from __future__ import annotations
@@ -243,8 +243,8 @@ def eval_stream(
 def with_threads(data: DataConfig, world: World, device: torch.device) -> DataConfig:
     """``data`` with its ``decode_threads`` decided.
 
-    Four threads feed about 2,500 images a second to a GPU that decodes them, so a small student on a fast GPU wants
-    more. That more than a dozen help was not measured.
+    Four threads are taken to feed about 2,500 images a second to a GPU that decodes them, so a small student on a fast
+    GPU wants more. Neither that nor whether more than a dozen help is in docs/measurements.
     """
     if data.decode_threads is not None:
         return data
