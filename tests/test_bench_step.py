@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import time
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ranks import run_on_ranks
 from tiny_run import TINY_CIT
 from torch import nn
 
-from cit_scale.bench import plain_port, step, step_ways
+from cit_scale.bench import plain_port, step, step_ways, watch
 from cit_scale.bench.plain_port import PlainPort, draw_mix, plain, plain_teacher
 from cit_scale.bench.step import Bench, Figures, derived, parse, report, ways_of
 from cit_scale.bench.step_ways import (
@@ -27,7 +28,7 @@ from cit_scale.bench.step_ways import (
     freeze_teachers,
     prepare,
 )
-from cit_scale.bench.watch import PARTS, PartClock, Watch, allocated_bytes, enqueue_ms
+from cit_scale.bench.watch import PARTS, PartClock, Watch, allocated_bytes, covered, enqueue_ms
 from cit_scale.config import MixingConfig, StudentConfig, TeacherConfig
 from cit_scale.data.mixing import draw_group, mix
 from cit_scale.distributed.world import World
@@ -224,6 +225,64 @@ def test_the_hosts_time_ends_before_the_device_is_waited_for(monkeypatch):
     assert called == ["wait", "step", "wait"]
 
 
+@pytest.mark.parametrize(
+    ("intervals", "length"),
+    [
+        ([], 0),
+        ([(5, 9)], 4),
+        ([(10, 20), (0, 5)], 15),  # one after the other, in any order
+        ([(0, 10), (2, 4), (9, 12)], 12),  # streams that overlap, one within another
+        ([(0, 10), (10, 20)], 20),
+        ([(0, 10), (0, 10), (3, 3)], 10),
+    ],
+)
+def test_time_in_which_several_streams_compute_counts_once(intervals, length):
+    assert covered(intervals) == length
+
+
+class Event:
+    """As Kineto's, in ns."""
+
+    def __init__(self, kind, start, end):
+        self.activity_type, self.start_ns, self.end_ns = (lambda: kind), (lambda: start), (lambda: end)
+
+
+@pytest.mark.parametrize(
+    ("events", "idle"),
+    [
+        # Two steps of 1 ms each, in which two streams compute for 0.5 ms all in all; what is copied and named is not.
+        ([("kernel", 0, 300_000), ("kernel", 200_000, 400_000), ("kernel", 900_000, 1_000_000)], 0.75),
+        ([("kernel", 0, 500_000), ("gpu_memcpy", 0, 2_000_000), ("gpu_user_annotation", 0, 2_000_000)], 0.75),
+        ([("kernel", 0, 2_500_000)], 0.0),  # slower in the profiler than outside
+        ([("gpu_memset", 0, 100)], None),
+    ],
+)
+def test_a_gpu_idles_where_no_kernel_runs(events, idle, monkeypatch):
+    class Profile(contextlib.nullcontext):
+        def __init__(self, activities):
+            super().__init__(self)
+            assert activities == [watch.ProfilerActivity.CUDA]
+            results = types.SimpleNamespace(events=lambda: [Event(*event) for event in events])
+            self.profiler = types.SimpleNamespace(kineto_results=results)
+
+    steps = []
+    monkeypatch.setattr(watch, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert watch.idle_share(lambda: steps.append(1), CPU, 1.0, steps=2) == (idle and pytest.approx(idle))
+    assert len(steps) == 2
+
+
+def test_flops_are_a_share_of_the_peak_of_a_device_that_is_known(monkeypatch):
+    monkeypatch.setattr(step, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    bench = Bench(TASK, World())
+    bench.matmul_ms = {"float32": [1.0], "bf16": [1.0]}
+    bf16 = Way("plain", "bf16", True, "live")
+    found = {OURS: figures(10.0, flops=67e12 / 1000), bf16: figures(10.0, flops=989e12 / 500)}
+    assert derived(OURS, found, bench)["mfu"] == pytest.approx(0.1)
+    assert derived(bf16, found, bench)["mfu"] == pytest.approx(0.2)
+    assert "| 20 % | n/a | n/a |" in report(found, bench)
+
+
 def test_our_step_is_the_trainers_and_every_part_of_it_is_marked(ours, ports, monkeypatch):
     updates = []
     real = step_ways.train_step
@@ -278,6 +337,7 @@ def test_figures_have_what_a_cpu_can_measure():
     for way, figures in found.items():
         assert len(figures.times_ms) == 2
         assert figures.host_share is None
+        assert figures.idle_share is None
         assert (figures.plan_mib is None) == (way.engine == PORT)
         assert figures.operators.keys() | {"teachers"} == set(PARTS)
     live, none = found[ways[1]], found[ways[2]]
@@ -311,13 +371,14 @@ def test_ratios_are_paired_by_round_and_shares_are_of_the_same_precision():
         "images_per_s": [2 * 8 / 5e-3] * 3,
         "port_over_it": 4.0,
         "share_of_mm": pytest.approx(6 * 0.5 / 5),
+        "mfu": None,
     }
     assert derived(alone, found, bench)["port_over_it"] is None
     assert derived(alone, found, bench)["share_of_mm"] == pytest.approx(1 / 4)
     bench.refused[OURS] = "no such thing"
     found[bf16].skipped = 2
     shown = report(found, bench)
-    assert "| plain, float32, eager, teachers none | 4000 (4000 to 4000) | n/a | 25 % |" in shown
+    assert "| plain, float32, eager, teachers none | 4000 (4000 to 4000) | n/a | 25 % | n/a |" in shown
     assert f"{OURS}: not measured: no such thing" in shown
     assert f"{bf16}: 2 steps were skipped" in shown
 
@@ -418,7 +479,8 @@ def test_the_command_prints_tables_and_writes_all_figures(tmp_path):
     assert torch.backends.cpu.get_cpu_capability() in said
     rows = [line for line in said.splitlines() if line.startswith("| p")]
     assert [row.split(",")[0] for row in rows] == ["| port", "| plain"] * 2
-    assert "host: n/a" in said
+    assert "mfu: n/a" in said
+    assert "idle, host: n/a" in said
     written = json.loads((tmp_path / "step.json").read_text())
     assert [way["engine"] for way in written["ways"]] == [PORT, "plain"]
     assert written["ways"][0]["port_over_it"] == 1
@@ -441,6 +503,7 @@ def test_a_gpu_measures_memory_and_the_host():
     for each in found.values():
         assert each.peak_mib > 1
         assert 0 < each.host_share < 2
+        assert 0 < each.idle_share < 1
         assert set(each.operators) == set(PARTS)
 
 

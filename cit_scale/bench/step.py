@@ -10,6 +10,8 @@ and the port trains on each rank alone. Columns:
 - port / it: the time of the port's step over that of this one.
 - of mm: the floating-point operations of a step, as run/flops.py counts them, in a second, over those of a large square
   torch.mm in the same precision.
+- mfu: those operations over the peak of the GPU in that precision, where run/flops.py knows it.
+- idle: on a GPU, the share of a step's time in which no kernel runs, by the profiler.
 - host: on a GPU, the time until an idle device has been given a step, over the time of a step.
 - peak: of the memory of state, teachers and step; the plan is that of ``python launchers/submit.py --dry-run``.
 "compiled" are student and teachers, and at ZeRO-3 the teachers alone. Ways that compile alike share what is compiled:
@@ -50,14 +52,15 @@ from cit_scale.bench.step_ways import (
     prepare,
     recorded,
 )
-from cit_scale.bench.watch import PARTS, PartClock, Watch, allocated_bytes, enqueue_ms
+from cit_scale.bench.watch import PARTS, PartClock, Watch, allocated_bytes, enqueue_ms, idle_share
 from cit_scale.config import MixingConfig, StudentConfig, TeacherConfig
 from cit_scale.distributed.world import World, start
 from cit_scale.errors import ConfigError, one_line
 from cit_scale.models.arithmetic import set_arithmetic
 from cit_scale.models.network import AUTOCAST, tensors_of
-from cit_scale.run.flops import forward_flops
+from cit_scale.run.flops import forward_flops, peak_flops
 from cit_scale.run.plan import estimate_memory
+from cit_scale.run.results import device_name
 from cit_scale.run.setup import PreparedRun
 from cit_scale.teachers import Teacher
 from cit_scale.text import positive
@@ -80,6 +83,7 @@ class Figures:
     plan_mib: float | None
     peak_mib: float | None = None
     host_share: float | None = None
+    idle_share: float | None = None
     skipped: int = 0
     operators: dict[str, int] = field(default_factory=dict)
     parts_ms: dict[str, float] = field(default_factory=dict)
@@ -190,6 +194,7 @@ class Bench:
         if self.device.type == "cuda":
             step_ms = statistics.median(figures.times_ms)
             figures.host_share = statistics.median(enqueue_ms(step, self.device) for _ in range(rounds)) / step_ms
+            figures.idle_share = idle_share(step, self.device, step_ms)
         figures.skipped = step.skipped
 
 
@@ -213,14 +218,16 @@ def matrix_product(size: int, precision: str, device: torch.device) -> Callable[
 
 
 def derived(way: Way, found: Mapping[Way, Figures], bench: Bench) -> dict[str, Any]:
-    """What follows from the figures of a way: images/s of all ranks, the port's time over its, share of mm's rate."""
+    """What follows from the figures of a way: images/s of all ranks, the port's time over its, shares of mm's rate and
+    of the device's peak."""
     figures, images = found[way], bench.task.batch_size * bench.world.world_size
     flops_of_mm = 2 * bench.task.matmul_size**3
-    port = found.get(way.port)
+    port, peak = found.get(way.port), peak_flops(device_name(bench.device), way.precision)
     return {
         "images_per_s": [1e3 * images / each for each in figures.times_ms],
         "port_over_it": None if port is None else ratio(port.times_ms, figures.times_ms),
         "share_of_mm": ratio(bench.matmul_ms[way.precision], figures.times_ms) * figures.flops / flops_of_mm,
+        "mfu": peak and figures.flops / (peak * statistics.median(figures.times_ms) / 1e3),
     }
 
 
@@ -234,8 +241,8 @@ def report(found: Mapping[Way, Figures], bench: Bench) -> str:
                 str(way),
                 spread(more["images_per_s"]),
                 shown(more["port_over_it"], ".2f"),
-                f"{100 * more['share_of_mm']:.0f} %",
-                "n/a" if figures.host_share is None else f"{100 * figures.host_share:.0f} %",
+                *(percent(each) for each in (more["share_of_mm"], more["mfu"])),
+                *(percent(each) for each in (figures.idle_share, figures.host_share)),
                 shown(figures.peak_mib, ".0f"),
                 shown(figures.plan_mib, ".0f"),
                 f"{figures.first_s:.1f}",
@@ -245,14 +252,31 @@ def report(found: Mapping[Way, Figures], bench: Bench) -> str:
         parts.append(
             [str(way), *(f"{figures.parts_ms[part]:.3g}{count}" for part, count in zip(PARTS, operators, strict=True))]
         )
-    header = ["step", "images/s", "port / it", "of mm", "host", "peak, MiB", "plan, MiB", "first step, s"]
+    header = [
+        "step",
+        "images/s",
+        "port / it",
+        "of mm",
+        "mfu",
+        "idle",
+        "host",
+        "peak, MiB",
+        "plan, MiB",
+        "first step, s",
+    ]
     notes = [f"{way}: {each.skipped} steps were skipped" for way, each in found.items() if each.skipped]
     notes += [f"{way}: not measured: {reason}" for way, reason in bench.refused.items()]
     if bench.device.type == "cpu":
-        notes.append("host: n/a, as on a CPU the host computes the step itself")
+        notes.append("mfu: n/a, as no peak of a CPU is known; idle, host: n/a, as a CPU is its own host")
+    elif any(figures.idle_share is None for figures in found.values()):
+        notes.append("idle: n/a, as the profiler has recorded no kernel (CUPTI is missing, or may not be used)")
     return "\n\n".join(
         [table(header, steps), "Milliseconds of each part (and its operators):", table(["step", *PARTS], parts), *notes]
     )
+
+
+def percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.0f} %"
 
 
 def shown(value: float | None, form: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from cit_scale.run.live_bytes import LiveBytes
@@ -88,3 +89,38 @@ def enqueue_ms(step: Callable[[], object], device: torch.device) -> float:
     taken = time.perf_counter() - start
     torch.cuda.synchronize(device)
     return 1e3 * taken
+
+
+KERNEL = "kernel"
+"""What Kineto calls a kernel's run on a GPU; copies, and ranges that a program has named, have other names."""
+
+
+def kernel_intervals(events: Iterable[Any]) -> list[tuple[int, int]]:
+    """When each kernel ran, on whichever stream: beginning and end in ns. events: of Kineto."""
+    return [(each.start_ns(), each.end_ns()) for each in events if each.activity_type() == KERNEL]
+
+
+def covered(intervals: Iterable[tuple[int, int]]) -> int:
+    """The length of the union of intervals, which may overlap and come in any order."""
+    total, reached = 0, None
+    for begin, end in sorted(intervals):
+        if reached is None or end > reached:
+            total += end - (begin if reached is None else max(begin, reached))
+            reached = end
+    return total
+
+
+def idle_share(step: Callable[[], object], device: torch.device, step_ms: float, steps: int = 3) -> float | None:
+    """The share of a step's time, 0 to 1, in which no kernel runs on a GPU. None where no kernel could be recorded.
+
+    step_ms: a step's time without the profiler, which slows the host and not the kernels. The kernels of NCCL run while
+    they wait for other ranks, and do not count as idle.
+    """
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize(device)
+    results = profiler.profiler
+    kernels = [] if results is None else kernel_intervals(results.kineto_results.events())
+    return max(0.0, 1 - covered(kernels) / (1e6 * steps * step_ms)) if kernels else None
