@@ -14,7 +14,7 @@ import torch
 from odd_images import odd_images
 from PIL import Image, ImageOps
 
-from cit_scale.bench import decode, fidelity
+from cit_scale.bench import decode, fidelity, involution, teachers
 from cit_scale.data import dali
 from cit_scale.datasets.pack import pack
 from cit_scale.datasets.sources import ImageFolder, TarShards
@@ -192,6 +192,138 @@ def test_larger_images_are_made_where_they_are_asked_for(tmp_path):
     assert isinstance(sources["large_packed"], TarShards)
     assert decode.image_sizes_text(sources["large_packed"]).startswith("341 x 256, ")
     assert decode.image_sizes_text(sources["crop"]).startswith("500 x 375, ")
+
+
+# --- On a GPU: what a machine without one can tell ---
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("main", [decode.main, fidelity.main, involution.main, teachers.main])
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(main, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cuda"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("argument --device: PyTorch sees no GPU; leave it out to measure the CPU")
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        (("--device", "tpu"), "--device: 'tpu' is neither cpu nor cuda"),
+        (("--hw_decoder_load", "2"), "--hw_decoder_load: '2' is not a number from 0 to 1"),
+        (("--hw_decoder_load", "half"), "--hw_decoder_load: 'half' is not a number from 0 to 1"),
+        (("--hw_decoder_load", "0.5"), "--hw_decoder_load 0.5 is a GPU's; give --device cuda"),
+    ],
+)
+def test_a_decoder_that_cannot_be_is_refused(asked, answer, capsys):
+    for main, more in ((decode.main, ["--synthetic", "4"]), (fidelity.main, [])):
+        with pytest.raises(SystemExit) as stopped:
+            main([*more, *asked])
+        assert stopped.value.code == 2
+        assert answer in capsys.readouterr().err
+
+
+def test_every_stream_is_opened_on_the_device_with_its_decoder(folder, tmp_path, monkeypatch):
+    opened = []
+
+    def train_stream(reader, augment, data, *rest):
+        opened.append((rest[-1], data.hw_decoder_load))
+        return (batch for batch in ())
+
+    def create_loader(*_, device, **__):
+        opened.append(device)
+        raise StopIteration
+
+    def image_random_crop(encoded, **options):
+        opened.append((options["device"], options["hw_decoder_load"]))
+        return decoder(encoded, **options)
+
+    decoder = decode.fn.decoders.image_random_crop
+    monkeypatch.setattr(decode, "train_stream", train_stream)
+    monkeypatch.setattr(decode, "create_loader", create_loader)
+    monkeypatch.setattr(decode.fn.decoders, "image_random_crop", image_random_crop)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    source = decode.Subset(ImageFolder(folder, tmp_path), np.arange(8))
+    setting = decode.Setting(threads=1, batch=4, image_size=32, device=CUDA, hw_decoder_load=0.25)
+    assert list(decode.ROWS["recipe"].open(source, setting)) == []
+    with pytest.raises(RuntimeError):  # as Python turns a generator's StopIteration
+        next(decode.ROWS["timm_recipe"].open(source, setting))
+    assert decode.reader_pipeline(source, setting).device_id == 3
+    assert opened == [(CUDA, 0.25), CUDA, ("mixed", 0.25)]
+
+
+def test_a_turn_lasts_until_the_device_is_done(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(decode, "wait_for_rest", lambda: None)
+    decode.take_turns({"recipe": itertools.repeat(torch.zeros(1))}, 2, 3, 1, CUDA)
+    assert waited == [CUDA] * 6  # before and after each turn
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """A CPU does what the streams and pipelines are asked to do on a GPU. Returns what they were asked."""
+    asked = []
+
+    def on_the_cpu(name):
+        real = getattr(fidelity, name)
+        return lambda *arguments: asked.append((name, arguments[-1])) or real(*arguments[:-1], torch.device("cpu"))
+
+    def train_pipeline(*arguments, device_id, **options):
+        asked.append(("train_pipeline", device_id))
+        return real_pipeline(*arguments, device_id=None, **options)
+
+    real_pipeline = dali.train_pipeline
+    for name in ("train_stream", "eval_stream"):
+        monkeypatch.setattr(fidelity, name, on_the_cpu(name))
+    monkeypatch.setattr(fidelity.dali, "train_pipeline", train_pipeline)
+    monkeypatch.setattr(fidelity, "library_versions_text", str)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return asked
+
+
+def test_images_of_a_gpu_are_compared_with_pils_within_limits_of_its_own(as_on_a_gpu, capsys):
+    assert fidelity.main(["--photos", "2", "--image_sizes", "96", "--device", "cuda"]) == 0
+    asked, said = set(as_on_a_gpu), capsys.readouterr().out
+    assert {("train_stream", CUDA), ("eval_stream", CUDA), ("train_pipeline", 0)} <= asked
+    assert {device for name, device in asked if name != "train_pipeline"} == {CUDA}
+    assert said.startswith("cuda; ")
+    allowed = {row[0]: row[4] for row in cells_of(said)}
+    assert allowed["resized crop"] == allowed["evaluation"] == "2.0"
+
+
+def test_each_image_of_a_gpu_is_listed_from_a_distance_of_its_own(as_on_a_gpu, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "set" / "a"
+    folder.mkdir(parents=True)
+    (folder / "0.jpg").write_bytes(odd_images()["cmyk.jpg"])
+    assert fidelity.main(["--images", str(folder.parent), "--image_sizes", "64", "--device", "cuda"]) == 0
+    assert {("train_stream", CUDA), ("eval_stream", CUDA)} <= set(as_on_a_gpu)
+    assert "above 16" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_all_that_is_computed_is_near_pils(capsys):
+    assert fidelity.main(["--photos", "4", "--image_sizes", "224", "--device", "cuda"]) == 0
+    assert "NVIDIA" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_stream_is_timed():
+    tiny = ["--synthetic", "16", "--images", "32", "--batch", "8", "--image_size", "32", "--rounds", "1"]
+    rows = ["recipe", "timm_recipe", "dali_crop"]
+    command = [sys.executable, "-m", "cit_scale.bench.decode", *tiny, "--device", "cuda", "--rows", *rows]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [row[0].split(":")[0] for row in cells_of(said)] == rows
 
 
 # --- Distance from PIL ---

@@ -1,8 +1,12 @@
-"""Benchmark of the training stream on a CPU, in images per second, against timm's loader and DALI's own file reader.
+"""Benchmark of the training stream, in images per second, against timm's loader and DALI's own file reader.
 
 python -m cit_scale.bench.decode --synthetic 400
 python -m cit_scale.bench.decode --data photos --threads 8 --batch 256 --images 12800
 python -m cit_scale.bench.decode --data photos --rows recipe timm_recipe
+python -m cit_scale.bench.decode --data photos --device cuda --threads 8 --batch 256 --images 12800
+
+With --device cuda the batches come to lie on the GPU: decoded there by us and by DALI's reader, and brought there by
+timm's loader, which then normalises and erases. A turn ends when the GPU is done.
 
 All streams are opened once, never end, and take turns. A stream prefetches until its queues are full, also during
 another stream's turn. A turn therefore starts when all streams are idle, and first takes, untimed, as many batches as
@@ -30,13 +34,13 @@ import numpy as np
 import PIL
 import psutil
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from PIL import Image, ImageOps
 from timm.data import ImageDataset, auto_augment, create_loader
 from torch import Tensor
 
-from cit_scale.bench.measure import machine_text, ratio, seconds, spread, table
+from cit_scale.bench.measure import CPU, add_device, machine_text, ratio, seconds, spread, table
 from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data.order import Cursor, permutation
 from cit_scale.data.reader import Reader
@@ -49,8 +53,6 @@ from cit_scale.distributed.world import World
 from cit_scale.errors import ConfigError
 from cit_scale.run.results import environment_record
 from cit_scale.text import positive
-
-CPU = torch.device("cpu")
 
 # --- Synthetic images ---
 
@@ -118,11 +120,15 @@ def make_photos(folder: Path, count: int, size: tuple[int, int], threads: int) -
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings of all rows. threads: decoding threads, or timm's worker processes. image_size: in pixels."""
+    """Settings of all rows. threads: decoding threads, or timm's worker processes. image_size: in pixels. device: where
+    the batches come to lie. hw_decoder_load: as data.hw_decoder_load, for DALI's reader too.
+    """
 
     threads: int
     batch: int
     image_size: int
+    device: torch.device = CPU
+    hw_decoder_load: float = 0.0
 
 
 Stream = Generator[Tensor, None, None]
@@ -133,9 +139,11 @@ def ours(augment: AugmentConfig) -> Open:
     """Our training stream with ``augment``."""
 
     def batches(source: Source, setting: Setting) -> Stream:
-        data = DataConfig(image_size=setting.image_size, decode_threads=setting.threads)
-        sizes = setting.batch, setting.batch
-        with closing(train_stream(Reader(source), augment, data, 0, Cursor(), *sizes, World(), CPU)) as stream:
+        data = DataConfig(
+            image_size=setting.image_size, decode_threads=setting.threads, hw_decoder_load=setting.hw_decoder_load
+        )
+        sizes, device = (setting.batch, setting.batch), setting.device
+        with closing(train_stream(Reader(source), augment, data, 0, Cursor(), *sizes, World(), device)) as stream:
             for batch in stream:
                 yield batch.images
 
@@ -160,7 +168,7 @@ def timm_loader(**augment: Any) -> Open:
                 interpolation="bicubic",
                 num_workers=setting.threads,
                 use_multi_epochs_loader=True,
-                device=CPU,
+                device=setting.device,
                 **augment,
             )
         while True:
@@ -192,15 +200,25 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image
 
 
 def dali_reader(source: Source, setting: Setting) -> Stream:
-    """The pipeline of DALI's examples, on the CPU and with timm's distribution of crops.
+    """The batches of ``reader_pipeline``."""
+    pipeline, is_cuda = reader_pipeline(source, setting), setting.device.type == "cuda"
+    while True:
+        images, _ = pipeline.run(torch.cuda.current_stream(setting.device) if is_cuda else None)
+        yield torch.from_dlpack(images.as_tensor())
+
+
+def reader_pipeline(source: Source, setting: Setting) -> Pipeline:
+    """The pipeline of DALI's examples, with timm's distribution of crops.
 
     DALI draws the crops and flips itself, so that they cannot be reproduced.
     """
     assert isinstance(source, Subset)  # as open_sources makes it
     assert isinstance(source.source, ImageFolder | Manifest)
-    folder = source.source.folder
+    folder, is_cuda = source.source.folder, setting.device.type == "cuda"
+    device_id = torch.cuda.current_device() if is_cuda else None
+    decoder = {"device": "mixed", "hw_decoder_load": setting.hw_decoder_load} if is_cuda else {"device": "cpu"}
 
-    @pipeline_def(batch_size=setting.batch, num_threads=setting.threads, device_id=None, prefetch_queue_depth=2)
+    @pipeline_def(batch_size=setting.batch, num_threads=setting.threads, device_id=device_id, prefetch_queue_depth=2)
     def read_and_crop() -> tuple[DataNode, DataNode]:
         encoded, labels = fn.readers.file(
             files=[str(folder / os.fsdecode(source.key(index))) for index in range(len(source))],
@@ -208,7 +226,10 @@ def dali_reader(source: Source, setting: Setting) -> Stream:
             random_shuffle=True,
         )
         images = fn.decoders.image_random_crop(
-            encoded, random_area=AugmentConfig.crop_scale, random_aspect_ratio=AugmentConfig.crop_ratio
+            encoded,
+            random_area=AugmentConfig.crop_scale,
+            random_aspect_ratio=AugmentConfig.crop_ratio,
+            **decoder,
         )
         size = [setting.image_size] * 2
         images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
@@ -216,10 +237,7 @@ def dali_reader(source: Source, setting: Setting) -> Stream:
         options = {"dtype": types.FLOAT, "output_layout": "CHW", "mean": [0.0] * 3, "std": [255.0] * 3}
         return fn.crop_mirror_normalize(images, mirror=mirror, **options), labels
 
-    pipeline = read_and_crop()
-    while True:
-        images, _ = pipeline.run()
-        yield torch.from_dlpack(images.as_tensor())
+    return read_and_crop()
 
 
 class Row(NamedTuple):
@@ -265,18 +283,19 @@ SHORTER_SIDES = {
 
 
 def take_turns(
-    streams: Mapping[str, Iterator[Tensor]], batches: int, rounds: int, prefetched: int
+    streams: Mapping[str, Iterator[Tensor]], batches: int, rounds: int, prefetched: int, device: torch.device = CPU
 ) -> dict[str, list[float]]:
     """Time the streams in turns. Returns name to seconds per ``batches`` batches, one figure per round.
 
-    prefetched: number of batches that a stream may have prefetched; they are taken before the clock starts.
+    prefetched: number of batches that a stream may have prefetched; they are taken before the clock starts. device: on
+    which the batches lie; it is waited for.
     """
     times: dict[str, list[float]] = {name: [] for name in streams}
     for _ in range(rounds):
         for name, stream in streams.items():
             wait_for_rest()
             take(stream, prefetched)
-            times[name].append(seconds(partial(take, stream, batches), CPU))
+            times[name].append(seconds(partial(take, stream, batches), device))
     return times
 
 
@@ -312,7 +331,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     # With more threads timm's main process and our erasing lose time to threads that wait.
     torch.set_num_threads(1)
-    setting = Setting(arguments.threads, arguments.batch, arguments.image_size)
+    device, load = arguments.device, arguments.hw_decoder_load
+    refuse_hardware_without_gpu(parser, arguments)
+    setting = Setting(arguments.threads, arguments.batch, arguments.image_size, device, load)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as opened:
         try:
             sources = open_sources(arguments, Path(temporary))
@@ -327,12 +348,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             take(streams[name], 1)
         batches = max(1, arguments.images // arguments.batch)
         # timm's workers prefetch 2 batches each and its PrefetchLoader 1; our stream and DALI's reader prefetch fewer.
-        times = take_turns(streams, batches, arguments.rounds, prefetched=2 * arguments.threads + 1)
-    print(
-        f"{library_versions_text()}; {setting.threads} threads or workers, batches of {setting.batch} images,", end=" "
+        times = take_turns(streams, batches, arguments.rounds, prefetched=2 * arguments.threads + 1, device=device)
+    about = (
+        library_versions_text(device),
+        f"{setting.threads} threads or workers, batches of {setting.batch} images, {setting.image_size} pixels"
+        + (f", {load:g} of the JPEGs decoded by the GPU's hardware" if load else ""),
+        f"median (minimum to maximum) of {arguments.rounds} rounds in turns, {batches} batches each",
     )
-    print(f"{setting.image_size} pixels; median (minimum to maximum) of {arguments.rounds} rounds in turns,", end=" ")
-    print(f"{batches} batches each\n")
+    print("; ".join(about) + "\n")
     print(report(times, sizes, batches * setting.batch))
 
 
@@ -352,7 +375,31 @@ def _parser() -> argparse.ArgumentParser:
         "--images", type=positive, default=1536, help="images per round, chosen from larger data at random"
     )
     parser.add_argument("--image_size", type=positive, default=224, help="pixels (default: 224)")
+    add_decoder(parser)
     return parser
+
+
+def add_decoder(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --hw_decoder_load."""
+    add_device(parser)
+    parser.add_argument(
+        "--hw_decoder_load", type=_share, default=0.0, metavar="SHARE", help="as data.hw_decoder_load (default: 0)"
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def refuse_hardware_without_gpu(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.hw_decoder_load and arguments.device.type == "cpu":
+        parser.error(f"--hw_decoder_load {arguments.hw_decoder_load:g} is a GPU's; give --device cuda")
 
 
 def open_sources(arguments: argparse.Namespace, temporary: Path) -> dict[str, Source]:
@@ -399,11 +446,11 @@ def image_sizes_text(source: Source) -> str:
     return f"{source.widths.mean():.0f} x {source.heights.mean():.0f}, {kilobytes:.0f} KB"
 
 
-def library_versions_text() -> str:
+def library_versions_text(device: torch.device = CPU) -> str:
     """Commit, hardware and library versions in one line."""
     packages = environment_record(World())["packages"]
     dali_version = next(version for name, version in packages.items() if name.startswith("nvidia-dali"))
-    return f"{machine_text(CPU)}, DALI {dali_version}, Pillow {PIL.__version__}"
+    return f"{machine_text(device)}, DALI {dali_version}, Pillow {PIL.__version__}"
 
 
 def report(times: Mapping[str, list[float]], sizes: Mapping[str, str], images: int) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import cit_scale.models  # noqa: F401  registers RedNet with timm
 from cit_scale.bench.measure import (
+    add_device,
     copy_bytes_per_s,
     geometric_mean,
     machine_text,
@@ -333,7 +334,7 @@ def summary(results: dict[Case, dict[str, Figures]], ways: Iterable[str]) -> str
 def main() -> None:
     """Run the benchmark and print two tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default="float32")
     parser.add_argument("--shapes", nargs="+", type=parse_shapes, metavar="NAME@SIZE[xBATCH]",
                         default=[parse_shapes("rednet101@224"), parse_shapes("rednet101@64x64")])  # fmt: skip
@@ -342,7 +343,7 @@ def main() -> None:
     parser.add_argument("--inductor", action="store_true", help="add unfold under Inductor, which compiles each shape")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
 
     print(
         f"{machine_text(device)}; {arguments.dtype}; median (minimum to maximum) of {arguments.rounds} rounds in turns"

@@ -30,6 +30,22 @@ def output_file(text: str) -> Path:
     return path
 
 
+CPU = torch.device("cpu")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device, whose value is a torch.device that is here."""
+    parser.add_argument("--device", type=_device, default=CPU, metavar="cpu|cuda", help="default: cpu")
+
+
+def _device(text: str) -> torch.device:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("PyTorch sees no GPU; leave it out to measure the CPU")
+    return torch.device(text)
+
+
 def take_turns(
     functions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, at_least_ms: float = 5.0
 ) -> dict[str, list[float]]:

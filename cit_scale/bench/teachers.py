@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cit_scale.bench.involution import unfold
-from cit_scale.bench.measure import machine_text, peak_extra_mib, ratio, seconds, spread, table, take_turns
+from cit_scale.bench.measure import add_device, machine_text, peak_extra_mib, ratio, seconds, spread, table, take_turns
 from cit_scale.models import involution
 from cit_scale.models.network import Precision, build_network
 from cit_scale.teachers import freeze
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=["rednet101", "regnety_040"], help="networks to time, each against the last"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_device(parser)
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--image_size", type=positive, default=224)
     parser.add_argument("--batch", type=positive, default=8)
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1, the least noisy)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = arguments.device
     images = torch.rand(arguments.batch, 3, arguments.image_size, arguments.image_size, device=device)
 
     runs = {
