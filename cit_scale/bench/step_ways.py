@@ -87,10 +87,11 @@ class Way:
 class LabelsAlone:
     """A ``Source`` of so many classes, without images: what a prepared run asks of its data before it reads any."""
 
-    def __init__(self, num_classes: int, num_images: int) -> None:
+    def __init__(self, num_classes: int, num_images: int, size: tuple[int, int] = (64, 64)) -> None:
+        """size: height and width of the images."""
         self.classes = tuple(f"class {number}" for number in range(num_classes))
         self.labels = np.arange(num_images) % num_classes
-        self.heights = self.widths = np.full(num_images, 64)
+        self.heights, self.widths = (np.full(num_images, side) for side in size)
         self.rejects: Mapping[int, str] = {}
         self.notes: tuple[str, ...] = ()
         self.fingerprint = ""
