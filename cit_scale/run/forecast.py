@@ -27,6 +27,23 @@ class Forecast:
     first_evaluation_s: float
 
 
+@dataclass(frozen=True)
+class PartTimes:
+    """Seconds for one micro-batch: until the next is there, the student's forward pass, the teachers', and the
+    student's forward and backward pass.
+    """
+
+    data_s: float
+    forward_s: float
+    advice_s: float
+    update_s: float
+
+    def micro_step_s(self, device: torch.device) -> float:
+        compute_s = self.update_s + self.advice_s
+        # A CPU that computes does not decode at the same time.
+        return compute_s + self.data_s if device.type == "cpu" else max(compute_s, self.data_s)
+
+
 class Interrupted(Exception):  # noqa: N818  no error
     """The run is asked to stop: it need not be tried."""
 
@@ -34,10 +51,31 @@ class Interrupted(Exception):  # noqa: N818  no error
 def forecast(prepared: PreparedRun, asked_to_stop: Callable[[], bool]) -> Forecast:
     """Try the run's networks on one micro-batch of its data, and count its steps and evaluations. Raises Interrupted.
 
-    On each rank by itself, as under engine.name=plain: what ranks say to one another is left out, and so are start,
-    compilation (the teachers are tried as they are), activation checkpointing and checkpoints.
+    Start, compilation and checkpoints are left out.
     """
-    config, device, split = prepared.config, prepared.world.device, prepared.batch_split
+    config, split = prepared.config, prepared.batch_split
+    parts = time_parts(prepared, asked_to_stop)
+    epoch_s = prepared.steps_per_epoch * split.micro_steps * parts.micro_step_s(prepared.world.device)
+    batches_of_evaluation = -(-len(prepared.eval_set) // (split.micro_batch_size * prepared.world.world_size))
+    networks = 1 if config.optim.ema_decay is None else 2
+    evaluation_s = networks * batches_of_evaluation * (parts.forward_s + parts.data_s)
+    teachers_s = batches_of_evaluation * (parts.advice_s + parts.data_s) if config.teachers else 0.0
+    evaluations = -(-config.train.epochs // config.train.eval_every_epochs)
+    return Forecast(
+        total_s=teachers_s + config.train.epochs * epoch_s + evaluations * evaluation_s,
+        first_evaluation_s=teachers_s
+        + min(config.train.eval_every_epochs, config.train.epochs) * epoch_s
+        + evaluation_s,
+    )
+
+
+def time_parts(prepared: PreparedRun, asked_to_stop: Callable[[], bool]) -> PartTimes:
+    """Try the run's networks, with any weights, on one micro-batch of its data. Raises Interrupted.
+
+    On each rank by itself, as under engine.name=plain: what ranks say to one another is left out. Neither compiled
+    nor with activation checkpointing.
+    """
+    config, device = prepared.config, prepared.world.device
     median_s = partial(_median_s, device=device, asked_to_stop=asked_to_stop)
     with contextlib.closing(prepared.train_batches(0)) as batches:
         images = next(batches).images
@@ -48,22 +86,11 @@ def forecast(prepared: PreparedRun, asked_to_stop: Callable[[], bool]) -> Foreca
     precision: Precision = decided(config.distill.teacher_precision)
     frozen = [freeze(each, images.shape[-1], device, precision=precision, compile=False) for each in teachers]
 
-    forward_s = median_s(lambda: _forward(network, images))
-    advice_s = median_s(lambda: [teacher(images) for teacher in frozen])
-    compute_s = median_s(lambda: _update(network, images)) + advice_s
-    # A CPU that computes does not decode at the same time.
-    micro_step_s = compute_s + data_s if device.type == "cpu" else max(compute_s, data_s)
-    epoch_s = prepared.steps_per_epoch * split.micro_steps * micro_step_s
-    batches_of_evaluation = -(-len(prepared.eval_set) // (split.micro_batch_size * prepared.world.world_size))
-    networks = 1 if config.optim.ema_decay is None else 2
-    evaluation_s = networks * batches_of_evaluation * (forward_s + data_s)
-    teachers_s = batches_of_evaluation * (advice_s + data_s) if frozen else 0.0
-    evaluations = -(-config.train.epochs // config.train.eval_every_epochs)
-    return Forecast(
-        total_s=teachers_s + config.train.epochs * epoch_s + evaluations * evaluation_s,
-        first_evaluation_s=teachers_s
-        + min(config.train.eval_every_epochs, config.train.epochs) * epoch_s
-        + evaluation_s,
+    return PartTimes(
+        data_s=data_s,
+        forward_s=median_s(lambda: _forward(network, images)),
+        advice_s=median_s(lambda: [teacher(images) for teacher in frozen]),
+        update_s=median_s(lambda: _update(network, images)),
     )
 
 
