@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cit_scale.bench.involution import channels_last, unfold
 from cit_scale.models import involution_cpu, involution_loop
-from cit_scale.models.involution import Involution2d, _implementation, _planar_span, involution
+from cit_scale.models.involution import Involution2d, _planar_span, implementation, involution
 
 IMPLEMENTATIONS = {"C++": involution_cpu, "loop": involution_loop}
 
@@ -85,7 +85,7 @@ def test_half_precision_is_left_to_the_loop_on_a_cpu_and_right():
 
 
 def test_who_computes_follows_from_device_and_dtype(monkeypatch):
-    choose = _implementation.__wrapped__
+    choose = implementation.__wrapped__
     triton = pytest.importorskip("cit_scale.models.involution_triton", reason="Triton is not installed")
     assert choose("cpu", torch.bfloat16) is involution_cpu
     assert choose("cuda", torch.bfloat16) is triton

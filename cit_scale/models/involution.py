@@ -79,7 +79,7 @@ def in_torchs_operators() -> Iterator[None]:
 def _forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     out = _empty_output(x, kernel, stride)
     if out.numel() > 0:
-        _implementation(x.device.type, x.dtype).forward(x, kernel, stride, out)
+        implementation(x.device.type, x.dtype).forward(x, kernel, stride, out)
     return out
 
 
@@ -87,7 +87,7 @@ def _forward(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
 def _grad_x(grad_out: Tensor, kernel: Tensor, stride: int, height: int, width: int, channels_last: bool) -> Tensor:
     out = _empty_grad_x(grad_out, kernel, stride, height, width, channels_last)
     if out.numel() > 0:
-        _implementation(out.device.type, out.dtype).grad_x(grad_out, kernel, stride, out)
+        implementation(out.device.type, out.dtype).grad_x(grad_out, kernel, stride, out)
     return out
 
 
@@ -97,7 +97,7 @@ def _grad_kernel(
 ) -> Tensor:
     out = _empty_grad_kernel(grad_out, x, stride, groups, kernel_size, channels_last)
     if grad_out.numel() > 0:
-        _implementation(out.device.type, out.dtype).grad_kernel(grad_out, x, stride, out)
+        implementation(out.device.type, out.dtype).grad_kernel(grad_out, x, stride, out)
         return out
     return out.zero_()  # no channels: the sum over them is empty
 
@@ -212,7 +212,7 @@ _register_autocast("cuda", "AutocastCUDA")
 
 
 @functools.cache
-def _implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
+def implementation(device_type: str, dtype: torch.dtype) -> ModuleType:
     """Return the module that computes the operators, with the functions forward, grad_x and grad_kernel.
 
     Warns once per job if this is the slow loop in PyTorch.
