@@ -27,7 +27,7 @@ from cit_scale.config import (
 )
 from cit_scale.data.reader import Reader
 from cit_scale.distributed.world import World
-from cit_scale.engines.base import Engine
+from cit_scale.engines.base import Engine, StepResult
 from cit_scale.engines.build import build_engine
 from cit_scale.errors import ConfigError
 from cit_scale.models.arithmetic import set_arithmetic
@@ -208,7 +208,10 @@ class MarkedEngine:
 
 
 class OurStep:
-    """``train_step`` over a batch that lies on the device, again and again. skipped: steps without an update."""
+    """``train_step`` over a batch that lies on the device, again and again.
+
+    last: what the last step did. skipped: steps before it without an update.
+    """
 
     def __init__(self, prepared: PreparedRun, teachers: Sequence[Teacher], batch: Batch) -> None:
         self._prepared, self._teachers = prepared, teachers
@@ -216,7 +219,7 @@ class OurStep:
         self.engine = build_engine(prepared.build_student(), prepared.engine_setup)
         self.engine.module.train()
         self._step = 0
-        self._last: Any = None
+        self.last: StepResult | None = None
         self.skipped = 0
 
     def __call__(self, mark: Mark = ignore) -> None:
@@ -228,9 +231,9 @@ class OurStep:
         teachers = [dataclasses.replace(each, forward=marked(each.forward, mark)) for each in self._teachers]
         trained = train_step(engine, teachers, self._batches, self._prepared, self._step, LR)
         # Read one step late, as the training loop does: by then the device has it.
-        if self._last is not None:
-            self.skipped += self._last.skipped
-        self._last = trained.result
+        if self.last is not None:
+            self.skipped += self.last.skipped
+        self.last = trained.result
         self._step += 1
 
 
