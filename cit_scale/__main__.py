@@ -41,6 +41,7 @@ VERBS = {
     ),
     "report": Verb("a page about a run: curves, mistakes, attention, advice", "cit_scale.report.commands", "report"),
     "export": Verb("a measured file: ONNX, pt2, TorchScript, timm", "cit_scale.export.commands", "export"),
+    "doctor": Verb("is this machine fit to train", "cit_scale.doctor.commands", prints_results=True),
     "runs": Verb("list and show run folders", "cit_scale.report.runs", prints_results=True),
     "where": Verb("print the folder of launchers/, slurm/ and ds_configs/", "cit_scale.where", prints_results=True),
 }

@@ -1,4 +1,4 @@
-"""The job that launchers/submit.py gives to submitit: train.py with its arguments, on each rank.
+"""The jobs that launchers/submit.py gives to submitit: train.py with its arguments, on each rank, or the doctor.
 
 submitit pickles the job; the pickle holds only the arguments.
 """
@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.errors import Stopped
@@ -38,6 +39,23 @@ class TrainJob:
         if code:
             raise SystemExit(exit_code(code, stop.signum, os.environ))
         return code
+
+
+@dataclass(frozen=True)
+class DoctorJob:
+    """The doctor on one node. folder: where it writes NODE.json. runs_dir, quick: as of ``cit-scale doctor``."""
+
+    folder: Path
+    runs_dir: Path
+    quick: bool
+
+    def __call__(self) -> int:
+        """Examine this node. Returns 0, also for a node that is unfit: the file says it."""
+        outlive_readers()
+        from cit_scale.doctor.show import write_record
+
+        write_record(self.folder, self.runs_dir, quick=self.quick)
+        return 0
 
 
 def exit_code(code: int, signum: int | None, env: Mapping[str, str]) -> int:

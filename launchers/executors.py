@@ -8,7 +8,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, environme
 
 from cit_scale.config import REPOSITORY
 from cit_scale.errors import ConfigError, one_line
-from cit_scale.job import TrainJob
+from cit_scale.job import DoctorJob, TrainJob
 from launchers.environment import own_environment
 from launchers.options import Options
 from launchers.resources import Resources, RunRequest
@@ -38,10 +38,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
 def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunRequest], folder: Path) -> SlurmExecutor:
     """An executor with the parameters of these runs. folder: of its batch scripts, pickles and logs."""
-    executor = SlurmExecutor(folder, python=None if options.container is None else "python3")
     additional: dict[str, Any] = {"requeue": True}
-    if options.mem is not None:
-        additional["mem"] = options.mem  # submitit's mem_gb takes gigabytes only
     if resources.min_nodes < resources.nodes:
         additional["nodes"] = f"{resources.min_nodes}-{resources.nodes}"
         # Given the tasks per node, Slurm allots the fewest nodes although more are free. setup_lines passes the ranks
@@ -50,10 +47,48 @@ def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunReq
         tasks = {"cpus_per_task": cores}
     else:
         tasks = {"ntasks_per_node": resources.ranks_per_node, "cpus_per_task": resources.cores_per_rank}
+    return _executor(
+        options,
+        resources,
+        folder,
+        {
+            "job_name": runs[0].config.name if len(runs) == 1 else folder.parent.name,
+            **tasks,
+            "array_parallelism": options.array or len(runs),
+            "additional_parameters": additional,
+            "setup": setup_lines(options, resources, runs),
+            "srun_args": container_arguments(options.container, needed_folders(runs)),
+        },
+    )
+
+
+def doctor_executor(options: Options, resources: Resources, folder: Path) -> SlurmExecutor:
+    """An executor for one task on each node, which has all GPUs and cores that the node's ranks would have."""
+    cores = resources.cores_per_rank and resources.cores_per_rank * resources.ranks_per_node
+    path = shlex.quote(str(REPOSITORY))
+    return _executor(
+        options,
+        resources,
+        folder,
+        {
+            "job_name": "doctor",
+            "ntasks_per_node": 1,
+            "cpus_per_task": cores,
+            "additional_parameters": {"no_requeue": True},
+            "setup": [*checked_setup(options), f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}"],
+            "srun_args": container_arguments(options.container, [REPOSITORY, Path.cwd(), folder.parents[1]]),
+        },
+    )
+
+
+def _executor(options: Options, resources: Resources, folder: Path, more: Mapping[str, Any]) -> SlurmExecutor:
+    """An executor with the options that all jobs share. more: the others of submitit's parameters."""
+    executor = SlurmExecutor(folder, python=None if options.container is None else "python3")
+    additional = dict(more["additional_parameters"])
+    if options.mem is not None:
+        additional["mem"] = options.mem  # submitit's mem_gb takes gigabytes only
     parameters: dict[str, Any] = {
-        "job_name": runs[0].config.name if len(runs) == 1 else folder.parent.name,
         "nodes": resources.nodes,
-        **tasks,
         "gpus_per_node": resources.gpus_per_node or None,
         # None leaves both to the cluster. submitit's defaults are five minutes and the workload key "submitit".
         "time": resources.minutes,
@@ -66,10 +101,8 @@ def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunReq
         "dependency": options.dependency,
         "signal_delay_s": options.signal_delay,
         "stderr_to_stdout": True,
-        "array_parallelism": options.array or len(runs),
+        **more,
         "additional_parameters": additional,
-        "setup": setup_lines(options, resources, runs),
-        "srun_args": container_arguments(options.container, runs),
     }
     executor.update_parameters(**parameters)
     return executor
@@ -78,13 +111,8 @@ def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunReq
 def setup_lines(options: Options, resources: Resources, runs: Sequence[RunRequest]) -> list[str]:
     """Lines of shell before the ranks start: --setup, then the variables and arguments that slurm/env.sh reads."""
     checkout = shlex.quote(str(REPOSITORY))
-    # Without the module that it loads a run would train on something else, or fail later and be tried again.
-    # What fails within a file that a line sources is for that file to judge.
-    failing = (
-        """trap '((${#BASH_SOURCE[@]} > 1)) || { echo "error: --setup fails at: $BASH_COMMAND" >&2; exit 2; }' ERR"""
-    )
     lines = [
-        *([failing, *options.setup, "trap - ERR"] if options.setup else []),
+        *checked_setup(options),
         # Not exported: a job that is queued from within this one has its own.
         f"CIT_SCALE={checkout} CIT_PYTHON={shlex.quote(sys.executable)} CIT_MAX_RESTARTS={options.max_restarts}",
     ]
@@ -99,11 +127,21 @@ def setup_lines(options: Options, resources: Resources, runs: Sequence[RunReques
     return [*lines, f"source {checkout}/slurm/env.sh"]
 
 
-def container_arguments(image: str | None, runs: Sequence[RunRequest]) -> list[str]:
-    """Arguments of srun that make pyxis run the ranks in a container."""
+def checked_setup(options: Options) -> list[str]:
+    """The lines of --setup, of which each must succeed."""
+    # Without the module that it loads a run would train on something else, or fail later and be tried again.
+    # What fails within a file that a line sources is for that file to judge.
+    failing = (
+        """trap '((${#BASH_SOURCE[@]} > 1)) || { echo "error: --setup fails at: $BASH_COMMAND" >&2; exit 2; }' ERR"""
+    )
+    return [failing, *options.setup, "trap - ERR"] if options.setup else []
+
+
+def container_arguments(image: str | None, folders: Sequence[Path]) -> list[str]:
+    """Arguments of srun that make pyxis run the ranks in a container. folders: that it mounts."""
     if image is None:
         return []
-    mounts = ",".join(f"{path}:{path}" for path in needed_folders(runs))
+    mounts = ",".join(f"{path}:{path}" for path in folders)
     return [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={Path.cwd()}"]
 
 
@@ -136,19 +174,34 @@ def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
 
 def batch_script(executor: SlurmExecutor, runs: Sequence[RunRequest]) -> str:
     """The text of the batch script that ``submit_slurm`` would give to sbatch."""
+    return script_of(executor, len(runs))
+
+
+def script_of(executor: SlurmExecutor, jobs: int = 1) -> str:
+    """The text of the batch script for one job, or for an array of them."""
     shown = SlurmExecutor(executor.folder, python=executor.python)
     shown.parameters = dict(executor.parameters)
-    if len(runs) > 1:
-        shown.parameters["map_count"] = len(runs)
+    if jobs > 1:
+        shown.parameters["map_count"] = jobs
     return shown._make_submission_file_text(shown._submitit_command_str, uid="")
 
 
 def submit_slurm(executor: SlurmExecutor, runs: Sequence[RunRequest]) -> list[submitit.Job]:
     """Queue one job, or an array of one job per run. Raises ConfigError if sbatch refuses."""
+    return _submit(executor, [TrainJob(run.argv) for run in runs])
+
+
+def submit_doctor(executor: SlurmExecutor, job: DoctorJob) -> submitit.Job:
+    """Queue a job that examines its nodes. Raises ConfigError if sbatch refuses."""
+    (queued,) = _submit(executor, [job])
+    return queued
+
+
+def _submit(executor: SlurmExecutor, tasks: Sequence[Callable[[], int]]) -> list[submitit.Job]:
     try:
         # submitit prints sbatch's complaint and raises it as well: it is printed once, by main.
         with own_environment(), contextlib.redirect_stderr(io.StringIO()), executor.batch():
-            return [executor.submit(TrainJob(run.argv)) for run in runs]
+            return [executor.submit(task) for task in tasks]
     except (FailedJobError, FailedSubmissionError) as error:
         raise ConfigError(f"sbatch refuses: {one_line(error)}") from error
 

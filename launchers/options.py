@@ -57,11 +57,12 @@ class Options:
     array: int | None = None
     cluster: str = "slurm"
     dry_run: bool = False
+    doctor: str | None = None
 
 
 # Options that a resubmission leaves out: it submits one run of the sweep, and waits for no other job.
-NOT_AGAIN = {"sweep", "array", "dependency", "dry_run"}
-NOT_IN_FILE = {"sweep", "dry_run"}
+NOT_AGAIN = {"sweep", "array", "dependency", "dry_run", "doctor"}
+NOT_IN_FILE = {"sweep", "dry_run", "doctor"}
 
 OF_SBATCH = {
     "SBATCH_PARTITION": "partition",
@@ -171,6 +172,13 @@ def parser() -> OneLineParser:
         help="default slurm; local: in the background on this machine; debug: one rank, in this process",
     )
     add("--dry-run", action="store_true", help="check, show plan and batch script, queue nothing")
+    add(
+        "--doctor",
+        nargs="?",
+        const="whole",
+        choices=("whole", "quick"),
+        help="train nothing: run cit-scale doctor on each node, and name the nodes that are unfit or differ",
+    )
     return parser
 
 

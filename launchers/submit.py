@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]) -> int:
     """Check, plan and submit the runs. given: options set by the user; repeated when a run is resubmitted."""
     arguments = cli.parse_arguments(train_argv)
+    if options.doctor:
+        from launchers.examine import examine_nodes
+
+        return examine_nodes(options, Path(arguments.config.runs_dir).expanduser())
     runs = plan_runs(arguments, train_argv, options.sweep)
     partitions = find_partitions(options)
     resources = allot(options, partitions, runs)

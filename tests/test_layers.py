@@ -43,9 +43,10 @@ WALLS = {
     "report run run_folder settings teachers text",
     "inference": "cli config datasets distributed errors evaluate files models recipe run_folder text",
     "export": "config datasets distributed errors files inference models run_folder text",
+    "doctor": "batch bench config data datasets distributed engines errors files models run teachers text train",
     "where": "config text",
     "__main__": "cli config text",
-    "job": "distributed errors text train",
+    "job": "distributed doctor errors text train",
     "bench": "batch checkpoint config data datasets distributed engines errors evaluate export files inference models "
     "run settings teachers text train",
 }

@@ -1,0 +1,76 @@
+"""The disk where runs are to lie: can it be written, does it have locks and room, and how fast is it?"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from cit_scale.doctor.findings import Asked, Finding, failed, ok
+from cit_scale.errors import one_line
+from cit_scale.files import sync
+
+WHOLE_BYTES, QUICK_BYTES = 2**29, 2**25
+LITTLE_ROOM = 10e9  # five checkpoints of CiT-B
+CHECKPOINT_BYTES = 1503e6  # of CiT-B (docs/measurements/checkpoints.md)
+SLOW_BYTES_PER_S = 50e6  # half a minute for that
+
+
+def check(asked: Asked) -> Finding:
+    """Write a file as checkpoints are written: to a temporary name, synchronised, renamed."""
+    folder = existing(asked.runs_dir.absolute())
+    try:
+        rate, lock_problem = write(folder, QUICK_BYTES if asked.quick else WHOLE_BYTES)
+    except OSError as error:
+        return failed(
+            f"{folder} cannot be written: {one_line(error)}", "name a folder that can be, by --runs_dir, here and there"
+        )
+    return judge(folder, rate, shutil.disk_usage(folder).free, lock_problem)
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(each for each in (folder, *folder.parents) if each.exists())
+
+
+def write(folder: Path, size: int) -> tuple[float, str | None]:
+    """Bytes per second, and why there are no locks; None: there are. Raises OSError."""
+    with tempfile.TemporaryDirectory(prefix=".cit_scale_doctor_", dir=folder) as temporary:
+        partial, whole = Path(temporary) / "partial", Path(temporary) / "whole"
+        block = os.urandom(2**22)  # not zeros, which some disks do not store
+        start = time.perf_counter()
+        with partial.open("wb") as file:
+            for _ in range(size // len(block)):
+                file.write(block)
+        sync(partial)
+        partial.rename(whole)
+        sync(whole.parent)
+        seconds = time.perf_counter() - start
+        try:
+            with whole.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return size / seconds, None
+        except OSError as error:
+            return size / seconds, one_line(error)
+
+
+def judge(folder: Path, bytes_per_s: float, free: float, lock_problem: str | None) -> Finding:
+    """free: bytes that are left."""
+    says = (
+        f"{folder}: {bytes_per_s / 1e6:.0f} MB/s, {free / 1e9:.0f} GB free; "
+        f"a checkpoint of CiT-B takes {CHECKPOINT_BYTES / bytes_per_s:.1f} s in the background"
+    )
+    advice = []
+    if lock_problem is not None:
+        advice.append(f"no locks ({lock_problem}): two jobs could write one run; mount it with locks")
+    if free < LITTLE_ROOM:
+        advice.append("make room, or name another disk by --runs_dir")
+    if bytes_per_s < SLOW_BYTES_PER_S:
+        advice.append("slow: name another disk by --runs_dir, or raise train.save_every_steps")
+    figures = {"write_mb_per_s": bytes_per_s / 1e6}
+    if advice:
+        return Finding("warning", says, "; ".join(advice), {}, figures)
+    return ok(says, figures=figures)

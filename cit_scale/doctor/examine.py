@@ -1,0 +1,142 @@
+"""Runs the checks, each in a process of its own: a crash, a hang or an exit is found like anything else."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import NamedTuple
+
+from cit_scale.doctor.findings import Asked, Finding, failed
+from cit_scale.errors import one_line
+
+MOST = 300  # characters of a library's error message
+LAST_LINES = 15  # of what a failed check has printed
+QUICK_S, WHOLE_S = 20.0, 240.0  # after which a check is given up
+
+
+class Check(NamedTuple):
+    """A row of the table. module: in this package, with a function ``check(asked)``."""
+
+    name: str
+    module: str
+    is_quick: bool = False
+    """Also made with --quick."""
+
+
+# In this order: what later checks need comes first.
+CHECKS = (
+    Check("machine", "machine", is_quick=True),
+    Check("packages", "packages", is_quick=True),
+    Check("compilers", "compilers", is_quick=True),
+    Check("GPUs", "gpus", is_quick=True),
+    Check("memory speed", "memory"),
+    Check("collectives", "collectives"),
+    Check("precision", "precision", is_quick=True),
+    Check("involution", "kernels"),
+    Check("JPEG decoder", "jpegs", is_quick=True),
+    Check("augmentation", "pixels"),
+    Check("engines", "stages"),
+    Check("disk", "disk", is_quick=True),
+    Check("data stream", "stream"),
+    Check("training step", "step"),
+)
+
+
+class Examined(NamedTuple):
+    """A check's name, what it found, the seconds that it took, and, where it failed, the last lines that it printed."""
+
+    name: str
+    finding: Finding
+    seconds: float
+    printed: str
+
+
+def examine(asked: Asked, checks: Sequence[Check] = CHECKS) -> Iterator[Examined]:
+    """Make the checks one after another, so that none disturbs the timing of another one."""
+    context = multiprocessing.get_context("forkserver")
+    # What most checks need is imported once. Each check is a fork of that, with no thread and no device in use.
+    context.set_forkserver_preload(["cit_scale.doctor.preload"])
+    found: dict[str, Finding] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for check in checks:
+            if asked.quick and not check.is_quick:
+                continue
+            start, log = time.monotonic(), Path(folder) / check.module
+            finding = _in_own_process(context, check.module, dataclasses.replace(asked, found=found), log)
+            found[check.name] = finding
+            printed = _last_lines(log) if finding.status == "failed" else ""
+            yield Examined(check.name, finding, time.monotonic() - start, printed)
+
+
+def _in_own_process(context: ForkServerContext, module: str, asked: Asked, log: Path) -> Finding:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(module, asked, log, sender))
+    process.start()
+    sender.close()  # this process's copy: with the check's own the pipe ends
+    limit_s = QUICK_S if asked.quick else WHOLE_S
+    try:
+        if receiver.poll(limit_s):
+            return receiver.recv()
+        return failed(
+            f"no answer within {limit_s:g} s",
+            "what it waits for is below; a device that hangs needs its driver, or the machine, to be started again",
+        )
+    except EOFError:
+        process.join()
+        return failed(
+            f"its process {_ended_text(process.exitcode)} without an answer",
+            "what it said last is below; install again what that names, or compare with a machine where it works",
+        )
+    finally:
+        _end(process)
+
+
+def _answer(module: str, asked: Asked, log: Path, answer: Connection) -> None:
+    """In the process of a check: make the check, and send what it finds."""
+    os.setpgid(0, 0)  # with the processes that the check starts
+    # Libraries print to either; stdout is for the table or the JSON alone.
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(0.9 * (QUICK_S if asked.quick else WHOLE_S))
+    try:
+        finding = importlib.import_module(f"cit_scale.doctor.{module}").check(asked)
+    except Exception as error:  # of any library
+        finding = failed(
+            f"{type(error).__name__}: {one_line(error, MOST)}",
+            "training would meet the same; install again what the message names",
+        )
+    answer.send(finding)
+    answer.close()
+    sys.stdout.flush()
+    os._exit(0)  # without the libraries' farewells, which can take seconds
+
+
+def _ended_text(code: int | None) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+
+
+def _end(process: ForkServerProcess) -> None:
+    """End the process of a check, and those that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+
+
+def _last_lines(log: Path) -> str:
+    with contextlib.suppress(OSError):
+        return "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+    return ""

@@ -1,0 +1,56 @@
+"""What a check finds, and the numbers and names of it that can be compared with another machine's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Status = Literal["ok", "n/a", "warning", "failed"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check says. Made by ``ok``, ``not_here``, ``warning`` and ``failed``.
+
+    says: one line, with the values. advice: what to do; for a warning or a failure. facts: names and versions, the same
+    on machines of one kind. figures: what was measured, larger is better, such as images_per_s.
+    """
+
+    status: Status
+    says: str
+    advice: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def ok(says: str, facts: Mapping[str, str] | None = None, figures: Mapping[str, float] | None = None) -> Finding:
+    return Finding("ok", says, "", facts or {}, figures or {})
+
+
+def not_here(reason: str, facts: Mapping[str, str] | None = None) -> Finding:
+    """The check does not apply to this machine."""
+    return Finding("n/a", reason, "", facts or {})
+
+
+def warning(says: str, advice: str, facts: Mapping[str, str] | None = None) -> Finding:
+    """Training works, slower than it could or with something left out."""
+    return Finding("warning", says, advice, facts or {})
+
+
+def failed(says: str, advice: str, facts: Mapping[str, str] | None = None) -> Finding:
+    """Training would fail, or learn from wrong numbers."""
+    return Finding("failed", says, advice, facts or {})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for, and what was found before.
+
+    quick: seconds count; nothing is timed. runs_dir: where runs are to lie. found: by name, the checks before this one.
+    """
+
+    quick: bool = False
+    runs_dir: Path = Path("runs")
+    found: Mapping[str, Finding] = field(default_factory=dict)

@@ -1,0 +1,83 @@
+"""The GPUs, their driver and their memory, and whether each computes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cit_scale.distributed.preflight import cuda_versions
+from cit_scale.doctor.findings import Asked, Finding, failed, not_here, ok, warning
+from cit_scale.errors import one_line
+
+GIB = 2**30
+MOST_USED = 0.1  # of a GPU's memory, by others
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """capability: as in sm_90, without the letters. problem: why it does not compute; None: it does."""
+
+    name: str
+    capability: str
+    total_gib: float
+    free_gib: float
+    problem: str | None = None
+
+
+def check(asked: Asked) -> Finding:
+    """Look at each GPU that PyTorch sees, and compute on it."""
+    has_driver = any(Path("/dev").glob("nvidia[0-9]*"))
+    gpus = [look_at(number) for number in range(torch.cuda.device_count())]
+    return judge(gpus, torch.cuda.get_arch_list() if gpus else (), cuda_versions(), has_driver=has_driver)
+
+
+def look_at(number: int) -> Gpu:
+    device = torch.device("cuda", number)
+    try:
+        properties = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info(device)
+        computed = torch.arange(1000, device=device).sum().item()
+    except RuntimeError as error:
+        return Gpu(f"GPU {number}", "", 0.0, 0.0, one_line(error, 200))
+    problem = None if computed == 499500 else f"the sum of 0 to 999 came out as {computed}, not 499500"
+    return Gpu(properties.name, f"{properties.major}{properties.minor}", total / GIB, free / GIB, problem)
+
+
+def judge(gpus: Sequence[Gpu], built_for: Sequence[str], versions: str, *, has_driver: bool) -> Finding:
+    """built_for: of torch.cuda.get_arch_list. versions: of CUDA. has_driver: whether there are devices of NVIDIA's."""
+    if not gpus:
+        if has_driver:
+            advice = "take a PyTorch for the driver's CUDA or a newer driver, and see CUDA_VISIBLE_DEVICES"
+            return failed(f"there are GPUs, and PyTorch sees none: {versions}", advice)
+        return not_here(f"none: {versions}")
+    kinds = list(dict.fromkeys((gpu.name, f"{gpu.total_gib:.0f} GiB") for gpu in gpus))
+    says = f"{len(gpus)}: {', '.join(' '.join(kind) for kind in kinds)}; {versions}"
+    facts = {"gpus": str(len(gpus)), "gpu": ", ".join(name for name, _ in kinds), "cuda": versions}
+    if broken := [f"{number} ({gpu.name}): {gpu.problem}" for number, gpu in enumerate(gpus) if gpu.problem]:
+        return failed(f"{says}; does not compute: {'; '.join(broken)}", "see dmesg; reset or leave out that GPU", facts)
+    if strange := sorted({gpu.capability for gpu in gpus if not runs_on(gpu.capability, built_for)}):
+        advice = "take another build of PyTorch"
+        return failed(f"{says}; this PyTorch has no code for sm_{', sm_'.join(strange)}", advice, facts)
+    if used := [number for number, gpu in enumerate(gpus) if gpu.free_gib < (1 - MOST_USED) * gpu.total_gib]:
+        where = ", ".join(f"{number} ({gpus[number].free_gib:.0f} GiB free)" for number in used)
+        return warning(f"{says}; in use: {where}", "see nvidia-smi for the processes that hold memory there", facts)
+    return ok(says, facts)
+
+
+def runs_on(capability: str, built_for: Sequence[str]) -> bool:
+    """Whether code for one of these architectures runs there: binaries (sm_86) on the same major version from the same
+    minor on, intermediate code (compute_80) on everything newer.
+    """
+    for each in built_for:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", each)
+        if match is None:
+            continue
+        kind, major, minor = match[1], int(match[2]), int(match[3])
+        here = int(capability[:-1]), int(capability[-1])
+        if here >= (major, minor) and (kind == "compute" or here[0] == major):
+            return True
+    return False

@@ -1,0 +1,35 @@
+"""DALI's pipelines beside PIL, operation by operation, with the limits of ``bench.fidelity``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from cit_scale.bench.decode import HEIGHT, WIDTH, make_photos
+from cit_scale.bench.fidelity import Errors, measure
+from cit_scale.datasets.folders import ImageFolder
+from cit_scale.doctor.findings import Asked, Finding, failed, ok
+
+PHOTOS, IMAGE_SIZE = 4, 224
+
+
+def check(asked: Asked) -> Finding:
+    """Compare some made-up photographs."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_photos(Path(folder) / "photos", PHOTOS, (HEIGHT, WIDTH), 2)
+        return judge(measure(ImageFolder(Path(folder) / "photos", Path(folder)), IMAGE_SIZE))
+
+
+def judge(found: Mapping[str, Errors]) -> Finding:
+    """found: by what is compared."""
+    judged = {name: errors for name, errors in found.items() if errors.allowed is not None}
+    if wrong := [f"{name} {e.bilinear.mean():.2f}, allowed {e.allowed}" for name, e in judged.items() if e.is_broken]:
+        return failed(
+            f"mean differences of a byte from PIL, of 255: {'; '.join(wrong)}",
+            "this version of nvidia-dali, or of Pillow, computes otherwise: take the versions of the row of packages "
+            "that docs/measurements/versions.md has, and see python -m cit_scale.bench.fidelity",
+        )
+    means = {name: errors.bilinear.mean() for name, errors in judged.items()}
+    worst = max(means, key=lambda name: means[name])
+    return ok(f"{len(means)} comparisons are within their limits; furthest is {worst}, {means[worst]:.2f} of 255")

@@ -1,0 +1,89 @@
+"""The table of the doctor, what is wrong and what to do, and the same as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cit_scale.distributed.preflight import node_name
+from cit_scale.doctor.examine import Examined, examine
+from cit_scale.doctor.findings import Asked
+from cit_scale.errors import UnfitNodeError
+from cit_scale.files import write_text
+
+STYLES = {"ok": "green", "n/a": "dim", "warning": "yellow", "failed": "bold red"}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Examine this machine and print what was found. Returns the exit code."""
+    examined = []
+    for each in examine(Asked(arguments.quick, arguments.runs_dir)):
+        examined.append(each)
+        if sys.stderr.isatty():
+            print(f"{each.finding.status:>7} {each.name}, {each.seconds:.1f} s", file=sys.stderr, flush=True)
+    if arguments.json:
+        print(json.dumps(as_record(examined), indent=2))
+    else:
+        show(examined)
+    return exit_code(each.finding.status for each in examined)
+
+
+def write_record(folder: Path, runs_dir: Path, *, quick: bool) -> None:
+    """Examine this machine and write what was found, under the node's name."""
+    record = as_record(list(examine(Asked(quick, runs_dir))))
+    write_text(folder / f"{node_name(os.environ)}.json", json.dumps(record, indent=2) + "\n")
+
+
+def exit_code(statuses: Iterable[str]) -> int:
+    return UnfitNodeError.exit_code if "failed" in statuses else 0
+
+
+def as_record(examined: Sequence[Examined]) -> dict[str, Any]:
+    """What scripts read, and what is compared between nodes."""
+    checks: list[dict[str, Any]] = [
+        {
+            "name": each.name,
+            "status": each.finding.status,
+            "says": each.finding.says,
+            "advice": each.finding.advice,
+            "facts": dict(each.finding.facts),
+            "figures": dict(each.finding.figures),
+            "seconds": round(each.seconds, 2),
+            "printed": each.printed,
+        }
+        for each in examined
+    ]
+    return {"host": socket.gethostname(), "fit": exit_code(each["status"] for each in checks) == 0, "checks": checks}
+
+
+def show(examined: Sequence[Examined]) -> None:
+    """Print the table, and below it each check that failed or warns, with the way out."""
+    console = Console(highlight=False)
+    table = Table(title=f"{socket.gethostname()}, {sum(each.seconds for each in examined):.0f} s", title_justify="left")
+    table.add_column("check")
+    table.add_column("")
+    table.add_column("s", justify="right")
+    table.add_column("what was found", overflow="fold")
+    for each in examined:
+        status = each.finding.status
+        table.add_row(each.name, Text(status, STYLES[status]), f"{each.seconds:.1f}", Text(each.finding.says))
+    console.print(table)
+    wrong = [each for each in examined if each.finding.advice]
+    for each in wrong:
+        console.print(f"{each.finding.status}: {each.name}: {each.finding.says}", markup=False, soft_wrap=True)
+        console.print(f"  what to do: {each.finding.advice}", markup=False, soft_wrap=True)
+        if each.printed:
+            console.print("  its last lines:", markup=False)
+            console.print("\n".join(f"    {line}" for line in each.printed.splitlines()), markup=False, soft_wrap=True)
+    is_fit = not any(each.finding.status == "failed" for each in examined)
+    console.print("fit to train" if is_fit else "not fit to train: see what failed above", soft_wrap=True)

@@ -1,0 +1,60 @@
+"""The training stream with the paper's augmentation: images per second on one rank."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cit_scale.batch import Batch
+from cit_scale.bench.decode import HEIGHT, WIDTH, make_photos
+from cit_scale.bench.measure import seconds
+from cit_scale.config import AugmentConfig, DataConfig
+from cit_scale.data.order import Cursor
+from cit_scale.data.reader import Reader
+from cit_scale.data.stream import train_stream
+from cit_scale.datasets.folders import ImageFolder
+from cit_scale.distributed.world import World
+from cit_scale.doctor.findings import Asked, Finding, failed, ok
+
+PHOTOS, BATCH = 64, 64
+CPU_BATCHES, GPU_BATCHES = 8, 100
+AHEAD = 5  # batches that may be ready before the clock starts
+
+
+def check(asked: Asked) -> Finding:
+    """Read, decode and augment made-up photographs."""
+    device = World().device
+    with tempfile.TemporaryDirectory() as folder:
+        make_photos(Path(folder) / "photos", PHOTOS, (HEIGHT, WIDTH), 2)
+        reader = Reader(ImageFolder(Path(folder) / "photos", Path(folder)))
+        sizes = BATCH, BATCH
+        data = DataConfig()
+        batches = GPU_BATCHES if device.type == "cuda" else CPU_BATCHES
+        stream = train_stream(reader, AugmentConfig(), data, 0, Cursor(), *sizes, World(), device)
+        with closing(stream):
+            *_, last = itertools.islice(stream, AHEAD)
+            taken = seconds(partial(take, stream, batches), device)
+    return judge(last.images, batches * BATCH / taken, device)
+
+
+def take(stream: Iterator[Batch], count: int) -> None:
+    for _ in itertools.islice(stream, count):
+        pass
+
+
+def judge(images: torch.Tensor, images_per_s: float, device: torch.device) -> Finding:
+    """images: of one batch, (B, 3, H, W)."""
+    # Random erasing puts normal values there, of which some are outside of [0, 1].
+    inside, mean = ((images >= 0) & (images <= 1)).float().mean().item(), images.mean().item()
+    if not (inside > 0.9 and 0.2 < mean < 0.8):  # NaN neither
+        return failed(f"{inside:.0%} of the values are in [0, 1], {mean:.2f} on average", "see the row of augmentation")
+    return ok(
+        f"{images_per_s:.0f} images/s of {WIDTH} x {HEIGHT} pixels, decoded and augmented on the {device.type.upper()}",
+        figures={"images_per_s": images_per_s},
+    )
