@@ -27,7 +27,7 @@ QUICK_S, WHOLE_S = 20.0, 240.0  # after which a check is given up
 
 
 class Check(NamedTuple):
-    """A row of the table. module: in this package, with a function ``check(asked)``."""
+    """A row of the table. module: with a function ``check(asked)``."""
 
     name: str
     module: str
@@ -37,20 +37,20 @@ class Check(NamedTuple):
 
 # In this order: what later checks need comes first.
 CHECKS = (
-    Check("machine", "machine", is_quick=True),
-    Check("packages", "packages", is_quick=True),
-    Check("compilers", "compilers", is_quick=True),
-    Check("GPUs", "gpus", is_quick=True),
-    Check("memory speed", "memory"),
-    Check("collectives", "collectives"),
-    Check("precision", "precision", is_quick=True),
-    Check("involution", "kernels"),
-    Check("JPEG decoder", "jpegs", is_quick=True),
-    Check("augmentation", "pixels"),
-    Check("engines", "stages"),
-    Check("disk", "disk", is_quick=True),
-    Check("data stream", "stream"),
-    Check("training step", "step"),
+    Check("machine", "cit_scale.doctor.machine", is_quick=True),
+    Check("packages", "cit_scale.doctor.packages", is_quick=True),
+    Check("compilers", "cit_scale.doctor.compilers", is_quick=True),
+    Check("GPUs", "cit_scale.doctor.gpus", is_quick=True),
+    Check("memory speed", "cit_scale.doctor.memory"),
+    Check("collectives", "cit_scale.doctor.collectives"),
+    Check("precision", "cit_scale.doctor.precision", is_quick=True),
+    Check("involution", "cit_scale.doctor.kernels"),
+    Check("JPEG decoder", "cit_scale.doctor.jpegs", is_quick=True),
+    Check("augmentation", "cit_scale.doctor.pixels"),
+    Check("engines", "cit_scale.doctor.stages"),
+    Check("disk", "cit_scale.doctor.disk", is_quick=True),
+    Check("data stream", "cit_scale.doctor.stream"),
+    Check("training step", "cit_scale.doctor.step"),
 )
 
 
@@ -81,11 +81,11 @@ def examine(asked: Asked, checks: Sequence[Check] = CHECKS) -> Iterator[Examined
 
 
 def _in_own_process(context: ForkServerContext, module: str, asked: Asked, log: Path) -> Finding:
+    limit_s = QUICK_S if asked.quick else WHOLE_S
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(module, asked, log, sender))
+    process = context.Process(target=_answer, args=(module, asked, log, 0.9 * limit_s, sender))
     process.start()
     sender.close()  # this process's copy: with the check's own the pipe ends
-    limit_s = QUICK_S if asked.quick else WHOLE_S
     try:
         if receiver.poll(limit_s):
             return receiver.recv()
@@ -103,17 +103,17 @@ def _in_own_process(context: ForkServerContext, module: str, asked: Asked, log: 
         _end(process)
 
 
-def _answer(module: str, asked: Asked, log: Path, answer: Connection) -> None:
-    """In the process of a check: make the check, and send what it finds."""
+def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Connection) -> None:
+    """In the process of a check: make the check, and send what it finds; after ``patience_s`` write where it stands."""
     os.setpgid(0, 0)  # with the processes that the check starts
     # Libraries print to either; stdout is for the table or the JSON alone.
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     faulthandler.enable()
-    faulthandler.dump_traceback_later(0.9 * (QUICK_S if asked.quick else WHOLE_S))
+    faulthandler.dump_traceback_later(patience_s)
     try:
-        finding = importlib.import_module(f"cit_scale.doctor.{module}").check(asked)
+        finding = importlib.import_module(module).check(asked)
     except Exception as error:  # of any library
         finding = failed(
             f"{type(error).__name__}: {one_line(error, MOST)}",

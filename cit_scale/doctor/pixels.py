@@ -8,17 +8,20 @@ from pathlib import Path
 
 from cit_scale.bench.decode import HEIGHT, WIDTH, make_photos
 from cit_scale.bench.fidelity import Errors, measure
+from cit_scale.config import DataConfig
 from cit_scale.datasets.folders import ImageFolder
+from cit_scale.distributed.world import World
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
 
-PHOTOS, IMAGE_SIZE = 4, 224
+PHOTOS = 4
 
 
 def check(asked: Asked) -> Finding:
     """Compare some made-up photographs."""
     with tempfile.TemporaryDirectory() as folder:
         make_photos(Path(folder) / "photos", PHOTOS, (HEIGHT, WIDTH), 2)
-        return judge(measure(ImageFolder(Path(folder) / "photos", Path(folder)), IMAGE_SIZE))
+        source, data = ImageFolder(Path(folder) / "photos", Path(folder)), DataConfig(decode_threads=2)
+        return judge(measure(source, data, World().device))
 
 
 def judge(found: Mapping[str, Errors]) -> Finding:

@@ -11,7 +11,8 @@ import torch
 from cit_scale.bench.measure import take_turns
 from cit_scale.distributed.world import World
 from cit_scale.doctor.findings import Asked, Finding, ok
-from cit_scale.models.network import AUTOCAST, set_float32_arithmetic
+from cit_scale.models.arithmetic import set_arithmetic
+from cit_scale.models.network import AUTOCAST
 from cit_scale.run.auto import has_bf16
 from cit_scale.run.flops import peak_flops
 from cit_scale.run.results import device_name
@@ -35,7 +36,7 @@ class Product:
 def check(asked: Asked) -> Finding:
     """Multiply matrices in each precision."""
     device = World().device
-    set_float32_arithmetic(device)
+    set_arithmetic(device)
     size = GPU_SIZE if device.type == "cuda" else SIZE
     found = {name: multiply(size, dtype, device) for name, dtype in DTYPES.items()}
     name = device_name(device)

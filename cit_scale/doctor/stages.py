@@ -11,7 +11,7 @@ from cit_scale.config import MixingConfig, StudentConfig, TeacherConfig
 from cit_scale.distributed.world import World, start
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
 from cit_scale.errors import one_line
-from cit_scale.models.network import set_float32_arithmetic
+from cit_scale.models.arithmetic import set_arithmetic
 from cit_scale.teachers import Teacher
 
 PLAIN = "plain"
@@ -32,7 +32,7 @@ def check(asked: Asked) -> Finding:
     """One rank takes the steps, on one GPU or the CPU."""
     world = World()
     start(world)
-    set_float32_arithmetic(world.device)
+    set_arithmetic(world.device)
     try:
         # What teachers say is the same for all: they are no part of an engine.
         teachers = freeze_teachers(prepare(TASK, Way(PLAIN, "float32", compiled=False, teachers="live"), world))

@@ -21,7 +21,7 @@ from cit_scale.datasets.folders import ImageFolder
 from cit_scale.distributed.world import World, start
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
 from cit_scale.engines.build import build_engine
-from cit_scale.models.network import set_float32_arithmetic
+from cit_scale.models.arithmetic import set_arithmetic
 from cit_scale.run.auto import has_bf16
 from cit_scale.run.forecast import time_parts
 from cit_scale.run.plan import estimate_memory
@@ -66,7 +66,7 @@ def check(asked: Asked) -> Finding:
     world = World()
     task = SMALL if world.device.type == "cpu" else PAPERS
     start(world)
-    set_float32_arithmetic(world.device)
+    set_arithmetic(world.device)
     try:
         with tempfile.TemporaryDirectory() as folder:
             make_photos(Path(folder) / "photos", task.batch_size, (HEIGHT, WIDTH), 2)

@@ -1,0 +1,515 @@
+"""The doctor: each check finds a planted fault and says the way out, whatever happens to its process, and what differs
+between nodes is named. Checks of a GPU are given stand-ins: none has run on one.
+"""
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from cit_scale.bench.fidelity import Errors
+from cit_scale.bench.involution import Way, by_autograd
+from cit_scale.bench.step_ways import OurStep
+from cit_scale.data import dali
+from cit_scale.distributed.world import World
+from cit_scale.doctor import (
+    collectives,
+    compare,
+    compilers,
+    disk,
+    examine,
+    gpus,
+    jpegs,
+    kernels,
+    machine,
+    memory,
+    packages,
+    pixels,
+    precision,
+    show,
+    stages,
+    step,
+    stream,
+)
+from cit_scale.doctor.findings import Asked, Finding, failed, not_here, ok
+from cit_scale.models import involution_loop
+from cit_scale.models.involution import involution
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def assert_says(finding, status, *words):
+    assert finding.status == status, finding
+    text = f"{finding.says} {finding.advice}"
+    assert all(word in text for word in words), text
+    assert (finding.advice != "") == (status in ("warning", "failed"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks, one by one: what is found here, and what of a planted fault
+
+
+def test_what_is_little_of_a_machine_is_named():
+    assert_says(machine.check(Asked()), "ok", f"{len(os.sched_getaffinity(0))} cores", sys.version.split()[0])
+    found = machine.judge(2, 2.0, 0.0625, 256)
+    assert_says(found, "warning", "2.0 GiB", "--shm-size=8g", "ulimit -n 1024")
+    assert_says(machine.judge(2, 8.0, 8.0, resource.RLIM_INFINITY), "ok", "any number of open files")
+
+
+@pytest.mark.parametrize(
+    ("lines", "file"),
+    [
+        ("0::/system/job_7/step_0\n", "sys/fs/cgroup/system/job_7/memory.max"),
+        ("9:cpu:/x\n4:memory:/slurm/job_7\n", "sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes"),
+    ],
+)
+def test_memory_is_what_the_control_group_leaves(tmp_path, lines, file):
+    assert machine.memory_bytes(tmp_path) > GIB  # without one: the machine's
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(lines)
+    limit = tmp_path / file
+    limit.parent.mkdir(parents=True)
+    limit.write_text("max\n")
+    assert machine.memory_bytes(tmp_path) > GIB
+    limit.write_text(f"{GIB}\n")
+    assert machine.memory_bytes(tmp_path) == GIB
+
+
+def test_packages_that_are_missing_or_old_are_named():
+    assert_says(packages.check(Asked()), "ok", f"torch {torch.__version__.split('+')[0]}")
+    required = ["numpy>=999", "no-such-package>=2", "torch>=2", 'scipy>=999; extra == "test"', "nvidia-dali-cuda999>=1"]
+    found = packages.compare(required)
+    assert_says(
+        found, "failed", f"numpy {np.__version__}, asked for >=999", "no-such-package is missing", "pip install"
+    )
+    assert "scipy" not in found.says
+    assert "dali" not in found.says  # the build for another CUDA does
+
+
+def test_compilers_that_are_missing_or_broken_are_named(tmp_path):
+    assert_says(compilers.check(Asked()), "ok", "Python.h")
+    headers, nowhere = compilers.python_headers(), {"PATH": str(tmp_path)}
+    assert_says(compilers.judge(nowhere, headers, has_gpu=False), "warning", "no C++ compiler", "torch.compile", "g++")
+    assert_says(compilers.judge(nowhere, headers, has_gpu=True), "warning", "Triton", "install gcc")
+    broken = {**os.environ, "CXX": "false", "CC": "false"}
+    assert_says(compilers.judge(broken, headers, has_gpu=False), "warning", "false does not work", "CXX")
+    assert_says(compilers.judge(broken, headers, has_gpu=True), "warning", "does not work", "CC")
+    assert_says(compilers.judge(os.environ, tmp_path, has_gpu=False), "warning", "no", "Python.h", "python3-dev")
+
+
+H100 = gpus.Gpu("NVIDIA H100", "90", 80.0, 79.0)
+BUILT_FOR = ("sm_80", "sm_90", "compute_90")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
+def test_without_a_gpu_the_check_of_gpus_does_not_apply():
+    assert_says(gpus.check(Asked()), "n/a", "none", "no NVIDIA driver")
+
+
+def test_gpus_that_cannot_be_used_are_named():
+    assert_says(gpus.judge([H100] * 8, BUILT_FOR, "CUDA", has_driver=True), "ok", "8: NVIDIA H100 80 GiB")
+    assert_says(gpus.judge([], (), "CUDA 13", has_driver=True), "failed", "PyTorch sees none", "CUDA_VISIBLE_DEVICES")
+    wrong = gpus.Gpu("NVIDIA H100", "90", 80.0, 79.0, "the sum of 0 to 999 came out as 7, not 499500")
+    assert_says(
+        gpus.judge([H100, wrong], BUILT_FOR, "CUDA", has_driver=True), "failed", "1 (NVIDIA H100)", "came out as 7"
+    )
+    old = gpus.Gpu("Tesla V100", "70", 16.0, 16.0)
+    assert_says(gpus.judge([H100, old], BUILT_FOR, "CUDA", has_driver=True), "failed", "no code for sm_70")
+    used = gpus.Gpu("NVIDIA H100", "90", 80.0, 30.0)
+    assert_says(
+        gpus.judge([H100, used], BUILT_FOR, "CUDA", has_driver=True), "warning", "1 (30 GiB free)", "nvidia-smi"
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ("86", ["sm_80"], True),  # a binary of the same major version
+        ("90", ["sm_80"], False),
+        ("90", ["compute_80"], True),  # compiled when it is loaded
+        ("80", ["sm_86"], False),
+        ("100", ["sm_90", "sm_100"], True),
+        ("90", ["sm_90a"], True),
+        ("90", ["unknown"], False),
+    ],
+)
+def test_code_runs_on_the_architectures_for_which_it_was_built(capability, built_for, runs):
+    assert gpus.runs_on(capability, built_for) is runs
+
+
+def test_a_slow_link_to_the_gpu_is_a_warning():
+    found = memory.check(Asked())
+    assert_says(found, "ok", "GB/s")
+    assert found.figures["copy_gb_per_s"] > 0.1
+    assert_says(memory.judge(3000.0, 1.5), "warning", "1.5 GB/s to it", "nvidia-smi -q -d PCIE")
+
+
+def test_ranks_add_up():
+    found = collectives.check(Asked(found={"GPUs": not_here("none")}))
+    assert_says(found, "ok", "gloo, 2 ranks: the sum is right")
+    assert found.figures["sum_gb_per_s"] > 0
+
+
+# The ranks are forks: what is planted here is planted there.
+def planted_sum(world, store):
+    return "a sum of ones over 2 ranks came out as 1" if world.rank else None
+
+
+def test_a_wrong_sum_a_dead_and_a_hanging_rank_are_named(monkeypatch):
+    monkeypatch.setattr(collectives, "LIMIT_S", 3.0)
+    monkeypatch.setattr(collectives, "time_sum", lambda world: 1.0)
+    monkeypatch.setattr(collectives, "sum_ones", planted_sum)
+    assert_says(collectives.judge(collectives.run_ranks(2), "nccl"), "failed", "rank 1: a sum", "came out as 1", "NCCL")
+    monkeypatch.setattr(collectives, "sum_ones", lambda world, store: os._exit(3) if world.rank else None)
+    assert_says(collectives.judge(collectives.run_ranks(2), "gloo"), "failed", "rank 1: its process died", "GLOO")
+    monkeypatch.setattr(collectives, "sum_ones", lambda world, store: time.sleep(60))
+    assert_says(collectives.judge(collectives.run_ranks(2), "gloo"), "failed", "did not end within 3 s")
+
+
+def test_wrong_values_in_a_large_sum_are_counted(monkeypatch):
+    def all_reduce(values):
+        values.fill_(0)
+        values[:5] = 7
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with pytest.raises(RuntimeError, match="5 wrong values of"):
+        collectives.time_sum(World())
+
+
+def test_matrix_products_that_are_off_or_slow_are_named(monkeypatch):
+    found = precision.check(Asked())
+    assert_says(found, "ok", "TFLOP/s", "precision auto is")
+    assert set(found.figures) == {"float32_tflops", "bf16_tflops"}
+    right = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda left, right_side: right(left, right_side) * 1.001)
+    assert_says(precision.check(Asked()), "failed", "off by float32 1.0e-03", "NVIDIA_TF32_OVERRIDE")
+    peaks = {"float32": 67e12, "bf16": 989e12}
+    products = {"float32": precision.Product(1e-7, 50e12), "bf16": precision.Product(1e-3, 100e12)}
+    assert_says(precision.judge(products, peaks, "bf16"), "warning", "bf16 at 10% of its peak", "nvidia-smi")
+    products["bf16"] = precision.Product(float("nan"), 600e12)
+    assert_says(precision.judge(products, peaks, "bf16"), "failed", "bf16 nan")
+
+
+def test_the_involution_of_this_machine_is_right():
+    assert_says(kernels.check(Asked()), "ok", "involution_cpu: output and gradients")
+
+
+@pytest.mark.parametrize("value", [1.01, float("nan")])
+def test_an_involution_that_returns_other_values_is_found(value):
+    """The stand-in for Triton's kernels on a GPU is wrong where the stride is 2, and in its gradients."""
+
+    def wrong(x, kernel, stride=1):
+        return involution(x, kernel, stride) * (value if stride == 2 else 1.0)
+
+    found = kernels.compare(Way(wrong, by_autograd(wrong)), CPU)
+    assert len(found) == 3 * 2  # output and gradients, in both dtypes, in the one case of stride 2
+    assert all("stride 2" in each for each in found)
+    assert_says(
+        kernels.judge("involution_triton", found, 1.0, is_slow=False), "failed", "involution_triton", "~/.triton"
+    )
+
+
+def test_the_slow_loop_is_a_warning(monkeypatch):
+    monkeypatch.setattr(kernels, "implementation", lambda device_type, dtype: involution_loop)
+    assert_says(kernels.check(Asked()), "warning", "several times slower", "compilers")
+
+
+def test_the_decoder_of_this_machine_gives_the_same_bytes_each_time():
+    assert_says(jpegs.check(Asked(quick=True)), "ok", "the same bytes", "PIL 0.000 of 255")
+
+
+@pytest.fixture(scope="module")
+def two_batches():
+    return [[jpegs.to_jpeg(jpegs.photo(jpegs.SIZE, jpegs.SIZE, first + i)) for i in range(2)] for first in (0, 2)]
+
+
+def standing_in(batches, *, swapped_at=None, brighter=0):
+    """A GPU's decoder that gives the images of the other batch at one of its turns, as if written over."""
+    right = [next(decoded) for decoded in [jpegs.decode(batches, 0.0, CPU)] for _ in range(2)]
+    for turn in itertools.count():
+        yield (right[(turn + (turn == swapped_at)) % 2].int() + brighter).clamp(0, 255).byte()
+
+
+def test_a_decoder_that_mixes_up_its_batches_once_is_found(two_batches):
+    loads = {0.0: None, 0.65: 7, 1.0: None}
+    found = {load: jpegs.compare(standing_in(two_batches, swapped_at=at), two_batches, 5) for load, at in loads.items()}
+    assert {load: count for load, (count, _) in found.items()} == {0.0: 0, 0.65: 1, 1.0: 0}
+    judged = jpegs.judge(found, 2, 5, "cuda")
+    assert_says(judged, "warning", "1 of 8 batches have other bytes than before at hw_decoder_load=0.65", "at 0")
+    found[0.0] = jpegs.compare(standing_in(two_batches, swapped_at=3), two_batches, 5)
+    assert_says(jpegs.judge(found, 2, 5, "cuda"), "failed", "at hw_decoder_load=0;", "another version of nvidia-dali")
+
+
+def test_a_decoder_that_is_far_from_pil_is_found(two_batches):
+    found = {0.0: jpegs.compare(standing_in(two_batches, brighter=3), two_batches, 2)}
+    assert_says(jpegs.judge(found, 2, 2, "cuda"), "failed", "of 255 from PIL")
+    near = {0.0: jpegs.compare(standing_in(two_batches), two_batches, 2)}
+    assert_says(jpegs.judge(near, 2, 2, "cuda"), "ok", "0.000 at hw_decoder_load=0 of 255")
+    assert_says(jpegs.judge({0.0: (0, 0.4)}, 2, 2, "cuda"), "ok", "0.400")  # nvJPEG rounds otherwise
+    assert_says(jpegs.judge({0.0: (0, 0.4)}, 2, 2, "cpu"), "failed", "0.40 of 255 from PIL")
+
+
+@pytest.mark.slow
+def test_an_operation_that_computes_otherwise_than_pil_is_named(monkeypatch):
+    assert_says(pixels.check(Asked()), "ok", "comparisons are within their limits")
+    planted = [dali._identity if branch is dali._posterize else branch for branch in dali.BRANCHES]
+    monkeypatch.setattr(dali, "BRANCHES", planted)
+    found = pixels.check(Asked())
+    assert_says(found, "failed", "posterize", "allowed 1.0", "bench.fidelity")
+    assert "brightness" not in found.says
+
+
+def test_what_breaks_a_limit_is_named_and_what_has_none_is_not():
+    near, far = np.full(4, 0.3), np.full(4, 7.0)
+    found = {"crop": Errors(near, near, 0.5), "blur": Errors(far, far), "rotate 3": Errors(far, far, 1.0)}
+    assert_says(pixels.judge(found), "failed", "rotate 3 7.00, allowed 1.0")
+    assert "blur" not in pixels.judge(found).says
+    del found["rotate 3"]
+    assert_says(pixels.judge(found), "ok", "1 comparisons", "crop, 0.30")
+
+
+class PlantedStep(OurStep):
+    """ZeRO-2 learns something else, ZeRO-3 fails."""
+
+    def __init__(self, prepared, teachers, batch):
+        if prepared.config.engine.ds_config == "zero3" and prepared.config.engine.name == "zero":
+            raise RuntimeError("no such operator:\n zero3")
+        if prepared.config.engine.ds_config == "zero2":
+            batch = dataclasses.replace(batch, images=batch.images * 0.5)
+        super().__init__(prepared, teachers, batch)
+
+
+def engines_found(is_planted):
+    """What is found in a process of its own, as DeepSpeed keeps its first process group."""
+    if is_planted:
+        stages.OurStep = PlantedStep
+    return stages.check(Asked())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_planted", [True, False])
+def test_an_engine_that_learns_something_else_or_fails_is_named(is_planted):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(engines_found, is_planted).result()
+    if is_planted:
+        assert_says(found, "failed", "zero2 has the gradient norms", "zero3: RuntimeError: no such operator: zero3")
+        assert found.advice.endswith("of plain, fsdp2, zero0, zero1")
+    else:
+        assert_says(found, "ok", "plain, fsdp2, zero0, zero1, zero2, zero3: 2 steps")
+
+
+def test_a_failure_of_the_plain_engine_is_not_held_against_the_others():
+    found = stages.judge({"plain": "RuntimeError: out of memory", "zero1": [1.0, 2.0]})
+    assert_says(found, "failed", "plain: RuntimeError: out of memory", "zero1")
+    assert_says(stages.judge({"plain": [1.0, 2.0], "zero1": [1.0, float("nan")]}), "failed", "zero1 has", "nan")
+    assert_says(stages.judge({"plain": [1.0, 2.0], "zero1": [1.0, 2.001]}), "ok")
+
+
+def test_the_disk_is_written_and_left_as_it_was(tmp_path):
+    found = disk.check(Asked(quick=True, runs_dir=tmp_path / "runs" / "deeper"))
+    assert_says(found, "ok", f"{tmp_path}: ", "MB/s", "free")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_cannot_be_written_has_no_locks_or_no_room_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert_says(disk.check(Asked(quick=True, runs_dir=tmp_path / "file")), "failed", "cannot be written", "--runs_dir")
+
+    def no_locks(file, operation):
+        raise OSError(37, "No locks available")
+
+    with monkeypatch.context() as planted:
+        planted.setattr(disk.fcntl, "flock", no_locks)
+        assert_says(disk.check(Asked(quick=True, runs_dir=tmp_path)), "warning", "No locks available", "two jobs")
+    found = disk.judge(tmp_path, 5e6, 1e9, None)
+    assert_says(found, "warning", "5 MB/s", "make room", "save_every_steps")
+
+
+@pytest.mark.slow
+def test_images_are_counted_and_looked_at():
+    found = stream.check(Asked())
+    assert_says(found, "ok", "images/s of 500 x 375 pixels")
+    assert found.figures["images_per_s"] > 1
+
+
+@pytest.mark.parametrize("images", [torch.zeros(8), torch.full((8,), float("nan")), torch.rand(8) * 255])
+def test_a_stream_of_black_or_wrong_images_is_found(images):
+    assert_says(stream.judge(images, 300.0, CPU), "failed", "of the values are in [0, 1]", "augmentation")
+
+
+@pytest.mark.slow
+def test_training_steps_are_timed_beside_their_parts():
+    found = step.check(Asked())
+    assert_says(found, "ok", "expected of its parts", "cit_tiny_patch16_224")
+    assert found.figures["images_per_s"] == pytest.approx(found.figures["expected_images_per_s"], rel=0.6)
+
+
+def test_steps_that_are_slow_starved_too_large_or_not_finite_are_named():
+    good = step.Measured(loop=900, expected=1000, data=2000, networks=1000, peak=10 * GIB, planned=10 * GIB)
+    gpu = torch.device("cuda")
+    assert_says(step.judge(good, step.PAPERS, gpu), "ok", "900 images/s", "1e+03 expected", "10.0 planned", "rednet101")
+    cases = {
+        "something else takes": {"loop": 500},
+        "the data stream gives 700 images/s, the networks take 1000": {"data": 700},
+        "estimate of memory is too low": {"peak": 13 * GIB},
+    }
+    for words, change in cases.items():
+        assert_says(step.judge(dataclasses.replace(good, **change), step.PAPERS, gpu), "warning", words)
+    bad = dataclasses.replace(good, skipped=2)
+    assert_says(step.judge(bad, step.PAPERS, gpu), "failed", "2 of 8 gradients were not finite")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processes
+
+
+PLANTED = {
+    "fine": "print('chatter'); return ok('all is well', {'version': '1'}, {'speed': 2.0})",
+    "crash": "import ctypes; ctypes.string_at(0)",
+    "leave": "print('cannot go on'); import sys; sys.stdout.flush(); import os; os._exit(9)",
+    "hang": "import time; time.sleep(600)",
+    "spawn": "import subprocess, time; subprocess.Popen(['sleep', '654321']); time.sleep(600)",
+    "raise_error": "raise ValueError('a plain\\nerror ' + 'x' * 1000)",
+    "no_module": "import no_such_module",
+    "after": "return ok(asked.found['fine'].facts['version'])",
+}
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """``planted(*names)``: what the doctor says of checks that do what PLANTED has."""
+    for name, body in PLANTED.items():
+        text = f"from cit_scale.doctor.findings import ok\ndef check(asked):\n    {body}\n"
+        (tmp_path / f"planted_{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(examine, "WHOLE_S", 5.0)
+
+    def run(*names):
+        checks = [examine.Check(name, f"planted_{name}") for name in names]
+        return {each.name: each for each in examine.examine(Asked(runs_dir=tmp_path), checks)}
+
+    return run
+
+
+def test_a_check_that_crashes_exits_or_raises_has_failed_and_the_next_one_is_made(planted, capfd):
+    found = planted("fine", "crash", "leave", "raise_error", "no_module", "after")
+    assert found["fine"].finding == ok("all is well", {"version": "1"}, {"speed": 2.0})
+    assert found["fine"].printed == ""
+    assert_says(found["crash"].finding, "failed", "was ended by SIGSEGV")
+    assert "Segmentation fault" in found["crash"].printed  # where it was
+    assert_says(found["leave"].finding, "failed", "ended with code 9")
+    assert found["leave"].printed == "cannot go on"
+    assert_says(found["raise_error"].finding, "failed", "ValueError: a plain error xxx")
+    assert len(found["raise_error"].finding.says) < 400
+    assert_says(found["no_module"].finding, "failed", "ModuleNotFoundError", "no_such_module")
+    assert found["after"].finding.says == "1"  # of an earlier check
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_a_check_that_hangs_is_given_up_with_all_that_it_started(planted):
+    found = planted("spawn", "hang", "fine")
+    for name in ("spawn", "hang"):
+        assert_says(found[name].finding, "failed", "no answer within 5 s")
+        assert f"planted_{name}.py" in found[name].printed  # where it stands
+    assert found["fine"].finding.status == "ok"
+    listed = subprocess.run(["pgrep", "-f", "sleep 654321"], capture_output=True, text=True)
+    assert listed.stdout == ""
+
+
+def test_quick_makes_only_what_answers_in_seconds(planted, tmp_path):
+    checks = [examine.Check("slow one", "planted_hang"), examine.Check("fine", "planted_fine", is_quick=True)]
+    assert [each.name for each in examine.examine(Asked(quick=True), checks)] == ["fine"]
+    quick = [check.name for check in examine.CHECKS if check.is_quick]
+    assert quick == ["machine", "packages", "compilers", "GPUs", "precision", "JPEG decoder", "disk"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def doctor(*arguments, env=None):
+    command = [sys.executable, "-m", "cit_scale", "doctor", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=240)
+
+
+@pytest.mark.slow
+def test_the_quick_doctor_finds_this_machine_fit(tmp_path):
+    done = doctor("--quick", "--runs_dir", tmp_path, env={"COLUMNS": "200"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for check in examine.CHECKS:
+        assert (f"│ {check.name} " in done.stdout) is check.is_quick
+    assert done.stdout.rstrip().endswith("fit to train")
+
+
+@pytest.mark.slow
+def test_the_doctor_says_what_is_wrong_and_what_to_do_and_ends_with_8(tmp_path):
+    (tmp_path / "file").touch()
+    environment = {"CXX": "false", "COLUMNS": "100"}
+    done = doctor("--quick", "--runs_dir", tmp_path / "file", env=environment)
+    assert done.returncode == 8
+    assert "failed: disk: " in done.stdout
+    assert "what to do: name a folder that can be" in done.stdout
+    assert "warning: compilers: " in done.stdout
+    assert "not fit to train" in done.stdout
+    done = doctor("--quick", "--json", "--runs_dir", tmp_path / "file", env=environment)
+    record = json.loads(done.stdout)  # nothing else is printed there
+    assert done.returncode == 8
+    assert not record["fit"]
+    statuses = {check["name"]: check["status"] for check in record["checks"]}
+    assert statuses["disk"] == "failed"
+    assert statuses["compilers"] == "warning"
+
+
+def test_markup_and_long_lines_are_printed_as_they_are(capsys):
+    finding = failed("[red]no[/red] markup " + "w" * 300, "[link]do this[/link]")
+    show.show([examine.Examined("check", finding, 1.0, "[b]printed[/b]\nlast")])
+    printed = capsys.readouterr().out
+    assert "[red]no[/red] markup" in printed
+    assert "what to do: [link]do this[/link]" in printed
+    assert "    [b]printed[/b]\n    last\n" in printed
+    assert "w" * 300 in printed  # in one line below the table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nodes beside each other
+
+
+def record(*, status="ok", version="1", speed=100.0):
+    finding = Finding(status, "it says", "do that" if status != "ok" else "", {"version": version}, {"speed": speed})
+    return show.as_record([examine.Examined("disk", finding, 1.0, "")])
+
+
+def test_nodes_that_are_unfit_missing_slow_or_of_another_version_are_named():
+    alike = {f"node{i}": record(speed=100 + i) for i in range(4)}
+    assert compare.lines_about(alike, []) == []
+    odd = {**alike, "node8": record(status="failed"), "node9": record(version="2", speed=20.0)}
+    assert compare.lines_about(odd, ["node7"]) == [
+        "node7: no answer; see its log, and run cit-scale doctor there",
+        "node8: failed: disk: it says; what to do: do that",
+        "differs: disk, version: node9 2; the others 1",
+        "slower: disk, speed: node9 20; the median is 100",
+    ]
+
+
+def test_where_no_version_has_the_most_nodes_all_are_named():
+    lines = compare.lines_about({"a": record(version="1"), "b": record(version="2")}, [])
+    assert lines == ["differs: disk, version: a 1; b 2"]
+
+
+def test_a_fact_that_one_node_lacks_is_compared_among_the_others():
+    one = record()
+    one["checks"][0]["facts"] = {}
+    assert compare.lines_about({"a": one, "b": record(), "c": record()}, []) == []
