@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -446,6 +447,24 @@ def test_submit_trains_on_eight_nodes(submit):
     run.ends()
     assert run.nodes() == [[f"node{i}" for i in range(1, 9)]]
     assert [line["step"] for line in learned(run.run_dir)] == list(range(1, STEPS // 2 + 1))
+
+
+def test_the_doctor_examines_nodes_and_names_the_one_that_does_not_answer(cluster, login):
+    """On remote1 the shared disk is missing, and with it the job."""
+    command = (sys.executable, "launchers/submit.py", "--doctor", "quick", "--gpus-per-node=0", "--cpus-per-task=2")
+    path = f"{Path(sys.executable).parent}:{cluster.env['PATH']}"
+    environment = {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+    def examine(*options):
+        return cluster.attempt(*command, *options, "--runs_dir", str(cluster.shared), env=environment, cwd=REPOSITORY)
+
+    done = examine("--nodes=2", "--partition=pair")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^(node\d): fit", done.stdout, re.MULTILINE) == ["node7", "node8"]
+    done = examine("--nodes=2", "--partition=sea")
+    assert done.returncode == 8, done.stdout + done.stderr
+    assert "remote1: no answer" in done.stdout
+    assert re.search(r"^node\d: fit", done.stdout, re.MULTILINE)
 
 
 def test_submitits_signal_is_the_trainers(submit, calm, cluster):

@@ -19,8 +19,12 @@ from cit_scale.config import REPOSITORY
 from cit_scale.distributed.lock import exclusive
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.world import World
+from cit_scale.doctor.examine import Examined
+from cit_scale.doctor.findings import Finding
+from cit_scale.doctor.show import as_record
 from cit_scale.errors import ConfigError
 from cit_scale.settings import to_yaml
+from launchers import examine as nodes
 from launchers import executors, options, resources, submit
 from launchers.resources import Resources
 from launchers.slurm import NoSlurmError
@@ -578,3 +582,88 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^\d$", done.stderr, re.MULTILINE) == ["0", "2", "2", "2", "2"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examining nodes
+
+HOSTS = """case "$*" in *hostnames*) printf 'node1\\nnode2\\nnode3\\n'; exit;; esac
+"""
+
+
+def node_record(*, status="ok", version="1"):
+    finding = Finding(status, "it says", "do that" if status != "ok" else "", {"version": version})
+    return as_record([Examined("disk", finding, 1.0, "")])
+
+
+@pytest.fixture
+def examined(slurm, monkeypatch):
+    """``examined(records)``: what the job that examines node1 to node3 writes before it ends."""
+    monkeypatch.setattr(nodes, "POLL_S", 0.01)
+    monkeypatch.setattr(nodes, "LATE_S", 0.1)
+    scontrol = (slurm / "scontrol").read_text()
+    (slurm / "scontrol").write_text(scontrol.replace("\n", f"\n{HOSTS}", 1))
+
+    def write(records, state="COMPLETED"):
+        for node, record in records.items():
+            (slurm / f"{node}.json").write_text(json.dumps(record))
+        (slurm / "sbatch").write_text(
+            f'#!/bin/sh\ncp "$1" {slurm}/queued.sh\n'
+            f'cp {slurm}/node*.json "$(dirname "$1")"\necho Submitted batch job 12\n'
+        )
+        (slurm / "queue.txt").write_text(f"12|12|{state}|node[1-3]|None\n")
+
+    return write
+
+
+def doctor(capsys, *argv):
+    code = submit.main(["--doctor", *map(str, argv)])
+    return code, capsys.readouterr().out
+
+
+def test_nodes_are_examined_by_one_task_on_each(examined, slurm, capsys, tmp_path):
+    examined({f"node{i}": node_record() for i in (1, 2, 3)})
+    code, printed = doctor(capsys, "--nodes=3", "--runs_dir", tmp_path / "runs")
+    assert code == 0
+    assert re.findall(r"^(node\d): fit, 1 checks", printed, re.MULTILINE) == ["node1", "node2", "node3"]
+    script = (slurm / "queued.sh").read_text()
+    for line in ("--nodes=3", "--ntasks-per-node=1", "--no-requeue", "--time=20", "--job-name=doctor"):
+        assert f"#SBATCH {line}\n" in script
+    assert "env.sh" not in script  # which queues a job again
+    assert not [each for each in (tmp_path / "runs").iterdir() if not each.name.startswith(".")]
+
+
+def test_a_node_that_is_unfit_differs_or_does_not_answer_is_named(examined, capsys, tmp_path):
+    examined({"node1": node_record(status="failed"), "node2": node_record()})
+    code, printed = doctor(capsys, "--nodes=3", "--runs_dir", tmp_path)
+    assert code == 8
+    assert "node1: not fit" in printed
+    assert "node1: failed: disk: it says; what to do: do that\n" in printed
+    assert "node3: no answer" in printed
+    examined({"node1": node_record(), "node2": node_record(version="2"), "node3": node_record()})
+    time.sleep(1)  # the folder of an examination is called by the second
+    code, printed = doctor(capsys, "--nodes=3", "--runs_dir", tmp_path)
+    assert code == 0  # all are fit
+    assert "differs: disk, version: node2 2; the others 1\n" in printed
+
+
+def test_a_job_that_reaches_no_node_is_named(examined, slurm, capsys, tmp_path):
+    examined({}, state="CANCELLED")
+    (slurm / "queue.txt").write_text("12|12|CANCELLED||None\n")
+    code, printed = doctor(capsys, "--runs_dir", tmp_path)
+    assert code == 8
+    assert "no node has answered; see " in printed
+
+
+def test_a_dry_run_of_the_doctor_queues_nothing(no_slurm, capsys, tmp_path):
+    code, printed = doctor(
+        capsys, "quick", "--nodes=2", "--setup=module load cuda", "--dry-run", "--runs_dir", tmp_path
+    )
+    assert code == 0
+    assert "#SBATCH --nodes=2\n" in printed
+    assert "module load cuda\n" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_doctor_examines_no_sweep(call, no_slurm):
+    assert call("--doctor", "--sweep", "lr=1,2")[0] == 2
