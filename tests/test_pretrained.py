@@ -456,7 +456,8 @@ def test_settings_that_do_not_go_together_are_refused():
 
 
 def test_the_trunk_of_an_advised_model_is_found_under_an_attribute(folder):
-    state = load_file(folder / "model.safetensors")
+    # Copies, as the tensors may be views of the file that is overwritten.
+    state = {key: each.clone() for key, each in load_file(folder / "model.safetensors").items()}
     save_file({f"net.{key}": each for key, each in state.items()}, folder / "model.safetensors")
     network = build_network("resnet10t", SMALL, num_classes=5, image_size=32, teachers=("conv",))
     said = start_from(network, str(folder)).notes

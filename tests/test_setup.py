@@ -223,31 +223,41 @@ def test_the_compiler_of_this_machine_works(program, language, header):
     assert "nowhere.h" in setup._compiler_failure(shutil.which(program), language, "nowhere.h", os.environ)
 
 
-def test_the_headers_are_looked_for_where_the_installed_triton_does(tmp_path, monkeypatch):
+@pytest.fixture
+def command_of_triton(tmp_path, monkeypatch):
+    """``command_of_triton()``: the command with which the installed Triton would compile, or why it has none."""
     build = pytest.importorskip("triton.runtime.build")
     commands = []
-    monkeypatch.setattr(build, "_find_compiler", lambda language: "cc")
     monkeypatch.setattr(build.subprocess, "check_call", lambda command, **_: commands.append(command))
-    build._build("name", "name.c", str(tmp_path), [], [], [], [])
-    assert f"-I{python_headers()}" in commands[0]
+
+    def command():
+        if hasattr(build, "_find_compiler"):  # a function of its own, which keeps what it has found, in newer ones
+            build._find_compiler.cache_clear()
+        build._build("name", "name.c", str(tmp_path), [], [], [], [])
+        return commands[-1]
+
+    yield command
+    if hasattr(build, "_find_compiler"):
+        build._find_compiler.cache_clear()
 
 
-def test_the_compilers_are_those_of_the_installed_triton(machine, monkeypatch):
-    build = pytest.importorskip("triton.runtime.build")
+def test_the_headers_are_looked_for_where_the_installed_triton_does(command_of_triton):
+    assert f"-I{python_headers()}" in command_of_triton()
+
+
+def test_the_compilers_are_those_of_the_installed_triton(machine, command_of_triton, monkeypatch):
     for programs, more in ((("gcc", "clang"), {}), (("clang",), {}), (("mine",), {"CC": "mine"}), (("g++",), {})):
         env, headers = machine(*programs, **more)
         monkeypatch.setenv("PATH", env["PATH"])
         monkeypatch.delenv("CC", raising=False)
         for name, value in more.items():
             monkeypatch.setenv(name, value)
-        build._find_compiler.cache_clear()
         try:
-            build._find_compiler("c")
+            command_of_triton()
             finds = True
         except RuntimeError:
             finds = False
         assert (triton_lacks(env, headers) is None) == finds, (programs, more)
-    build._find_compiler.cache_clear()
 
 
 def test_a_cpu_needs_the_cpp_compiler_and_no_other(machine):

@@ -86,11 +86,21 @@ def write_onnx(program: Program, interface: Interface, path: Path, noted: str) -
         )
         assert written is not None
         fold_constants(written.model)
+    _cut_filters_off(written.model)
     for tidy in (common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass(), common.NameFixPass()):
         tidy(written.model)
     model = written.model_proto
     _note(model, interface, noted)
     _save(model, path)
+
+
+def _cut_filters_off(model: Any) -> None:
+    """Let antialiased resizing leave out what lies beyond the border, as PyTorch does; torch 2.11 forgets it."""
+    from onnx_ir import AttrInt64
+
+    for node in model.graph:
+        if node.op_type == "Resize" and "antialias" in node.attributes and node.attributes["antialias"].as_int():
+            node.attributes["exclude_outside"] = AttrInt64("exclude_outside", 1)
 
 
 def _involution(x: Any, kernel: Any, stride: int) -> Any:
