@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import Any
 from cit_scale.doctor.compare import lines_about
 from cit_scale.errors import ConfigError, UnfitNodeError
 from cit_scale.job import DoctorJob
-from launchers.executors import doctor_executor, script_of, submit_doctor
+from launchers.executors import check_log_folder, doctor_executor, script_of, submit_doctor
 from launchers.options import Options
 from launchers.resources import allot, find_partitions
 from launchers.slurm import ask_jobs, host_names
 
 MINUTES = "20"  # the first use of a GPU compiles and tunes kernels
 POLL_S = 3.0
+INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 LATE_S = 15.0  # how long a file of another node may take to appear here
 
 
@@ -31,28 +32,35 @@ def examine_nodes(options: Options, runs_dir: Path) -> int:
     if options.cluster != "slurm":
         from cit_scale.doctor.commands import main as doctor
 
+        if options.dry_run:
+            print("would run cit-scale doctor on this machine", flush=True)
+            return 0
         return doctor([*(["--quick"] if quick else []), "--runs_dir", str(runs_dir)])
     # A job of minutes need not be told before its end.
     options = dataclasses.replace(options, time=options.time or MINUTES, signal_delay=10)
     resources = allot(options, find_partitions(options), ())
-    folder = runs_dir.absolute() / ".doctor" / time.strftime("%Y%m%d-%H%M%S")
+    folder = runs_dir.absolute() / ".doctor" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    check_log_folder(folder)
     executor = doctor_executor(options, resources, folder)
     if options.dry_run:
         print(f"\n{script_of(executor)}", end="", flush=True)
         return 0
     job = submit_doctor(executor, DoctorJob(folder, runs_dir.absolute(), quick))
     print(f"submitted as job {job.job_id}: {options.nodes} nodes", flush=True)
-    print(f"waits for it; after Ctrl-C it goes on, and what it finds is in {shlex.quote(str(folder))}", flush=True)
-    nodes = wait_for(job.job_id, folder, options.nodes)
+    try:
+        names = wait_for(job.job_id, folder, options.nodes)
+    except KeyboardInterrupt:
+        print(f"the job goes on, and writes what it finds to {folder}; to end it: scancel {job.job_id}", flush=True)
+        return INTERRUPTED
     records = read_records(folder)
-    return report(records, sorted({*nodes} - {*records}), str(job.paths.stdout))
+    return report(records, sorted({*names} - {*records}), options.nodes, str(job.paths.stdout))
 
 
 def wait_for(job_id: str, folder: Path, count: int) -> list[str]:
     """Wait until all nodes have answered or the job has ended. Returns the job's nodes, as far as Slurm named them."""
     nodes: Sequence[str] = ()
     ended_at = None
-    while len(read_records(folder)) < count:
+    while sum(record["whole"] for record in read_records(folder).values()) < count:
         known = ask_jobs([job_id])
         found = (known or {}).get(job_id)
         nodes = host_names(found.nodes) if found is not None and found.nodes else nodes
@@ -70,14 +78,23 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def report(records: dict[str, dict[str, Any]], missing: Sequence[str], log: str) -> int:
-    """Print what was found on each node. Returns an exit code: 0 where all are fit."""
+def report(records: dict[str, dict[str, Any]], missing: Sequence[str], count: int, log: str) -> int:
+    """Print what was found on each node. Returns an exit code: 0 where all are fit.
+
+    missing: names of nodes without an answer, as far as they are known. count: of nodes in all.
+    """
     for node, record in records.items():
         seconds = sum(check["seconds"] for check in record["checks"])
-        print(f"{node}: {'fit' if record['fit'] else 'not fit'}, {len(record['checks'])} checks in {seconds:.0f} s")
+        print(f"{node}: {verdict(record)}, {len(record['checks'])} checks in {seconds:.0f} s")
     for line in lines_about(records, missing):
         print(line)
-    if not records and not missing:
-        print(f"no node has answered; see {log}")
-    is_fit = bool(records) and not missing and all(record["fit"] for record in records.values())
+    if len(records) < count:
+        print(f"{len(records)} of {count} nodes have answered; see {log}")
+    is_fit = len(records) == count and all(record["fit"] and record["whole"] for record in records.values())
     return 0 if is_fit else UnfitNodeError.exit_code
+
+
+def verdict(record: dict[str, Any]) -> str:
+    if not record["whole"]:
+        return f"not fit: it did not get beyond {record['checks'][-1]['name']}"
+    return "fit" if record["fit"] else "not fit"

@@ -62,6 +62,15 @@ def slurm_executor(options: Options, resources: Resources, runs: Sequence[RunReq
     )
 
 
+def check_log_folder(folder: Path) -> None:
+    """Raise ConfigError for the path of a log that Slurm would read as another one."""
+    if odd := {"%", "\\"} & {*str(folder)}:
+        raise ConfigError(
+            f"the log would go to {folder}, and Slurm reads {' and '.join(sorted(odd))} there as something else; "
+            "choose --runs_dir and --name without"
+        )
+
+
 def doctor_executor(options: Options, resources: Resources, folder: Path) -> SlurmExecutor:
     """An executor for one task on each node, which has all GPUs and cores that the node's ranks would have."""
     cores = resources.cores_per_rank and resources.cores_per_rank * resources.ranks_per_node
@@ -75,7 +84,13 @@ def doctor_executor(options: Options, resources: Resources, folder: Path) -> Slu
             "ntasks_per_node": 1,
             "cpus_per_task": cores,
             "additional_parameters": {"no_requeue": True},
-            "setup": [*checked_setup(options), f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}"],
+            "setup": [
+                *checked_setup(options),
+                f"export PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
+                # As for the ranks of a run: srun does not take these over from sbatch (launchers/this_job.py).
+                "export SLURM_EXPORT_ENV=ALL SLURM_MEM_PER_NODE=0",
+                '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',
+            ],
             "srun_args": container_arguments(options.container, [REPOSITORY, Path.cwd(), folder.parents[1]]),
         },
     )

@@ -61,16 +61,13 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
 
     # Imported here because they take seconds: help and mistakes in the arguments are answered before.
     from launchers.checks import check_runs, submission_lines
-    from launchers.executors import batch_script, slurm_executor, submit_local, submit_slurm
+    from launchers.executors import batch_script, check_log_folder, slurm_executor, submit_local, submit_slurm
 
     world, on_gpus = resources.world_on(resources.nodes), resources.gpus_per_node > 0
     prepared = check_runs(runs, world, same_run=same_run, on_gpus=on_gpus)
     folder = submission_folder(arguments.config, is_sweep=len(runs) > 1)
-    if options.cluster == "slurm" and (odd := {"%", "\\"} & {*str(folder)}):
-        raise ConfigError(
-            f"the log would go to {folder}, and Slurm reads {' and '.join(sorted(odd))} there as something else; "
-            "choose --runs_dir and --name without"
-        )
+    if options.cluster == "slurm":
+        check_log_folder(folder)
     if options.dependency is None:  # a job that waits for the other job may use the same folder
         for run in runs:
             refuse_running(run)

@@ -67,7 +67,7 @@ def test_a_planted_object_does_not_run(tmp_path):
             return (open, (str(tmp_path / "mark"), "w"))
 
     torch.save({"model": Planted()}, tmp_path / "w.pth")
-    with pytest.raises(RefusedError, match=r"hold objects of io\.open beside"):
+    with pytest.raises(RefusedError, match=r"hold objects of _?io\.open beside"):
         read_weights(tmp_path / "w.pth")
     assert not (tmp_path / "mark").exists()
 

@@ -593,7 +593,7 @@ HOSTS = """case "$*" in *hostnames*) printf 'node1\\nnode2\\nnode3\\n'; exit;; e
 
 def node_record(*, status="ok", version="1"):
     finding = Finding(status, "it says", "do that" if status != "ok" else "", {"version": version})
-    return as_record([Examined("disk", finding, 1.0, "")])
+    return {**as_record([Examined("disk", finding, 1.0, "")]), "whole": True}
 
 
 @pytest.fixture
@@ -647,12 +647,30 @@ def test_a_node_that_is_unfit_differs_or_does_not_answer_is_named(examined, caps
     assert "differs: disk, version: node2 2; the others 1\n" in printed
 
 
+def test_a_node_that_did_not_get_to_the_end_is_not_fit(examined, capsys, tmp_path):
+    examined({f"node{i}": {**node_record(), "whole": i != 2} for i in (1, 2, 3)})
+    code, printed = doctor(capsys, "--nodes=3", "--runs_dir", tmp_path)
+    assert code == 8
+    assert "node2: not fit: it did not get beyond disk" in printed
+
+
+def test_ctrl_c_leaves_the_job_and_says_how_to_end_it(examined, capsys, tmp_path, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    examined({}, state="RUNNING")
+    monkeypatch.setattr(nodes.time, "sleep", interrupt)
+    code, printed = doctor(capsys, "--nodes=3", "--runs_dir", tmp_path)
+    assert code == 130
+    assert "to end it: scancel 12" in printed
+
+
 def test_a_job_that_reaches_no_node_is_named(examined, slurm, capsys, tmp_path):
     examined({}, state="CANCELLED")
     (slurm / "queue.txt").write_text("12|12|CANCELLED||None\n")
     code, printed = doctor(capsys, "--runs_dir", tmp_path)
     assert code == 8
-    assert "no node has answered; see " in printed
+    assert "0 of 1 nodes have answered; see " in printed
 
 
 def test_a_dry_run_of_the_doctor_queues_nothing(no_slurm, capsys, tmp_path):

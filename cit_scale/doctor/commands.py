@@ -27,7 +27,7 @@ def doctor_parser() -> argparse.ArgumentParser:
         prog="cit-scale doctor",
         examples=(
             "cit-scale doctor              a minute without a GPU",
-            "cit-scale doctor --quick      seconds: what is installed, seen and writable; nothing is timed",
+            "cit-scale doctor --quick      seconds: what is installed, seen and writable",
             "cit-scale doctor --json > machine.json",
         ),
         description="Tries on this machine what training needs, and says what is wrong and what to do. It writes "

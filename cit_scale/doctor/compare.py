@@ -56,5 +56,5 @@ def _slow_figures(records: Records) -> list[str]:
         median = statistics.median(values.values())
         slow = [f"{node} {value:.3g}" for node, value in values.items() if value < SLOWER * median]
         if slow:
-            lines.append(f"slower: {figure}: {', '.join(slow)}; the median is {median:.3g}")
+            lines.append(f"below the others: {figure}: {', '.join(slow)}; the median is {median:.3g}")
     return lines

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
@@ -21,25 +24,26 @@ SLOW_BYTES_PER_S = 50e6  # half a minute for that
 
 def check(asked: Asked) -> Finding:
     """Write a file as checkpoints are written: to a temporary name, synchronised, renamed."""
-    folder = existing(asked.runs_dir.absolute())
+    folder = existing(asked.runs_dir.expanduser().absolute())
     try:
         rate, lock_problem = write(folder, QUICK_BYTES if asked.quick else WHOLE_BYTES)
     except OSError as error:
         return failed(
-            f"{folder} cannot be written: {one_line(error)}", "name a folder that can be, by --runs_dir, here and there"
+            f"{folder} cannot be written: {one_line(error)}", "name a writable folder by --runs_dir, here and for runs"
         )
-    return judge(folder, rate, shutil.disk_usage(folder).free, lock_problem)
+    # So little says more of how long a disk takes to answer than of its speed.
+    return judge(folder, rate, shutil.disk_usage(folder).free, lock_problem, is_timed=not asked.quick)
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return next(each for each in (folder, *folder.parents) if each.exists())
+    """The folder, or the nearest above it that is there, if only as a link that leads nowhere."""
+    return next(each for each in (folder, *folder.parents) if os.path.lexists(each))
 
 
 def write(folder: Path, size: int) -> tuple[float, str | None]:
     """Bytes per second, and why there are no locks; None: there are. Raises OSError."""
-    with tempfile.TemporaryDirectory(prefix=".cit_scale_doctor_", dir=folder) as temporary:
-        partial, whole = Path(temporary) / "partial", Path(temporary) / "whole"
+    with scratch_folder(folder) as scratch:
+        partial, whole = scratch / "partial", scratch / "whole"
         block = os.urandom(2**22)  # not zeros, which some disks do not store
         start = time.perf_counter()
         with partial.open("wb") as file:
@@ -57,20 +61,34 @@ def write(folder: Path, size: int) -> tuple[float, str | None]:
             return size / seconds, one_line(error)
 
 
-def judge(folder: Path, bytes_per_s: float, free: float, lock_problem: str | None) -> Finding:
-    """free: bytes that are left."""
-    says = (
-        f"{folder}: {bytes_per_s / 1e6:.0f} MB/s, {free / 1e9:.0f} GB free; "
-        f"a checkpoint of CiT-B takes {CHECKPOINT_BYTES / bytes_per_s:.1f} s in the background"
-    )
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder that is removed afterwards, also where SIGTERM ends the check at any moment. Raises OSError."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        folder = tempfile.mkdtemp(prefix=".cit_scale_doctor_", dir=parent)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            yield Path(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def judge(folder: Path, bytes_per_s: float, free: float, lock_problem: str | None, *, is_timed: bool = True) -> Finding:
+    """free: bytes that are left. is_timed: enough was written to say how fast the disk is."""
+    says = f"{folder}: {free / 1e9:.0f} GB free"
+    if is_timed:
+        says += f", {bytes_per_s / 1e6:.0f} MB/s: {CHECKPOINT_BYTES / bytes_per_s:.1f} s for a checkpoint of CiT-B"
     advice = []
     if lock_problem is not None:
         advice.append(f"no locks ({lock_problem}): two jobs could write one run; mount it with locks")
     if free < LITTLE_ROOM:
         advice.append("make room, or name another disk by --runs_dir")
-    if bytes_per_s < SLOW_BYTES_PER_S:
+    if is_timed and bytes_per_s < SLOW_BYTES_PER_S:
         advice.append("slow: name another disk by --runs_dir, or raise train.save_every_steps")
-    figures = {"write_mb_per_s": bytes_per_s / 1e6}
+    figures = {"write_mb_per_s": bytes_per_s / 1e6} if is_timed else {}
     if advice:
         return Finding("warning", says, "; ".join(advice), {}, figures)
     return ok(says, figures=figures)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -14,16 +15,22 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from cit_scale.doctor.findings import Asked, Finding, failed
+from cit_scale.doctor.findings import Asked, Finding, failed, not_here
 from cit_scale.errors import one_line
 
 MOST = 300  # characters of a library's error message
 LAST_LINES = 15  # of what a failed check has printed
-QUICK_S, WHOLE_S = 20.0, 240.0  # after which a check is given up
+QUICK_S, WHOLE_S = 60.0, 240.0  # after which a check is given up
+REMOVE_S = 2.0  # for a check that is given up to remove its files
+END_S = 5.0  # for the end of a process that is killed: one that waits for a device in the kernel does not end at all
+
+
+Context = ForkServerContext | SpawnContext
 
 
 class Check(NamedTuple):
@@ -34,12 +41,15 @@ class Check(NamedTuple):
     is_quick: bool = False
     """Also made with --quick."""
 
+    uses_device: bool = True
+    """Not made where the GPUs have failed: that would be the same fault again, or the same hang."""
+
 
 # In this order: what later checks need comes first.
 CHECKS = (
-    Check("machine", "cit_scale.doctor.machine", is_quick=True),
-    Check("packages", "cit_scale.doctor.packages", is_quick=True),
-    Check("compilers", "cit_scale.doctor.compilers", is_quick=True),
+    Check("machine", "cit_scale.doctor.machine", is_quick=True, uses_device=False),
+    Check("packages", "cit_scale.doctor.packages", is_quick=True, uses_device=False),
+    Check("compilers", "cit_scale.doctor.compilers", is_quick=True, uses_device=False),
     Check("GPUs", "cit_scale.doctor.gpus", is_quick=True),
     Check("memory speed", "cit_scale.doctor.memory"),
     Check("collectives", "cit_scale.doctor.collectives"),
@@ -48,7 +58,7 @@ CHECKS = (
     Check("JPEG decoder", "cit_scale.doctor.jpegs", is_quick=True),
     Check("augmentation", "cit_scale.doctor.pixels"),
     Check("engines", "cit_scale.doctor.stages"),
-    Check("disk", "cit_scale.doctor.disk", is_quick=True),
+    Check("disk", "cit_scale.doctor.disk", is_quick=True, uses_device=False),
     Check("data stream", "cit_scale.doctor.stream"),
     Check("training step", "cit_scale.doctor.step"),
 )
@@ -65,22 +75,32 @@ class Examined(NamedTuple):
 
 def examine(asked: Asked, checks: Sequence[Check] = CHECKS) -> Iterator[Examined]:
     """Make the checks one after another, so that none disturbs the timing of another one."""
-    context = multiprocessing.get_context("forkserver")
-    # What most checks need is imported once. Each check is a fork of that, with no thread and no device in use.
-    context.set_forkserver_preload(["cit_scale.doctor.preload"])
+    # What most checks need is imported once. Each check is a fork of that, with no device in use.
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["cit_scale.doctor.preload"])
+    context: Context = forking
     found: dict[str, Finding] = {}
     with tempfile.TemporaryDirectory() as folder:
         for check in checks:
             if asked.quick and not check.is_quick:
                 continue
             start, log = time.monotonic(), Path(folder) / check.module
-            finding = _in_own_process(context, check.module, dataclasses.replace(asked, found=found), log)
+            told = dataclasses.replace(asked, found=found)
+            if check.uses_device and "GPUs" in found and found["GPUs"].status == "failed":
+                finding = not_here("the GPUs have failed, see their row")
+            else:
+                try:
+                    finding = _in_own_process(context, check.module, told, log)
+                except (EOFError, OSError):  # what is imported for all ends their server: each imports for itself
+                    context = multiprocessing.get_context("spawn")
+                    finding = _in_own_process(context, check.module, told, log)
             found[check.name] = finding
             printed = _last_lines(log) if finding.status == "failed" else ""
             yield Examined(check.name, finding, time.monotonic() - start, printed)
 
 
-def _in_own_process(context: ForkServerContext, module: str, asked: Asked, log: Path) -> Finding:
+def _in_own_process(context: Context, module: str, asked: Asked, log: Path) -> Finding:
+    """Raises EOFError or OSError where no process can be started."""
     limit_s = QUICK_S if asked.quick else WHOLE_S
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(module, asked, log, 0.9 * limit_s, sender))
@@ -94,11 +114,8 @@ def _in_own_process(context: ForkServerContext, module: str, asked: Asked, log: 
             "what it waits for is below; a device that hangs needs its driver, or the machine, to be started again",
         )
     except EOFError:
-        process.join()
-        return failed(
-            f"its process {_ended_text(process.exitcode)} without an answer",
-            "what it said last is below; install again what that names, or compare with a machine where it works",
-        )
+        process.join(END_S)
+        return _without_answer(process.exitcode)
     finally:
         _end(process)
 
@@ -106,6 +123,8 @@ def _in_own_process(context: ForkServerContext, module: str, asked: Asked, log: 
 def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Connection) -> None:
     """In the process of a check: make the check, and send what it finds; after ``patience_s`` write where it stands."""
     os.setpgid(0, 0)  # with the processes that the check starts
+    signal.signal(signal.SIGTERM, _leave)
+    signal.alarm(math.ceil(2 * patience_s))  # where nobody is left to give it up
     # Libraries print to either; stdout is for the table or the JSON alone.
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -114,10 +133,10 @@ def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Con
     faulthandler.dump_traceback_later(patience_s)
     try:
         finding = importlib.import_module(module).check(asked)
-    except Exception as error:  # of any library
+    except (Exception, SystemExit) as error:  # of any library
         finding = failed(
             f"{type(error).__name__}: {one_line(error, MOST)}",
-            "training would meet the same; install again what the message names",
+            "training would meet the same: mend what the message names, or install it again",
         )
     answer.send(finding)
     answer.close()
@@ -125,15 +144,32 @@ def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Con
     os._exit(0)  # without the libraries' farewells, which can take seconds
 
 
-def _ended_text(code: int | None) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+class _Ended(BaseException):
+    """The check is given up: what it has written for a while is removed on the way out."""
 
 
-def _end(process: ForkServerProcess) -> None:
+def _leave(signum: int, frame: object) -> None:
+    raise _Ended
+
+
+def _without_answer(code: int | None) -> Finding:
+    """code: with which the process of a check has ended."""
+    if code == -signal.SIGKILL:
+        return failed("its process was killed", "probably out of memory: see dmesg, and give the job more memory")
+    how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+    return failed(
+        f"its process {how} without an answer",
+        "what it said last is below; install again what that names, or compare with a machine where it works",
+    )
+
+
+def _end(process: BaseProcess) -> None:
     """End the process of a check, and those that it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid or 0, signal.SIGKILL)
-    process.join()
+    for signum, patience_s in ((signal.SIGTERM, REMOVE_S), (signal.SIGKILL, END_S)):
+        for send in (os.killpg, os.kill):  # it may not be the leader of a group yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                send(process.pid or 0, signum)
+        process.join(patience_s)
 
 
 def _last_lines(log: Path) -> str:

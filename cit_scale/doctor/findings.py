@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,11 +44,26 @@ def failed(says: str, advice: str, facts: Mapping[str, str] | None = None) -> Fi
     return Finding("failed", says, advice, facts or {})
 
 
+def worst(findings: Mapping[str, Finding]) -> Finding:
+    """The finding of the device that is worst off: failed, warned, or with the lowest figure; it is named where there
+    are several. findings: by device.
+    """
+    order: tuple[Status, ...] = ("failed", "warning", "ok", "n/a")
+
+    def key(device: str) -> tuple[int, float]:
+        found = findings[device]
+        return order.index(found.status), min(found.figures.values(), default=0.0)
+
+    name = min(findings, key=key)
+    found = findings[name]
+    return found if len(findings) == 1 else replace(found, says=f"{name} is the slowest or worst: {found.says}")
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the command line asks for, and what was found before.
 
-    quick: seconds count; nothing is timed. runs_dir: where runs are to lie. found: by name, the checks before this one.
+    quick: seconds count. runs_dir: where runs are to lie. found: by name, the checks before this one.
     """
 
     quick: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from cit_scale.doctor.findings import Asked, Finding, failed, not_here, ok, warn
 from cit_scale.errors import one_line
 
 GIB = 2**30
-MOST_USED = 0.1  # of a GPU's memory, by others
+MOST_USED, LEAST_USED_GIB = 0.1, 1.0  # of a GPU's memory, by others; a context takes half a GiB
+NVIDIA, DISPLAY = "0x10de", "0x03"  # vendor, and how the class of a graphics device begins, as PCI numbers them
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,20 @@ class Gpu:
 
 def check(asked: Asked) -> Finding:
     """Look at each GPU that PyTorch sees, and compute on it."""
-    has_driver = any(Path("/dev").glob("nvidia[0-9]*"))
     gpus = [look_at(number) for number in range(torch.cuda.device_count())]
-    return judge(gpus, torch.cuda.get_arch_list() if gpus else (), cuda_versions(), has_driver=has_driver)
+    built_for = torch.cuda.get_arch_list() if gpus else ()
+    has_driver = any(Path("/dev").glob("nvidia[0-9]*"))
+    return judge(gpus, built_for, cuda_versions(), has_driver=has_driver, plugged_in=count_plugged_in(Path("/sys")))
+
+
+def count_plugged_in(sys: Path) -> int:
+    """GPUs of NVIDIA's that the machine has, whether there is a driver for them or not. sys: where sysfs is."""
+    found = 0
+    for device in sys.glob("bus/pci/devices/*"):
+        with contextlib.suppress(OSError):
+            is_gpu = (device / "class").read_text().startswith(DISPLAY)
+            found += is_gpu and (device / "vendor").read_text().strip() == NVIDIA
+    return found
 
 
 def look_at(number: int) -> Gpu:
@@ -47,12 +60,19 @@ def look_at(number: int) -> Gpu:
     return Gpu(properties.name, f"{properties.major}{properties.minor}", total / GIB, free / GIB, problem)
 
 
-def judge(gpus: Sequence[Gpu], built_for: Sequence[str], versions: str, *, has_driver: bool) -> Finding:
-    """built_for: of torch.cuda.get_arch_list. versions: of CUDA. has_driver: whether there are devices of NVIDIA's."""
+def judge(
+    gpus: Sequence[Gpu], built_for: Sequence[str], versions: str, *, has_driver: bool, plugged_in: int = 0
+) -> Finding:
+    """built_for: of torch.cuda.get_arch_list. versions: of CUDA. has_driver: whether its devices are there."""
     if not gpus:
         if has_driver:
-            advice = "take a PyTorch for the driver's CUDA or a newer driver, and see CUDA_VISIBLE_DEVICES"
-            return failed(f"there are GPUs, and PyTorch sees none: {versions}", advice)
+            advice = "take a PyTorch for the driver's CUDA or a newer driver, see CUDA_VISIBLE_DEVICES, and on Slurm "
+            return failed(
+                f"there are GPUs, and PyTorch sees none: {versions}", advice + "ask for them: --gpus-per-node"
+            )
+        if plugged_in:
+            advice = "install NVIDIA's driver; start a container with --gpus all; on Slurm ask for --gpus-per-node"
+            return warning(f"{plugged_in} are plugged in, and training would go by the CPU: {versions}", advice)
         return not_here(f"none: {versions}")
     kinds = list(dict.fromkeys((gpu.name, f"{gpu.total_gib:.0f} GiB") for gpu in gpus))
     says = f"{len(gpus)}: {', '.join(' '.join(kind) for kind in kinds)}; {versions}"
@@ -62,7 +82,12 @@ def judge(gpus: Sequence[Gpu], built_for: Sequence[str], versions: str, *, has_d
     if strange := sorted({gpu.capability for gpu in gpus if not runs_on(gpu.capability, built_for)}):
         advice = "take another build of PyTorch"
         return failed(f"{says}; this PyTorch has no code for sm_{', sm_'.join(strange)}", advice, facts)
-    if used := [number for number, gpu in enumerate(gpus) if gpu.free_gib < (1 - MOST_USED) * gpu.total_gib]:
+    used = [
+        number
+        for number, gpu in enumerate(gpus)
+        if gpu.total_gib - gpu.free_gib > max(MOST_USED * gpu.total_gib, LEAST_USED_GIB)
+    ]
+    if used:
         where = ", ".join(f"{number} ({gpus[number].free_gib:.0f} GiB free)" for number in used)
         return warning(f"{says}; in use: {where}", "see nvidia-smi for the processes that hold memory there", facts)
     return ok(says, facts)

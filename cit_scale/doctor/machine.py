@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from cit_scale.doctor.findings import Asked, Finding, ok, warning
+from cit_scale.doctor.findings import Asked, Finding
 
 # DeepSpeed, DALI and PyTorch take one or two GiB in each rank before anything is computed.
 FEW_GIB = 4.0
@@ -35,8 +35,8 @@ def judge(cores: int, memory_gib: float, shared_gib: float, files: int) -> Findi
         f"Python {python}, {platform.machine()}, {cores} cores, {memory_gib:.1f} GiB, "
         f"{SHARED} {shared_gib:.1f} GiB, {limit} open files"
     )
-    facts = {"python": python, "processor": platform.machine(), "cores": str(cores), "memory_gib": f"{memory_gib:.0f}"}
-    facts |= {"shared_gib": f"{shared_gib:.0f}"}
+    facts = {"python": python, "processor": platform.machine(), "cores": str(cores)}
+    figures = {"memory_gib": memory_gib, "shared_gib": shared_gib}
     advice = []
     if memory_gib < FEW_GIB:
         advice.append(f"below {FEW_GIB:g} GiB even a small run may be killed: give the job more memory")
@@ -44,7 +44,7 @@ def judge(cores: int, memory_gib: float, shared_gib: float, files: int) -> Findi
         advice.append(f"NCCL and other processes share tensors in {SHARED}: in Docker --shm-size=8g or --ipc=host")
     if files != resource.RLIM_INFINITY and files < FEW_FILES:
         advice.append(f"ulimit -n {FEW_FILES} or more, for data sets of many files")
-    return warning(says, "; ".join(advice), facts) if advice else ok(says, facts)
+    return Finding("warning" if advice else "ok", says, "; ".join(advice), facts, figures)
 
 
 def memory_bytes(root: Path) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from cit_scale.bench.measure import copy_bytes_per_s, take_turns
-from cit_scale.distributed.world import World
-from cit_scale.doctor.findings import Asked, Finding, ok
+from cit_scale.doctor.devices import all_devices
+from cit_scale.doctor.findings import Asked, Finding, ok, worst
 
 GIGA = 1e9
 ROUNDS = 5
@@ -15,7 +15,10 @@ SLOW_LINK = 4.0  # GB/s from page-locked memory to a GPU: PCIe 3 with 16 lanes d
 
 def check(asked: Asked) -> Finding:
     """Time copies of 256 MiB."""
-    device = World().device
+    return worst({str(device): look_at(device) for device in all_devices()})
+
+
+def look_at(device: torch.device) -> Finding:
     own = copy_bytes_per_s(device, ROUNDS) / GIGA
     if device.type == "cpu":
         return ok(f"{own:.0f} GB/s read and written by a copy in the CPU's memory", figures={"copy_gb_per_s": own})
@@ -38,6 +41,6 @@ def judge(own: float, link: float) -> Finding:
     )
     if link < SLOW_LINK:
         return Finding(
-            "warning", says, "the link to the GPU is slow: see its lanes with nvidia-smi -q -d PCIE", {}, figures
+            "warning", says, "the link to the GPU is slow: see its lanes with nvidia-smi -q, under PCI", {}, figures
         )
     return ok(says, figures=figures)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tomllib
 from collections.abc import Sequence
 
 from packaging.requirements import Requirement
 
+from cit_scale.config import IS_CHECKOUT, REPOSITORY
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
 
 NAMED = ("torch", "torchvision", "timm", "deepspeed", "nvidia-dali", "triton")  # in the row; the others in the JSON
@@ -15,7 +17,14 @@ DALI = "nvidia-dali-cuda"  # one build for each CUDA: either does
 
 def check(asked: Asked) -> Finding:
     """Whether each package is there, and new enough."""
-    return compare(importlib.metadata.requires("cit-scale") or ())
+    return compare(required())
+
+
+def required() -> Sequence[str]:
+    """What CiT-Scale asks for: by a checkout's own file, which is newer than what was noted at its installation."""
+    if IS_CHECKOUT:
+        return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    return importlib.metadata.requires("cit-scale") or ()
 
 
 def compare(required: Sequence[str]) -> Finding:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from cit_scale.bench.measure import take_turns
-from cit_scale.distributed.world import World
-from cit_scale.doctor.findings import Asked, Finding, ok
+from cit_scale.doctor.devices import all_devices
+from cit_scale.doctor.findings import Asked, Finding, ok, worst
 from cit_scale.models.arithmetic import set_arithmetic
-from cit_scale.models.network import AUTOCAST
+from cit_scale.models.network import AUTOCAST, Precision
 from cit_scale.run.auto import has_bf16
 from cit_scale.run.flops import peak_flops
 from cit_scale.run.results import device_name
@@ -20,7 +20,7 @@ from cit_scale.run.results import device_name
 SIZE, GPU_SIZE = 1024, 8192  # rows of the matrices that are multiplied
 ROUNDS = 5
 SLOW = 0.3  # of the data sheet's rate
-DTYPES = {"float32": torch.float32, "bf16": AUTOCAST["bf16"]}
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": AUTOCAST["bf16"]}
 # Of the product, relative to the exact one. Seen on a CPU: 4e-7 and 1.7e-3; TF32 in the place of float32 has 3e-4.
 ALLOWED = {"float32": 1e-5, "bf16": 1e-2}
 
@@ -35,12 +35,17 @@ class Product:
 
 def check(asked: Asked) -> Finding:
     """Multiply matrices in each precision."""
-    device = World().device
+    return worst({str(device): look_at(device) for device in all_devices()})
+
+
+def look_at(device: torch.device) -> Finding:
     set_arithmetic(device)
     size = GPU_SIZE if device.type == "cuda" else SIZE
-    found = {name: multiply(size, dtype, device) for name, dtype in DTYPES.items()}
+    # A GPU without bf16 emulates it, and no run asks for that.
+    names = [name for name in DTYPES if name == "float32" or device.type == "cpu" or has_bf16(device)]
     name = device_name(device)
-    peaks = {"float32": peak_flops(name, "float32"), "bf16": peak_flops(name, "bf16")}
+    found = {each: multiply(size, DTYPES[each], device) for each in names}
+    peaks = {each: None if " MIG " in name else peak_flops(name, each) for each in names}  # of a part nobody says it
     return judge(found, peaks, chosen="bf16" if has_bf16(device) else "float32")
 
 
@@ -57,7 +62,7 @@ def multiply(size: int, dtype: torch.dtype, device: torch.device) -> Product:
     return Product(error.item(), 2 * size**3 / (statistics.median(times) / 1e3))
 
 
-def judge(found: Mapping[str, Product], peaks: Mapping[str, float | None], chosen: str) -> Finding:
+def judge(found: Mapping[Precision, Product], peaks: Mapping[Precision, float | None], chosen: str) -> Finding:
     """All by precision. peaks: in FLOP/s, by the device's data sheet. chosen: what ``auto`` stands for here."""
     rates = [f"{name} {each.flops_per_s / 1e12:.3g} TFLOP/s" for name, each in found.items()]
     says = f"{', '.join(rates)}; precision auto is {chosen}"

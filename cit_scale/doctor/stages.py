@@ -66,7 +66,9 @@ def judge(found: Mapping[str, Sequence[float] | str]) -> Finding:
             wrong.append(f"{engine} has the gradient norms {_text(norms)}, {PLAIN} {_text(plain)}")
     if wrong:
         works = [engine for engine in found if not any(each.startswith(engine) for each in wrong)]
-        instead = f"; until then, --engine.name or --engine.ds_config of {', '.join(works)}" if works else ""
+        named = [f"--engine.name {each}" for each in works if not each.startswith("zero")]
+        named += [f"--engine.ds_config {each}" for each in works if each.startswith("zero")]
+        instead = f"; until then train with {' or '.join(named)}" if works else ""
         return failed("; ".join(wrong), f"take the versions of docs/measurements/versions.md{instead}")
     assert not isinstance(plain, str)
     return ok(f"{', '.join(found)}: {STEPS} steps, gradient norms {_text(plain)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import tempfile
 from contextlib import closing
@@ -19,6 +20,7 @@ from cit_scale.config import StudentConfig, TeacherConfig
 from cit_scale.data.reader import Reader
 from cit_scale.datasets.folders import ImageFolder
 from cit_scale.distributed.world import World, start
+from cit_scale.doctor.devices import share_of_threads
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
 from cit_scale.engines.build import build_engine
 from cit_scale.models.arithmetic import set_arithmetic
@@ -73,7 +75,9 @@ def check(asked: Asked) -> Finding:
             reader = Reader(ImageFolder(Path(folder) / "photos", Path(folder)))
             way = Way("plain", "bf16" if has_bf16(world.device) else "float32", compiled=False, teachers="live")
             prepared = prepare(task, way, world)
-            prepared = dataclasses.replace(prepared, train_images=reader, eval_images=reader)
+            data = dataclasses.replace(prepared.config.data, decode_threads=share_of_threads())
+            config = dataclasses.replace(prepared.config, data=data)
+            prepared = dataclasses.replace(prepared, config=config, train_images=reader, eval_images=reader)
             return judge(measure(prepared), task, world.device)
     finally:
         dist.destroy_process_group()
@@ -85,6 +89,7 @@ def measure(prepared: PreparedRun) -> Measured:
     has_gpu = device.type == "cuda"
     parts = time_parts(prepared, lambda: False)
     if has_gpu:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     teachers = freeze_teachers(prepared)
@@ -107,7 +112,8 @@ def measure(prepared: PreparedRun) -> Measured:
         networks=images / (parts.update_s + parts.advice_s),
         skipped=sum(result.skipped for result in results),
         peak=torch.cuda.max_memory_allocated(device) if has_gpu else 0,
-        planned=memory.device - memory.workspace if has_gpu else 0,
+        # What DALI and the driver hold is not PyTorch's.
+        planned=memory.device - memory.workspace - memory.batches if has_gpu else 0,
     )
 
 

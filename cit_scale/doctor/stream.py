@@ -20,6 +20,7 @@ from cit_scale.data.reader import Reader
 from cit_scale.data.stream import train_stream
 from cit_scale.datasets.folders import ImageFolder
 from cit_scale.distributed.world import World
+from cit_scale.doctor.devices import share_of_threads
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
 
 PHOTOS, BATCH = 64, 64
@@ -34,13 +35,13 @@ def check(asked: Asked) -> Finding:
         make_photos(Path(folder) / "photos", PHOTOS, (HEIGHT, WIDTH), 2)
         reader = Reader(ImageFolder(Path(folder) / "photos", Path(folder)))
         sizes = BATCH, BATCH
-        data = DataConfig()
+        data = DataConfig(decode_threads=share_of_threads())
         batches = GPU_BATCHES if device.type == "cuda" else CPU_BATCHES
         stream = train_stream(reader, AugmentConfig(), data, 0, Cursor(), *sizes, World(), device)
         with closing(stream):
             *_, last = itertools.islice(stream, AHEAD)
             taken = seconds(partial(take, stream, batches), device)
-    return judge(last.images, batches * BATCH / taken, device)
+    return judge(last.images, batches * BATCH / taken, device, data.decode_threads)
 
 
 def take(stream: Iterator[Batch], count: int) -> None:
@@ -48,13 +49,17 @@ def take(stream: Iterator[Batch], count: int) -> None:
         pass
 
 
-def judge(images: torch.Tensor, images_per_s: float, device: torch.device) -> Finding:
-    """images: of one batch, (B, 3, H, W)."""
+def judge(images: torch.Tensor, images_per_s: float, device: torch.device, threads: int | None = None) -> Finding:
+    """images: of one batch, (B, 3, H, W). threads: a rank's share of those that decode; None: not shared."""
     # Random erasing puts normal values there, of which some are outside of [0, 1].
-    inside, mean = ((images >= 0) & (images <= 1)).float().mean().item(), images.mean().item()
-    if not (inside > 0.9 and 0.2 < mean < 0.8):  # NaN neither
-        return failed(f"{inside:.0%} of the values are in [0, 1], {mean:.2f} on average", "see the row of augmentation")
+    inside = ((images >= 0) & (images <= 1)).float().mean().item()
+    mean, deviation = images.mean().item(), images.std().item()
+    if not (inside > 0.9 and 0.2 < mean < 0.8 and deviation > 0.05):  # NaN is none of it
+        says = f"{inside:.0%} of the values are in [0, 1], {mean:.2f} on average with a deviation of {deviation:.2f}"
+        return failed(says, "see the row of augmentation")
+    shared = f" with {threads} threads, one GPU's share of the cores, and the other GPUs idle" if threads else ""
     return ok(
-        f"{images_per_s:.0f} images/s of {WIDTH} x {HEIGHT} pixels, decoded and augmented on the {device.type.upper()}",
+        f"{images_per_s:.0f} images/s of {WIDTH} x {HEIGHT} pixels, decoded and augmented on the "
+        f"{device.type.upper()}{shared}",
         figures={"images_per_s": images_per_s},
     )
