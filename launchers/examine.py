@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cit_scale.doctor.compare import lines_about
-from cit_scale.errors import ConfigError, UnfitNodeError
+from cit_scale.errors import ConfigError, TransientError, UnfitNodeError
 from cit_scale.job import DoctorJob
 from launchers.executors import check_log_folder, doctor_executor, script_of, submit_doctor
 from launchers.options import Options
@@ -21,6 +21,7 @@ from launchers.slurm import ask_jobs, host_names
 MINUTES = "20"  # the first use of a GPU compiles and tunes kernels
 POLL_S = 3.0
 INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
+SILENT_S = 900.0  # of Slurm, after which nobody waits for it
 LATE_S = 15.0  # how long a file of another node may take to appear here
 
 
@@ -59,12 +60,15 @@ def examine_nodes(options: Options, runs_dir: Path) -> int:
 def wait_for(job_id: str, folder: Path, count: int) -> list[str]:
     """Wait until all nodes have answered or the job has ended. Returns the job's nodes, as far as Slurm named them."""
     nodes: Sequence[str] = ()
-    ended_at = None
+    ended_at, answered_at = None, time.monotonic()
     while sum(record["whole"] for record in read_records(folder).values()) < count:
         known = ask_jobs([job_id])
         found = (known or {}).get(job_id)
         nodes = host_names(found.nodes) if found is not None and found.nodes else nodes
         # None is no answer: the job may go on.
+        answered_at = answered_at if known is None else time.monotonic()
+        if time.monotonic() - answered_at > SILENT_S:
+            raise TransientError(f"Slurm has not answered for {SILENT_S:.0f} s; what nodes have found is in {folder}")
         if known is not None and (found is None or not found.is_active):
             ended_at = ended_at or time.monotonic()
             if time.monotonic() - ended_at > LATE_S:

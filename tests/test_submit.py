@@ -654,6 +654,14 @@ def test_a_node_that_did_not_get_to_the_end_is_not_fit(examined, capsys, tmp_pat
     assert "node2: not fit: it did not get beyond disk" in printed
 
 
+def test_a_slurm_that_does_not_answer_is_not_waited_for_for_ever(examined, slurm, capsys, tmp_path, monkeypatch):
+    examined({}, state="RUNNING")
+    (slurm / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    monkeypatch.setattr(nodes, "SILENT_S", 0.1)
+    assert submit.main(["--doctor", "--runs_dir", str(tmp_path)]) == 1
+    assert "Slurm has not answered for 0 s; what nodes have found is in" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_the_job_and_says_how_to_end_it(examined, capsys, tmp_path, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
