@@ -1,13 +1,19 @@
 """Images that take much memory are read within a limit that the system enforces, and refused in one line."""
 
+import gc
+import io
 import struct
 import subprocess
 import sys
 import textwrap
+import weakref
 import zlib
 
 import pytest
 from PIL import Image
+
+from cit_scale.datasets.encoded import read_size
+from cit_scale.errors import BadImageError
 
 MIB = 1 << 20
 LIMITED = """
@@ -72,6 +78,28 @@ def harmful(tmp_path):
     deep.mkdir(parents=True)
     Image.new("RGB", (40, 30)).save(deep / "deep.jpg")
     return folder.parent
+
+
+class File(io.BytesIO):
+    """One that can be watched."""
+
+
+@pytest.fixture
+def no_garbage_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_the_bytes_of_a_file_that_is_no_image_are_let_go_of_at_once():
+    file = File(bytes(1000))
+    watched = weakref.ref(file)
+    with pytest.raises(BadImageError, match="not an image of a known format") as refused:
+        read_size(file)
+    del file, refused
+    assert watched() is None
 
 
 def test_huge_files_and_bombs_are_refused_within_two_gigabytes(harmful):

@@ -15,8 +15,8 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
@@ -171,19 +171,22 @@ def to_ppm(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-@contextmanager
-def bad_image_reasons() -> Iterator[None]:
-    """Turn what PIL raises over a broken file into BadImageError. An OSError of the file system passes through."""
-    try:
-        yield
-    except BadImageError:
-        raise
-    except UnidentifiedImageError:
-        raise BadImageError("not an image of a known format") from None
-    except Image.DecompressionBombError as error:
-        raise BadImageError(f"{_first_number(error)} pixels are more than {most_pixels():.0f}") from None
-    except Exception as error:  # PIL's readers do not wrap parser errors: anything from struct.error to KeyError
-        # PIL raises OSError for broken images, too, but only the operating system sets a number.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise BadImageError(one_line(error)) from None
+class bad_image_reasons(AbstractContextManager[None]):  # noqa: N801  called as a function
+    """Turn what PIL raises over a broken file into BadImageError. An OSError of the file system passes through.
+
+    A class and no generator: from Python 3.12 on an error that is thrown into a generator is part of a circle of
+    frames, which keeps the bytes of the file until garbage is collected.
+    """
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        match error:
+            case BadImageError():
+                return
+            case UnidentifiedImageError():
+                raise BadImageError("not an image of a known format") from None
+            case Image.DecompressionBombError():
+                raise BadImageError(f"{_first_number(error)} pixels are more than {most_pixels():.0f}") from None
+            case OSError() if error.errno is not None:  # PIL's own, of broken images, have no number
+                return
+            case Exception():  # PIL's readers do not wrap parser errors: anything from struct.error to KeyError
+                raise BadImageError(one_line(error)) from None
