@@ -476,27 +476,31 @@ def test_where_the_gpus_have_failed_no_check_that_needs_one_is_made(planted, tmp
     assert found["disk"].status == "ok"
 
 
-def started(*arguments, cwd, runs_dir):
-    command = [sys.executable, "-m", "cit_scale", "doctor", "--runs_dir", str(runs_dir), *arguments]
-    environment = {**os.environ, "TMPDIR": str(cwd)}
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, start_new_session=True)
-
-
 @pytest.mark.fault
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_doctor_that_is_stopped_leaves_no_process_and_no_file(tmp_path, signum, code):
-    """While the disk is written, which is slow enough to be met."""
-    runs_dir = tmp_path / "runs"
-    runs_dir.mkdir()
-    (tmp_path / "tmp").mkdir()
-    doctor = started("--quick", cwd=tmp_path / "tmp", runs_dir=runs_dir)
-    family = []
-    while not list(runs_dir.iterdir()):
-        assert doctor.poll() is None, "the disk was written before it was looked at"
-        family = psutil.Process(doctor.pid).children(recursive=True)
+    """While the disk is written, which takes a minute here."""
+    (tmp_path / "planted_disk.py").write_text(
+        "import time\nfrom cit_scale.doctor.disk import scratch_folder\ndef check(asked):\n"
+        "    with scratch_folder(asked.runs_dir):\n        time.sleep(60)\n"
+    )
+    (tmp_path / "slow.py").write_text(
+        "from cit_scale.__main__ import main\nfrom cit_scale.doctor import examine, show\n"
+        "if __name__ == '__main__':\n"
+        "    show.examine = lambda asked: examine.examine(asked, [examine.Check('disk', 'planted_disk')])\n"
+        "    raise SystemExit(main(['doctor', '--runs_dir', 'runs']))\n"
+    )
+    for name in ("runs", "tmp"):
+        (tmp_path / name).mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
+    doctor = subprocess.Popen([sys.executable, "slow.py"], cwd=tmp_path, env=environment, start_new_session=True)
+    while not list((tmp_path / "runs").iterdir()):
+        assert doctor.poll() is None
+        time.sleep(0.01)
+    family = psutil.Process(doctor.pid).children(recursive=True)
     doctor.send_signal(signum)
     assert doctor.wait(30) == code
-    assert not list(runs_dir.iterdir())
+    assert not list((tmp_path / "runs").iterdir())
     assert not [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()]
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]

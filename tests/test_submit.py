@@ -663,11 +663,11 @@ def test_a_slurm_that_does_not_answer_is_not_waited_for_for_ever(examined, slurm
 
 
 def test_ctrl_c_leaves_the_job_and_says_how_to_end_it(examined, capsys, tmp_path, monkeypatch):
-    def interrupt(seconds):
+    def interrupt(job_id, folder, count):
         raise KeyboardInterrupt
 
     examined({}, state="RUNNING")
-    monkeypatch.setattr(nodes.time, "sleep", interrupt)
+    monkeypatch.setattr(nodes, "wait_for", interrupt)
     code, printed = doctor(capsys, "--nodes=3", "--runs_dir", tmp_path)
     assert code == 130
     assert "to end it: scancel 12" in printed
