@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cit_scale.__main__ import INTERRUPTED
 from cit_scale.doctor.compare import lines_about
 from cit_scale.errors import ConfigError, TransientError, UnfitNodeError
 from cit_scale.job import DoctorJob
-from launchers.executors import check_log_folder, doctor_executor, script_of, submit_doctor
+from launchers.executors import batch_script, check_log_folder, doctor_executor, submit_doctor
 from launchers.options import Options
 from launchers.resources import allot, find_partitions
 from launchers.slurm import ask_jobs, host_names
 
 MINUTES = "20"  # the first use of a GPU compiles and tunes kernels
 POLL_S = 3.0
-INTERRUPTED = 130  # 128 + SIGINT, as a shell says it
 SILENT_S = 900.0  # of Slurm, after which nobody waits for it
 LATE_S = 15.0  # how long a file of another node may take to appear here
 
@@ -44,7 +44,7 @@ def examine_nodes(options: Options, runs_dir: Path) -> int:
     check_log_folder(folder)
     executor = doctor_executor(options, resources, folder)
     if options.dry_run:
-        print(f"\n{script_of(executor)}", end="", flush=True)
+        print(f"\n{batch_script(executor)}", end="", flush=True)
         return 0
     job = submit_doctor(executor, DoctorJob(folder, runs_dir.absolute(), quick))
     print(f"submitted as job {job.job_id}: {options.nodes} nodes", flush=True)

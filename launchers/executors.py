@@ -187,13 +187,8 @@ def needed_folders(runs: Sequence[RunRequest]) -> list[Path]:
     return sorted(path for path in folders if not any(parent in folders for parent in path.parents))
 
 
-def batch_script(executor: SlurmExecutor, runs: Sequence[RunRequest]) -> str:
-    """The text of the batch script that ``submit_slurm`` would give to sbatch."""
-    return script_of(executor, len(runs))
-
-
-def script_of(executor: SlurmExecutor, jobs: int = 1) -> str:
-    """The text of the batch script for one job, or for an array of them."""
+def batch_script(executor: SlurmExecutor, jobs: int = 1) -> str:
+    """The text of the batch script that sbatch would be given for a job, or for an array of so many."""
     shown = SlurmExecutor(executor.folder, python=executor.python)
     shown.parameters = dict(executor.parameters)
     if jobs > 1:

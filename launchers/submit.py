@@ -76,7 +76,7 @@ def submit(options: Options, given: Mapping[str, Any], train_argv: Sequence[str]
     executor = slurm_executor(options, resources, runs, folder) if options.cluster == "slurm" else None
     if options.dry_run:
         if executor is not None:
-            show_script(batch_script(executor, runs), can_ask=partitions is not None)
+            show_script(batch_script(executor, len(runs)), can_ask=partitions is not None)
         return 0
     kept = {run.config.run_dir: set_aside(run.config.run_dir) for run in runs if arguments.fresh}
     match options.cluster:

@@ -241,15 +241,19 @@ def eval_stream(
 
 
 def with_threads(data: DataConfig, world: World, device: torch.device) -> DataConfig:
-    """``data`` with its ``decode_threads`` decided.
+    """``data`` with its ``decode_threads`` decided."""
+    if data.decode_threads is not None:
+        return data
+    return replace(data, decode_threads=default_threads(world.local_world_size, device.type))
+
+
+def default_threads(ranks: int, device_type: str) -> int:
+    """Of each rank on a machine with so many of them.
 
     Four threads are taken to feed about 2,500 images a second to a GPU that decodes them, so a small student on a fast
     GPU wants more. Neither that nor whether more than a dozen help is in docs/measurements.
     """
-    if data.decode_threads is not None:
-        return data
-    cores = len(os.sched_getaffinity(0)) // world.local_world_size
-    return replace(data, decode_threads=max(4, min(cores, 12)) if device.type == "cuda" else 4)
+    return max(4, min(len(os.sched_getaffinity(0)) // ranks, 12)) if device_type == "cuda" else 4
 
 
 def _batches(start: Callable[[], BatchStream]) -> Generator[Batch, None, None]:

@@ -25,7 +25,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from cit_scale.distributed.slurm_job import job_id, promised_gpus
+from cit_scale.distributed.slurm_job import job_id, node_name, promised_gpus
 from cit_scale.distributed.stop import StopRequest
 from cit_scale.distributed.watchdog import Patience, Watchdog, end_within
 from cit_scale.distributed.world import World
@@ -225,11 +225,6 @@ def sum_ones(world: World, store: dist.Store) -> str | None:
 def _watch_trial(node: str, limit_s: float) -> Watchdog:
     """A watchdog for a trial that holds the interpreter's lock, so that no other thread can give it up."""
     return Watchdog(limit_s, None, f"{node} cannot take part: a sum over the ranks hangs; where it stands is above")
-
-
-def node_name(env: Mapping[str, str]) -> str:
-    """Slurm's name for this node, by which Slurm can exclude it; the host name outside Slurm."""
-    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def gpu_identity(device: torch.device, env: Mapping[str, str]) -> str | None:

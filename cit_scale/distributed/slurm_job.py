@@ -6,6 +6,7 @@ one was queued: sbatch passes them on.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,11 @@ from typing import Any
 def job_id(env: Mapping[str, str]) -> str | None:
     """The job id for scontrol and squeue: ARRAY_TASK for a task of a job array. None outside of a job."""
     return env.get("CIT_JOB_ID", env.get("SLURM_JOB_ID"))
+
+
+def node_name(env: Mapping[str, str]) -> str:
+    """Slurm's name for this node, by which Slurm can exclude it; the host name outside Slurm."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def restart_count(env: Mapping[str, str]) -> int:

@@ -25,15 +25,20 @@ def lines_about(records: Records, missing: Iterable[str]) -> list[str]:
     return [*lines, *_other_facts(records), *_slow_figures(records)]
 
 
-def _other_facts(records: Records) -> list[str]:
-    """Nodes with another name or version than most have. Where as many have one as the other, all are named."""
-    by_fact: defaultdict[str, dict[str, str]] = defaultdict(dict)
+def _by_name(records: Records, kind: str) -> dict[str, dict[str, Any]]:
+    """What each node has under a check's name and that of the value. kind: facts or figures."""
+    found: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for node, record in records.items():
         for check in record["checks"]:
-            for name, value in check["facts"].items():
-                by_fact[f"{check['name']}, {name}"][node] = value
+            for name, value in check[kind].items():
+                found[f"{check['name']}, {name}"][node] = value
+    return found
+
+
+def _other_facts(records: Records) -> list[str]:
+    """Nodes with another name or version than most have. Where as many have one as the other, all are named."""
     lines = []
-    for fact, values in by_fact.items():
+    for fact, values in _by_name(records, "facts").items():
         counts = Counter(values.values())
         (most, count), *others = counts.most_common()
         if not others:
@@ -46,13 +51,8 @@ def _other_facts(records: Records) -> list[str]:
 
 
 def _slow_figures(records: Records) -> list[str]:
-    by_figure: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    for node, record in records.items():
-        for check in record["checks"]:
-            for name, value in check["figures"].items():
-                by_figure[f"{check['name']}, {name}"][node] = value
     lines = []
-    for figure, values in by_figure.items():
+    for figure, values in _by_name(records, "figures").items():
         median = statistics.median(values.values())
         slow = [f"{node} {value:.3g}" for node, value in values.items() if value < SLOWER * median]
         if slow:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-FEWEST_THREADS, MOST_THREADS = 4, 12  # of a rank on a GPU that decodes, as data.decode_threads has it
+from cit_scale.data.stream import default_threads
 
 
 def all_devices() -> list[torch.device]:
@@ -17,4 +15,4 @@ def all_devices() -> list[torch.device]:
 def share_of_threads() -> int | None:
     """For data.decode_threads, of one rank on each GPU; None, for the setting's own choice, without a GPU."""
     gpus = torch.cuda.device_count()
-    return min(max(len(os.sched_getaffinity(0)) // gpus, FEWEST_THREADS), MOST_THREADS) if gpus else None
+    return default_threads(gpus, "cuda") if gpus else None

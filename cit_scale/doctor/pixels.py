@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
-from cit_scale.bench.decode import HEIGHT, WIDTH, make_photos
 from cit_scale.bench.fidelity import Errors, measure
 from cit_scale.config import DataConfig
-from cit_scale.datasets.folders import ImageFolder
 from cit_scale.distributed.world import World
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
+from cit_scale.doctor.photographs import photographs
 
 PHOTOS = 4
 
 
 def check(asked: Asked) -> Finding:
     """Compare some made-up photographs."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_photos(Path(folder) / "photos", PHOTOS, (HEIGHT, WIDTH), 2)
-        source, data = ImageFolder(Path(folder) / "photos", Path(folder)), DataConfig(decode_threads=2)
-        return judge(measure(source, data, World().device))
+    with photographs(PHOTOS) as source:
+        return judge(measure(source, DataConfig(decode_threads=2), World().device))
 
 
 def judge(found: Mapping[str, Errors]) -> Finding:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cit_scale.distributed.slurm_job import node_name
 from cit_scale.doctor.examine import Examined, examine
 from cit_scale.doctor.findings import Asked
 from cit_scale.errors import UnfitNodeError
@@ -52,12 +53,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def write_record(folder: Path, runs_dir: Path, *, quick: bool) -> None:
     """Examine this machine and write what was found, under the node's name: after each check, as the next may hang."""
-    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as of the preflight, which imports torch
     examined: list[Examined] = []
 
     def write(*, is_whole: bool) -> None:
         record = {**as_record(examined), "whole": is_whole}
-        write_text(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+        write_text(folder / f"{node_name(os.environ)}.json", json.dumps(record, indent=2) + "\n")
 
     for each in examine(Asked(quick, runs_dir)):
         examined.append(each)

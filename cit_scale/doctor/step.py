@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
-import tempfile
 from contextlib import closing
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from cit_scale.bench.decode import HEIGHT, WIDTH, make_photos
 from cit_scale.bench.measure import seconds
 from cit_scale.bench.plain_port import LR
 from cit_scale.bench.step_ways import Task, Way, freeze_teachers, prepare
 from cit_scale.config import StudentConfig, TeacherConfig
 from cit_scale.data.reader import Reader
-from cit_scale.datasets.folders import ImageFolder
 from cit_scale.distributed.world import World, start
 from cit_scale.doctor.devices import share_of_threads
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
+from cit_scale.doctor.photographs import photographs
 from cit_scale.engines.build import build_engine
 from cit_scale.models.arithmetic import set_arithmetic
 from cit_scale.run.auto import has_bf16
@@ -70,9 +67,8 @@ def check(asked: Asked) -> Finding:
     start(world)
     set_arithmetic(world.device)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            make_photos(Path(folder) / "photos", task.batch_size, (HEIGHT, WIDTH), 2)
-            reader = Reader(ImageFolder(Path(folder) / "photos", Path(folder)))
+        with photographs(task.batch_size) as source:
+            reader = Reader(source)
             way = Way("plain", "bf16" if has_bf16(world.device) else "float32", compiled=False, teachers="live")
             prepared = prepare(task, way, world)
             data = dataclasses.replace(prepared.config.data, decode_threads=share_of_threads())

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from cit_scale.batch import Batch
-from cit_scale.bench.decode import HEIGHT, WIDTH, make_photos
+from cit_scale.bench.decode import HEIGHT, WIDTH
 from cit_scale.bench.measure import seconds
 from cit_scale.config import AugmentConfig, DataConfig
 from cit_scale.data.order import Cursor
 from cit_scale.data.reader import Reader
 from cit_scale.data.stream import train_stream
-from cit_scale.datasets.folders import ImageFolder
 from cit_scale.distributed.world import World
 from cit_scale.doctor.devices import share_of_threads
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
+from cit_scale.doctor.photographs import photographs
 
 PHOTOS, BATCH = 64, 64
 CPU_BATCHES, GPU_BATCHES = 8, 100
@@ -31,13 +29,11 @@ AHEAD = 5  # batches that may be ready before the clock starts
 def check(asked: Asked) -> Finding:
     """Read, decode and augment made-up photographs."""
     device = World().device
-    with tempfile.TemporaryDirectory() as folder:
-        make_photos(Path(folder) / "photos", PHOTOS, (HEIGHT, WIDTH), 2)
-        reader = Reader(ImageFolder(Path(folder) / "photos", Path(folder)))
+    with photographs(PHOTOS) as source:
         sizes = BATCH, BATCH
         data = DataConfig(decode_threads=share_of_threads())
         batches = GPU_BATCHES if device.type == "cuda" else CPU_BATCHES
-        stream = train_stream(reader, AugmentConfig(), data, 0, Cursor(), *sizes, World(), device)
+        stream = train_stream(Reader(source), AugmentConfig(), data, 0, Cursor(), *sizes, World(), device)
         with closing(stream):
             *_, last = itertools.islice(stream, AHEAD)
             taken = seconds(partial(take, stream, batches), device)
