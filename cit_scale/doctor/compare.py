@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SLOWER = 0.7  # of the median of all nodes; figures of one node differ by less from one minute to the next
+SLOWER = 0.7  # of the median of all nodes; in two runs on one node a disk's figures were 0.85 apart, the others nearer
 
 Records = Mapping[str, Mapping[str, Any]]
 """By node, as ``show.as_record`` makes them."""

@@ -17,7 +17,7 @@ from cit_scale.teachers import Teacher
 PLAIN = "plain"
 ENGINES = (PLAIN, "fsdp2", "zero0", "zero1", "zero2", "zero3")
 STEPS = 2
-ALLOWED = 1e-3  # relative difference of a norm: engines add up in another order, by 1e-6 on a CPU
+ALLOWED = 1e-3  # relative difference of a norm: engines add up in another order, by 3e-6 on a CPU
 TASK = Task(
     student=StudentConfig("cit_tiny_patch16_224", kwargs={"depth": 2}),
     teachers={"conv": TeacherConfig("regnety_002"), "inv": TeacherConfig("rednet26")},
