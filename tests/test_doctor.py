@@ -47,6 +47,7 @@ from cit_scale.doctor import (
     stream,
 )
 from cit_scale.doctor.findings import Asked, Finding, failed, not_here, ok, worst
+from cit_scale.doctor.ranks import Heard
 from cit_scale.models import involution_loop
 from cit_scale.models.involution import involution
 
@@ -193,15 +194,19 @@ def planted_sum(world, store):
     return "a sum of ones over 2 ranks came out as 1" if world.rank else None
 
 
+def sum_found(backend):
+    return collectives.judge(collectives.run_ranks(2, collectives.add_up, 3.0), backend)
+
+
 def test_a_wrong_sum_a_dead_and_a_hanging_rank_are_named(monkeypatch):
-    monkeypatch.setattr(collectives, "LIMIT_S", 3.0)
     monkeypatch.setattr(collectives, "time_sum", lambda world: 1.0)
     monkeypatch.setattr(collectives, "sum_ones", planted_sum)
-    assert_says(collectives.judge(collectives.run_ranks(2), "nccl"), "failed", "rank 1: a sum", "came out as 1", "NCCL")
+    assert_says(sum_found("nccl"), "failed", "rank 1: RuntimeError: a sum", "came out as 1", "NCCL")
     monkeypatch.setattr(collectives, "sum_ones", lambda world, store: os._exit(3) if world.rank else None)
-    assert_says(collectives.judge(collectives.run_ranks(2), "gloo"), "failed", "rank 1: its process died", "GLOO")
+    assert_says(sum_found("gloo"), "failed", "rank 1: its process died", "GLOO")
     monkeypatch.setattr(collectives, "sum_ones", lambda world, store: time.sleep(60))
-    assert_says(collectives.judge(collectives.run_ranks(2), "gloo"), "failed", "did not end within 3 s")
+    assert_says(sum_found("gloo"), "failed", "rank 0: no answer within 3 s", "rank 1: no answer within 3 s")
+    assert not multiprocessing.active_children()
 
 
 def test_wrong_values_in_a_large_sum_are_counted(monkeypatch):
@@ -309,38 +314,72 @@ def test_what_breaks_a_limit_is_named_and_what_has_none_is_not():
 class PlantedStep(OurStep):
     """ZeRO-2 learns something else, ZeRO-3 fails."""
 
-    def __init__(self, prepared, teachers, batch):
+    def __init__(self, prepared, teachers, *batches):
         if prepared.config.engine.ds_config == "zero3" and prepared.config.engine.name == "zero":
             raise RuntimeError("no such operator:\n zero3")
         if prepared.config.engine.ds_config == "zero2":
-            batch = dataclasses.replace(batch, images=batch.images * 0.5)
-        super().__init__(prepared, teachers, batch)
+            batches = [dataclasses.replace(each, images=each.images * 0.5) for each in batches]
+        super().__init__(prepared, teachers, *batches)
 
 
-def engines_found(is_planted):
-    """What is found in a process of its own, as DeepSpeed keeps its first process group."""
-    if is_planted:
-        stages.OurStep = PlantedStep
+class DyingStep(OurStep):
+    """One rank dies when it comes to FSDP2."""
+
+    def __init__(self, prepared, teachers, *batches):
+        if prepared.config.engine.name == "fsdp2" and prepared.world.rank == 1:
+            os._exit(3)
+        super().__init__(prepared, teachers, *batches)
+
+
+def engines_found(planted):
+    """What is found by forks of another process than this one, in which a test may have left a process group."""
+    stages.OurStep = planted
     return stages.check(Asked())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_planted", [True, False])
-def test_an_engine_that_learns_something_else_or_fails_is_named(is_planted):
+@pytest.mark.parametrize("step", [PlantedStep, DyingStep, OurStep])
+def test_an_engine_that_learns_something_else_or_fails_is_named(step):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(engines_found, is_planted).result()
-    if is_planted:
-        assert_says(found, "failed", "zero2 has the gradient norms", "zero3: RuntimeError: no such operator: zero3")
+        found = pool.submit(engines_found, step).result()
+    if step is PlantedStep:
+        assert_says(found, "failed", "zero2: gradient norms", "zero3: RuntimeError: no such operator: zero3")
         assert found.advice.endswith("--engine.ds_config zero0 or --engine.ds_config zero1")
+    elif step is DyingStep:
+        assert_says(found, "failed", "fsdp2 on rank 1: its process died", "train with --engine.name plain")
     else:
-        assert_says(found, "ok", "plain, fsdp2, zero0, zero1, zero2, zero3: 2 steps")
+        assert_says(found, "ok", "plain, fsdp2, zero0, zero1, zero2, zero3: 2 steps on 2 ranks")
 
 
 def test_a_failure_of_the_plain_engine_is_not_held_against_the_others():
-    found = stages.judge({"plain": "RuntimeError: out of memory", "zero1": [1.0, 2.0]})
+    found = stages.judge({"plain": {0: "RuntimeError: out of memory"}, "zero1": {0: [1.0, 2.0]}}, 1)
     assert_says(found, "failed", "plain: RuntimeError: out of memory", "zero1")
-    assert_says(stages.judge({"plain": [1.0, 2.0], "zero1": [1.0, float("nan")]}), "failed", "zero1 has", "nan")
-    assert_says(stages.judge({"plain": [1.0, 2.0], "zero1": [1.0, 2.001]}), "ok")
+    plain = {0: [1.0, 2.0]}
+    assert_says(
+        stages.judge({"plain": plain, "zero1": {0: [1.0, float("nan")]}}, 1), "failed", "zero1: gradient", "nan"
+    )
+    assert_says(
+        stages.judge({"plain": plain, "zero1": {0: [1.0, 2.001], 1: [1.0, 2.1]}}, 2),
+        "failed",
+        "zero1 on rank 1: gradient norms 1 and 2.1, of plain 1 and 2",
+    )
+    assert_says(stages.judge({"plain": plain, "zero1": {0: [1.0, 2.001], 1: [1.0, 2.0]}}, 2), "ok")
+
+
+def test_an_engine_in_which_ranks_hang_is_named_and_later_ones_are_not():
+    norms = [1.0, 2.0]
+    found = stages.by_engine(
+        [
+            Heard([("plain", norms), ("fsdp2", norms)], "no answer within 9 s"),
+            Heard([("fsdp2", norms), ("zero0", "RuntimeError: none")], "no answer within 9 s"),
+        ]
+    )
+    assert set(found) == {"plain", "fsdp2", "zero0", "zero1"}
+    assert_says(
+        stages.judge(found, 2),
+        "failed",
+        "zero0 on rank 0: no answer within 9 s, zero0 on rank 1: RuntimeError: none; zero1: no answer",
+    )
 
 
 def test_the_disk_is_written_and_left_as_it_was(tmp_path):
@@ -354,6 +393,13 @@ def test_a_disk_that_cannot_be_written_has_no_locks_or_no_room_is_named(tmp_path
     assert_says(disk.check(Asked(quick=True, runs_dir=tmp_path / "file")), "failed", "cannot be written", "--runs_dir")
 
     (tmp_path / "gone").symlink_to(tmp_path / "not mounted" / "runs")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        found = disk.check(Asked(quick=True, runs_dir=tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_says(found, "failed", "File too large", "ulimit -f")
     found = disk.check(Asked(quick=True, runs_dir=tmp_path / "gone" / "runs"))
     assert_says(found, "failed", f"{tmp_path}/gone cannot be written")
 

@@ -48,7 +48,10 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Task:
-    """What a step computes. batch_size: images of each rank. matmul_size: rows of the matrices that are multiplied."""
+    """What a step computes. batch_size: images of each rank. matmul_size: rows of the matrices that are multiplied.
+
+    micro_steps: in which a rank takes its images.
+    """
 
     student: StudentConfig
     teachers: dict[str, TeacherConfig]
@@ -57,6 +60,7 @@ class Task:
     num_classes: int
     mixing: MixingConfig = MixingConfig()  # noqa: RUF009  frozen
     matmul_size: int = 2048
+    micro_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def prepare(task: Task, way: Way, world: World) -> PreparedRun:
             ds_config=way.engine if is_zero else "zero1",
             deterministic=way.deterministic,
         ),
-        train=TrainConfig(global_batch_size=images),
+        train=TrainConfig(global_batch_size=images, micro_batch_size=task.batch_size // task.micro_steps),
     )
     slow = slow_precisions(config, world.device)
     if slow:
@@ -208,14 +212,14 @@ class MarkedEngine:
 
 
 class OurStep:
-    """``train_step`` over a batch that lies on the device, again and again.
+    """``train_step`` over micro-batches that lie on the device, again and again.
 
     last: what the last step did. skipped: steps before it without an update.
     """
 
-    def __init__(self, prepared: PreparedRun, teachers: Sequence[Teacher], batch: Batch) -> None:
+    def __init__(self, prepared: PreparedRun, teachers: Sequence[Teacher], *batches: Batch) -> None:
         self._prepared, self._teachers = prepared, teachers
-        self._batches = itertools.repeat(batch)
+        self._batches = itertools.cycle(batches)
         self.engine = build_engine(prepared.build_student(), prepared.engine_setup)
         self.engine.module.train()
         self._step = 0

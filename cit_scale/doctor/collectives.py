@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from cit_scale.distributed.preflight import find_interface, sum_ones, within
+from cit_scale.distributed.preflight import sum_ones
 from cit_scale.distributed.world import World
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
+from cit_scale.doctor.ranks import WITHOUT_GPU, Heard, Say, gpu_count, run_ranks
 
 LIMIT_S = 100.0
-ANSWER_S = 5.0  # from a rank that gave up to its answer
 ROUNDS = 5
 CPU_BYTES, GPU_BYTES = 2**24, 2**28
 ADVICE = {
@@ -29,18 +24,17 @@ ADVICE = {
 
 
 def check(asked: Asked) -> Finding:
-    """Start a rank for each GPU, two without a GPU, and add up a tensor."""
-    # Not asked here: a process in which CUDA has begun cannot fork the ranks.
-    gpus = int(asked.found["GPUs"].facts.get("gpus", "0")) if "GPUs" in asked.found else 0
-    return judge(run_ranks(gpus or 2), "nccl" if gpus else "gloo")
+    """Start the ranks, and add up a tensor."""
+    gpus = gpu_count(asked)
+    return judge(run_ranks(gpus or WITHOUT_GPU, add_up, LIMIT_S), "nccl" if gpus else "gloo")
 
 
-def judge(answers: Sequence[float | str], backend: str) -> Finding:
-    """answers: of each rank, seconds for one sum of many values, or what went wrong."""
-    ranks = len(answers)
-    if wrong := [f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if isinstance(answer, str)]:
+def judge(heard: Sequence[Heard], backend: str) -> Finding:
+    """heard: of each rank, the seconds of one sum of many values, or its problem."""
+    ranks = len(heard)
+    if wrong := [f"rank {rank}: {each.problem}" for rank, each in enumerate(heard) if each.problem is not None]:
         return failed(f"{backend}, {ranks} ranks: {'; '.join(wrong)}", ADVICE[backend])
-    seconds = max(each for each in answers if isinstance(each, float))
+    seconds = max(each.said[0] for each in heard)
     # Bus bandwidth as nccl-tests has it: what passes each link in a ring.
     moved = (GPU_BYTES if backend == "nccl" else CPU_BYTES) * 2 * (ranks - 1) / ranks
     rate = moved / seconds / 1e9
@@ -51,46 +45,12 @@ def judge(answers: Sequence[float | str], backend: str) -> Finding:
     )
 
 
-def run_ranks(ranks: int) -> list[float | str]:
-    """The answers of all ranks, in order."""
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = []
-        for rank in range(ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            context.Process(target=_rank, args=(rank, ranks, Path(folder) / "store", sender), daemon=True).start()
-            sender.close()
-            pipes.append(receiver)
-        deadline = time.monotonic() + LIMIT_S + ANSWER_S
-        return [_answer_of(pipe, deadline) for pipe in pipes]
-
-
-def _answer_of(pipe: Connection, deadline: float) -> float | str:
-    try:
-        if pipe.poll(max(deadline - time.monotonic(), 0)):
-            return pipe.recv()
-        return f"no sum within {LIMIT_S:g} s"
-    except EOFError:
-        return "its process died"
-
-
-def _rank(rank: int, ranks: int, store: Path, answer: Connection) -> None:
-    world = World(rank, rank, ranks, ranks)
-    interface = find_interface([])
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    found: list[float] = []
-
-    def add_up() -> str | None:
-        problem = sum_ones(world, dist.FileStore(str(store), ranks))
-        if problem is None:
-            found.append(time_sum(world))
-        return problem
-
-    problem = within(LIMIT_S, "the sum over the ranks", add_up)
-    answer.send(found[0] if problem is None else problem)
-    answer.close()
-    os._exit(0)
+def add_up(world: World, store: dist.Store, say: Say) -> None:
+    """Collective. Say the seconds; raises where a sum is wrong."""
+    problem = sum_ones(world, store)
+    if problem is not None:
+        raise RuntimeError(problem)
+    say(time_sum(world))
 
 
 def time_sum(world: World) -> float:

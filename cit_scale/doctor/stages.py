@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
+from cit_scale.batch import Batch
 from cit_scale.bench.step_ways import OurStep, Task, Way, draw_batch, freeze_teachers, prepare
 from cit_scale.config import MixingConfig, StudentConfig, TeacherConfig
 from cit_scale.distributed.world import World, start
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
+from cit_scale.doctor.ranks import WITHOUT_GPU, Heard, Say, gpu_count, run_ranks
 from cit_scale.errors import one_line
 from cit_scale.models.arithmetic import set_arithmetic
 from cit_scale.teachers import Teacher
@@ -17,6 +20,7 @@ from cit_scale.teachers import Teacher
 PLAIN = "plain"
 ENGINES = (PLAIN, "fsdp2", "zero0", "zero1", "zero2", "zero3")
 STEPS = 2
+LIMIT_S = 180.0
 ALLOWED = 1e-3  # relative difference of a norm: engines add up in another order, by 3e-6 on a CPU
 TASK = Task(
     student=StudentConfig("cit_tiny_patch16_224", kwargs={"depth": 2}),
@@ -27,25 +31,36 @@ TASK = Task(
     mixing=MixingConfig(group_size=8),
 )
 
+Norms = Sequence[float]
+Answers = Mapping[str, Mapping[int, Norms | str]]
+"""By engine and rank, the gradient norms of the steps, or what went wrong."""
+
 
 def check(asked: Asked) -> Finding:
-    """One rank takes the steps, on one GPU or the CPU."""
-    world = World()
-    start(world)
+    """The ranks take the steps with each engine, and rank 0 with the plain one, over the images of all."""
+    ranks = gpu_count(asked) or WITHOUT_GPU
+    return judge(by_engine(run_ranks(ranks, take_steps, LIMIT_S)), ranks)
+
+
+def take_steps(world: World, store: dist.Store, say: Say) -> None:
+    """Collective. Say the name of each engine, and what comes of its steps."""
+    start(world, store=store)
     set_arithmetic(world.device)
-    try:
-        # What teachers say is the same for all: they are no part of an engine.
-        teachers = freeze_teachers(prepare(TASK, Way(PLAIN, "float32", compiled=False, teachers="live"), world))
-        return judge({engine: norms_of(engine, world, teachers) for engine in ENGINES})
-    finally:
-        dist.destroy_process_group()
+    # What teachers say is the same for all: they are no part of an engine.
+    teachers = freeze_teachers(prepare(TASK, _way("fsdp2"), world))
+    if world.is_main:
+        # In as many micro-steps: BatchNorm goes by the images that it sees at once.
+        batches = [draw_batch(TASK, dataclasses.replace(world, rank=rank)) for rank in range(world.world_size)]
+        whole = dataclasses.replace(TASK, batch_size=TASK.batch_size * len(batches), micro_steps=len(batches))
+        say((PLAIN, norms_of(PLAIN, whole, World(), teachers, *batches)))
+    for engine in ENGINES[1:]:
+        say((engine, norms_of(engine, TASK, world, teachers, draw_batch(TASK, world))))
 
 
-def norms_of(engine: str, world: World, teachers: Sequence[Teacher]) -> list[float] | str:
-    """The gradient norms of the steps, or what went wrong."""
+def norms_of(engine: str, task: Task, world: World, teachers: Sequence[Teacher], *batches: Batch) -> Norms | str:
+    """Collective, but for the plain one. The gradient norms of the steps, or what went wrong."""
     try:
-        prepared = prepare(TASK, Way(engine, "float32", compiled=False, teachers="live"), world)
-        step = OurStep(prepared, teachers, draw_batch(TASK, world))
+        step = OurStep(prepare(task, _way(engine), world), teachers, *batches)
         norms = []
         for _ in range(STEPS):
             step()
@@ -56,25 +71,49 @@ def norms_of(engine: str, world: World, teachers: Sequence[Teacher]) -> list[flo
         return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
-def judge(found: Mapping[str, Sequence[float] | str]) -> Finding:
-    """found: by engine, the gradient norms or what went wrong."""
-    plain, wrong = found[PLAIN], []
-    for engine, norms in found.items():
-        if isinstance(norms, str):
-            wrong.append(f"{engine}: {norms}")
-        elif not isinstance(plain, str) and not _are_near(norms, plain):
-            wrong.append(f"{engine} has the gradient norms {_text(norms)}, {PLAIN} {_text(plain)}")
+def by_engine(heard: Sequence[Heard]) -> Answers:
+    """heard: of each rank. What ended a rank is held against the engine that it came to; later ones were not tried."""
+    answers: dict[str, dict[int, Norms | str]] = {engine: {} for engine in ENGINES}
+    for rank, (said, problem) in enumerate(heard):
+        for engine, answer in said:
+            answers[engine][rank] = answer
+        if problem is not None:
+            engines = ENGINES if rank == 0 else ENGINES[1:]
+            answers[engines[len(said)]][rank] = problem
+    return {engine: of_ranks for engine, of_ranks in answers.items() if of_ranks}
+
+
+def judge(found: Answers, ranks: int) -> Finding:
+    plain, wrong = found[PLAIN][0], {}
+    for engine, of_ranks in found.items():
+        problems = {rank: problem for rank, each in of_ranks.items() if (problem := _problem(each, plain)) is not None}
+        if len(problems) == len(of_ranks) and len(set(problems.values())) == 1:
+            wrong[engine] = f"{engine}: {next(iter(problems.values()))}"
+        elif problems:
+            wrong[engine] = ", ".join(f"{engine} on rank {rank}: {problem}" for rank, problem in problems.items())
     if wrong:
-        works = [engine for engine in found if not any(each.startswith(engine) for each in wrong)]
+        works = [engine for engine in found if engine not in wrong]
         named = [f"--engine.name {each}" for each in works if not each.startswith("zero")]
         named += [f"--engine.ds_config {each}" for each in works if each.startswith("zero")]
         instead = f"; until then train with {' or '.join(named)}" if works else ""
-        return failed("; ".join(wrong), f"take the versions of docs/measurements/versions.md{instead}")
+        return failed("; ".join(wrong.values()), f"take the versions of docs/measurements/versions.md{instead}")
     assert not isinstance(plain, str)
-    return ok(f"{', '.join(found)}: {STEPS} steps, gradient norms {_text(plain)}")
+    return ok(f"{', '.join(found)}: {STEPS} steps on {ranks} rank{'s' * (ranks > 1)}, gradient norms {_text(plain)}")
 
 
-def _are_near(norms: Sequence[float], plain: Sequence[float]) -> bool:
+def _way(engine: str) -> Way:
+    return Way(engine, "float32", compiled=False, teachers="live")
+
+
+def _problem(answer: Norms | str, plain: Norms | str) -> str | None:
+    if isinstance(answer, str):
+        return answer
+    if isinstance(plain, str) or _are_near(answer, plain):
+        return None
+    return f"gradient norms {_text(answer)}, of {PLAIN} {_text(plain)}"
+
+
+def _are_near(norms: Norms, plain: Norms) -> bool:
     return all(abs(ours - theirs) <= ALLOWED * theirs for ours, theirs in zip(norms, plain, strict=True))  # NaN is not
 
 
