@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -20,6 +21,14 @@ WHOLE_BYTES, QUICK_BYTES = 2**29, 2**25
 LITTLE_ROOM = 10e9  # five checkpoints of CiT-B
 CHECKPOINT_BYTES = 1503e6  # of CiT-B (docs/measurements/checkpoints.md)
 SLOW_BYTES_PER_S = 50e6  # half a minute for that
+NAME_ANOTHER = "name a writable folder by --runs_dir, here and for runs"
+MAKE_ROOM = "make room there, or name another disk by --runs_dir, here and for runs"
+WAYS_OUT = {
+    errno.ENOSPC: MAKE_ROOM,
+    errno.EDQUOT: MAKE_ROOM,
+    errno.EFBIG: "files may not be so long (ulimit -f): raise that, here and for runs",
+    errno.EMFILE: "too few files may be open (ulimit -n): raise that, here and for runs",
+}
 
 
 def check(asked: Asked) -> Finding:
@@ -28,9 +37,7 @@ def check(asked: Asked) -> Finding:
     try:
         rate, lock_problem = write(folder, QUICK_BYTES if asked.quick else WHOLE_BYTES)
     except OSError as error:
-        return failed(
-            f"{folder} cannot be written: {one_line(error)}", "name a writable folder by --runs_dir, here and for runs"
-        )
+        return failed(f"{folder} cannot be written: {one_line(error)}", WAYS_OUT.get(error.errno or 0, NAME_ANOTHER))
     # So little says more of how long a disk takes to answer than of its speed.
     return judge(folder, rate, shutil.disk_usage(folder).free, lock_problem, is_timed=not asked.quick)
 
