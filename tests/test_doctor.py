@@ -104,6 +104,15 @@ def test_packages_that_are_missing_or_old_are_named():
     assert "dali" not in found.says  # the build for another CUDA does
 
 
+def test_a_package_that_is_there_and_broken_is_named(tmp_path, monkeypatch):
+    (tmp_path / "planted_broken.py").write_text("raise RuntimeError('operator planted::nms\\ndoes not exist')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(packages, "IMPORTED", ("torchvision", "planted_broken", "planted_gone"))
+    found = packages.check(Asked())
+    assert_says(found, "failed", "RuntimeError: operator planted::nms does not exist; planted_gone cannot be imported")
+    assert "torchvision cannot" not in found.says
+
+
 def test_compilers_that_are_missing_or_broken_are_named(tmp_path):
     assert_says(compilers.check(Asked()), "ok", "Python.h")
     headers, nowhere = compilers.python_headers(), {"PATH": str(tmp_path)}

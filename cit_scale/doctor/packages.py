@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import tomllib
 from collections.abc import Sequence
@@ -10,14 +11,23 @@ from packaging.requirements import Requirement
 
 from cit_scale.config import IS_CHECKOUT, REPOSITORY
 from cit_scale.doctor.findings import Asked, Finding, failed, ok
+from cit_scale.errors import one_line
 
 NAMED = ("torch", "torchvision", "timm", "deepspeed", "nvidia-dali", "triton")  # in the row; the others in the JSON
 DALI = "nvidia-dali-cuda"  # one build for each CUDA: either does
+AGAIN = "install CiT-Scale again, in a new environment: pip install -e ."
+MOST = 200  # characters of a library's error message
+
+
+IMPORTED = ("torchvision", "timm", "deepspeed", "nvidia.dali.fn")  # what breaks beside another torch or CUDA
 
 
 def check(asked: Asked) -> Finding:
-    """Whether each package is there, and new enough."""
-    return compare(required())
+    """Whether each package is there, new enough, and can be imported."""
+    found = compare(required())
+    if found.status != "failed" and (broken := not_importable(IMPORTED)):
+        return failed("; ".join(broken), AGAIN, found.facts)
+    return found
 
 
 def required() -> Sequence[str]:
@@ -45,5 +55,16 @@ def compare(required: Sequence[str]) -> Finding:
     facts |= {"triton": installed["triton"]} if "triton" in installed else {}
     named = [f"{name} {version}" for name, version in facts.items() if name.startswith(NAMED)]
     if wrong:
-        return failed("; ".join(wrong), "install CiT-Scale again in this environment: pip install -e .", facts)
+        return failed("; ".join(wrong), AGAIN, facts)
     return ok(", ".join(named), facts)
+
+
+def not_importable(modules: Sequence[str]) -> list[str]:
+    """What is wrong with each of the modules that cannot be imported."""
+    broken = []
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # of any library
+            broken.append(f"{name} cannot be imported: {type(error).__name__}: {one_line(error, MOST)}")
+    return broken
