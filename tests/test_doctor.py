@@ -114,9 +114,13 @@ def test_a_package_that_is_there_and_broken_is_named(tmp_path, monkeypatch):
 
 
 def test_compilers_that_are_missing_or_broken_are_named(tmp_path):
-    assert_says(compilers.check(Asked()), "ok", "Python.h")
+    found = compilers.check(Asked())
+    assert_says(found, "ok", "Python.h")
+    assert re.search(r"\d+\.\d+", found.facts["C++"])
+    assert found.facts["C"] in found.says
     headers, nowhere = compilers.python_headers(), {"PATH": str(tmp_path)}
     assert_says(compilers.judge(nowhere, headers, has_gpu=False), "warning", "no C++ compiler", "torch.compile", "g++")
+    assert compilers.version_of("nvc++", ("g++",), nowhere) == "nvc++"  # named by the user, and not there
     assert_says(compilers.judge(nowhere, headers, has_gpu=True), "warning", "Triton", "install gcc")
     broken = {**os.environ, "CXX": "false", "CC": "false"}
     assert_says(compilers.judge(broken, headers, has_gpu=False), "warning", "false does not work", "CXX")

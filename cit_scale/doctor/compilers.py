@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,14 +23,31 @@ def check(asked: Asked) -> Finding:
 
 def judge(env: Mapping[str, str], headers: Path, *, has_gpu: bool) -> Finding:
     """headers: the folder of Python.h. A GPU needs C alone: Triton compiles the involution and what is compiled."""
-    path = env.get("PATH")
-    names = [env.get("CXX") or next((each for each in COMPILERS if shutil.which(each, path=path)), "no C++ compiler")]
-    names += [
-        env.get("CC") or next((each for each in ("gcc", "clang") if shutil.which(each, path=path)), "no C compiler")
-    ]
-    says = f"{', '.join(names)}; Python.h in {headers}"
+    found = {
+        "C++": version_of(env.get("CXX"), COMPILERS, env) or "no C++ compiler",
+        "C": version_of(env.get("CC"), ("gcc", "clang"), env) or "no C compiler",
+    }
+    says = f"{', '.join(found.values())}; Python.h in {headers}"
     lacking = triton_lacks(env, headers) if has_gpu else compiler_lacks("cpu", env, headers)
     if lacking is None:
-        return ok(says)
+        return ok(says, found)
     user = "Triton, and with it the involution on a GPU," if has_gpu else "torch.compile"
-    return warning(says, f"{user} {lacking}")
+    return warning(says, f"{user} {lacking}", found)
+
+
+def version_of(chosen: str | None, names: Sequence[str], env: Mapping[str, str]) -> str | None:
+    """What the compiler says of itself, or its name where it says nothing; None: there is none.
+
+    chosen: by the user. names: else the first of these that is there.
+    """
+    path = env.get("PATH")
+    name = chosen or next((each for each in names if shutil.which(each, path=path)), None)
+    program = name and shutil.which(name, path=path)
+    if program is None:
+        return name
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(
+            [program, "--version"], capture_output=True, text=True, errors="replace", timeout=60, env=dict(env)
+        )
+        return told.stdout.partition("\n")[0].strip() or name
+    return name
