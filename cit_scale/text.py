@@ -51,7 +51,8 @@ def outlive_readers(*, and_full_disks: bool = True) -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # open returns the lowest free number, which is this one
+            # open returns the lowest free number, which is this one. Programs that are started need it, too.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # Python's value for a stream that was closed when the process started

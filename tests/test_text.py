@@ -71,10 +71,13 @@ def test_a_result_that_a_full_disk_does_not_take_is_an_error_and_one_that_nobody
 
 
 def test_no_file_takes_the_place_of_a_stream_that_was_closed(tmp_path):
-    program = "import os, sys\nfrom cit_scale.text import outlive_readers\noutlive_readers()\n"
-    program += "open(sys.argv[1], 'w').write(' '.join(os.readlink(f'/proc/self/fd/{i}') for i in range(3)))"
+    """Neither here nor in a program that is started."""
+    program = "import os, subprocess, sys\nfrom cit_scale.text import outlive_readers\noutlive_readers()\n"
+    look = "import os, sys; open(sys.argv[1], 'a').write(' '.join(os.readlink(f'/proc/self/fd/{i}') for i in range(3)))"
+    program += f"look = {look!r}\nexec(look)\nopen(sys.argv[1], 'a').write(', ')\n"
+    program += "subprocess.run([sys.executable, '-c', look, sys.argv[1]], check=True)"
     shell('"$0" -c "$1" "$2" <&- >&- 2>&-', tmp_path, sys.executable, program, tmp_path / "end")
-    assert (tmp_path / "end").read_text() == "/dev/null /dev/null /dev/null"
+    assert (tmp_path / "end").read_text() == "/dev/null /dev/null /dev/null, /dev/null /dev/null /dev/null"
 
 
 def test_what_is_read_arrives_in_order_and_at_once(tmp_path):
