@@ -198,7 +198,7 @@ def say_that_it_cannot_be_reached(endpoint, find):
     assert "hf download timm/resnet18.a1_in1k" in error
     assert "HF_HOME" in error
     assert "local-dir:FOLDER" in error
-    assert seconds < 25  # imports, and one limit of 10 s; the library's own retries take 23 s for each of five files
+    assert seconds < 60  # imports, and one limit of 10 s; the library's own retries take 23 s for each of five files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
