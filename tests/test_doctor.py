@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 
@@ -563,6 +564,22 @@ def test_a_doctor_that_is_stopped_leaves_no_process_and_no_file(tmp_path, signum
     assert not [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()]
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="asks a PyTorch that is built for CUDA")
+@pytest.mark.parametrize(("more", "is_spoiled"), [("", False), ("torch.cuda.is_available()", True)])
+def test_what_is_imported_for_all_checks_leaves_cuda_alone(more, is_spoiled):
+    """PyTorch refuses CUDA in the forks of a process that has asked for it."""
+    program = f"""
+        import os, torch
+        import cit_scale.doctor.preload, cit_scale.bench.step_ways, cit_scale.doctor.stages
+        {more}
+        if os.fork() == 0:
+            os._exit(int(torch.cuda._is_in_bad_fork()))
+        print(os.waitstatus_to_exitcode(os.wait()[1]))
+    """
+    told = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert told.stdout == f"{int(is_spoiled)}\n"
 
 
 def test_a_full_disk_that_does_not_take_the_table_is_one_line():

@@ -26,7 +26,7 @@ from cit_scale.errors import one_line
 MOST = 300  # characters of a library's error message
 LAST_LINES = 15  # of what a failed check has printed
 QUICK_S, WHOLE_S = 60.0, 240.0  # after which a check is given up
-REMOVE_S = 2.0  # for a check that is given up to remove its files
+REMOVE_S = 5.0  # for a check that is given up to remove its files
 END_S = 5.0  # for the end of a process that is killed: one that waits for a device in the kernel does not end at all
 
 
