@@ -197,7 +197,10 @@ def parse(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> tuple[dic
     """The options given in cluster.yaml, in variables of sbatch's or on the command line, and train.py's arguments."""
     options, train_argv = parser().parse_known_args(argv)
     refuse_misspelt(train_argv)
-    given = {**read_cluster_file(CLUSTER_FILE), **vars(options)}
+    given = read_cluster_file(CLUSTER_FILE)
+    if "doctor" in vars(options):
+        given.pop("time", None)  # that is how long runs take
+    given |= vars(options)
     if given.get("cluster", Options.cluster) == "slurm":
         given = {**given, **read_environment(env), **vars(options)}
     return given, train_argv

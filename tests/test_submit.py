@@ -623,6 +623,7 @@ def doctor(capsys, *argv):
 
 def test_nodes_are_examined_by_one_task_on_each(examined, slurm, capsys, tmp_path):
     examined({f"node{i}": node_record() for i in (1, 2, 3)})
+    options.CLUSTER_FILE.write_text("time: 24:00:00\n")  # of runs
     code, printed = doctor(capsys, "--nodes=3", "--runs_dir", tmp_path / "runs")
     assert code == 0
     assert re.findall(r"^(node\d): fit, 1 checks", printed, re.MULTILINE) == ["node1", "node2", "node3"]
