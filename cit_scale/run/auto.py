@@ -29,7 +29,10 @@ FLOPS_PER_S = 50e9
 
 def has_bf16(device: torch.device) -> bool:
     """Whether ``auto`` means bf16 there. On a CPU it never does: few have its instructions."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def with_precision(config: RunConfig, *, bf16: bool) -> RunConfig:
