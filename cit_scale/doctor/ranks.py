@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from cit_scale.distributed.preflight import find_interface
 from cit_scale.distributed.world import World
 from cit_scale.doctor.findings import Asked
 from cit_scale.errors import one_line
 
 WITHOUT_GPU = 2
-END_S = 5.0  # for the end of a rank that is killed: one that waits for a device in the kernel does not end at all
+AFTER_S = 10.0  # for the other ranks when one has a problem
+END_S = 5.0  # for the end of all ranks when they are killed: one that waits for a device in the kernel does not end
 MOST = 200  # characters of a library's error message
 
 Say = Callable[[Any], None]
@@ -40,47 +41,61 @@ def gpu_count(asked: Asked) -> int:
 
 
 def run_ranks(ranks: int, work: Work, limit_s: float) -> list[Heard]:
-    """What is heard of each rank, in order, within ``limit_s``. A rank is a fork of this process."""
+    """What is heard of each rank, in order, within ``limit_s``. A rank is a fork of this process.
+
+    Once one of them has a problem, the others have AFTER_S to say theirs: they may wait for it.
+    """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (World(rank, rank, ranks, ranks), Path(folder) / "store", work, sender)
+            arguments = (World(rank, rank, ranks, ranks), Path(folder) / "store", work, limit_s, sender)
             processes.append(context.Process(target=_rank, args=arguments, daemon=True))
             processes[-1].start()
             sender.close()
             pipes.append(receiver)
-        deadline = time.monotonic() + limit_s
         try:
-            return [_listen(pipe, deadline, limit_s) for pipe in pipes]
+            return _listen(pipes, limit_s)
         finally:
             for process in processes:
                 process.kill()
-                process.join(END_S)
+            for process in processes:
+                process.join(END_S / ranks)
 
 
-def _listen(pipe: Connection, deadline: float, limit_s: float) -> Heard:
-    said: list[Any] = []
-    try:
-        while pipe.poll(max(deadline - time.monotonic(), 0)):
-            is_last, piece = pipe.recv()
-            if is_last:
-                return Heard(said, piece)
-            said.append(piece)
-        return Heard(said, f"no answer within {limit_s:g} s")
-    except EOFError:
-        return Heard(said, "its process died")
+def _listen(pipes: Sequence[Connection], limit_s: float) -> list[Heard]:
+    said: list[list[Any]] = [[] for _ in pipes]
+    problems: list[str | None] = [None for _ in pipes]
+    talking = {pipe: rank for rank, pipe in enumerate(pipes)}
+    start = time.monotonic()
+    deadline = start + limit_s
+    while talking and (ready := wait(list(talking), max(deadline - time.monotonic(), 0))):
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = talking[pipe]
+            try:
+                is_last, piece = pipe.recv()
+            except EOFError:
+                is_last, piece = True, "its process died"
+            if not is_last:
+                said[rank].append(piece)
+                continue
+            del talking[pipe]
+            problems[rank] = piece
+            if piece is not None:
+                deadline = min(deadline, time.monotonic() + AFTER_S)
+    for rank in talking.values():
+        problems[rank] = f"no answer within {time.monotonic() - start:.0f} s"
+    return [Heard(*each) for each in zip(said, problems, strict=True)]
 
 
-def _rank(world: World, store: Path, work: Work, answer: Connection) -> None:
-    interface = find_interface([])
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+def _rank(world: World, store: Path, work: Work, limit_s: float, answer: Connection) -> None:
+    faulthandler.dump_traceback_later(0.9 * limit_s)  # where it waits then
     problem = None
     try:
         work(world, dist.FileStore(str(store), world.world_size), lambda piece: answer.send((False, piece)))
-    except Exception as error:  # of any library
+    except (Exception, SystemExit) as error:  # of any library
         problem = f"{type(error).__name__}: {one_line(error, MOST)}"
     answer.send((True, problem))
     answer.close()

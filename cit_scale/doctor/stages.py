@@ -11,7 +11,7 @@ from cit_scale.batch import Batch
 from cit_scale.bench.step_ways import OurStep, Task, Way, draw_batch, freeze_teachers, prepare
 from cit_scale.config import MixingConfig, StudentConfig, TeacherConfig
 from cit_scale.distributed.world import World, start
-from cit_scale.doctor.findings import Asked, Finding, failed, ok
+from cit_scale.doctor.findings import Asked, Finding, failed, not_here, ok
 from cit_scale.doctor.ranks import WITHOUT_GPU, Heard, Say, gpu_count, run_ranks
 from cit_scale.errors import one_line
 from cit_scale.models.arithmetic import set_arithmetic
@@ -21,6 +21,7 @@ PLAIN = "plain"
 ENGINES = (PLAIN, "fsdp2", "zero0", "zero1", "zero2", "zero3")
 STEPS = 2
 LIMIT_S = 180.0
+PATIENCE_S = 60.0  # of a rank with the others; the first step on a GPU tunes the involution
 ALLOWED = 1e-3  # relative difference of a norm: engines add up in another order, by 3e-6 on a CPU
 TASK = Task(
     student=StudentConfig("cit_tiny_patch16_224", kwargs={"depth": 2}),
@@ -38,13 +39,16 @@ Answers = Mapping[str, Mapping[int, Norms | str]]
 
 def check(asked: Asked) -> Finding:
     """The ranks take the steps with each engine, and rank 0 with the plain one, over the images of all."""
+    if "collectives" in asked.found and asked.found["collectives"].status == "failed":
+        return not_here("the collectives have failed, see their row")
     ranks = gpu_count(asked) or WITHOUT_GPU
     return judge(by_engine(run_ranks(ranks, take_steps, LIMIT_S)), ranks)
 
 
 def take_steps(world: World, store: dist.Store, say: Say) -> None:
-    """Collective. Say the name of each engine, and what comes of its steps."""
-    start(world, store=store)
+    """Collective. Say the name of each engine, and what comes of its steps. Stops where ranks differ in what goes
+    wrong: some wait for the others then.
+    """
     set_arithmetic(world.device)
     # What teachers say is the same for all: they are no part of an engine.
     teachers = freeze_teachers(prepare(TASK, _way("fsdp2"), world))
@@ -53,8 +57,13 @@ def take_steps(world: World, store: dist.Store, say: Say) -> None:
         batches = [draw_batch(TASK, dataclasses.replace(world, rank=rank)) for rank in range(world.world_size)]
         whole = dataclasses.replace(TASK, batch_size=TASK.batch_size * len(batches), micro_steps=len(batches))
         say((PLAIN, norms_of(PLAIN, whole, World(), teachers, *batches)))
+    start(world, PATIENCE_S, store)
     for engine in ENGINES[1:]:
-        say((engine, norms_of(engine, TASK, world, teachers, draw_batch(TASK, world))))
+        answer = norms_of(engine, TASK, world, teachers, draw_batch(TASK, world))
+        say((engine, answer))
+        store.set(f"{engine} {world.rank}", f"wrong: {answer}" if isinstance(answer, str) else "done")
+        if len({store.get(f"{engine} {rank}") for rank in range(world.world_size)}) > 1:
+            return
 
 
 def norms_of(engine: str, task: Task, world: World, teachers: Sequence[Teacher], *batches: Batch) -> Norms | str:
@@ -72,18 +81,23 @@ def norms_of(engine: str, task: Task, world: World, teachers: Sequence[Teacher],
 
 
 def by_engine(heard: Sequence[Heard]) -> Answers:
-    """heard: of each rank. What ended a rank is held against the engine that it came to; later ones were not tried."""
-    answers: dict[str, dict[int, Norms | str]] = {engine: {} for engine in ENGINES}
-    for rank, (said, problem) in enumerate(heard):
-        for engine, answer in said:
-            answers[engine][rank] = answer
-        if problem is not None:
-            engines = ENGINES if rank == 0 else ENGINES[1:]
-            answers[engines[len(said)]][rank] = problem
-    return {engine: of_ranks for engine, of_ranks in answers.items() if of_ranks}
+    """heard: of each rank. Its problem is held against the engine of which it says nothing; later ones count as not
+    tried.
+    """
+    answers: dict[str, dict[int, Norms | str]] = {}
+    for engine in ENGINES:
+        asked = heard[:1] if engine == PLAIN else heard
+        said = [dict(each.said).get(engine, each.problem) for each in asked]
+        of_ranks = {rank: answer for rank, answer in enumerate(said) if answer is not None}
+        if of_ranks:
+            answers[engine] = of_ranks
+        if any(engine not in dict(each.said) for each in asked):
+            break
+    return answers
 
 
 def judge(found: Answers, ranks: int) -> Finding:
+    """found: at least of the plain engine."""
     plain, wrong = found[PLAIN][0], {}
     for engine, of_ranks in found.items():
         problems = {rank: problem for rank, each in of_ranks.items() if (problem := _problem(each, plain)) is not None}
@@ -92,7 +106,7 @@ def judge(found: Answers, ranks: int) -> Finding:
         elif problems:
             wrong[engine] = ", ".join(f"{engine} on rank {rank}: {problem}" for rank, problem in problems.items())
     if wrong:
-        works = [engine for engine in found if engine not in wrong]
+        works = [engine for engine in found if engine not in wrong and (engine != PLAIN or ranks == 1)]
         named = [f"--engine.name {each}" for each in works if not each.startswith("zero")]
         named += [f"--engine.ds_config {each}" for each in works if each.startswith("zero")]
         instead = f"; until then train with {' or '.join(named)}" if works else ""
