@@ -42,6 +42,7 @@ from cit_scale.doctor import (
     packages,
     pixels,
     precision,
+    ranks,
     show,
     stages,
     step,
@@ -94,7 +95,7 @@ def test_memory_is_what_the_control_group_leaves(tmp_path, lines, file):
     assert machine.memory_bytes(tmp_path) == GIB
 
 
-def test_packages_that_are_missing_or_old_are_named():
+def test_packages_that_are_missing_or_old_are_named(tmp_path, monkeypatch):
     assert_says(packages.check(Asked()), "ok", f"torch {torch.__version__.split('+')[0]}")
     required = ["numpy>=999", "no-such-package>=2", "torch>=2", 'scipy>=999; extra == "test"', "nvidia-dali-cuda999>=1"]
     found = packages.compare(required)
@@ -102,6 +103,13 @@ def test_packages_that_are_missing_or_old_are_named():
         found, "failed", f"numpy {np.__version__}, asked for >=999", "no-such-package is missing", "pip install"
     )
     assert "scipy" not in found.says
+    for number, version in enumerate(("3.0", "1.0")):  # Python imports the first
+        info = tmp_path / str(number) / "planted-1.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: planted\nVersion: {version}\n")
+    (tmp_path / "0" / "left.dist-info").mkdir()  # by an uninstallation
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "0"), str(tmp_path / "1"), *sys.path])
+    assert packages.compare(["planted>=2"]).status == "ok"
     assert "dali" not in found.says  # the build for another CUDA does
 
 
@@ -122,10 +130,10 @@ def test_compilers_that_are_missing_or_broken_are_named(tmp_path):
     headers, nowhere = compilers.python_headers(), {"PATH": str(tmp_path)}
     assert_says(compilers.judge(nowhere, headers, has_gpu=False), "warning", "no C++ compiler", "torch.compile", "g++")
     assert compilers.version_of("nvc++", ("g++",), nowhere) == "nvc++"  # named by the user, and not there
-    assert_says(compilers.judge(nowhere, headers, has_gpu=True), "warning", "Triton", "install gcc")
+    assert_says(compilers.judge(nowhere, headers, has_gpu=True), "failed", "Triton", "install gcc")
     broken = {**os.environ, "CXX": "false", "CC": "false"}
     assert_says(compilers.judge(broken, headers, has_gpu=False), "warning", "false does not work", "CXX")
-    assert_says(compilers.judge(broken, headers, has_gpu=True), "warning", "does not work", "CC")
+    assert_says(compilers.judge(broken, headers, has_gpu=True), "failed", "does not work", "CC")
     assert_says(compilers.judge(os.environ, tmp_path, has_gpu=False), "warning", "no", "Python.h", "python3-dev")
 
 
@@ -134,8 +142,12 @@ BUILT_FOR = ("sm_80", "sm_90", "compute_90")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
-def test_without_a_gpu_the_check_of_gpus_does_not_apply():
-    assert_says(gpus.check(Asked()), "n/a", "none", "no NVIDIA driver")
+def test_without_a_gpu_the_check_of_gpus_does_not_apply(monkeypatch):
+    found = gpus.check(Asked())
+    assert_says(found, "n/a", "none", "no NVIDIA driver")
+    assert found.facts["gpus"] == "0"  # so that a node with GPUs differs
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert_says(gpus.check(Asked()), "failed", "Slurm promises 8 GPUs, PyTorch sees 0", "--exclude")
 
 
 def test_gpus_without_a_driver_are_counted(tmp_path):
@@ -151,10 +163,17 @@ def test_gpus_without_a_driver_are_counted(tmp_path):
 
 def test_the_device_that_is_worst_off_is_named():
     found = {f"cuda:{i}": ok("well", figures={"speed": speed}) for i, speed in enumerate((5.0, 3.0, 4.0))}
-    assert worst(found).says == "cuda:1 is the slowest or worst: well"
+    assert worst(found).says == "cuda:1, slowest or worst of 3: well"
     assert worst({"cpu": found["cuda:0"]}).says == "well"
     found["cuda:2"] = failed("broken", "mend it")
     assert_says(worst(found), "failed", "cuda:2", "broken")
+
+
+def test_a_gpu_that_is_slow_in_one_way_is_the_worst_and_each_figure_is_the_lowest():
+    slow = ok("slow", figures={"copy": 1000.0, "link": 25.1})
+    found = {"cuda:0": slow} | {f"cuda:{i}": ok("well", figures={"copy": 3000.0, "link": 25.0}) for i in (1, 2)}
+    assert_says(worst(found), "ok", "cuda:0, slowest or worst of 3: slow")
+    assert worst(found).figures == {"copy": 1000.0, "link": 25.0}
 
 
 def test_gpus_that_cannot_be_used_are_named():
@@ -164,6 +183,11 @@ def test_gpus_that_cannot_be_used_are_named():
     assert_says(
         gpus.judge([H100, wrong], BUILT_FOR, "CUDA", has_driver=True), "failed", "1 (NVIDIA H100)", "came out as 7"
     )
+    gone = gpus.Gpu("GPU 0", "", 0.0, 0.0, "system not yet initialized")
+    found = gpus.judge([gone] * 8, BUILT_FOR, "CUDA", has_driver=True)
+    assert_says(found, "failed", "8: GPU 0; CUDA; none of them computes: system not", "nvidia-fabricmanager")
+    found = gpus.judge([H100] * 7, BUILT_FOR, "CUDA", has_driver=True, plugged_in=8)
+    assert_says(found, "warning", "8 are plugged in, and PyTorch sees 7", "dmesg")
     old = gpus.Gpu("Tesla V100", "70", 16.0, 16.0)
     assert_says(gpus.judge([H100, old], BUILT_FOR, "CUDA", has_driver=True), "failed", "no code for sm_70")
     used = gpus.Gpu("NVIDIA H100", "90", 80.0, 30.0)
@@ -231,6 +255,23 @@ def test_wrong_values_in_a_large_sum_are_counted(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     with pytest.raises(RuntimeError, match="5 wrong values of"):
         collectives.time_sum(World())
+
+
+def leave_or_wait(world, store, say):
+    say(world.rank)
+    if world.rank:
+        sys.exit("no device")
+    time.sleep(60)
+
+
+def test_the_other_ranks_of_one_with_a_problem_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(ranks, "AFTER_S", 1.0)
+    start = time.monotonic()
+    first, second = ranks.run_ranks(2, leave_or_wait, 50.0)
+    assert time.monotonic() - start < 25
+    assert first.said == [0]
+    assert first.problem.startswith("no answer within")
+    assert second == Heard([1], "SystemExit: no device")
 
 
 def test_matrix_products_that_are_off_or_slow_are_named(monkeypatch):
@@ -336,6 +377,16 @@ class PlantedStep(OurStep):
         super().__init__(prepared, teachers, *batches)
 
 
+class LonelyStep(OurStep):
+    """One rank fails when it comes to ZeRO-1, and says so, while the others wait for it."""
+
+    def __init__(self, prepared, teachers, *batches):
+        engine = prepared.config.engine
+        if (engine.name, engine.ds_config, prepared.world.rank) == ("zero", "zero1", 1):
+            raise RuntimeError("out of memory")
+        super().__init__(prepared, teachers, *batches)
+
+
 class DyingStep(OurStep):
     """One rank dies when it comes to FSDP2."""
 
@@ -347,20 +398,24 @@ class DyingStep(OurStep):
 
 def engines_found(planted):
     """What is found by forks of another process than this one, in which a test may have left a process group."""
-    stages.OurStep = planted
+    stages.OurStep, stages.LIMIT_S = planted, 60.0
     return stages.check(Asked())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [PlantedStep, DyingStep, OurStep])
+@pytest.mark.parametrize("step", [PlantedStep, LonelyStep, DyingStep, OurStep])
 def test_an_engine_that_learns_something_else_or_fails_is_named(step):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         found = pool.submit(engines_found, step).result()
     if step is PlantedStep:
         assert_says(found, "failed", "zero2: gradient norms", "zero3: RuntimeError: no such operator: zero3")
         assert found.advice.endswith("--engine.ds_config zero0 or --engine.ds_config zero1")
+    elif step is LonelyStep:
+        assert_says(found, "failed", "zero1 on rank 1: RuntimeError: out of memory", "zero1 on rank 0: ")
+        assert found.advice.endswith("--engine.name fsdp2 or --engine.ds_config zero0")
     elif step is DyingStep:
-        assert_says(found, "failed", "fsdp2 on rank 1: its process died", "train with --engine.name plain")
+        assert_says(found, "failed", "fsdp2 on rank 1: its process died", "docs/measurements/versions.md")
+        assert "until then" not in found.advice  # nothing else was tried on several ranks
     else:
         assert_says(found, "ok", "plain, fsdp2, zero0, zero1, zero2, zero3: 2 steps on 2 ranks")
 
@@ -380,20 +435,37 @@ def test_a_failure_of_the_plain_engine_is_not_held_against_the_others():
     assert_says(stages.judge({"plain": plain, "zero1": {0: [1.0, 2.001], 1: [1.0, 2.0]}}, 2), "ok")
 
 
-def test_an_engine_in_which_ranks_hang_is_named_and_later_ones_are_not():
-    norms = [1.0, 2.0]
-    found = stages.by_engine(
-        [
-            Heard([("plain", norms), ("fsdp2", norms)], "no answer within 9 s"),
-            Heard([("fsdp2", norms), ("zero0", "RuntimeError: none")], "no answer within 9 s"),
-        ]
-    )
-    assert set(found) == {"plain", "fsdp2", "zero0", "zero1"}
+def test_an_engine_that_fails_on_one_rank_is_named_and_later_ones_were_not_tried():
+    norms, alone = [1.0, 2.0], "RuntimeError: out of memory"
+    heard = [Heard([("plain", norms), ("fsdp2", norms)], "no answer within 9 s"), Heard([("fsdp2", norms)], None)]
+    heard[1].said.append(("zero0", alone))
+    found = stages.by_engine(heard)
+    assert list(found) == ["plain", "fsdp2", "zero0"]
     assert_says(
         stages.judge(found, 2),
         "failed",
-        "zero0 on rank 0: no answer within 9 s, zero0 on rank 1: RuntimeError: none; zero1: no answer",
+        "zero0 on rank 0: no answer within 9 s, zero0 on rank 1: RuntimeError: out of memory",
+        "until then train with --engine.name fsdp2",
     )
+    # A rank that dies when it has said all has done its work.
+    said = [(engine, norms) for engine in stages.ENGINES]
+    assert_says(stages.judge(stages.by_engine([Heard(said, "its process died")]), 1), "ok", "on 1 rank")
+    assert stages.by_engine([Heard([], alone), Heard([], None)]) == {"plain": {0: alone}}
+
+
+def test_engines_are_not_tried_where_ranks_cannot_add_up():
+    found = stages.check(Asked(found={"collectives": failed("NCCL", "try")}))
+    assert_says(found, "n/a", "see their row")
+
+
+def test_the_lock_is_asked_of_a_file_that_may_be_written(tmp_path, monkeypatch):
+    """Of another NFS gives none."""
+
+    def flock(file, how):
+        assert disk.fcntl.fcntl(file, disk.fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+    monkeypatch.setattr(disk.fcntl, "flock", flock)
+    assert_says(disk.check(Asked(quick=True, runs_dir=tmp_path)), "ok")
 
 
 def test_the_disk_is_written_and_left_as_it_was(tmp_path):
@@ -564,6 +636,33 @@ def test_a_doctor_that_is_stopped_leaves_no_process_and_no_file(tmp_path, signum
     assert not [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()]
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_hang_up_does_not_end_a_doctor_under_nohup(monkeypatch):
+    monkeypatch.setattr(show, "_run", lambda arguments: 0)
+    before = [signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGTERM)]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        show.run(None)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == show._leave
+    finally:
+        for signum, handler in zip((signal.SIGHUP, signal.SIGTERM), before, strict=True):
+            signal.signal(signum, handler)
+
+
+class OnGpu(World):
+    """A stand-in for a rank on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("free_gib", "images"), [(80.0, 128), (8.0, 32), (1.0, 8)])
+def test_a_small_gpu_is_given_as_many_images_as_fit(free_gib, images, monkeypatch):
+    monkeypatch.setattr(step, "has_bf16", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * GIB), 80 * GIB))
+    prepared, task = step.prepare_to_fit(step.PAPERS, OnGpu())
+    assert task.batch_size == prepared.batch_split.micro_batch_size == images
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="asks a PyTorch that is built for CUDA")

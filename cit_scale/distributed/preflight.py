@@ -246,12 +246,8 @@ def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> s
     shared: a file that rank 0 has created in the folder of runs. None if rank 0 could not create one; the disk is then
     not checked, because the other nodes are not to blame.
     """
-    if promised := promised_gpus(env):
-        # Sites that bind GPUs to tasks show each rank only its own GPU: count against that list, not the node's number.
-        visible = env.get("CUDA_VISIBLE_DEVICES")
-        promised = len(visible.split(",")) if visible else promised
-        if torch.cuda.device_count() < promised:
-            return f"Slurm promises {promised} GPUs, PyTorch sees {torch.cuda.device_count()} ({cuda_versions()})"
+    if problem := missing_gpus(env):
+        return problem
     try:
         torch.ones(1, device=world.device).add_(1).item()
     except RuntimeError as error:  # a device that does not compute, or fewer devices than ranks
@@ -272,6 +268,18 @@ def find_problem(world: World, env: Mapping[str, str], shared: Path | None) -> s
     except OSError as error:
         return f"the folder of runs cannot be read: {error}"
     return None
+
+
+def missing_gpus(env: Mapping[str, str]) -> str | None:
+    """Whether PyTorch sees fewer GPUs than Slurm gives this node's job, in words; None: it does not."""
+    if not (promised := promised_gpus(env)):
+        return None
+    # Sites that bind GPUs to tasks show each rank only its own GPU: count against that list, not the node's number.
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    promised = len(visible.split(",")) if visible else promised
+    if torch.cuda.device_count() >= promised:
+        return None
+    return f"Slurm promises {promised} GPUs, PyTorch sees {torch.cuda.device_count()} ({cuda_versions()})"
 
 
 def cuda_versions() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cit_scale.doctor.findings import Asked, Finding, ok, warning
+from cit_scale.doctor.findings import Asked, Finding, failed, ok, warning
 from cit_scale.models.involution_cpu import COMPILERS
 from cit_scale.run.setup import compiler_lacks, python_headers, triton_lacks
 
@@ -31,8 +32,9 @@ def judge(env: Mapping[str, str], headers: Path, *, has_gpu: bool) -> Finding:
     lacking = triton_lacks(env, headers) if has_gpu else compiler_lacks("cpu", env, headers)
     if lacking is None:
         return ok(says, found)
-    user = "Triton, and with it the involution on a GPU," if has_gpu else "torch.compile"
-    return warning(says, f"{user} {lacking}", found)
+    if has_gpu and importlib.util.find_spec("triton") is not None:  # a run refuses to start
+        return failed(says, f"Triton, and with it the involution on a GPU, {lacking}", found)
+    return warning(says, f"{'Triton' if has_gpu else 'torch.compile'} {lacking}", found)
 
 
 def version_of(chosen: str | None, names: Sequence[str], env: Mapping[str, str]) -> str | None:

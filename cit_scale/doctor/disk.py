@@ -61,7 +61,7 @@ def write(folder: Path, size: int) -> tuple[float, str | None]:
         sync(whole.parent)
         seconds = time.perf_counter() - start
         try:
-            with whole.open("rb") as file:
+            with whole.open("r+b") as file:  # NFS gives no exclusive lock on what is open for reading alone
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return size / seconds, None
         except OSError as error:
@@ -92,7 +92,7 @@ def judge(folder: Path, bytes_per_s: float, free: float, lock_problem: str | Non
     if lock_problem is not None:
         advice.append(f"no locks ({lock_problem}): two jobs could write one run; mount it with locks")
     if free < LITTLE_ROOM:
-        advice.append("make room, or name another disk by --runs_dir")
+        advice.append(MAKE_ROOM)
     if is_timed and bytes_per_s < SLOW_BYTES_PER_S:
         advice.append("slow: name another disk by --runs_dir, or raise train.save_every_steps")
     figures = {"write_mb_per_s": bytes_per_s / 1e6} if is_timed else {}

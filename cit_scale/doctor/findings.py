@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,18 +46,26 @@ def failed(says: str, advice: str, facts: Mapping[str, str] | None = None) -> Fi
 
 
 def worst(findings: Mapping[str, Finding]) -> Finding:
-    """The finding of the device that is worst off: failed, warned, or with the lowest figure; it is named where there
-    are several. findings: by device.
+    """The finding of the device that is worst off: failed, warned, or furthest behind the others in some figure. It is
+    named where there are several, and the figures are the lowest of each kind. findings: by device.
     """
     order: tuple[Status, ...] = ("failed", "warning", "ok", "n/a")
+    by_kind: dict[str, list[float]] = {}
+    for found in findings.values():
+        for kind, value in found.figures.items():
+            by_kind.setdefault(kind, []).append(value)
 
     def key(device: str) -> tuple[int, float]:
         found = findings[device]
-        return order.index(found.status), min(found.figures.values(), default=0.0)
+        shares = [value / (statistics.median(by_kind[kind]) or 1.0) for kind, value in found.figures.items()]
+        return order.index(found.status), min(shares, default=1.0)
 
     name = min(findings, key=key)
     found = findings[name]
-    return found if len(findings) == 1 else replace(found, says=f"{name} is the slowest or worst: {found.says}")
+    if len(findings) == 1:
+        return found
+    lowest = {kind: min(values) for kind, values in by_kind.items()}
+    return replace(found, says=f"{name}, slowest or worst of {len(findings)}: {found.says}", figures=lowest)
 
 
 @dataclass(frozen=True)

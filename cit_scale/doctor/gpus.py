@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import torch
 
-from cit_scale.distributed.preflight import cuda_versions
+from cit_scale.distributed.preflight import cuda_versions, missing_gpus
 from cit_scale.doctor.findings import Asked, Finding, failed, not_here, ok, warning
 from cit_scale.errors import one_line
 
 GIB = 2**30
 MOST_USED, LEAST_USED_GIB = 0.1, 1.0  # of a GPU's memory, by others; a context takes half a GiB
+CHOSEN = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")  # by Slurm or the user, and for a container
+DRIVER = Path("/sys/module/nvidia/version")
 NVIDIA, DISPLAY = "0x10de", "0x03"  # vendor, and how the class of a graphics device begins, as PCI numbers them
 
 
@@ -35,7 +38,10 @@ def check(asked: Asked) -> Finding:
     gpus = [look_at(number) for number in range(torch.cuda.device_count())]
     built_for = torch.cuda.get_arch_list() if gpus else ()
     has_driver = any(Path("/dev").glob("nvidia[0-9]*"))
-    return judge(gpus, built_for, cuda_versions(), has_driver=has_driver, plugged_in=count_plugged_in(Path("/sys")))
+    plugged_in = 0 if any(os.environ.get(name) for name in CHOSEN) else count_plugged_in(Path("/sys"))
+    if problem := missing_gpus(os.environ):
+        return failed(problem, "see nvidia-smi and dmesg there; leave out the node with --exclude", facts_of(gpus))
+    return judge(gpus, built_for, cuda_versions(), has_driver=has_driver, plugged_in=plugged_in)
 
 
 def count_plugged_in(sys: Path) -> int:
@@ -60,28 +66,46 @@ def look_at(number: int) -> Gpu:
     return Gpu(properties.name, f"{properties.major}{properties.minor}", total / GIB, free / GIB, problem)
 
 
+def facts_of(gpus: Sequence[Gpu]) -> dict[str, str]:
+    """What nodes of a kind have in common."""
+    names = dict.fromkeys(gpu.name for gpu in gpus)
+    facts = {"gpus": str(len(gpus)), "gpu": ", ".join(names), "cuda": cuda_versions()}
+    with contextlib.suppress(OSError):
+        facts["driver"] = DRIVER.read_text().strip()
+    return facts
+
+
 def judge(
     gpus: Sequence[Gpu], built_for: Sequence[str], versions: str, *, has_driver: bool, plugged_in: int = 0
 ) -> Finding:
-    """built_for: of torch.cuda.get_arch_list. versions: of CUDA. has_driver: whether its devices are there."""
+    """built_for: of torch.cuda.get_arch_list. versions: of CUDA. has_driver: whether its devices are there. plugged_in:
+    GPUs of the machine; 0 where some of them were chosen.
+    """
+    facts = facts_of(gpus)
     if not gpus:
         if has_driver:
             advice = "take a PyTorch for the driver's CUDA or a newer driver, see CUDA_VISIBLE_DEVICES, and on Slurm "
-            return failed(
-                f"there are GPUs, and PyTorch sees none: {versions}", advice + "ask for them: --gpus-per-node"
-            )
+            says = f"there are GPUs, and PyTorch sees none: {versions}"
+            return failed(says, advice + "ask for them: --gpus-per-node", facts)
         if plugged_in:
             advice = "install NVIDIA's driver; start a container with --gpus all; on Slurm ask for --gpus-per-node"
-            return warning(f"{plugged_in} are plugged in, and training would go by the CPU: {versions}", advice)
-        return not_here(f"none: {versions}")
-    kinds = list(dict.fromkeys((gpu.name, f"{gpu.total_gib:.0f} GiB") for gpu in gpus))
-    says = f"{len(gpus)}: {', '.join(' '.join(kind) for kind in kinds)}; {versions}"
-    facts = {"gpus": str(len(gpus)), "gpu": ", ".join(name for name, _ in kinds), "cuda": versions}
+            says = f"{plugged_in} are plugged in, and training would go by the CPU: {versions}"
+            return warning(says, advice, facts)
+        return not_here(f"none: {versions}", facts)
+    kinds = dict.fromkeys(f"{gpu.name} {gpu.total_gib:.0f} GiB" if gpu.total_gib else gpu.name for gpu in gpus)
+    says = f"{len(gpus)}: {', '.join(kinds)}; {versions}"
+    problems = {gpu.problem for gpu in gpus}
+    if len(gpus) > 1 and len(problems) == 1 and None not in problems:
+        advice = "take a newer driver, or a PyTorch for its CUDA; with NVLink switches start nvidia-fabricmanager"
+        return failed(f"{says}; none of them computes: {problems.pop()}", advice, facts)
     if broken := [f"{number} ({gpu.name}): {gpu.problem}" for number, gpu in enumerate(gpus) if gpu.problem]:
         return failed(f"{says}; does not compute: {'; '.join(broken)}", "see dmesg; reset or leave out that GPU", facts)
     if strange := sorted({gpu.capability for gpu in gpus if not runs_on(gpu.capability, built_for)}):
         advice = "take another build of PyTorch"
         return failed(f"{says}; this PyTorch has no code for sm_{', sm_'.join(strange)}", advice, facts)
+    if plugged_in > len(gpus):
+        advice = "see nvidia-smi and dmesg for the others"
+        return warning(f"{says}; {plugged_in} are plugged in, and PyTorch sees {len(gpus)}", advice, facts)
     used = [
         number
         for number, gpu in enumerate(gpus)

@@ -15,7 +15,7 @@ from cit_scale.errors import one_line
 
 NAMED = ("torch", "torchvision", "timm", "deepspeed", "nvidia-dali", "triton")  # in the row; the others in the JSON
 DALI = "nvidia-dali-cuda"  # one build for each CUDA: either does
-AGAIN = "install CiT-Scale again, in a new environment: pip install -e ."
+AGAIN = "install CiT-Scale again, in a new environment" + (": pip install -e ." if IS_CHECKOUT else "")
 MOST = 200  # characters of a library's error message
 
 
@@ -39,7 +39,10 @@ def required() -> Sequence[str]:
 
 def compare(required: Sequence[str]) -> Finding:
     """required: as in a package's metadata. Extras are left out."""
-    installed = {each.name.lower().replace("_", "-"): each.version for each in importlib.metadata.distributions()}
+    installed: dict[str, str] = {}
+    for each in importlib.metadata.distributions():  # in the order in which Python looks for them
+        if each.name is not None:  # of a folder that an uninstallation has left
+            installed.setdefault(each.name.lower().replace("_", "-"), each.version)
     wrong, facts = [], {}
     for line in required:
         requirement = Requirement(line)

@@ -25,8 +25,8 @@ def judge(found: Mapping[str, Errors]) -> Finding:
     if wrong := [f"{name} {e.bilinear.mean():.2f}, allowed {e.allowed}" for name, e in judged.items() if e.is_broken]:
         return failed(
             f"mean differences of a byte from PIL, of 255: {'; '.join(wrong)}",
-            "this version of nvidia-dali, or of Pillow, computes otherwise: take the versions of the row of packages "
-            "that docs/measurements/versions.md has, and see python -m cit_scale.bench.fidelity",
+            "this version of nvidia-dali, or of Pillow, computes otherwise: take them as docs/measurements/versions.md "
+            "has them, and see python -m cit_scale.bench.fidelity",
         )
     means = {name: errors.bilinear.mean() for name, errors in judged.items()}
     worst = max(means, key=lambda name: means[name])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from cit_scale.bench.measure import take_turns
 from cit_scale.doctor.devices import all_devices
@@ -51,15 +53,21 @@ def look_at(device: torch.device) -> Finding:
 
 def multiply(size: int, dtype: torch.dtype, device: torch.device) -> Product:
     """Time the product of two matrices of normal values, and compute some of its rows in float64 on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
+    left, right, rows, exact = draw(size, dtype)
     on_device = left.to(device), right.to(device)
     (times,) = take_turns({"product": lambda: torch.mm(*on_device)}, ROUNDS, device).values()
-    rows = torch.arange(0, size, size // 16)
-    exact = left[rows].double() @ right.double()
     computed = torch.mm(*on_device)[rows.to(device)].cpu().double()
     error = torch.linalg.matrix_norm(computed - exact) / torch.linalg.matrix_norm(exact)
     return Product(error.item(), 2 * size**3 / (statistics.median(times) / 1e3))
+
+
+@functools.cache  # all GPUs have the same: drawing takes longer than multiplying
+def draw(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two matrices of normal values, some rows, and these of the exact product, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
+    rows = torch.arange(0, size, size // 16)
+    return left, right, rows, left[rows].double() @ right.double()
 
 
 def judge(found: Mapping[Precision, Product], peaks: Mapping[Precision, float | None], chosen: str) -> Finding:

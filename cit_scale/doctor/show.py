@@ -29,7 +29,8 @@ STYLES = {"ok": "green", "n/a": "dim", "warning": "yellow", "failed": "bold red"
 def run(arguments: argparse.Namespace) -> int:
     """Examine this machine and print what was found. Returns the exit code."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _leave)
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, _leave)
     return reporting(lambda: _run(arguments))
 
 

@@ -28,6 +28,7 @@ from cit_scale.run.setup import PreparedRun
 from cit_scale.train import train_step
 
 WARM_UP, STEPS = 2, 6
+ROOM, LEAST = 0.8, 8  # share of the free memory that the plan may fill; images of a step
 SLOW = 0.6  # of what the parts take one by one; trial steps have been up to a fifth off
 SMALL = Task(
     student=StudentConfig("cit_tiny_patch16_224"),
@@ -67,16 +68,27 @@ def check(asked: Asked) -> Finding:
     start(world)
     set_arithmetic(world.device)
     try:
+        prepared, task = prepare_to_fit(task, world)
         with photographs(task.batch_size) as source:
             reader = Reader(source)
-            way = Way("plain", "bf16" if has_bf16(world.device) else "float32", compiled=False, teachers="live")
-            prepared = prepare(task, way, world)
             data = dataclasses.replace(prepared.config.data, decode_threads=share_of_threads())
             config = dataclasses.replace(prepared.config, data=data)
             prepared = dataclasses.replace(prepared, config=config, train_images=reader, eval_images=reader)
             return judge(measure(prepared), task, world.device)
     finally:
         dist.destroy_process_group()
+
+
+def prepare_to_fit(task: Task, world: World) -> tuple[PreparedRun, Task]:
+    """The run, and the task with as many images as the plan finds room for on this GPU, down to LEAST."""
+    way = Way("plain", "bf16" if has_bf16(world.device) else "float32", compiled=False, teachers="live")
+    prepared = prepare(task, way, world)
+    if world.device.type == "cuda":
+        free = ROOM * torch.cuda.mem_get_info(world.device)[0]
+        while task.batch_size > LEAST and estimate_memory(prepared).device > free:
+            task = dataclasses.replace(task, batch_size=task.batch_size // 2)
+            prepared = prepare(task, way, world)
+    return prepared, task
 
 
 def measure(prepared: PreparedRun) -> Measured:

@@ -53,7 +53,7 @@ def judge(images: torch.Tensor, images_per_s: float, device: torch.device, threa
     if not (inside > 0.9 and 0.2 < mean < 0.8 and deviation > 0.05):  # NaN is none of it
         says = f"{inside:.0%} of the values are in [0, 1], {mean:.2f} on average with a deviation of {deviation:.2f}"
         return failed(says, "see the row of augmentation")
-    shared = f" with {threads} threads, one GPU's share of the cores, and the other GPUs idle" if threads else ""
+    shared = f" with {threads} threads, one GPU's share of the cores" if threads else ""
     return ok(
         f"{images_per_s:.0f} images/s of {WIDTH} x {HEIGHT} pixels, decoded and augmented on the "
         f"{device.type.upper()}{shared}",
