@@ -33,6 +33,7 @@ from cit_scale.doctor import (
     compare,
     compilers,
     disk,
+    engines,
     examine,
     gpus,
     jpegs,
@@ -44,7 +45,6 @@ from cit_scale.doctor import (
     precision,
     ranks,
     show,
-    stages,
     step,
     stream,
 )
@@ -398,8 +398,8 @@ class DyingStep(OurStep):
 
 def engines_found(planted):
     """What is found by forks of another process than this one, in which a test may have left a process group."""
-    stages.OurStep, stages.LIMIT_S = planted, 60.0
-    return stages.check(Asked())
+    engines.OurStep, engines.LIMIT_S = planted, 60.0
+    return engines.check(Asked())
 
 
 @pytest.mark.slow
@@ -421,40 +421,40 @@ def test_an_engine_that_learns_something_else_or_fails_is_named(step):
 
 
 def test_a_failure_of_the_plain_engine_is_not_held_against_the_others():
-    found = stages.judge({"plain": {0: "RuntimeError: out of memory"}, "zero1": {0: [1.0, 2.0]}}, 1)
+    found = engines.judge({"plain": {0: "RuntimeError: out of memory"}, "zero1": {0: [1.0, 2.0]}}, 1)
     assert_says(found, "failed", "plain: RuntimeError: out of memory", "zero1")
     plain = {0: [1.0, 2.0]}
     assert_says(
-        stages.judge({"plain": plain, "zero1": {0: [1.0, float("nan")]}}, 1), "failed", "zero1: gradient", "nan"
+        engines.judge({"plain": plain, "zero1": {0: [1.0, float("nan")]}}, 1), "failed", "zero1: gradient", "nan"
     )
     assert_says(
-        stages.judge({"plain": plain, "zero1": {0: [1.0, 2.001], 1: [1.0, 2.1]}}, 2),
+        engines.judge({"plain": plain, "zero1": {0: [1.0, 2.001], 1: [1.0, 2.1]}}, 2),
         "failed",
         "zero1 on rank 1: gradient norms 1 and 2.1, of plain 1 and 2",
     )
-    assert_says(stages.judge({"plain": plain, "zero1": {0: [1.0, 2.001], 1: [1.0, 2.0]}}, 2), "ok")
+    assert_says(engines.judge({"plain": plain, "zero1": {0: [1.0, 2.001], 1: [1.0, 2.0]}}, 2), "ok")
 
 
 def test_an_engine_that_fails_on_one_rank_is_named_and_later_ones_were_not_tried():
     norms, alone = [1.0, 2.0], "RuntimeError: out of memory"
     heard = [Heard([("plain", norms), ("fsdp2", norms)], "no answer within 9 s"), Heard([("fsdp2", norms)], None)]
     heard[1].said.append(("zero0", alone))
-    found = stages.by_engine(heard)
+    found = engines.by_engine(heard)
     assert list(found) == ["plain", "fsdp2", "zero0"]
     assert_says(
-        stages.judge(found, 2),
+        engines.judge(found, 2),
         "failed",
         "zero0 on rank 0: no answer within 9 s, zero0 on rank 1: RuntimeError: out of memory",
         "until then train with --engine.name fsdp2",
     )
     # A rank that dies when it has said all has done its work.
-    said = [(engine, norms) for engine in stages.ENGINES]
-    assert_says(stages.judge(stages.by_engine([Heard(said, "its process died")]), 1), "ok", "on 1 rank")
-    assert stages.by_engine([Heard([], alone), Heard([], None)]) == {"plain": {0: alone}}
+    said = [(engine, norms) for engine in engines.ENGINES]
+    assert_says(engines.judge(engines.by_engine([Heard(said, "its process died")]), 1), "ok", "on 1 rank")
+    assert engines.by_engine([Heard([], alone), Heard([], None)]) == {"plain": {0: alone}}
 
 
 def test_engines_are_not_tried_where_ranks_cannot_add_up():
-    found = stages.check(Asked(found={"collectives": failed("NCCL", "try")}))
+    found = engines.check(Asked(found={"collectives": failed("NCCL", "try")}))
     assert_says(found, "n/a", "see their row")
 
 
@@ -671,7 +671,7 @@ def test_what_is_imported_for_all_checks_leaves_cuda_alone(more, is_spoiled):
     """PyTorch refuses CUDA in the forks of a process that has asked for it."""
     program = f"""
         import os, torch
-        import cit_scale.doctor.preload, cit_scale.bench.step_ways, cit_scale.doctor.stages
+        import cit_scale.doctor.preload, cit_scale.bench.step_ways, cit_scale.doctor.engines
         {more}
         if os.fork() == 0:
             os._exit(int(torch.cuda._is_in_bad_fork()))

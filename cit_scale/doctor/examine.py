@@ -57,7 +57,7 @@ CHECKS = (
     Check("involution", "cit_scale.doctor.kernels"),
     Check("JPEG decoder", "cit_scale.doctor.jpegs", is_quick=True),
     Check("augmentation", "cit_scale.doctor.pixels"),
-    Check("engines", "cit_scale.doctor.stages"),
+    Check("engines", "cit_scale.doctor.engines"),
     Check("disk", "cit_scale.doctor.disk", is_quick=True, uses_device=False),
     Check("data stream", "cit_scale.doctor.stream"),
     Check("training step", "cit_scale.doctor.step"),
