@@ -11,9 +11,8 @@ from cit_scale.batch import Batch
 from cit_scale.bench.step_ways import OurStep, Task, Way, draw_batch, freeze_teachers, prepare
 from cit_scale.config import MixingConfig, StudentConfig, TeacherConfig
 from cit_scale.distributed.world import World, start
-from cit_scale.doctor.findings import Asked, Finding, failed, not_here, ok
+from cit_scale.doctor.findings import Asked, Finding, failed, message_of, not_here, ok
 from cit_scale.doctor.ranks import WITHOUT_GPU, Heard, Say, gpu_count, run_ranks
-from cit_scale.errors import one_line
 from cit_scale.models.arithmetic import set_arithmetic
 from cit_scale.teachers import Teacher
 
@@ -77,7 +76,7 @@ def norms_of(engine: str, task: Task, world: World, teachers: Sequence[Teacher],
             norms.append(step.last.grad_norm)
         return norms
     except Exception as error:  # of any library; the other engines are tried all the same
-        return f"{type(error).__name__}: {one_line(error, 200)}"
+        return message_of(error)
 
 
 def by_engine(heard: Sequence[Heard]) -> Answers:

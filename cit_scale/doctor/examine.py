@@ -20,10 +20,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from cit_scale.doctor.findings import Asked, Finding, failed, not_here
-from cit_scale.errors import one_line
+from cit_scale.doctor.findings import Asked, Finding, failed, message_of, not_here
 
-MOST = 300  # characters of a library's error message
 LAST_LINES = 15  # of what a failed check has printed
 QUICK_S, WHOLE_S = 60.0, 240.0  # after which a check is given up
 REMOVE_S = 5.0  # for a check that is given up to remove its files
@@ -135,7 +133,7 @@ def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Con
         finding = importlib.import_module(module).check(asked)
     except (Exception, SystemExit) as error:  # of any library
         finding = failed(
-            f"{type(error).__name__}: {one_line(error, MOST)}",
+            message_of(error),
             "training would meet the same: mend what the message names, or install it again",
         )
     answer.send(finding)

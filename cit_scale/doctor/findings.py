@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from cit_scale.errors import one_line
+
 Status = Literal["ok", "n/a", "warning", "failed"]
+
+MOST = 300  # characters of a library's error message
+
+
+def message_of(error: BaseException) -> str:
+    """What an error of any library says, in one line, with its kind."""
+    return f"{type(error).__name__}: {one_line(error, MOST)}"
 
 
 @dataclass(frozen=True)

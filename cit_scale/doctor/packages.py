@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from packaging.requirements import Requirement
 
 from cit_scale.config import IS_CHECKOUT, REPOSITORY
-from cit_scale.doctor.findings import Asked, Finding, failed, ok
-from cit_scale.errors import one_line
+from cit_scale.doctor.findings import Asked, Finding, failed, message_of, ok
 
 NAMED = ("torch", "torchvision", "timm", "deepspeed", "nvidia-dali", "triton")  # in the row; the others in the JSON
 DALI = "nvidia-dali-cuda"  # one build for each CUDA: either does
 AGAIN = "install CiT-Scale again, in a new environment" + (": pip install -e ." if IS_CHECKOUT else "")
-MOST = 200  # characters of a library's error message
 
 
 IMPORTED = ("torchvision", "timm", "deepspeed", "nvidia.dali.fn")  # what breaks beside another torch or CUDA
@@ -69,5 +67,5 @@ def not_importable(modules: Sequence[str]) -> list[str]:
         try:
             importlib.import_module(name)
         except Exception as error:  # of any library
-            broken.append(f"{name} cannot be imported: {type(error).__name__}: {one_line(error, MOST)}")
+            broken.append(f"{name} cannot be imported: {message_of(error)}")
     return broken

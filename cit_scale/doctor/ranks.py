@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from cit_scale.distributed.world import World
-from cit_scale.doctor.findings import Asked
-from cit_scale.errors import one_line
+from cit_scale.doctor.findings import Asked, message_of
 
 WITHOUT_GPU = 2
 AFTER_S = 10.0  # for the other ranks when one has a problem
 END_S = 5.0  # for the end of all ranks when they are killed: one that waits for a device in the kernel does not end
-MOST = 200  # characters of a library's error message
 
 Say = Callable[[Any], None]
 Work = Callable[[World, dist.Store, Say], None]
@@ -96,7 +94,7 @@ def _rank(world: World, store: Path, work: Work, limit_s: float, answer: Connect
     try:
         work(world, dist.FileStore(str(store), world.world_size), lambda piece: answer.send((False, piece)))
     except (Exception, SystemExit) as error:  # of any library
-        problem = f"{type(error).__name__}: {one_line(error, MOST)}"
+        problem = message_of(error)
     answer.send((True, problem))
     answer.close()
     os._exit(0)  # without the libraries' farewells
