@@ -264,7 +264,7 @@ def leave_or_wait(world, store, say):
     time.sleep(60)
 
 
-def test_the_other_ranks_of_one_with_a_problem_are_not_waited_for(monkeypatch):
+def test_the_other_ranks_of_one_with_a_problem_are_not_waited_for(monkeypatch, capfd):
     monkeypatch.setattr(ranks, "AFTER_S", 1.0)
     start = time.monotonic()
     first, second = ranks.run_ranks(2, leave_or_wait, 50.0)
@@ -272,6 +272,14 @@ def test_the_other_ranks_of_one_with_a_problem_are_not_waited_for(monkeypatch):
     assert first.said == [0]
     assert first.problem.startswith("no answer within")
     assert second == Heard([1], "SystemExit: no device")
+    assert "in leave_or_wait" in capfd.readouterr().err  # where the first one waits
+
+
+def test_ranks_start_from_a_process_that_is_going_to_print_its_own_stack(monkeypatch):
+    """As a check's does. What that is planned with does not survive a fork, and waits there for its thread."""
+    monkeypatch.setattr(examine, "WHOLE_S", 60.0)
+    (found,) = examine.examine(Asked(), [each for each in examine.CHECKS if each.name == "collectives"])
+    assert_says(found.finding, "ok", "2 ranks")
 
 
 def test_matrix_products_that_are_off_or_slow_are_named(monkeypatch):

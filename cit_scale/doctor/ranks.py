@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +21,8 @@ from cit_scale.distributed.world import World
 from cit_scale.doctor.findings import Asked, message_of
 
 WITHOUT_GPU = 2
+SHOW, SHOW_S = signal.SIGUSR1, 0.5  # tells a rank to print its stack, which takes it as long at most
+STDERR = 2
 AFTER_S = 10.0  # for the other ranks when one has a problem
 END_S = 5.0  # for the end of all ranks when they are killed: one that waits for a device in the kernel does not end
 
@@ -48,13 +53,16 @@ def run_ranks(ranks: int, work: Work, limit_s: float) -> list[Heard]:
         pipes, processes = [], []
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (World(rank, rank, ranks, ranks), Path(folder) / "store", work, limit_s, sender)
+            arguments = (World(rank, rank, ranks, ranks), Path(folder) / "store", work, sender)
             processes.append(context.Process(target=_rank, args=arguments, daemon=True))
             processes[-1].start()
             sender.close()
             pipes.append(receiver)
         try:
-            return _listen(pipes, limit_s)
+            heard = _listen(pipes, limit_s)
+            if any(each.problem is not None for each in heard):
+                _print_stacks(processes)
+            return heard
         finally:
             for process in processes:
                 process.kill()
@@ -88,8 +96,17 @@ def _listen(pipes: Sequence[Connection], limit_s: float) -> list[Heard]:
     return [Heard(*each) for each in zip(said, problems, strict=True)]
 
 
-def _rank(world: World, store: Path, work: Work, limit_s: float, answer: Connection) -> None:
-    faulthandler.dump_traceback_later(0.9 * limit_s)  # where it waits then
+def _print_stacks(processes: Iterable[BaseProcess]) -> None:
+    """Each says where it stands, if it does not end first."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid or 0, SHOW)
+    time.sleep(SHOW_S)
+
+
+def _rank(world: World, store: Path, work: Work, answer: Connection) -> None:
+    # Not dump_traceback_later: this process's parent has called it, and after a fork it waits for its thread for ever.
+    faulthandler.register(SHOW, file=STDERR)
     problem = None
     try:
         work(world, dist.FileStore(str(store), world.world_size), lambda piece: answer.send((False, piece)))
