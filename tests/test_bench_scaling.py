@@ -113,6 +113,12 @@ def test_what_cannot_be_reckoned_is_refused(asked, answer, capsys):
     assert answer in capsys.readouterr().err
 
 
+def test_networks_are_counted_at_the_size_that_they_see(capsys):
+    assert scaling.main(["--students", STUDENTS[0], "--gpus", "1", "--memory", "off", "--image_size", "112"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {STUDENTS[0]} |"))
+    assert row.split("|")[3].strip() == "1.4"  # GFLOP, a quarter of the 5.7 at 224 pixels
+
+
 def test_a_batch_that_does_not_divide_is_one_line(capsys):
     assert scaling.main(["--students", STUDENTS[0], "--gpus", "3", "--memory", "off"]) == 2
     assert capsys.readouterr().err.startswith("error: train.global_batch_size=1024 does not give each of 3 ranks")

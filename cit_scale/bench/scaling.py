@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, get_type_hints
 from cit_scale.bench.measure import table
 from cit_scale.bench.step_ways import LabelsAlone
 from cit_scale.config import (
+    DataConfig,
     DistillConfig,
     EngineConfig,
     OptimConfig,
@@ -116,6 +117,7 @@ def prepared_run(student: str, gpus: int, inputs: Inputs) -> PreparedRun:
     config = RunConfig(
         student=StudentConfig(student),
         teachers={name: TeacherConfig(model) for name, model in TEACHERS.items()},
+        data=DataConfig(image_size=inputs.image_size),
         optim=OptimConfig(warmup_epochs=min(OptimConfig.warmup_epochs, inputs.epochs)),
         engine=EngineConfig(precision="bf16", compile=False),
         distill=DistillConfig(teacher_precision="bf16", compile=False),
