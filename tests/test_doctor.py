@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -478,7 +479,7 @@ def test_the_lock_is_asked_of_a_file_that_may_be_written(tmp_path, monkeypatch):
 
 def test_the_disk_is_written_and_left_as_it_was(tmp_path):
     found = disk.check(Asked(quick=True, runs_dir=tmp_path / "runs" / "deeper"))
-    assert_says(found, "ok", f"{tmp_path}: ", "GB free")
+    assert_says(found, "ok", f"{tmp_path} ({tmp_path}/runs/deeper is not there yet): ", "GB free")
     assert not list(tmp_path.iterdir())
 
 
@@ -495,7 +496,7 @@ def test_a_disk_that_cannot_be_written_has_no_locks_or_no_room_is_named(tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_says(found, "failed", "File too large", "ulimit -f")
     found = disk.check(Asked(quick=True, runs_dir=tmp_path / "gone" / "runs"))
-    assert_says(found, "failed", f"{tmp_path}/gone cannot be written")
+    assert_says(found, "failed", f"{tmp_path}/gone (", "/runs is not there yet) cannot be written")
 
     def no_locks(file, operation):
         raise OSError(37, "No locks available")
@@ -556,6 +557,7 @@ PLANTED = {
     "(asked.runs_dir / 'pid').write_text(str(child.pid)); time.sleep(600)",
     "raise_error": "raise ValueError('a plain\\nerror ' + 'x' * 1000)",
     "no_module": "import no_such_module",
+    "litter": "import tempfile; return ok(tempfile.NamedTemporaryFile(suffix='.left', delete=False).name)",
     "after": "return ok(asked.found['fine'].facts['version'])",
 }
 
@@ -586,9 +588,16 @@ def test_a_check_that_crashes_exits_or_raises_has_failed_and_the_next_one_is_mad
     assert found["leave"].printed == "cannot go on"
     assert_says(found["raise_error"].finding, "failed", "ValueError: a plain error xxx")
     assert len(found["raise_error"].finding.says) < 400
+    assert "_Ended" not in found["raise_error"].printed  # how a check is ended that has answered
     assert_says(found["no_module"].finding, "failed", "ModuleNotFoundError", "no_such_module")
     assert found["after"].finding.says == "1"  # of an earlier check
     assert capfd.readouterr().out == ""
+
+
+def test_what_libraries_leave_in_the_folder_of_temporary_files_is_removed(planted):
+    left = planted("litter")["litter"].finding.says
+    assert left.endswith(".left")
+    assert not Path(left).parent.exists()
 
 
 @pytest.mark.slow
@@ -736,6 +745,7 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do_and_ends_with_8(tmp_path):
     record = json.loads(done.stdout)  # nothing else is printed there
     assert done.returncode == 8
     assert not record["fit"]
+    assert record["quick"]
     statuses = {check["name"]: check["status"] for check in record["checks"]}
     assert statuses["disk"] == "failed"
     assert statuses["compilers"] == "warning"
@@ -784,7 +794,7 @@ def test_markup_and_long_lines_are_printed_as_they_are(capsys):
 
 def record(*, status="ok", version="1", speed=100.0):
     finding = Finding(status, "it says", "do that" if status != "ok" else "", {"version": version}, {"speed": speed})
-    return show.as_record([examine.Examined("disk", finding, 1.0, "")])
+    return show.as_record([examine.Examined("disk", finding, 1.0, "")], quick=False)
 
 
 def test_nodes_that_are_unfit_missing_slow_or_of_another_version_are_named():

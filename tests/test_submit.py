@@ -593,7 +593,7 @@ HOSTS = """case "$*" in *hostnames*) printf 'node1\\nnode2\\nnode3\\n'; exit;; e
 
 def node_record(*, status="ok", version="1"):
     finding = Finding(status, "it says", "do that" if status != "ok" else "", {"version": version})
-    return {**as_record([Examined("disk", finding, 1.0, "")]), "whole": True}
+    return {**as_record([Examined("disk", finding, 1.0, "")], quick=False), "whole": True}
 
 
 @pytest.fixture

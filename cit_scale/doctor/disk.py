@@ -33,13 +33,15 @@ WAYS_OUT = {
 
 def check(asked: Asked) -> Finding:
     """Write a file as checkpoints are written: to a temporary name, synchronised, renamed."""
-    folder = existing(asked.runs_dir.expanduser().absolute())
+    wanted = Path(os.path.expanduser(asked.runs_dir)).absolute()
+    folder = existing(wanted)
+    name = f"{folder}" if folder == wanted else f"{folder} ({wanted} is not there yet)"
     try:
         rate, lock_problem = write(folder, QUICK_BYTES if asked.quick else WHOLE_BYTES)
     except OSError as error:
-        return failed(f"{folder} cannot be written: {one_line(error)}", WAYS_OUT.get(error.errno or 0, NAME_ANOTHER))
+        return failed(f"{name} cannot be written: {one_line(error)}", WAYS_OUT.get(error.errno or 0, NAME_ANOTHER))
     # So little says more of how long a disk takes to answer than of its speed.
-    return judge(folder, rate, shutil.disk_usage(folder).free, lock_problem, is_timed=not asked.quick)
+    return judge(name, rate, shutil.disk_usage(folder).free, lock_problem, is_timed=not asked.quick)
 
 
 def existing(folder: Path) -> Path:
@@ -83,8 +85,8 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def judge(folder: Path, bytes_per_s: float, free: float, lock_problem: str | None, *, is_timed: bool = True) -> Finding:
-    """free: bytes that are left. is_timed: enough was written to say how fast the disk is."""
+def judge(folder: str, bytes_per_s: float, free: float, lock_problem: str | None, *, is_timed: bool = True) -> Finding:
+    """folder: its name. free: bytes that are left. is_timed: enough was written to say how fast the disk is."""
     says = f"{folder}: {free / 1e9:.0f} GB free"
     if is_timed:
         says += f", {bytes_per_s / 1e6:.0f} MB/s: {CHECKPOINT_BYTES / bytes_per_s:.1f} s for a checkpoint of CiT-B"

@@ -48,6 +48,7 @@ def take_steps(world: World, store: dist.Store, say: Say) -> None:
     """Collective. Say the name of each engine, and what comes of its steps. Stops where ranks differ in what goes
     wrong: some wait for the others then.
     """
+    start(world, PATIENCE_S, store)  # and first: without it each rank has threads for all cores
     set_arithmetic(world.device)
     # What teachers say is the same for all: they are no part of an engine.
     teachers = freeze_teachers(prepare(TASK, _way("fsdp2"), world))
@@ -56,7 +57,6 @@ def take_steps(world: World, store: dist.Store, say: Say) -> None:
         batches = [draw_batch(TASK, dataclasses.replace(world, rank=rank)) for rank in range(world.world_size)]
         whole = dataclasses.replace(TASK, batch_size=TASK.batch_size * len(batches), micro_steps=len(batches))
         say((PLAIN, norms_of(PLAIN, whole, World(), teachers, *batches)))
-    start(world, PATIENCE_S, store)
     for engine in ENGINES[1:]:
         answer = norms_of(engine, TASK, world, teachers, draw_batch(TASK, world))
         say((engine, answer))

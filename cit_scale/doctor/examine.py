@@ -123,6 +123,8 @@ def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Con
     os.setpgid(0, 0)  # with the processes that the check starts
     signal.signal(signal.SIGTERM, _leave)
     signal.alarm(math.ceil(2 * patience_s))  # where nobody is left to give it up
+    # Libraries leave files there, which are removed with it.
+    tempfile.tempdir = os.environ["TMPDIR"] = str(log.parent)
     # Libraries print to either; stdout is for the table or the JSON alone.
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -136,6 +138,7 @@ def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Con
             message_of(error),
             "training would meet the same: mend what the message names, or install it again",
         )
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what has answered is ended
     answer.send(finding)
     answer.close()
     sys.stdout.flush()

@@ -56,5 +56,8 @@ def judge(code: str, wrong: list[str], seconds: float, is_slow: bool) -> Finding
         )
     compared = f"output and gradients are those of unfolded patches in {len(CASES)} shapes, {seconds:.1f} s"
     if is_slow:
-        return warning(f"{code}, several times slower than kernels; {compared}", "see the row of compilers, and Triton")
+        return warning(
+            f"{code}, several times slower than kernels; {compared}",
+            "see the row of compilers, and on a GPU Triton",
+        )
     return ok(f"{code}: {compared}")

@@ -46,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"{each.finding.status:>7} {each.name}, {each.seconds:.1f} s", file=sys.stderr, flush=True)
     if arguments.json:
-        print(json.dumps(as_record(examined), indent=2), flush=True)
+        print(json.dumps(as_record(examined, quick=arguments.quick), indent=2), flush=True)
     else:
         show(examined, quick=arguments.quick)
     return exit_code(each.finding.status for each in examined)
@@ -57,7 +57,7 @@ def write_record(folder: Path, runs_dir: Path, *, quick: bool) -> None:
     examined: list[Examined] = []
 
     def write(*, is_whole: bool) -> None:
-        record = {**as_record(examined), "whole": is_whole}
+        record = {**as_record(examined, quick=quick), "whole": is_whole}
         write_text(folder / f"{node_name(os.environ)}.json", json.dumps(record, indent=2) + "\n")
 
     for each in examine(Asked(quick, runs_dir)):
@@ -70,8 +70,8 @@ def exit_code(statuses: Iterable[str]) -> int:
     return UnfitNodeError.exit_code if "failed" in statuses else 0
 
 
-def as_record(examined: Sequence[Examined]) -> dict[str, Any]:
-    """What scripts read, and what is compared between nodes."""
+def as_record(examined: Sequence[Examined], *, quick: bool) -> dict[str, Any]:
+    """What scripts read, and what is compared between nodes. fit: as far as was looked."""
     checks: list[dict[str, Any]] = [
         {
             "name": each.name,
@@ -85,7 +85,8 @@ def as_record(examined: Sequence[Examined]) -> dict[str, Any]:
         }
         for each in examined
     ]
-    return {"host": socket.gethostname(), "fit": exit_code(each["status"] for each in checks) == 0, "checks": checks}
+    is_fit = exit_code(each["status"] for each in checks) == 0
+    return {"host": socket.gethostname(), "quick": quick, "fit": is_fit, "checks": checks}
 
 
 def show(examined: Sequence[Examined], *, quick: bool = False) -> None:
