@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -557,6 +558,7 @@ PLANTED = {
     "(asked.runs_dir / 'pid').write_text(str(child.pid)); time.sleep(600)",
     "raise_error": "raise ValueError('a plain\\nerror ' + 'x' * 1000)",
     "no_module": "import no_such_module",
+    "mark": "(asked.runs_dir / 'begun').touch(); return ok('')",
     "litter": "import tempfile; return ok(tempfile.NamedTemporaryFile(suffix='.left', delete=False).name)",
     "after": "return ok(asked.found['fine'].facts['version'])",
 }
@@ -592,6 +594,28 @@ def test_a_check_that_crashes_exits_or_raises_has_failed_and_the_next_one_is_mad
     assert_says(found["no_module"].finding, "failed", "ModuleNotFoundError", "no_such_module")
     assert found["after"].finding.says == "1"  # of an earlier check
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_check_does_not_begin_where_its_start_is_interrupted(planted, tmp_path, monkeypatch, is_known):
+    """Ctrl-C between the fork and its number leaves nobody to end it."""
+    start = BaseProcess.start
+
+    def start_interrupted(process):
+        start(process)
+        if not is_known:
+            multiprocessing.process._children.discard(process)
+            process._popen = None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BaseProcess, "start", start_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        planted("mark")
+    time.sleep(2)
+    assert not (tmp_path / "begun").exists()
+    monkeypatch.setattr(BaseProcess, "start", start)
+    planted("mark")
+    assert (tmp_path / "begun").exists()
 
 
 def test_what_libraries_leave_in_the_folder_of_temporary_files_is_removed(planted):

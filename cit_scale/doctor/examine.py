@@ -100,11 +100,13 @@ def examine(asked: Asked, checks: Sequence[Check] = CHECKS) -> Iterator[Examined
 def _in_own_process(context: Context, module: str, asked: Asked, log: Path) -> Finding:
     """Raises EOFError or OSError where no process can be started."""
     limit_s = QUICK_S if asked.quick else WHOLE_S
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(module, asked, log, 0.9 * limit_s, sender))
-    process.start()
-    sender.close()  # this process's copy: with the check's own the pipe ends
+    receiver, sender = context.Pipe()
+    process = context.Process(target=_answer, args=(module, asked, log, 0.8 * limit_s, sender))
     try:
+        process.start()
+        sender.close()  # this process's copy: with the check's own the pipe ends
+        with contextlib.suppress(OSError):  # it has died, as is found below
+            receiver.send("begin")  # one that is interrupted before knows no process to end, and that one has not begun
         if receiver.poll(limit_s):
             return receiver.recv()
         return failed(
@@ -112,14 +114,20 @@ def _in_own_process(context: Context, module: str, asked: Asked, log: Path) -> F
             "what it waits for is below; a device that hangs needs its driver, or the machine, to be started again",
         )
     except EOFError:
+        if process.pid is None:
+            raise
         process.join(END_S)
         return _without_answer(process.exitcode)
     finally:
-        _end(process)
+        receiver.close()
+        if process.pid is not None:
+            _end(process)
 
 
 def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Connection) -> None:
-    """In the process of a check: make the check, and send what it finds; after ``patience_s`` write where it stands."""
+    """In the process of a check: when told to, make it and send what it finds; after ``patience_s`` write where it
+    stands.
+    """
     os.setpgid(0, 0)  # with the processes that the check starts
     signal.signal(signal.SIGTERM, _leave)
     signal.alarm(math.ceil(2 * patience_s))  # where nobody is left to give it up
@@ -131,6 +139,10 @@ def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Con
         os.dup2(descriptor, stream)
     faulthandler.enable()
     faulthandler.dump_traceback_later(patience_s)
+    try:
+        answer.recv()
+    except EOFError:
+        os._exit(0)
     try:
         finding = importlib.import_module(module).check(asked)
     except (Exception, SystemExit) as error:  # of any library
