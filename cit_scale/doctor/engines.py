@@ -84,13 +84,13 @@ def by_engine(heard: Sequence[Heard]) -> Answers:
     tried.
     """
     answers: dict[str, dict[int, Norms | str]] = {}
+    all_said = [(dict(said), problem) for said, problem in heard]
     for engine in ENGINES:
-        asked = heard[:1] if engine == PLAIN else heard
-        said = [dict(each.said).get(engine, each.problem) for each in asked]
-        of_ranks = {rank: answer for rank, answer in enumerate(said) if answer is not None}
-        if of_ranks:
-            answers[engine] = of_ranks
-        if any(engine not in dict(each.said) for each in asked):
+        asked = all_said[:1] if engine == PLAIN else all_said
+        of_ranks = {rank: said.get(engine, problem) for rank, (said, problem) in enumerate(asked)}
+        if known := {rank: answer for rank, answer in of_ranks.items() if answer is not None}:
+            answers[engine] = known
+        if any(engine not in said for said, _ in asked):
             break
     return answers
 

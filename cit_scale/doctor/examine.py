@@ -131,6 +131,10 @@ def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Con
     os.setpgid(0, 0)  # with the processes that the check starts
     signal.signal(signal.SIGTERM, _leave)
     signal.alarm(math.ceil(2 * patience_s))  # where nobody is left to give it up
+    try:
+        answer.recv()
+    except EOFError:  # nobody waits, and the folder of the log may be gone
+        os._exit(0)
     # Libraries leave files there, which are removed with it.
     tempfile.tempdir = os.environ["TMPDIR"] = str(log.parent)
     # Libraries print to either; stdout is for the table or the JSON alone.
@@ -139,10 +143,6 @@ def _answer(module: str, asked: Asked, log: Path, patience_s: float, answer: Con
         os.dup2(descriptor, stream)
     faulthandler.enable()
     faulthandler.dump_traceback_later(patience_s)
-    try:
-        answer.recv()
-    except EOFError:
-        os._exit(0)
     try:
         finding = importlib.import_module(module).check(asked)
     except (Exception, SystemExit) as error:  # of any library
