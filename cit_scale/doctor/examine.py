@@ -162,6 +162,7 @@ class _Ended(BaseException):
 
 
 def _leave(signum: int, frame: object) -> None:
+    signal.signal(signum, signal.SIG_IGN)  # it is sent to the group and to the process: twice
     raise _Ended
 
 
