@@ -5,6 +5,7 @@ Nothing that asks CUDA for anything, as DeepSpeed's import does: the forks could
 
 import atexit
 import contextlib
+import importlib
 import os
 import signal
 
@@ -15,7 +16,7 @@ signal.alarm(LONGEST_S)
 interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
 for name in ("numpy", "torch", "cit_scale.bench.step_ways"):
     with contextlib.suppress(Exception):
-        __import__(name)
+        importlib.import_module(name)
 signal.signal(signal.SIGINT, interrupted)
 signal.alarm(0)
 atexit.register(os._exit, 0)  # without the libraries' farewells, which take seconds
