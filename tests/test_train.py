@@ -249,6 +249,7 @@ def test_a_run_interrupted_by_every_signal_ends_bit_for_bit_as_one_that_was_not(
     lengthen(tiny, epochs=2)  # long enough for a signal to arrive in the middle
     code, output = finish(launch([*tiny, "--name", "calm"], ranks=ranks))
     assert code == 0, output
+    assert "Warning:" not in output, "a warning of a library's, which nobody who trains can act on"
     calm, folder = run_dir(tiny).with_name("calm"), run_dir(tiny)
 
     def interrupt(place, step, signum, *, group):

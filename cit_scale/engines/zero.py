@@ -8,6 +8,7 @@ DeepSpeed shards, reduces and updates. What it leaves undone, or does at some st
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -30,6 +31,10 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.utils import groups
+
+# torch 2.14 alone deprecates what DeepSpeed calls; 2.15 does not.
+RENAMED = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+warnings.filterwarnings("ignore", RENAMED, FutureWarning)
 
 
 class ZeroEngine(Engine):
