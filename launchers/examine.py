@@ -16,8 +16,8 @@ from cit_scale.errors import ConfigError, TransientError, UnfitNodeError
 from cit_scale.job import DoctorJob
 from launchers.executors import batch_script, check_log_folder, doctor_executor, submit_doctor
 from launchers.options import Options
-from launchers.resources import allot, find_partitions
-from launchers.slurm import ask_jobs, host_names
+from launchers.resources import allot, check_nodes_here, find_partitions
+from launchers.slurm import NoSlurmError, ask_jobs, host_names
 
 MINUTES = "20"  # the first use of a GPU compiles and tunes kernels
 POLL_S = 3.0
@@ -33,13 +33,18 @@ def examine_nodes(options: Options, runs_dir: Path) -> int:
     if options.cluster != "slurm":
         from cit_scale.doctor.commands import main as doctor
 
+        check_nodes_here(options)
         if options.dry_run:
             print("would run cit-scale doctor on this machine", flush=True)
             return 0
         return doctor([*(["--quick"] if quick else []), "--runs_dir", str(runs_dir)])
     # A job of minutes need not be told before its end.
     options = dataclasses.replace(options, time=options.time or MINUTES, signal_delay=10)
-    resources = allot(options, find_partitions(options), ())
+    try:
+        partitions = find_partitions(options)
+    except NoSlurmError as error:
+        raise ConfigError(f"{error}; to examine this machine: cit-scale doctor{' --quick' * quick}") from error
+    resources = allot(options, partitions, ())
     folder = runs_dir.absolute() / ".doctor" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     check_log_folder(folder)
     executor = doctor_executor(options, resources, folder)

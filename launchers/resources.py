@@ -115,8 +115,7 @@ def allot_here(options: Options, runs: Sequence[RunRequest]) -> Resources:
     minutes = read_time(options.time)
     if options.cluster == "debug":
         return Resources(1, Gpus(0), 1, minutes, (1,))
-    if options.nodes > 1:
-        raise ConfigError(f"--nodes={options.nodes}, but --cluster local is this machine alone")
+    check_nodes_here(options)
     import torch
 
     found = torch.cuda.device_count()
@@ -126,6 +125,12 @@ def allot_here(options: Options, runs: Sequence[RunRequest]) -> Resources:
     ranks = int(gpus) or options.ntasks_per_node or 1
     check_signal_delay(options.signal_delay, minutes, ())
     return Resources(1, gpus, ranks, minutes, (1,))
+
+
+def check_nodes_here(options: Options) -> None:
+    """Raise ConfigError for more nodes than this machine."""
+    if options.nodes > 1:
+        raise ConfigError(f"--nodes={options.nodes}, but --cluster {options.cluster} is this machine alone")
 
 
 def read_time(text: str | None) -> int | None:

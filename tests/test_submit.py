@@ -274,6 +274,7 @@ def test_the_script_runs_by_its_path(tmp_path):
         (["--engine.name", "plain", "--nodes", 2], r"engine.name=plain is for one process and there are 2"),
         (["--train.epohcs", 2], r"did you mean train.epochs"),
         (["--cluster", "local", "--nodes", 2], r"--nodes=2, but --cluster local is this machine alone"),
+        (["--cluster", "local", "--nodes", 2, "--doctor"], r"--nodes=2, but --cluster local is this machine alone"),
         (["--cluster", "local", "--gpus-per-node", 64], r"--gpus-per-node=64, but this machine shows \d"),
         (["--cluster", "local", "--sweep", "seed=0,1"], r"a sweep is an array of Slurm's; with --cluster local"),
         (["--cluster", "lsf"], r"invalid choice: 'lsf' \(choose from"),
@@ -292,6 +293,10 @@ def test_where_there_is_no_slurm_the_run_is_refused_with_the_other_ways(call, ti
     code, _, error = call(*tiny)
     assert code == 2
     assert re.search(r"no Slurm here .*--cluster local.*deepspeed cit_scale/train.py", error)
+    assert "doctor" not in error
+    code, _, error = call(*tiny, "--doctor", "quick")
+    assert code == 2
+    assert re.search(r"no Slurm here .*to examine this machine: cit-scale doctor --quick$", error)
 
 
 @pytest.mark.parametrize(

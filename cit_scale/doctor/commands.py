@@ -38,5 +38,6 @@ def doctor_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--quick", action="store_true", help="only what answers in seconds")
     add("--json", action="store_true", help="print JSON")
-    add("--runs_dir", type=Path, metavar="DIR", default=Path(RunConfig.runs_dir), help="where runs are to lie")
+    default = Path(RunConfig.runs_dir)
+    add("--runs_dir", type=Path, metavar="DIR", default=default, help=f"where runs are to lie; default {default}")
     return parser
