@@ -102,6 +102,7 @@ def test_the_command_prints_what_it_was_asked_for(capsys):
     [
         (["--gpu", "B300"], "'B300' is none of H200, H100 NVL, H100 PCIe, H100, A100, L40S, L4, V100, T4"),
         (["--reached", "-1"], "--reached: '-1' is not a number above 0"),
+        (["--reached", "2"], "--reached 2 is more than the whole peak; give a share above 0, at most 1"),
         (["--data", "much"], "--data: 'much' is not a number above 0"),
         (["--epochs", "0"], "--epochs: '0' is not a whole number above 0"),
     ],

@@ -234,9 +234,10 @@ def memory_table(students: Sequence[str], gpus: Sequence[int], inputs: Inputs) -
 
 
 def disk_table(inputs: Inputs) -> str:
-    header = ["views of an image", f"all {inputs.classes:,} classes, GB", "the best 50, GB", "the best 10, GB"]
+    best = [most for most in (50, 10) if most < inputs.classes]
+    header = ["views of an image", f"all {inputs.classes:,} classes, GB", *(f"the best {most}, GB" for most in best)]
     rows = [
-        [str(views), *(two_digits(recorded_bytes(views, inputs, most) / GB) for most in (None, 50, 10))]
+        [str(views), *(two_digits(recorded_bytes(views, inputs, most) / GB) for most in (None, *best))]
         for views in sorted({1, 50, inputs.epochs})
     ]
     return table(header, rows)
@@ -287,6 +288,8 @@ def parse(argv: Sequence[str] | None) -> tuple[Inputs, argparse.Namespace]:
         about: dict[str, Any] = {"default": each.default, "help": f"{each.metadata[WHAT]} (default: {each.default})"}
         parser.add_argument(f"--{each.name}", type=types[hints[each.name]], metavar="X", **about)
     asked = parser.parse_args(argv)
+    if asked.reached > 1:
+        parser.error(f"--reached {asked.reached:g} is more than the whole peak; give a share above 0, at most 1")
     return Inputs(**{each.name: getattr(asked, each.name) for each in fields(Inputs)}), asked
 
 
