@@ -658,9 +658,12 @@ def test_a_doctor_that_is_stopped_leaves_no_process_and_no_file(tmp_path, signum
         "    with scratch_folder(asked.runs_dir):\n        time.sleep(60)\n"
     )
     (tmp_path / "slow.py").write_text(
-        "from cit_scale.__main__ import main\nfrom cit_scale.doctor import examine, show\n"
+        "import signal\nfrom cit_scale.__main__ import main\nfrom cit_scale.doctor import examine, show\n"
         "if __name__ == '__main__':\n"
         "    show.examine = lambda asked: examine.examine(asked, [examine.Check('disk', 'planted_disk')])\n"
+        # As from a terminal: tests in the background or under nohup ignore these, and so would what they start.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "    raise SystemExit(main(['doctor', '--runs_dir', 'runs']))\n"
     )
     for name in ("runs", "tmp"):
